@@ -1,0 +1,151 @@
+"""What the server and an instance say to each other: tokens in, tokens out.
+
+Owns the wire types of the engine socket (ZeroMQ, one msgpack frame a message), one union per
+direction. Invariant: every message is bounded and validated when it is decoded, so the code behind
+it never meets an unknown field or a wrong type. Does not know text: a prompt is token ids.
+"""
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+PROTOCOL_VERSION: Final = 1
+MAX_FRAME_BYTES: Final = 16 << 20
+"""Longer frames are refused unread; a million token ids take at most 5 MiB."""
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+Bounded = Annotated[str, msgspec.Meta(max_length=4096)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything on the wire."""
+
+
+class SamplingParams(Message):
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+
+    The random number of the i-th generated token depends on (`seed`, i) alone, so that the same
+    seed gives the same text whatever else is in the batch, and on whichever instance.
+    """
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Count = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
+    stop_token_ids: tuple[TokenId, ...] = ()
+    ignore_eos: bool = False
+
+
+# --- server → instance
+
+
+class Generate(Message, tag="generate"):
+    """Start a sequence. The last `num_generated` of `token_ids` were generated before, by an
+    instance that is gone; `sampling.max_tokens` still counts all generated tokens."""
+
+    request_id: Bounded
+    token_ids: tuple[TokenId, ...]
+    sampling: SamplingParams
+    num_generated: Count = 0
+
+
+class Abort(Message, tag="abort"):
+    """Stop a sequence and free its memory. Answered by nothing; unknown ids are ignored."""
+
+    request_id: Bounded
+
+
+class Drain(Message, tag="drain"):
+    """Finish what runs, take nothing new, then exit with status 0."""
+
+
+ToInstance = Generate | Abort | Drain
+
+
+# --- instance → server
+
+
+class Loading(Message, tag="loading"):
+    """Progress of the weights. `writer` is true in the one instance that copies them in."""
+
+    num_bytes: Count
+    total_bytes: Count
+    writer: bool
+
+
+class ModelFacts(Message):
+    """What a server needs to know of the loaded model to admit requests."""
+
+    architecture: Bounded
+    dtype: Bounded
+    vocab_size: Count
+    max_model_len: Count
+    eos_token_ids: tuple[TokenId, ...]
+    num_parameters: Count
+    weights_bytes: Count
+    kv_bytes_per_token: Count
+
+
+class Ready(Message, tag="ready"):
+    """The instance answers requests from now on.
+
+    `startup_ms` maps a phase of the start to its length; `loaded` says whether this instance copied
+    the weights in (a cold start) or attached to a sealed set.
+    """
+
+    version: int
+    pid: int
+    facts: ModelFacts
+    loaded: bool
+    startup_ms: dict[str, float]
+
+
+class StartFailed(Message, tag="start_failed"):
+    """The instance can't serve this model, and exits. `message` names the fix."""
+
+    code: Bounded
+    message: Annotated[str, msgspec.Meta(max_length=65536)]
+
+
+class Output(Message):
+    """New tokens of one sequence. The token that ended it (end of sequence, or one of
+    `stop_token_ids`) is the last of `token_ids` when `finish_reason` is "stop"."""
+
+    request_id: Bounded
+    token_ids: tuple[TokenId, ...]
+    finish_reason: FinishReason | None = None
+    error: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+
+
+class StepOutput(Message, tag="step"):
+    """All that one engine step gave, and the load after it."""
+
+    outputs: tuple[Output, ...]
+    num_running: Count
+    num_waiting: Count
+    kv_bytes: Count
+
+
+FromInstance = Loading | Ready | StartFailed | StepOutput
+
+_encoder = msgspec.msgpack.Encoder()
+_to_instance = msgspec.msgpack.Decoder(ToInstance)
+_from_instance = msgspec.msgpack.Decoder(FromInstance)
+
+
+def encode(message: Message) -> bytes:
+    """One message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode_to_instance(frame: bytes) -> ToInstance:
+    """Raises `msgspec.ValidationError` or `msgspec.DecodeError` on anything but a valid message."""
+    return _to_instance.decode(frame)
+
+
+def decode_from_instance(frame: bytes) -> FromInstance:
+    """Raises `msgspec.ValidationError` or `msgspec.DecodeError` on anything but a valid message."""
+    return _from_instance.decode(frame)
