@@ -23,7 +23,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of everything on the wire."""
 
 
-class SamplingParams(Message):
+class SamplingParams(Message, frozen=True):
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
     The random number of the i-th generated token depends on (`seed`, i) alone, so that the same
@@ -42,7 +42,7 @@ class SamplingParams(Message):
 # --- server → instance
 
 
-class Generate(Message, tag="generate"):
+class Generate(Message, tag="generate", frozen=True):
     """Start a sequence. The last `num_generated` of `token_ids` were generated before, by an
     instance that is gone; `sampling.max_tokens` still counts all generated tokens."""
 
@@ -52,13 +52,13 @@ class Generate(Message, tag="generate"):
     num_generated: Count = 0
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, tag="abort", frozen=True):
     """Stop a sequence and free its memory. Answered by nothing; unknown ids are ignored."""
 
     request_id: Bounded
 
 
-class Drain(Message, tag="drain"):
+class Drain(Message, tag="drain", frozen=True):
     """Finish what runs, take nothing new, then exit with status 0."""
 
 
@@ -68,7 +68,7 @@ ToInstance = Generate | Abort | Drain
 # --- instance → server
 
 
-class Loading(Message, tag="loading"):
+class Loading(Message, tag="loading", frozen=True):
     """Progress of the weights. `writer` is true in the one instance that copies them in."""
 
     num_bytes: Count
@@ -76,7 +76,7 @@ class Loading(Message, tag="loading"):
     writer: bool
 
 
-class ModelFacts(Message):
+class ModelFacts(Message, frozen=True):
     """What a server needs to know of the loaded model to admit requests."""
 
     architecture: Bounded
@@ -89,7 +89,7 @@ class ModelFacts(Message):
     kv_bytes_per_token: Count
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, tag="ready", frozen=True):
     """The instance answers requests from now on.
 
     `startup_ms` maps a phase of the start to its length; `loaded` says whether this instance copied
@@ -103,14 +103,14 @@ class Ready(Message, tag="ready"):
     startup_ms: dict[str, float]
 
 
-class StartFailed(Message, tag="start_failed"):
+class StartFailed(Message, tag="start_failed", frozen=True):
     """The instance can't serve this model, and exits. `message` names the fix."""
 
     code: Bounded
     message: Annotated[str, msgspec.Meta(max_length=65536)]
 
 
-class Output(Message):
+class Output(Message, frozen=True):
     """New tokens of one sequence. The token that ended it (end of sequence, or one of
     `stop_token_ids`) is the last of `token_ids` when `finish_reason` is "stop"."""
 
@@ -120,7 +120,7 @@ class Output(Message):
     error: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
-class StepOutput(Message, tag="step"):
+class StepOutput(Message, tag="step", frozen=True):
     """All that one engine step gave, and the load after it."""
 
     outputs: tuple[Output, ...]

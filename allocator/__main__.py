@@ -1,0 +1,28 @@
+"""`python -m allocator`: the daemon alone, as the server starts it where none runs."""
+
+import argparse
+import logging
+import sys
+
+from allocator.daemon import run
+from allocator.errors import AllocatorError
+from allocator.runtime_dir import RuntimeDir
+
+
+def main() -> int:
+    """Exit status 0 after a signal, 1 with a one-line message where it can't start."""
+    parser = argparse.ArgumentParser(prog="python -m allocator", description=__doc__)
+    parser.add_argument("--runtime-dir")
+    parser.add_argument("--memory-limit", type=int, metavar="BYTES")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s allocator: %(message)s")
+    try:
+        run(RuntimeDir.open(arguments.runtime_dir), memory_limit=arguments.memory_limit)
+    except AllocatorError as error:
+        print(f"onecopy allocator: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Everything the allocator and its client can say no with, by name.
+
+Owns the one hierarchy of this room and the codes that carry it over the wire. Invariant: a code
+names exactly one class, on both sides. A message says what happened and what would help.
+"""
+
+from typing import ClassVar
+
+
+class AllocatorError(Exception):
+    """Base of all errors of this room. `code` is what travels."""
+
+    code: ClassVar[str] = "internal"
+
+
+class AllocatorGone(AllocatorError):
+    """No allocator answers: it never ran, or it ended. Mapped memory stays valid."""
+
+    code = "allocator_gone"
+
+
+class RuntimeDirError(AllocatorError):
+    """The runtime directory can't hold the sockets: not ours, not writable, or too long a path."""
+
+    code = "runtime_dir"
+
+
+class AlreadyRunning(AllocatorError):
+    """Another allocator owns this runtime directory."""
+
+    code = "already_running"
+
+
+class Unauthorized(AllocatorError):
+    """The peer runs as another user, or sent a token that no lifeline stands behind."""
+
+    code = "unauthorized"
+
+
+class InvalidMessage(AllocatorError):
+    """A frame was malformed, too long, or not allowed in this state."""
+
+    code = "invalid_message"
+
+
+class OutOfDeviceMemory(AllocatorError):
+    """The device can't hold what was asked for. The message says who holds it and what helps."""
+
+    code = "out_of_device_memory"
+
+
+class FingerprintMismatch(AllocatorError):
+    """The key names a weight set made from something else. The message lists what differs."""
+
+    code = "fingerprint_mismatch"
+
+
+class StaleGeneration(AllocatorError):
+    """The handle belongs to a weight set that has since been freed or made anew."""
+
+    code = "stale_generation"
+
+
+class NotWriter(AllocatorError):
+    """Only the session that was elected writer may reserve, fill and seal."""
+
+    code = "not_writer"
+
+
+class UnknownWeightSet(AllocatorError):
+    """No weight set has this key, or the session does not hold it."""
+
+    code = "unknown_weight_set"
+
+
+class WeightSetBusy(AllocatorError):
+    """The weight set can't be evicted while it is loading or has readers."""
+
+    code = "weight_set_busy"
+
+
+class WaitTimeout(AllocatorError):
+    """A bounded wait ran out: for a reply, or for another process to finish loading."""
+
+    code = "wait_timeout"
+
+
+BY_CODE: dict[str, type[AllocatorError]] = {
+    cls.code: cls
+    for cls in (
+        AllocatorError,
+        AllocatorGone,
+        RuntimeDirError,
+        AlreadyRunning,
+        Unauthorized,
+        InvalidMessage,
+        OutOfDeviceMemory,
+        FingerprintMismatch,
+        StaleGeneration,
+        NotWriter,
+        UnknownWeightSet,
+        WeightSetBusy,
+        WaitTimeout,
+    )
+}

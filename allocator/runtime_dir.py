@@ -1,0 +1,182 @@
+"""Where the sockets of one onecopy lie. Everyone who shares a runtime directory shares memory.
+
+Owns the directory's choice, its checks (ours, 0700, short enough for Unix sockets) and the names in
+it. Invariant: a `RuntimeDir` that was opened can be used. Knows nothing of what the sockets carry.
+"""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from allocator.errors import AlreadyRunning, RuntimeDirError
+from allocator.process_identity import ProcessIdentity
+
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""sun_path holds 108 bytes with its terminating zero (unix(7))."""
+LONGEST_NAME: Final = "allocator-requests.sock"
+
+
+def default_path() -> Path:
+    """`$ONECOPY_RUNTIME_DIR`, else systemd's `$RUNTIME_DIRECTORY`, else `$XDG_RUNTIME_DIR/onecopy`,
+    else a private directory under the system's temporary one."""
+    if named := os.environ.get("ONECOPY_RUNTIME_DIR"):
+        return Path(named)
+    if given := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(given.split(":")[0])
+    if xdg := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(xdg) / "onecopy"
+    return Path(tempfile.gettempdir()) / f"onecopy-{os.getuid()}"
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """What a running daemon writes into its lock file."""
+
+    pid: int
+    start_ticks: int
+    url: str = ""
+
+    @property
+    def process(self) -> ProcessIdentity:
+        """The daemon's process, whether or not it still runs."""
+        return ProcessIdentity(self.pid, self.start_ticks)
+
+
+@dataclass(frozen=True)
+class RuntimeDir:
+    """An existing, private, writable directory with a path short enough for sockets."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str | None = None, *, create: bool = True) -> "RuntimeDir":
+        """Checks the directory, making it where it is missing. Raises `RuntimeDirError`."""
+        chosen = Path(path) if path is not None else default_path()
+        chosen = chosen.absolute()
+        if len(os.fsencode(chosen / LONGEST_NAME)) > MAX_SOCKET_PATH_BYTES:
+            raise RuntimeDirError(
+                f"the runtime directory {chosen} is too long: Unix socket paths are limited to "
+                f"{MAX_SOCKET_PATH_BYTES} bytes. Choose a shorter one with --runtime-dir or "
+                "ONECOPY_RUNTIME_DIR."
+            )
+        try:
+            if create:
+                chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = chosen.stat()
+        except OSError as error:
+            raise RuntimeDirError(
+                f"the runtime directory {chosen} can't be used: {error.strerror}. Choose another "
+                "one with --runtime-dir or ONECOPY_RUNTIME_DIR."
+            ) from error
+        if not chosen.is_dir():
+            raise RuntimeDirError(f"{chosen} is not a directory, so it can't hold our sockets")
+        if status.st_uid != os.geteuid():
+            raise RuntimeDirError(
+                f"the runtime directory {chosen} belongs to user id {status.st_uid}, not to "
+                f"{os.geteuid()}: run as that user, or choose another with --runtime-dir."
+            )
+        if status.st_mode & 0o077:
+            raise RuntimeDirError(
+                f"the runtime directory {chosen} is open to other users (mode "
+                f"{status.st_mode & 0o777:04o}): run `chmod 700 {chosen}`."
+            )
+        if not os.access(chosen, os.W_OK | os.X_OK):
+            raise RuntimeDirError(
+                f"the runtime directory {chosen} is not writable: choose another with "
+                "--runtime-dir or ONECOPY_RUNTIME_DIR."
+            )
+        return cls(chosen)
+
+    @property
+    def lifeline(self) -> Path:
+        """The allocator's Unix socket for credentials, descriptors and liveness."""
+        return self.path / "allocator.sock"
+
+    @property
+    def allocator_requests(self) -> str:
+        """The ZeroMQ endpoint of the allocator."""
+        return f"ipc://{self.path / LONGEST_NAME}"
+
+    @property
+    def engines(self) -> str:
+        """The ZeroMQ endpoint on which the server awaits its instances."""
+        return f"ipc://{self.path / 'engines.sock'}"
+
+    @property
+    def admin(self) -> Path:
+        """The Unix socket of the server's admin API."""
+        return self.path / "admin.sock"
+
+    @property
+    def segment_prefix(self) -> str:
+        """The start of the names of all segments that belong to this directory. The inode keeps two
+        directories apart, the user id keeps us from another user's names."""
+        status = self.path.stat()
+        seed = f"{status.st_dev}:{status.st_ino}:{status.st_uid}:{self.path}"
+        return f"/onecopy-{hashlib.sha256(seed.encode()).hexdigest()[:12]}-"
+
+    def owner(self, role: str) -> Owner | None:
+        """Who runs as `role` ("allocator" or "server") here; None where nobody does.
+
+        Reads the lock file and asks the kernel for the process, rather than trying the lock: a
+        probe that holds the lock for a moment could refuse a daemon that starts just then.
+        """
+        try:
+            owner = msgspec.json.decode(self._lock_path(role).read_bytes(), type=Owner)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        return owner if owner.process.is_alive() else None
+
+    def lock(self, role: str) -> "RoleLock":
+        """Become the one process of this role here. Raises `AlreadyRunning`."""
+        path = self._lock_path(role)
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                owner = self.owner(role)
+                who = f" (pid {owner.pid})" if owner else ""
+                raise AlreadyRunning(
+                    f"another {role}{who} runs in {self.path}: stop it with `onecopy stop "
+                    f"--runtime-dir {self.path}`, or choose another --runtime-dir."
+                ) from None
+            try:
+                same = os.fstat(fd).st_ino == path.stat().st_ino
+            except FileNotFoundError:
+                same = False
+            if same:
+                break
+            os.close(fd)  # the last owner unlinked the file between our open and our lock
+        lock = RoleLock(path, fd)
+        lock.announce()
+        return lock
+
+    def _lock_path(self, role: str) -> Path:
+        return self.path / f"{role}.lock"
+
+
+class RoleLock:
+    """The held lock: an flock, so the kernel drops it when its process ends, however it ends."""
+
+    def __init__(self, path: Path, fd: int):
+        self._path = path
+        self._fd = fd
+
+    def announce(self, url: str = "") -> None:
+        """Write who we are, and where we serve."""
+        own = ProcessIdentity.own()
+        text = msgspec.json.encode(Owner(own.pid, own.start_ticks, url))
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, text, 0)
+
+    def release(self) -> None:
+        """Unlink the file, then drop the lock."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)

@@ -1,0 +1,59 @@
+"""Tensors over mapped bytes. Owns the step from manifest entry to aliased tensor.
+
+Invariant: a tensor made here keeps its mapping alive, and never copies. The only file of the room
+that imports torch, and only when a client asks for tensors. Knows nothing of names' meaning.
+"""
+
+import warnings
+from collections.abc import Mapping as NamedMapping
+
+import torch
+
+from allocator.backends import Mapping
+from allocator.errors import InvalidMessage
+from allocator.messages import TensorEntry
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How a manifest writes a dtype: "bfloat16", "float32", …"""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_by_name(name: str) -> torch.dtype:
+    """The reverse of `dtype_name`. Raises InvalidMessage for a name torch does not know."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidMessage(f"torch has no dtype {name!r}")
+    return dtype
+
+
+def as_bytes(mapping: Mapping) -> torch.Tensor:
+    """The whole mapping as uint8 # [num_bytes]. Writing through it where the mapping is read-only
+    kills the process by SIGSEGV, and harms nobody else."""
+    with warnings.catch_warnings():
+        # torch can't mark a tensor read-only and warns of it; the kernel does it for us.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapping.buffer, dtype=torch.uint8)
+
+
+def tensors(mapping: Mapping, entries: NamedMapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+    """One aliased tensor an entry, of its dtype, shape and stride. Tied entries alias each other.
+
+    Raises InvalidMessage where an entry does not lie in the mapping.
+    """
+    whole = as_bytes(mapping)
+    return {name: _tensor(whole, name, entry) for name, entry in entries.items()}
+
+
+def _tensor(whole: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
+    dtype = dtype_by_name(entry.dtype)
+    size = whole.numel()
+    if entry.offset > size or entry.num_bytes > size - entry.offset:
+        raise InvalidMessage(f"the tensor {name!r} lies outside its segment")
+    if entry.offset % dtype.itemsize or entry.num_bytes % dtype.itemsize:
+        raise InvalidMessage(f"the tensor {name!r} is not aligned to its dtype")
+    extent = whole[entry.offset : entry.offset + entry.num_bytes].view(dtype)
+    last = sum((n - 1) * s for n, s in zip(entry.shape, entry.stride, strict=True))
+    if 0 not in entry.shape and (last >= extent.numel() or min(entry.stride, default=0) < 0):
+        raise InvalidMessage(f"the shape of the tensor {name!r} reaches beyond its extent")
+    return extent.as_strided(entry.shape, entry.stride)
