@@ -1,0 +1,262 @@
+"""The three rooms stay three: who may import whom, and what nobody may do.
+
+Owns the rules as tables and a checker that reads sources with `ast`, `if TYPE_CHECKING` included.
+Invariant: every module of the rooms is read, and each rule is shown to be able to fail. Does not
+know what the modules do; only the last test runs any of them.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("server", "workers", "allocator")  # imports point to the right only
+DOORS = ("messages", "client")  # the modules of a room that another room may import
+NEVER_IN_ROOM = {
+    "server": ("torch",),
+    "workers": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers"),
+    "allocator": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers", "transformers"),
+}
+DEVICES = "allocator/backends/"
+DEVICE_APIS = (
+    "posix_ipc",
+    "_posixshmem",
+    "multiprocessing.shared_memory",
+    "cuda",
+    "cupy",
+    "pynvml",
+    "acl",
+    "torch.cuda",
+    "torch.npu",
+    "torch_npu",
+)
+RUNS_WHAT_IT_READS = (
+    "pickle",
+    "_pickle",
+    "marshal",
+    "shelve",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "torch.load",
+    "torch.jit.load",
+)
+IMPORTERS = ("import_module", "__import__")
+PICKLING_METHODS = ("recv_pyobj", "send_pyobj")
+FALSE_ONLY = ("trust_remote_code", "allow_pickle")  # may be passed, but only as a literal False
+
+
+def is_within(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the prefixes or lies below one."""
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def modules_of(root: Path) -> dict[str, str]:
+    """Path relative to `root` → source, for every Python file in the rooms."""
+    return {
+        path.relative_to(root).as_posix(): path.read_text()
+        for room in ROOMS
+        for path in sorted((root / room).rglob("*.py"))
+    }
+
+
+def dotted(path: str) -> str:
+    return path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+class Reader:
+    """One module's dotted names: what it imports, and what it reaches through imported names."""
+
+    def __init__(self, path: str, source: str) -> None:
+        self.tree = ast.parse(source, path)
+        package = dotted(path).split(".")
+        self.package = package if path.endswith("__init__.py") else package[:-1]
+        self.bound: dict[str, str] = {}  # local name → the dotted name that it stands for
+        self.imports: list[tuple[int, str]] = list(self._imports())
+
+    def _imports(self) -> Iterator[tuple[int, str]]:
+        """(line, dotted name); `from a import b` yields a.b, whether b is a module or a name."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    top = alias.name.split(".")[0]
+                    self.bound[alias.asname or top] = alias.name if alias.asname else top
+                    yield node.lineno, alias.name
+            elif isinstance(node, ast.ImportFrom):
+                base = self.package[: len(self.package) - node.level + 1] if node.level else []
+                module = ".".join([*base, *filter(None, [node.module])])
+                for alias in node.names:
+                    self.bound[alias.asname or alias.name] = f"{module}.{alias.name}"
+                    yield node.lineno, f"{module}.{alias.name}"
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(IMPORTERS):
+                for value in node.args[:1]:
+                    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                        yield node.lineno, value.value
+
+    def reached(self) -> Iterator[tuple[int, str]]:
+        """(line, dotted name) of every attribute chain that starts at an imported name."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Attribute):
+                first, _, rest = ast.unparse(node).partition(".")
+                if first in self.bound:
+                    yield node.lineno, f"{self.bound[first]}.{rest}"
+
+    def passed(self) -> Iterator[tuple[int, str, ast.expr]]:
+        """(line, name, value) of every keyword argument and every string key of a dict display."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.keyword) and node.arg:
+                yield node.value.lineno, node.arg, node.value
+            elif isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values, strict=True):
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                        yield value.lineno, key.value, value
+
+
+def crossing(path: str, name: str, modules: frozenset[str]) -> str | None:
+    """What is wrong with importing `name` at `path`, as far as rooms go."""
+    here, there = path.split("/")[0], name.split(".")[0]
+    if there not in ROOMS or there == here:
+        return None
+    if ROOMS.index(there) < ROOMS.index(here):
+        return f"{here} imports {name}: imports point down only, {' → '.join(ROOMS)}"
+    # Longest prefix that is a module; what is left of the name is something the module hands out.
+    module = name
+    while module not in modules and "." in module:
+        module = module.rpartition(".")[0]
+    if module == there or module in {f"{there}.{door}" for door in DOORS}:
+        return None
+    return f"{here} imports {module}: of another room only {', '.join(DOORS)} or its __init__"
+
+
+def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
+    """Every broken rule of one module, as `path:line: what`; `modules` are all the dotted names."""
+    reader, found = Reader(path, source), set[tuple[int, str]]()
+    room = path.split("/")[0]
+    for line, name in reader.imports:
+        if wrong := crossing(path, name, modules):
+            found.add((line, wrong))
+        if is_within(name, NEVER_IN_ROOM[room]):
+            found.add((line, f"{room} never imports {name.split('.')[0]}"))
+    for line, name in [*reader.imports, *reader.reached()]:
+        if not path.startswith(DEVICES) and is_within(name, DEVICE_APIS):
+            found.add((line, f"{name}: only {DEVICES} touches a device API"))
+        if is_within(name, RUNS_WHAT_IT_READS) or name.split(".")[-1] in PICKLING_METHODS:
+            found.add((line, f"{name} runs what it reads"))
+    for node in ast.walk(reader.tree):
+        if isinstance(node, ast.Attribute) and node.attr in PICKLING_METHODS:
+            found.add((node.lineno, f"{node.attr} runs what it reads"))
+    for line, name, value in reader.passed():
+        if name in FALSE_ONLY and not (isinstance(value, ast.Constant) and value.value is False):
+            found.add((line, f"{name} may only be a literal False"))
+    return [f"{path}:{line}: {what}" for line, what in sorted(found)]
+
+
+def test_rooms_keep_the_rules() -> None:
+    sources = modules_of(ROOT)
+    assert {path.split("/")[0] for path in sources} == set(ROOMS)
+    names = frozenset(map(dotted, sources))
+    broken = [line for path, source in sources.items() for line in violations(path, source, names)]
+    assert not broken, "\n".join(broken)
+
+
+def test_no_package_under_tests() -> None:
+    # With one, `import tests.allocator` and `import allocator` begin to shadow each other.
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_server_runs_without_torch() -> None:
+    """What the sources cannot show: that nothing which the server imports brings torch along."""
+    names = [
+        dotted(path)
+        for path in modules_of(ROOT)
+        if path.startswith("server/") and not path.endswith("__main__.py")
+    ]
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, f'importing {name} brought torch along'\n"
+    )
+    command = [sys.executable, "-c", program, *names]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+MODULES = frozenset(
+    [
+        *("server", "server.app", "server.openai", "server.openai.chat"),
+        *("workers", "workers.client", "workers.messages", "workers.engine"),
+        *("allocator", "allocator.client", "allocator.arena", "allocator.backends.host"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("allocator/arena.py", "import workers", "imports point down only"),
+        ("allocator/arena.py", "from server.app import app", "imports point down only"),
+        ("workers/engine.py", "import server", "imports point down only"),
+        ("server/app.py", "import workers.engine", "of another room only"),
+        ("server/app.py", "from workers.engine import Engine", "of another room only"),
+        ("server/app.py", "from workers import engine", "of another room only"),
+        ("server/openai/chat.py", "from allocator.arena import Arena", "of another room only"),
+        (
+            "workers/engine.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import allocator.arena",
+            "of another room only",
+        ),
+        ("workers/engine.py", "def f():\n    import allocator.arena", "of another room only"),
+        (
+            "workers/engine.py",
+            "import importlib\nimportlib.import_module('allocator.arena')",
+            "of another room only",
+        ),
+        ("server/app.py", "import torch", "never imports torch"),
+        ("server/app.py", "from torch.nn import functional", "never imports torch"),
+        ("server/app.py", "__import__('torch')", "never imports torch"),
+        ("workers/engine.py", "from fastapi import FastAPI", "never imports fastapi"),
+        ("allocator/arena.py", "import transformers", "never imports transformers"),
+        ("workers/engine.py", "import posix_ipc", "touches a device API"),
+        ("allocator/arena.py", "from cuda.bindings import driver", "touches a device API"),
+        ("allocator/arena.py", "from multiprocessing import shared_memory", "a device API"),
+        ("workers/engine.py", "import torch\ntorch.cuda.Stream()", "touches a device API"),
+        ("workers/engine.py", "import torch as t\nt.cuda.Stream()", "touches a device API"),
+        ("workers/engine.py", "from torch import cuda", "touches a device API"),
+        ("allocator/backends/host.py", "import pickle", "runs what it reads"),
+        ("allocator/arena.py", "from marshal import loads", "runs what it reads"),
+        ("workers/engine.py", "import torch\ntorch.load('w')", "runs what it reads"),
+        ("workers/engine.py", "from torch import load", "runs what it reads"),
+        ("workers/client.py", "socket.recv_pyobj()", "runs what it reads"),
+        ("workers/engine.py", "f(trust_remote_code=True)", "literal False"),
+        ("workers/engine.py", "f(trust_remote_code=flag)", "literal False"),
+        ("workers/engine.py", "f(**{'trust_remote_code': True})", "literal False"),
+    ],
+)
+def test_a_broken_rule_is_found(path: str, source: str, complaint: str) -> None:
+    found = violations(path, source, MODULES)
+    assert len(found) >= 1
+    assert all(complaint in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("server/app.py", "from workers import Instance\nfrom allocator import connect"),
+        ("server/app.py", "from workers.client import Client\nimport workers.messages as m"),
+        ("server/app.py", "from .openai import chat\nfrom server.openai.chat import route"),
+        ("server/openai/chat.py", "from ..errors import ServerError\nfrom . import schemas"),
+        ("workers/engine.py", "import allocator.client\nfrom . import sampling\nimport torch"),
+        ("workers/engine.py", "'''Not import pickle, nor torch.load().'''"),
+        ("workers/engine.py", "f(trust_remote_code=False)\ng(**{'trust_remote_code': False})"),
+        ("workers/engine.py", "import json\njson.load(file)\nmodel.load()"),
+        ("allocator/backends/host.py", "import posix_ipc"),
+        ("allocator/backends/cuda.py", "from cuda.bindings import driver\nimport torch.cuda"),
+    ],
+)
+def test_what_is_allowed_is_not_found(path: str, source: str) -> None:
+    assert violations(path, source, MODULES) == []
