@@ -112,14 +112,9 @@ def deployed_commands() -> Iterator[list[str]]:
 @pytest.mark.parametrize("words", list(deployed_commands()), ids=" ".join)
 def test_deployed_commands_exist(words: list[str]) -> None:
     module, function = PROJECT["scripts"]["onecopy"].split(":")
+    program = f"import sys; from {module} import {function}; sys.exit({function}())"
     ended = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"from {module} import {function}; {function}()",
-            words[0],
-            "--help",
-        ],
+        [sys.executable, "-c", program, words[0], "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
