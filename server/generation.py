@@ -1,0 +1,49 @@
+"""What the HTTP side needs of the generating side: token ids in, chunks of token ids out.
+
+Owns the types between the two. Invariant: a `TokenStream` that was handed out is closed, whatever
+happens to the request. Knows nothing of text, HTTP, or how instances are chosen and reached.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.messages import FinishReason, ModelFacts, SamplingParams
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence.
+
+    With `finish_reason` "stop" the last token id is the one that ended the sequence (end of
+    sequence, or a stop token), and is not part of the text. The chunk with a reason is the last.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+class TokenStream(Protocol):
+    """The tokens of one sequence as they come. Iteration may raise `InstanceFailed`."""
+
+    def __aiter__(self) -> AsyncIterator[Chunk]: ...
+
+    async def aclose(self) -> None:
+        """Aborts the sequence if it is unfinished. Can be called again, and at any time."""
+
+
+class Generator(Protocol):
+    """Whatever turns a prompt into tokens."""
+
+    async def submit(
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+    ) -> TokenStream:
+        """Starts a sequence. Raises `Overloaded` or `NotReady`, then nothing was started."""
+
+    @property
+    def num_ready(self) -> int:
+        """Instances that answer requests now."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Of the served model. Raises `NotReady` before the first instance was ready."""
