@@ -1,0 +1,111 @@
+"""Attach to a checkpoint's weights: load them into shared memory once, map them ever after.
+
+Owns the five steps of the sharing flow from a worker's side: plan → one allocation → copy → seal →
+aliased tensors. Invariant: whoever calls, and however many at once, one of them copies and all get
+tensors over the same bytes. Knows nothing of models.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from allocator import Client, WeightSetReader, WeightSetWriter
+from allocator.messages import encode
+from workers.checkpoint.plan import FORMAT_VERSION, make_plan
+from workers.checkpoint.source import Checkpoint, open_checkpoint
+
+OnProgress = Callable[[int, int, bool], None]
+"""Called with (written bytes, total bytes, whether this process writes)."""
+
+_PROGRESS_STEP: Final = 32
+"""Progress is reported this many times over a load, so that messages do not grow with its size."""
+
+
+@dataclass(frozen=True)
+class AttachedWeights:
+    """Tensors over the shared bytes. They stay valid as long as any of them is referenced."""
+
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+    reader: WeightSetReader
+    loaded: bool
+    """Whether this process copied the weights in, rather than finding them sealed."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The segment's size."""
+        return self.reader.handle.num_bytes
+
+
+def attach_weights(
+    memory: Client, path: Path | str, dtype: str = "auto"
+) -> dict[str, torch.Tensor]:
+    """Name → aliased, read-only tensor of the checkpoint at `path`.
+
+    The first process to ask loads it; every other one attaches. `dtype` is "auto", "bfloat16",
+    "float16" or "float32". Raises workers.errors.CheckpointError, allocator.AllocatorError.
+    """
+    return attach(memory, open_checkpoint(path, dtype)).tensors
+
+
+def attach(
+    memory: Client, checkpoint: Checkpoint, on_progress: OnProgress | None = None
+) -> AttachedWeights:
+    """As `attach_weights`, with what else the weight set tells. Raises as it does."""
+    fingerprint = {
+        **checkpoint.fingerprint(),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "layout": "plain",
+        "format": str(FORMAT_VERSION),
+    }
+    opened = memory.open_weight_set(
+        weight_set_key(checkpoint.path, fingerprint),
+        fingerprint,
+        on_wait=None
+        if on_progress is None
+        else lambda done, total: on_progress(done, total, False),
+    )
+    if isinstance(opened, WeightSetWriter):
+        return _attached(_load(opened, checkpoint, on_progress), loaded=True)
+    return _attached(opened, loaded=False)
+
+
+def _attached(reader: WeightSetReader, *, loaded: bool) -> AttachedWeights:
+    return AttachedWeights(reader.tensors(), reader.manifest.metadata, reader, loaded)
+
+
+def weight_set_key(path: Path, fingerprint: dict[str, str]) -> str:
+    """Readable, and different for every checkpoint, dtype and layout."""
+    text = json.dumps(fingerprint, sort_keys=True)
+    return f"{path.name[:200]}@{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _load(
+    writer: WeightSetWriter, checkpoint: Checkpoint, on_progress: OnProgress | None
+) -> WeightSetReader:
+    with writer:  # an error on the way gives the election back
+        plan = make_plan(checkpoint.tensors(), checkpoint.metadata())
+        writer.reserve(plan.num_bytes + len(encode(plan.manifest)))
+        tensors = writer.writable_tensors(plan.manifest)
+        done = reported = 0
+
+        def copied(num_bytes: int) -> None:
+            nonlocal done, reported
+            done += num_bytes
+            if (done - reported) * _PROGRESS_STEP >= plan.num_bytes or done == plan.num_bytes:
+                reported = done
+                writer.progress(done)
+                if on_progress is not None:
+                    on_progress(done, plan.num_bytes, True)
+
+        for name, tensor in tensors.items():
+            if tensor.numel():
+                checkpoint.copy_into(name, tensor, copied)
+        del tensor
+        tensors.clear()
+        return writer.seal(plan.manifest, plan.num_bytes)

@@ -1,0 +1,231 @@
+"""GGUF files: header read in milliseconds, blocks dequantized piece by piece into shared memory.
+
+Owns the step from ggml's names, blocks and row orders to those of `transformers`, whose own tables
+do the naming and reordering. Invariant: the same bytes come out as `transformers` gives for the
+same file and dtype (tested). Knows nothing of where the tensors go.
+"""
+
+import contextlib
+import functools
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFValueType
+
+from workers.checkpoint.source import (
+    SCRATCH_BYTES,
+    OnCopied,
+    SourceTensor,
+    file_identity,
+)
+from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint
+
+_LONG_ARRAY: Final = 64
+_UNREADABLE = (
+    ValueError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    TypeError,
+    struct.error,
+    UnicodeDecodeError,
+)
+_gguf_patch = threading.Lock()
+
+
+class HeaderReader(GGUFReader):  # type: ignore[misc]
+    """GGUFReader without the tokenizer: it builds a numpy array for each of 49,152 token strings,
+    which takes 2.7 s where skipping them takes 30 ms, and a tokenizer is the server's business."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
+        if raw_type == GGUFValueType.ARRAY:
+            item = int(self._get(orig_offs, np.uint32)[0])
+            count = int(self._get(orig_offs + 4, np.uint64)[0])
+            skipped = [GGUFValueType.ARRAY]
+            if count > _LONG_ARRAY and item == GGUFValueType.STRING:
+                return self._skip_strings(orig_offs + 12, count) - orig_offs, [], [], skipped
+            if count > _LONG_ARRAY and (scalar := self.gguf_scalar_to_np.get(GGUFValueType(item))):
+                return 12 + count * np.dtype(scalar).itemsize, [], [], skipped
+        parts: tuple[int, list[Any], Any, Any] = super()._get_field_parts(orig_offs, raw_type)
+        return parts
+
+    def _skip_strings(self, offset: int, count: int) -> int:
+        length_at = struct.Struct("<Q").unpack_from
+        view = memoryview(self.data)
+        for _ in range(count):  # each step goes 8 bytes on at least: the file's end bounds it
+            offset += 8 + int(length_at(view, offset)[0])
+        return offset
+
+
+class GGUFCheckpoint:
+    """One .gguf file, laid out as the dense model that `transformers` would make of it."""
+
+    def __init__(self, path: Path, dtype: torch.dtype | None):
+        self.path = path
+        self.dtype: torch.dtype = dtype or torch.bfloat16
+        self._reader: Any = None
+        self._names: dict[str, str] = {}
+        self._processor: Any = None
+        self._config: dict[str, Any] = {}
+        self._architecture = ""
+
+    def fingerprint(self) -> dict[str, str]:
+        """The file's identity; nothing of it is read."""
+        return {"kind": "gguf", "files": f"{self.path.name}:{file_identity(self.path)}"}
+
+    def metadata(self) -> dict[str, str]:
+        """The config that `transformers` derives from the file's metadata, as JSON."""
+        self._open()
+        return {"config": json.dumps(self._config)}
+
+    def tensors(self) -> list[SourceTensor]:
+        """In file order, under the names of `transformers`."""
+        self._map_names()
+        return [
+            SourceTensor(
+                self._names[tensor.name], tuple(int(n) for n in reversed(tensor.shape)), self.dtype
+            )
+            for tensor in self._reader.tensors
+            if tensor.name in self._names
+        ]
+
+    def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
+        """Dequantize to fp32 and cast, rows at a time where no rows are reordered."""
+        self._map_names()
+        source = next(t for t in self._reader.tensors if self._names.get(t.name) == name)
+        if self._rearranges(source.name):
+            rows = self._dequantize(source.data, source.tensor_type)
+            result = self._processor.process(
+                weights=rows, name=source.name, tensor_key_mapping=self._names
+            )
+            if result.name is None:
+                raise UnsupportedCheckpoint(
+                    f"{self.path}: {source.name} is merged with other tensors, which can't be "
+                    "done from a GGUF file yet: give the safetensors checkpoint"
+                )
+            out.copy_(torch.from_numpy(np.ascontiguousarray(result.weights)).view(out.shape))
+            on_copied(out.numel() * out.dtype.itemsize)
+            return
+        data = source.data if source.data.ndim > 1 else source.data[None]
+        data = data.reshape(-1, data.shape[-1])
+        target = out.view(data.shape[0], -1)
+        step = max(1, SCRATCH_BYTES // (4 * target.shape[1]))
+        for start in range(0, data.shape[0], step):
+            rows = self._dequantize(data[start : start + step], source.tensor_type)
+            target[start : start + step].copy_(torch.from_numpy(rows).view(-1, target.shape[1]))
+            on_copied(rows.size * out.dtype.itemsize)
+
+    def _rearranges(self, gguf_name: str) -> bool:
+        """Whether the tensor must be seen whole. Embeddings never are; of a Llama only the rows of
+        the rotary projections move, from ggml's interleaved order to that of `transformers`."""
+        from transformers import modeling_gguf_pytorch_utils as legacy
+
+        if type(self._processor) is legacy.TensorProcessor or gguf_name == "token_embd.weight":
+            return False
+        if type(self._processor) is legacy.LlamaTensorProcessor:
+            return ".attn_q." in gguf_name or ".attn_k." in gguf_name
+        return True
+
+    def _dequantize(self, data: Any, kind: Any) -> Any:
+        try:
+            # The file is mapped read-only, and torch wants to know that it may write.
+            return np.require(gguf.dequantize(data, kind), np.float32, ["C", "W"])
+        except NotImplementedError as error:
+            raise UnsupportedCheckpoint(
+                f"{self.path} holds blocks of type {kind.name}, which can't be dequantized: {error}"
+            ) from error
+        except _UNREADABLE as error:
+            raise CheckpointCorrupt(f"{self.path} is damaged: {error}") from error
+
+    def _open(self) -> None:
+        if self._reader is not None:
+            return
+        try:
+            reader = HeaderReader(self.path)
+        except _UNREADABLE as error:
+            raise CheckpointCorrupt(
+                f"{self.path} is truncated, damaged or no GGUF file ({error}): download it again"
+            ) from error
+        self._config, self._architecture = self._read_config(reader)
+        self._reader = reader
+
+    def _read_config(self, reader: HeaderReader) -> tuple[dict[str, Any], str]:
+        from transformers import modeling_gguf_pytorch_utils as legacy
+
+        field = reader.get_field("general.architecture")
+        if field is None:
+            raise CheckpointCorrupt(f"{self.path} does not name its architecture")
+        architecture = str(field.contents())
+        try:
+            with _faster_gguf():
+                config = dict(legacy.load_gguf_checkpoint(str(self.path))["config"])
+        except _UNREADABLE as error:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: the architecture {architecture!r} can't be served from a GGUF file "
+                f"({error})"
+            ) from error
+        embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+        if embedding is not None:  # the vocabulary itself was skipped, and it may be padded
+            config["vocab_size"] = int(embedding.shape[1])
+        eos = [config.get("eos_token_id")]
+        if (turn := reader.get_field("tokenizer.ggml.eot_token_id")) is not None:
+            eos.append(int(turn.contents()))
+        config["eos_token_id"] = list(dict.fromkeys(token for token in eos if token is not None))
+        return {k: _plain(v) for k, v in config.items() if not k.startswith("_")}, architecture
+
+    def _map_names(self) -> None:
+        if self._names:
+            return
+        self._open()
+        architecture = self._architecture
+        from transformers import AutoModelForCausalLM
+        from transformers import modeling_gguf_pytorch_utils as legacy
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        model_type = self._config.get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: the architecture {architecture!r} is not known to transformers"
+            )
+        processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
+        self._processor = processor(config=self._config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**self._config))
+            with _faster_gguf():
+                names = legacy.get_gguf_hf_weights_map(model, self._processor)
+        except (NotImplementedError, *_UNREADABLE) as error:
+            raise UnsupportedCheckpoint(
+                f"{self.path}: the architecture {architecture!r} can't be served: {error}"
+            ) from error
+        known = {name for name, _ in model.named_parameters()}
+        self._names = {k: v for k, v in names.items() if v in known}
+
+
+@contextlib.contextmanager
+def _faster_gguf() -> Iterator[None]:
+    """Let `transformers` use our header reader instead of a GGUFReader of its own, and one table of
+    names a model instead of one a module (6.4 s for 397 modules)."""
+    with _gguf_patch:
+        reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = HeaderReader, functools.cache(name_map)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays as what JSON can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,242 @@
+"""Hugging Face folders: config.json and *.safetensors, read straight into shared memory.
+
+Owns the byte layout of the format: 8 bytes of header length (little-endian), a JSON header, then
+the tensors, without gaps (https://github.com/huggingface/safetensors, "Format"). Its library maps
+or copies whole tensors into private memory, and here the bytes must go from the file into the segment.
+Invariant: nothing a header says is believed before it was checked against the file's size.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+
+from workers.checkpoint.source import (
+    SCRATCH_BYTES,
+    OnCopied,
+    SourceTensor,
+    digest,
+    file_identity,
+    read_json,
+)
+from workers.errors import CheckpointCorrupt, CheckpointNotFound, UnsupportedCheckpoint
+
+MAX_HEADER_BYTES: Final = 100_000_000
+_DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor's place: bytes [begin, end) of the file."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsCheckpoint:
+    """A folder with config.json and one or more .safetensors files."""
+
+    def __init__(self, path: Path, dtype: torch.dtype | None):
+        self.path = path
+        config_file = path / "config.json"
+        if not config_file.exists():
+            raise CheckpointNotFound(
+                f"{path} holds no config.json: give a Hugging Face model folder, or a .gguf file"
+            )
+        self._config = read_json(config_file)
+        if quantization := self._config.get("quantization_config"):
+            method = quantization.get("quant_method", "unknown")
+            raise UnsupportedCheckpoint(
+                f"{path} is quantized ({method}), which can't be served yet: give the unquantized "
+                "checkpoint, or a GGUF file"
+            )
+        self.dtype = dtype or _configured_dtype(self._config)
+        self._files = _weight_files(path)
+
+    def fingerprint(self) -> dict[str, str]:
+        """File identities and headers; the weights themselves are not read."""
+        files = [
+            f"{file.name}:{file_identity(file)}:{digest(repr(_read_header(file)[0]))}"
+            for file in self._files
+        ]
+        return {
+            "kind": "safetensors",
+            "config": digest(msgspec.json.encode(self._config, order="sorted").decode()),
+            "files": digest(*files),
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """config.json and generation_config.json."""
+        found = {"config": msgspec.json.encode(self._config).decode()}
+        generation = self.path / "generation_config.json"
+        if generation.exists():
+            found["generation_config"] = msgspec.json.encode(read_json(generation)).decode()
+        return found
+
+    def tensors(self) -> list[SourceTensor]:
+        """In file order. Raises CheckpointCorrupt where a header and its file do not agree."""
+        return [
+            SourceTensor(name, stored.shape, self._laid_out(stored.dtype))
+            for name, stored in self._stored().items()
+        ]
+
+    def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
+        """Bytes go from the file into `out`; a cast goes through a small scratch buffer."""
+        stored = self._stored()[name]
+        flat = out.view(-1)
+        if stored.dtype == out.dtype:
+            _read_into(stored.file, stored.begin, flat.view(torch.uint8), on_copied)
+            return
+        step = SCRATCH_BYTES // stored.dtype.itemsize
+        scratch = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
+        for start in range(0, flat.numel(), step):
+            part = scratch[: min(step, flat.numel() - start)]
+            begin = stored.begin + start * stored.dtype.itemsize
+            _read_into(stored.file, begin, part.view(torch.uint8), _ignore)
+            flat[start : start + part.numel()].copy_(part)
+            on_copied(part.numel() * out.dtype.itemsize)
+
+    def _laid_out(self, stored: torch.dtype) -> torch.dtype:
+        if self.dtype is not None and stored.is_floating_point and stored.itemsize > 1:
+            return self.dtype
+        return stored
+
+    def _stored(self) -> dict[str, _Stored]:
+        if not hasattr(self, "_tensors"):
+            found: dict[str, _Stored] = {}
+            for file in self._files:
+                for name, stored in _read_tensors(file).items():
+                    if name in found:
+                        raise CheckpointCorrupt(
+                            f"{file} holds {name!r}, as {found[name].file} does"
+                        )
+                    found[name] = stored
+            self._tensors = found
+        return self._tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointCorrupt(f"{index} holds no weight_map")
+        files = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise CheckpointNotFound(
+                f"{index} names {len(missing)} files that are missing: {', '.join(missing[:5])}. "
+                "Download the model again."
+            )
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise UnsupportedCheckpoint(
+            f"{folder} holds pickled weights, which are never loaded because they can run code: "
+            "convert them to safetensors"
+        )
+    raise CheckpointNotFound(f"{folder} holds no .safetensors file")
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The decoded header, and where the tensors begin."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length_bytes = stream.read(8)
+        length = int.from_bytes(length_bytes, "little")
+        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointCorrupt(
+                f"{file} is truncated or no safetensors file: its header should take {length} "
+                f"bytes of {size}. Download it again."
+            )
+        text = stream.read(length)
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any]), 8 + length
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
+
+
+def _read_tensors(file: Path) -> dict[str, _Stored]:
+    header, data_start = _read_header(file)
+    header.pop("__metadata__", None)
+    size = file.stat().st_size
+    found: dict[str, _Stored] = {}
+    expected = 0
+    try:
+        entries = {name: msgspec.convert(entry, _Entry) for name, entry in header.items()}
+    except msgspec.ValidationError as error:
+        raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        begin, end = entry.data_offsets
+        if entry.dtype not in _DTYPES:
+            raise UnsupportedCheckpoint(f"{file}: {name!r} has the unknown dtype {entry.dtype!r}")
+        dtype = _DTYPES[entry.dtype]
+        if min(entry.shape, default=0) < 0:
+            raise CheckpointCorrupt(f"{file}: {name!r} has a negative size")
+        num_bytes = dtype.itemsize
+        for length in entry.shape:
+            num_bytes *= length
+        if begin != expected or end - begin != num_bytes:
+            raise CheckpointCorrupt(
+                f"{file}: the offsets of {name!r} overlap another tensor's, leave a gap or do not "
+                "fit its shape"
+            )
+        expected = end
+        found[name] = _Stored(file, dtype, entry.shape, data_start + begin, data_start + end)
+    if data_start + expected != size:
+        raise CheckpointCorrupt(
+            f"{file} is truncated or damaged: its header describes {data_start + expected} bytes, "
+            f"it has {size}. Download it again."
+        )
+    return found
+
+
+def _configured_dtype(config: dict[str, Any]) -> torch.dtype | None:
+    name = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def _read_into(file: Path, begin: int, out: torch.Tensor, on_copied: OnCopied) -> None:
+    """Fill `out` # [num_bytes] uint8 from the file, a bounded piece a system call."""
+    target = memoryview(out.numpy())  # type: ignore[arg-type]  # numpy 2 arrays are buffers
+    with file.open("rb", buffering=0) as stream:
+        done = 0
+        while done < len(target):
+            piece = target[done : done + SCRATCH_BYTES]
+            count = os.preadv(stream.fileno(), [piece], begin + done)
+            if count == 0:
+                raise CheckpointCorrupt(f"{file} became shorter while it was read")
+            done += count
+            on_copied(count)
+
+
+def _ignore(_num_bytes: int) -> None:
+    """A cast reports what it wrote, not what it read."""

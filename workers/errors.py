@@ -1,0 +1,54 @@
+"""What can go wrong in this room, by name. `code` travels to the server, the message to a person.
+
+Invariant: a message names what to change. Knows nothing of how it will be shown.
+"""
+
+from typing import ClassVar
+
+
+class WorkerError(Exception):
+    """Base of all errors of this room."""
+
+    code: ClassVar[str] = "worker_error"
+
+
+class CheckpointError(WorkerError):
+    """Base: the model can't be read."""
+
+    code = "checkpoint"
+
+
+class CheckpointNotFound(CheckpointError):
+    """There is no checkpoint at this path."""
+
+    code = "checkpoint_not_found"
+
+
+class CheckpointCorrupt(CheckpointError):
+    """A file is damaged, truncated, or not what its name says."""
+
+    code = "checkpoint_corrupt"
+
+
+class CheckpointMismatch(CheckpointError):
+    """The tensors do not fit the architecture that the config names."""
+
+    code = "checkpoint_mismatch"
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """A sound checkpoint in a format or an architecture that can't be served."""
+
+    code = "unsupported_checkpoint"
+
+
+class OutOfKVMemory(WorkerError):
+    """The machine can't give the memory for one more sequence."""
+
+    code = "out_of_kv_memory"
+
+
+class InvalidLogits(WorkerError):
+    """The model gave no usable distribution: NaN, or nothing finite."""
+
+    code = "invalid_logits"
