@@ -1,0 +1,363 @@
+"""A decoder of the `transformers` library, computing on tensors that someone else owns.
+
+Owns the way from a config and named tensors to a model that answers a batch with logits. Invariant:
+every parameter is one of the given tensors, never a copy and never written to; all else that the
+model holds (rotary frequencies and the like) is small and private. Does not know files, shared
+memory, scheduling or sampling, and never runs code that came with a checkpoint.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.initialization import no_init_weights
+
+from workers.attention import NAME, Batch
+from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
+from workers.kv_cache import KVCache, KVLayer, KVLayout
+from workers.messages import ModelFacts
+
+logger = logging.getLogger(__name__)
+
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What the rest of the instance must know of a model to drive it."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    """Positions that the model was made for."""
+    eos_token_ids: tuple[int, ...]
+    kv_layout: KVLayout
+    sliding_windows: tuple[int | None, ...]
+    """Of each layer: how many of the nearest keys a query sees, or all."""
+    num_parameters: int
+    """Tied ones counted once."""
+    weights_bytes: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kv_layout.layers)
+
+    def facts(self, max_model_len: int) -> ModelFacts:
+        """The same for the wire, for an instance that serves up to `max_model_len` tokens."""
+        return ModelFacts(
+            architecture=self.architecture,
+            dtype=str(self.kv_layout.dtype).removeprefix("torch."),
+            vocab_size=self.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            num_parameters=self.num_parameters,
+            weights_bytes=self.weights_bytes,
+            kv_bytes_per_token=self.kv_layout.bytes_per_token,
+        )
+
+
+class Model:
+    """Weights bound to an architecture. Made by `build_model`."""
+
+    def __init__(self, module: Any, geometry: Geometry) -> None:
+        self._module = module
+        self.geometry = geometry
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The `transformers` model underneath."""
+        module: torch.nn.Module = self._module
+        return module
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Compute the batch's tokens, which then belong to their caches.
+
+        Returns the logits [num_logit_rows, vocab_size] in the model's dtype. If it raises, no cache
+        has changed.
+        """
+        inputs = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            "use_cache": False,
+            "batch": batch,
+        }
+        with torch.inference_mode():
+            if batch.logit_rows.numel():
+                output = self._module(**inputs, logits_to_keep=batch.logit_rows)
+                logits: torch.Tensor = output.logits[0]
+            else:
+                self._module.base_model(**inputs)
+                logits = torch.empty(0, self.geometry.vocab_size, dtype=self._module.dtype)
+        for span in batch.spans:
+            span.cache.commit(span.stop - span.start)
+        return logits
+
+    def warm_up(self) -> None:
+        """Compute one token and forget it, so that what is slow the first time, or not supported
+        by this architecture after all (`UnsupportedCheckpoint`), shows before a request does."""
+        cache = KVCache(self.geometry.kv_layout, 1)
+        self.forward(Batch.of([(cache, [0], True)]))
+        cache.close()
+
+
+def preload(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Import and warm up all that `build_model` will need for `config`, so that processes forked
+    from here need not. Starts no threads and keeps no memory. Raises `UnsupportedCheckpoint`."""
+    _skeleton(config, dtype)
+
+
+def build_model(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    generation_config: Mapping[str, Any] | None = None,
+) -> Model:
+    """Bind `tensors`, named as in the checkpoint, to the architecture that `config` describes.
+
+    `config` and `generation_config` are the parsed JSON files. Tensors may be read-only memory and
+    must stay mapped as long as the model lives. Of tied parameters, one is enough.
+    Raises `UnsupportedCheckpoint` and `CheckpointMismatch`.
+    """
+    module = _skeleton(config, dtype)
+    _bind(module, tensors, dtype)
+    module.requires_grad_(False)
+    module.eval()
+    return Model(module, _geometry(module, dtype, generation_config or {}))
+
+
+def _skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The architecture with its parameters on meta and its derived buffers computed."""
+    model_type = raw_config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedCheckpoint(
+            f"model_type {model_type!r} is not one that the transformers library knows"
+            + (
+                "; the checkpoint brings its own code (auto_map), which is never run here"
+                if "auto_map" in raw_config
+                else ""
+            )
+        )
+    config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(raw_config)))
+    _check_config(config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not model_class._supports_attention_backend:
+        raise UnsupportedCheckpoint(
+            f"{model_class.__name__} does not take another attention function"
+        )
+    # Initial values would only be overwritten. Ties are made when the tensors are known.
+    with no_init_weights(), torch.device("meta"):
+        module = model_class._from_config(config, dtype=dtype, attn_implementation=NAME)
+    _compute_buffers(module)
+    return module
+
+
+def _check_config(config: Any) -> None:
+    name = config.model_type
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise UnsupportedCheckpoint(f"model_type {name!r} is not a decoder that generates text")
+    if config.get_text_config() is not config:
+        raise UnsupportedCheckpoint(
+            f"model_type {name!r} takes more than text; serve its text model"
+        )
+    other_layers = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if other_layers:
+        raise UnsupportedCheckpoint(
+            f"model_type {name!r} has layers of type {sorted(other_layers)}"
+        )
+    for attribute in ("num_kv_shared_layers", "kv_lora_rank", "use_bidirectional_attention"):
+        if getattr(config, attribute, None):
+            raise UnsupportedCheckpoint(
+                f"model_type {name!r} with {attribute} is not computed here"
+            )
+
+
+def _compute_buffers(module: Any) -> None:
+    """Give buffers that no checkpoint holds their values, in private memory.
+
+    Only the model's own initialisation knows the values, and it would also fill parameters: so it
+    runs while those are still on meta. NaN shows a buffer that it has left alone.
+    """
+    owners: dict[str, torch.nn.Module] = {}
+    for name, owner in module.named_modules():
+        derived = owner._buffers.keys() & owner._non_persistent_buffers_set
+        for buffer_name in derived:
+            buffer = owner._buffers[buffer_name]
+            if buffer is None or not buffer.is_meta:
+                continue
+            if not buffer.is_floating_point():
+                raise UnsupportedCheckpoint(
+                    f"can't tell the values of the buffer {name}.{buffer_name}"
+                )
+            owner._buffers[buffer_name] = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype)
+            owners[name] = owner
+    for name, owner in owners.items():
+        module._init_weights(owner)
+        for buffer_name in owner._buffers.keys() & owner._non_persistent_buffers_set:
+            buffer = owner._buffers[buffer_name]
+            if buffer is not None and bool(buffer.isnan().any()):
+                raise UnsupportedCheckpoint(
+                    f"can't tell the values of the buffer {name}.{buffer_name}"
+                )
+
+
+def _bind(module: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Put each tensor in its parameter's place; a tied parameter without one shares its twin's."""
+    ties = _ties(module)
+    keeps_fp32 = _pattern(module._keep_in_fp32_modules | module._keep_in_fp32_modules_strict)
+    bound: dict[int, torch.nn.Parameter] = {}  # one parameter for one tensor keeps ties visible
+    known: set[str] = set()
+    missing: list[str] = []
+    wrong: list[str] = []
+    for prefix, owner in module.named_modules():
+        for kind in (owner._parameters, owner._buffers):
+            for short_name, slot in kind.items():
+                name = f"{prefix}.{short_name}" if prefix else short_name
+                if slot is None or short_name in owner._non_persistent_buffers_set:
+                    continue
+                known.add(name)
+                source = next((n for n in (name, *ties.get(name, ())) if n in tensors), None)
+                if source is None:
+                    missing.append(name)
+                    continue
+                tensor = tensors[source]
+                fits_dtype = (
+                    tensor.dtype == slot.dtype
+                    or (tensor.dtype == torch.float32 and keeps_fp32.search(name) is not None)
+                    or (kind is owner._buffers)
+                )
+                if tensor.shape != slot.shape or not fits_dtype:
+                    wrong.append(
+                        f"{name} is {_shown(tensor.shape, tensor.dtype)}, "
+                        f"the config says {_shown(slot.shape, slot.dtype)}"
+                    )
+                elif kind is owner._buffers:
+                    # A forward pass may write to a buffer.
+                    kind[short_name] = tensor.to(slot.dtype, copy=True)
+                else:
+                    kind[short_name] = bound.setdefault(
+                        id(tensor), torch.nn.Parameter(tensor, requires_grad=False)
+                    )
+    surplus = sorted(tensors.keys() - known)
+    unplaced = _would_change_results(module, surplus)
+    problems = [
+        f"{len(names)} {what} ({_first(names)})"
+        for what, names in (
+            ("missing", missing),
+            ("of another shape or dtype", wrong),
+            ("that this architecture has no place for", unplaced),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointMismatch(
+            f"the checkpoint's tensors don't fit {type(module).__name__} in {dtype}: "
+            + "; ".join(problems)
+        )
+    if surplus:
+        logger.warning("%d tensors are not used: %s", len(surplus), _first(surplus))
+
+
+def _ties(module: Any) -> dict[str, list[str]]:
+    """Of each tied parameter, its twins: whichever the checkpoint has stands for all."""
+    groups: dict[str, list[str]] = {}
+    for target, source in module.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(target)
+    return {name: group for group in groups.values() for name in group}
+
+
+def _would_change_results(module: Any, surplus: Sequence[str]) -> list[str]:
+    """Those of the `surplus` tensors that a module of ours would use if only it had a place for
+    them (a bias, say, that the config denies), or that make up a further layer: leaving them out
+    would compute another model. Copies of derived buffers and unknown side heads may go."""
+    ignored = _pattern(module._keys_to_ignore_on_load_unexpected)
+    modules = dict(module.named_modules())
+    lists = [name for name, part in modules.items() if isinstance(part, torch.nn.ModuleList)]
+    unplaced = []
+    for name in surplus:
+        owner_name, _, short_name = name.rpartition(".")
+        owner = modules.get(owner_name)
+        if ignored.search(name) or (owner is not None and short_name in owner._buffers):
+            continue
+        further_layer = any(
+            name.startswith(f"{prefix}.") and name[len(prefix) + 1 :].split(".")[0].isdecimal()
+            for prefix in lists
+        )
+        if owner is not None or further_layer:
+            unplaced.append(name)
+    return unplaced
+
+
+def _geometry(module: Any, dtype: torch.dtype, generation_config: Mapping[str, Any]) -> Geometry:
+    config = module.config
+    attentions = {}
+    for part in module.modules():
+        if hasattr(part, "layer_idx") and hasattr(part, "head_dim") and hasattr(part, "is_causal"):
+            attentions[part.layer_idx] = part
+    if sorted(attentions) != list(range(config.num_hidden_layers)):
+        raise UnsupportedCheckpoint(f"{type(module).__name__} has layers without a known attention")
+    layers = []
+    for index in range(config.num_hidden_layers):
+        part = attentions[index]
+        if not part.is_causal:
+            raise UnsupportedCheckpoint(f"{type(module).__name__} is not causal in layer {index}")
+        groups = getattr(part, "num_key_value_groups", 1)
+        layers.append(KVLayer(config.num_attention_heads // groups, part.head_dim))
+    parameters = {part.data_ptr(): part for part in module.parameters()}.values()
+    return Geometry(
+        architecture=type(module).__name__,
+        vocab_size=config.vocab_size,
+        max_model_len=_max_model_len(config),
+        eos_token_ids=_eos_token_ids(config, generation_config),
+        kv_layout=KVLayout(tuple(layers), dtype),
+        sliding_windows=_sliding_windows(config),
+        num_parameters=sum(part.numel() for part in parameters),
+        weights_bytes=sum(part.nbytes for part in parameters),
+    )
+
+
+def _max_model_len(config: Any) -> int:
+    """Positions for which a token's rotation depends on its own position alone.
+
+    "longrope" has other frequencies beyond its original length, for the whole batch at once: there,
+    a sequence would depend on its neighbours.
+    """
+    limit: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
+        if parameters.get("rope_type") == "longrope":
+            limit = min(limit, parameters["original_max_position_embeddings"])
+    return limit
+
+
+def _sliding_windows(config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _eos_token_ids(config: Any, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Those of the generation config where it names any, else the config's."""
+    eos = generation_config.get("eos_token_id")
+    if eos is None:
+        eos = config.eos_token_id
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _pattern(patterns: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(f"(?:{part})" for part in sorted(patterns)) or r"(?!)")
+
+
+def _shown(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
