@@ -170,7 +170,15 @@ class Text:
 
     def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
         # `encode` computes offsets too, and holds the interpreter's lock while it works.
-        batch = self._tokenizer.encode_batch_fast([prompt], add_special_tokens=add_special_tokens)
+        try:
+            batch = self._tokenizer.encode_batch_fast(
+                [prompt], add_special_tokens=add_special_tokens
+            )
+        except TypeError as error:  # a string that isn't Unicode text is no string to it
+            raise InvalidRequest(
+                "The prompt holds half of a surrogate pair, which is no text.",
+                param="prompt" if add_special_tokens else "messages",
+            ) from error
         ids: list[int] = batch[0].ids
         return ids
 

@@ -1,0 +1,56 @@
+"""The HTTP application: which paths there are, and what holds for all of them.
+
+Invariant: every answer outside 2xx (but that of /health) has an OpenAI error body, and no request's
+body is read further than `max_body_bytes`. There are no CORS headers: a web page of another origin
+can't use the API. Knows nothing of how tokens are made (`Generator`) or text is written (`Text`).
+"""
+
+import importlib.metadata
+from typing import Final
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+
+from server.openai import chat, completions, errors, models
+from server.openai.admission import Serving
+from server.openai.body_limit import BodyLimit
+
+__all__ = ["MAX_BODY_BYTES", "Serving", "create_app"]
+
+MAX_BODY_BYTES: Final = 32 << 20
+
+
+def create_app(serving: Serving, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The app for one served model. It owns nothing that needs closing."""
+    app = FastAPI(
+        title="onecopy",
+        version=_version(),
+        # The pages would load their scripts from elsewhere; /openapi.json is there.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    errors.install(app)
+    for routes in (completions.routes, chat.routes, models.routes):
+        app.include_router(routes(serving))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while at least one instance answers requests, else 503."""
+        num_ready = serving.generator.num_ready
+        if num_ready:
+            return JSONResponse({"status": "ok", "num_ready": num_ready})
+        return JSONResponse({"status": "not_ready", "num_ready": 0}, status_code=503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": _version()}
+
+    return app
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("onecopy")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+uninstalled"  # run from a checkout

@@ -1,0 +1,1 @@
+"""The OpenAI REST API over a `Generator` and a `Text`: routes, request and response bodies."""

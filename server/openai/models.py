@@ -1,0 +1,30 @@
+"""`GET /v1/models` and `GET /v1/models/{id}`: the one model that is served."""
+
+from fastapi import APIRouter
+
+from server.errors import NotReady
+from server.openai.admission import Serving, check_model
+from server.openai.schemas import Model, ModelList
+
+
+def routes(serving: Serving) -> APIRouter:
+    router = APIRouter()
+
+    def served() -> Model:
+        try:
+            max_model_len = serving.generator.facts.max_model_len
+        except NotReady:  # it is served all the same, as soon as an instance has loaded it
+            max_model_len = None
+        return Model(id=serving.model_name, created=serving.created, max_model_len=max_model_len)
+
+    @router.get("/v1/models")
+    async def models() -> ModelList:
+        return ModelList(data=[served()])
+
+    # A name may hold slashes.
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Model:
+        check_model(serving, name)
+        return served()
+
+    return router
