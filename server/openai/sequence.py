@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from server.errors import InstanceFailed
 from server.generation import Chunk, TokenStream
+from server.incremental import Detokenizer, StopStrings
 from server.openai.schemas import Finish
-from server.text import Detokenizer, StopStrings
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.text import Detokenizer, NoChatTemplate, StopStrings, Text
+from server.incremental import Detokenizer, StopStrings
+from server.text import NoChatTemplate, Text
 from server.tokenizer_files import TokenizerMissing
 
 CONTEXT = 8192
