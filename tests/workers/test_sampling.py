@@ -87,6 +87,28 @@ def test_filters_keep_just_the_likeliest() -> None:
     assert set(got.nonzero()[:, 0].tolist()) == set(order[:kept].tolist())
 
 
+def by_sorting_all(row: torch.Tensor, one: SamplingParams, index: int) -> int:
+    """The filters as their definition says, on the whole vocabulary in order."""
+    order = sorted(range(row.numel()), key=lambda token: (-float(row[token]), token))
+    weights = ((row.double() - row.max()) / one.temperature).exp()[order]
+    if one.top_k:
+        weights = weights[: one.top_k]
+    before = weights.cumsum(0) - weights
+    weights = weights[before < one.top_p * weights.sum()]
+    passed = weights.cumsum(0) <= uniform(one.seed, index) * weights.sum()
+    return order[int(passed.sum())]
+
+
+@pytest.mark.parametrize("spread", [0.5, 5.0])  # top_p among the first tokens, and beyond them
+@pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"top_k": 700}, {"top_k": 90, "top_p": 0.7}])
+def test_filters_on_a_large_vocabulary(spread: float, changes: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    row = spread * torch.randn(5000, generator=generator).to(torch.bfloat16)  # with many ties
+    one = params(seed=3, **changes)
+    got = sample(row.expand(40, -1), [one] * 40, range(40))
+    assert got == [by_sorting_all(row.float(), one, index) for index in range(40)]
+
+
 @given(st.integers(0, 1 << 40), st.data())
 def test_a_row_alone_gives_the_same_token(seed: int, data: st.DataObject) -> None:
     every = data.draw(
