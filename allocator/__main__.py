@@ -14,10 +14,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m allocator", description=__doc__)
     parser.add_argument("--runtime-dir")
     parser.add_argument("--memory-limit", type=int, metavar="BYTES")
+    parser.add_argument("--ready-fd", type=int, help="gets one byte once clients can connect")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s allocator: %(message)s")
     try:
-        run(RuntimeDir.open(arguments.runtime_dir), memory_limit=arguments.memory_limit)
+        run(
+            RuntimeDir.open(arguments.runtime_dir),
+            memory_limit=arguments.memory_limit,
+            ready_fd=arguments.ready_fd,
+        )
     except AllocatorError as error:
         print(f"onecopy allocator: {error}", file=sys.stderr)
         return 1

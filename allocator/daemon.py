@@ -307,8 +307,11 @@ class Daemon:
         )
 
 
-def run(runtime_dir: RuntimeDir, *, memory_limit: int | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. Raises AlreadyRunning."""
+def run(
+    runtime_dir: RuntimeDir, *, memory_limit: int | None = None, ready_fd: int | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT; `ready_fd` gets one byte, and is closed, once clients can
+    connect. Raises AlreadyRunning."""
     os.umask(0o077)
     daemon = Daemon(runtime_dir, memory_limit=memory_limit)
 
@@ -318,5 +321,8 @@ def run(runtime_dir: RuntimeDir, *, memory_limit: int | None = None) -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     log.info("allocator ready in %s", runtime_dir.path)
+    if ready_fd is not None:
+        os.write(ready_fd, b"\n")
+        os.close(ready_fd)
     daemon.serve()
     log.info("allocator stopped")

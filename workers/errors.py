@@ -42,6 +42,12 @@ class UnsupportedCheckpoint(CheckpointError):
     code = "unsupported_checkpoint"
 
 
+class InvalidSetting(WorkerError):
+    """The instance was told something that this model can't do."""
+
+    code = "invalid_setting"
+
+
 class OutOfKVMemory(WorkerError):
     """The machine can't give the memory for one more sequence."""
 

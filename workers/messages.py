@@ -131,9 +131,61 @@ class StepOutput(Message, tag="step", frozen=True):
 
 FromInstance = Loading | Ready | StartFailed | StepOutput
 
+
+# --- server → forkserver, and back (a private socket pair)
+
+
+class InstanceSpec(Message, frozen=True):
+    """All that an instance is told at its start. `requested_at` is CLOCK_MONOTONIC, in seconds, at
+    the moment somebody wanted it; `max_model_len` None is the model's own."""
+
+    name: Bounded
+    runtime_dir: Bounded
+    engines: Bounded
+    model: Bounded
+    dtype: Bounded
+    max_model_len: int | None
+    max_num_seqs: Annotated[int, msgspec.Meta(ge=1)]
+    token_budget: Annotated[int, msgspec.Meta(ge=1)]
+    num_threads: Annotated[int, msgspec.Meta(ge=1)]
+    requested_at: float
+
+
+class Start(Message, tag="start", frozen=True):
+    """Fork an instance. Answered by Started."""
+
+    spec: InstanceSpec
+
+
+class Up(Message, tag="up", frozen=True):
+    """The forkserver has imported what instances need, after `import_ms`."""
+
+    pid: int
+    import_ms: float
+
+
+class Started(Message, tag="started", frozen=True):
+    """The instance's process runs."""
+
+    name: Bounded
+    pid: int
+
+
+class Exited(Message, tag="exited", frozen=True):
+    """The instance's process ended: `status` is its exit status, or minus the signal's number."""
+
+    name: Bounded
+    pid: int
+    status: int
+
+
+FromForkserver = Up | Started | Exited
+
 _encoder = msgspec.msgpack.Encoder()
-_to_instance = msgspec.msgpack.Decoder(ToInstance)
-_from_instance = msgspec.msgpack.Decoder(FromInstance)
+_to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)
+_from_instance: msgspec.msgpack.Decoder[FromInstance] = msgspec.msgpack.Decoder(FromInstance)
+_start: msgspec.msgpack.Decoder[Start] = msgspec.msgpack.Decoder(Start)
+_from_forkserver: msgspec.msgpack.Decoder[FromForkserver] = msgspec.msgpack.Decoder(FromForkserver)
 
 
 def encode(message: Message) -> bytes:
@@ -149,3 +201,13 @@ def decode_to_instance(frame: bytes) -> ToInstance:
 def decode_from_instance(frame: bytes) -> FromInstance:
     """Raises `msgspec.ValidationError` or `msgspec.DecodeError` on anything but a valid message."""
     return _from_instance.decode(frame)
+
+
+def decode_start(frame: bytes) -> Start:
+    """Raises `msgspec.DecodeError` on anything but a valid message."""
+    return _start.decode(frame)
+
+
+def decode_from_forkserver(frame: bytes) -> FromForkserver:
+    """Raises `msgspec.DecodeError` on anything but a valid message."""
+    return _from_forkserver.decode(frame)

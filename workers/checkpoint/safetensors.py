@@ -2,7 +2,7 @@
 
 Owns the byte layout of the format: 8 bytes of header length (little-endian), a JSON header, then
 the tensors, without gaps (https://github.com/huggingface/safetensors, "Format"). Its library maps
-or copies whole tensors into private memory, and here the bytes must go from the file into the segment.
+or copies whole tensors into private memory; here the bytes go from the file into the segment.
 Invariant: nothing a header says is believed before it was checked against the file's size.
 """
 

@@ -1,0 +1,141 @@
+"""The admin API on its own Unix socket: who runs, in what state, and how many there should be.
+
+Owns its schemas, for the server's side and for the CLI's. Invariant: only the runtime directory's
+owner can reach it (the directory is 0700). Knows nothing of prompts.
+"""
+
+import time
+from typing import Final
+
+import httpx
+from fastapi import FastAPI
+from pydantic import BaseModel, Field
+
+from allocator import RuntimeDir
+from server.fleet import Fleet, Instance, State
+from server.router import Router
+from server.settings import Settings
+
+_TIMEOUT_S: Final = 10.0
+
+
+class InstanceStatus(BaseModel):
+    """One instance. Times are in milliseconds, from the moment it was wanted."""
+
+    name: str
+    pid: int | None
+    state: State
+    loaded: bool | None
+    """Whether it copied the weights in, once it is ready."""
+    ready_ms: float | None
+    startup_ms: dict[str, float]
+    uptime_s: float
+    num_requests: int
+    num_running: int
+    num_waiting: int
+    kv_bytes: int
+
+
+class ServerStatus(BaseModel):
+    """The server and its instances."""
+
+    pid: int
+    url: str
+    model: str
+    path: str
+    num_wanted: int
+    num_replaced: int
+    draining: bool
+    max_model_len: int | None
+    weights_bytes: int | None
+    forkserver_pid: int | None
+    instances: list[InstanceStatus]
+
+
+class Scale(BaseModel):
+    """How many instances there should be."""
+
+    num_instances: int = Field(ge=1, le=256)
+
+
+def create_admin_app(
+    fleet: Fleet, router: Router, settings: Settings, pid: int, url: str
+) -> FastAPI:
+    """The app for the admin socket."""
+    app = FastAPI(title="onecopy admin", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/status")
+    async def status() -> ServerStatus:
+        facts = fleet.facts
+        return ServerStatus(
+            pid=pid,
+            url=url,
+            model=settings.served_model_name,
+            path=str(settings.model),
+            num_wanted=fleet.num_wanted,
+            num_replaced=fleet.num_replaced,
+            draining=router.draining,
+            max_model_len=facts.max_model_len if facts else None,
+            weights_bytes=facts.weights_bytes if facts else None,
+            forkserver_pid=fleet.forkserver_pid,
+            instances=[_instance_status(one) for one in fleet.instances],
+        )
+
+    @app.put("/instances")
+    async def scale(wanted: Scale) -> ServerStatus:
+        await fleet.scale(wanted.num_instances)
+        return await status()
+
+    app.state.status = status
+    return app
+
+
+def _instance_status(instance: Instance) -> InstanceStatus:
+    ready, load = instance.ready, instance.load
+    return InstanceStatus(
+        name=instance.name,
+        pid=instance.pid,
+        state=instance.state,
+        loaded=ready.loaded if ready else None,
+        ready_ms=ready.startup_ms.get("total") if ready else None,
+        startup_ms=ready.startup_ms if ready else {},
+        uptime_s=time.monotonic() - instance.requested_at,
+        num_requests=len(instance.requests),
+        num_running=load.num_running if load else 0,
+        num_waiting=load.num_waiting if load else 0,
+        kv_bytes=load.kv_bytes if load else 0,
+    )
+
+
+class NoServer(Exception):
+    """No server answers in the runtime directory."""
+
+
+class AdminClient:
+    """The CLI's side. Raises NoServer where nobody answers."""
+
+    def __init__(self, runtime_dir: RuntimeDir):
+        self._runtime_dir = runtime_dir
+
+    def status(self) -> ServerStatus:
+        """What the server says of itself."""
+        return self._request("GET", "/status")
+
+    def scale(self, num_instances: int) -> ServerStatus:
+        """Ask for another number of instances; answered before they are ready."""
+        return self._request("PUT", "/instances", {"num_instances": num_instances})
+
+    def _request(self, method: str, path: str, body: dict[str, int] | None = None) -> ServerStatus:
+        transport = httpx.HTTPTransport(uds=str(self._runtime_dir.admin))
+        try:
+            with httpx.Client(
+                transport=transport, base_url="http://admin", timeout=_TIMEOUT_S
+            ) as client:
+                answer = client.request(method, path, json=body)
+                answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise NoServer(
+                f"no server answers in {self._runtime_dir.path}: start one with `onecopy serve`, "
+                "or name its directory with --runtime-dir"
+            ) from error
+        return ServerStatus.model_validate_json(answer.content)

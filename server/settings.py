@@ -1,0 +1,35 @@
+"""All that a server can be told, validated once, before anything starts.
+
+Knows nothing of where the values come from (command line, environment).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Settings(BaseModel):
+    """One server. Lengths are in tokens, times in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path
+    served_model_name: str
+    runtime_dir: Path
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    uds: Path | None = None
+    num_instances: int = Field(default=2, ge=1, le=256)
+    dtype: DtypeName = "auto"
+    max_model_len: int | None = Field(default=None, ge=2)
+    max_num_seqs: int = Field(default=16, ge=1, le=4096)
+    token_budget: int = Field(default=512, ge=1, le=1 << 20)
+    num_threads: int = Field(default=1, ge=1, le=1024)
+    max_queued: int = Field(default=256, ge=1)
+    """Requests beyond those that run; one more is refused with 503."""
+    drain_timeout_s: float = Field(default=30.0, gt=0)
+    memory_limit: int | None = Field(default=None, ge=1)
+    """Of the allocator, in bytes, where this server has to start one."""

@@ -1,0 +1,157 @@
+"""The server's side of the instances: start them, hear of their ends, exchange messages.
+
+Owns the forkserver's process and the engine socket. Torch-free and asyncio. Invariants: a process
+that was started here ends when this does; a message from a peer that is no instance of ours is
+dropped. Knows nothing of which instance should do what.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from workers.messages import (
+    MAX_FRAME_BYTES,
+    FromForkserver,
+    FromInstance,
+    InstanceSpec,
+    Start,
+    ToInstance,
+    Up,
+    decode_from_forkserver,
+    decode_from_instance,
+    encode,
+)
+
+log = logging.getLogger("onecopy.server")
+
+_CONTROL_FRAME_BYTES: Final = 1 << 16
+_ENVIRONMENT: Final[Mapping[str, str]] = {
+    # Instances share the cores: a thread that waits at a barrier must sleep, not spin.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # One malloc arena: per-thread ones keep freed scratch memory that nobody else can use.
+    "MALLOC_ARENA_MAX": "1",
+    # Large scratch tensors get mappings of their own, which go back to the kernel when freed.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class ForkserverEnded(Exception):
+    """The forkserver is gone, and all instances with it."""
+
+
+class Forkserver:
+    """The process that all instances are forked from."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", control: socket.socket):
+        self._process = process
+        self._control = control
+
+    @classmethod
+    def launch(cls, model: str, dtype: str) -> "Forkserver":
+        """Start it for one model; its `Up` comes when its imports are done."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-m", "workers.forkserver", str(theirs.fileno()), model, dtype],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT},
+            )
+        return cls(process, ours)
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def start(self, spec: InstanceSpec) -> None:
+        """Ask for an instance; a `Started` follows. Raises ForkserverEnded."""
+        try:
+            self._control.send(encode(Start(spec=spec)))
+        except OSError as error:
+            raise ForkserverEnded from error
+
+    async def receive(self) -> FromForkserver:
+        """The next event. Raises ForkserverEnded."""
+        loop = asyncio.get_running_loop()
+        try:
+            frame = await loop.sock_recv(self._control, _CONTROL_FRAME_BYTES)
+        except OSError as error:
+            raise ForkserverEnded from error
+        if not frame:
+            raise ForkserverEnded
+        return decode_from_forkserver(frame)
+
+    async def up(self) -> Up:
+        """Wait for the imports. Raises ForkserverEnded."""
+        event = await self.receive()
+        if not isinstance(event, Up):
+            raise ForkserverEnded
+        return event
+
+    async def close(self) -> None:
+        """End it, and with it every instance that still runs."""
+        self._control.close()
+        try:
+            await asyncio.wait_for(asyncio.to_thread(self._process.wait), timeout=5)
+        except TimeoutError:
+            self._process.send_signal(signal.SIGKILL)
+            await asyncio.to_thread(self._process.wait)
+
+
+class Engines:
+    """The ROUTER socket that instances connect to, addressed by the instance's name."""
+
+    def __init__(self, endpoint: str):
+        self._path = Path(endpoint.removeprefix("ipc://"))
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(endpoint)
+
+    async def receive(self) -> tuple[str, FromInstance]:
+        """The next valid message, and the name of the instance it came from."""
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                identity, frame = frames
+                return identity.decode(), decode_from_instance(frame)
+            except (ValueError, msgspec.DecodeError) as error:
+                log.warning("dropped a message on the engine socket: %s", error)
+
+    async def send(self, name: str, message: ToInstance) -> bool:
+        """False where no instance of this name is connected."""
+        try:
+            await self._socket.send_multipart([name.encode(), encode(message)])
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        """Close the socket and remove its name."""
+        self._socket.close(0)
+        self._context.term()
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()

@@ -1,0 +1,151 @@
+"""The forkserver: imports torch, transformers and the model's architecture once, then forks.
+
+Owns the instances' processes: starts them, reaps them, reports their ends. Invariants: no thread,
+no ZeroMQ context and no device call exists before a fork; an instance never outlives the
+forkserver, nor the forkserver the server that holds the other end of its socket. Knows nothing of
+requests.
+
+Started as `python -m workers.forkserver FD MODEL DTYPE`, where FD is its end of a SOCK_SEQPACKET
+pair.
+"""
+
+import gc
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from typing import Final
+
+MAX_FRAME_BYTES: Final = 1 << 16
+
+
+def main() -> int:
+    """Serve until the other end closes."""
+    started = time.monotonic()
+    # The server decides when to stop; a Ctrl-C in its terminal reaches the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s forkserver: %(message)s")
+    control = socket.socket(fileno=int(sys.argv[1]))
+    _preload(model=sys.argv[2], dtype=sys.argv[3])
+    forkserver = Forkserver(control)
+    forkserver.run(import_ms=(time.monotonic() - started) * 1000)
+    return 0
+
+
+def _preload(model: str, dtype: str) -> None:
+    """Import what an instance of `model` needs. A model that can't be read is no error here: the
+    instance will say what is wrong with it."""
+    import torch
+
+    from workers import process
+    from workers.checkpoint import open_checkpoint
+    from workers.errors import CheckpointError
+    from workers.model import preload
+
+    try:
+        checkpoint = open_checkpoint(model, dtype)
+        preload(json.loads(checkpoint.metadata()["config"]), checkpoint.dtype or torch.float32)
+    except CheckpointError as error:
+        logging.getLogger(process.__name__).debug("nothing preloaded: %s", error)
+    # Objects that will never be freed leave the collector's lists, so that a collection in a child
+    # does not touch, and so copy, the pages it shares with us.
+    gc.collect()
+    gc.freeze()
+
+
+class Forkserver:
+    """The loop: a request to fork, or a child's end."""
+
+    def __init__(self, control: socket.socket):
+        self._control = control
+        self._names: dict[int, str] = {}
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+
+    def run(self, import_ms: float) -> None:
+        """Announce, then serve until the server closes its end; then end all instances."""
+        from workers.messages import Up, encode
+
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        self._control.send(encode(Up(pid=os.getpid(), import_ms=import_ms)))
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._control, selectors.EVENT_READ)
+            selector.register(self._wake_read, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                if self._wake_read in ready:
+                    self._wake_read.recv(4096)
+                    self._reap()
+                if self._control in ready:
+                    frame = self._control.recv(MAX_FRAME_BYTES)
+                    if not frame:
+                        break
+                    self._start(frame, selector)
+        for pid in self._names:
+            os.kill(pid, signal.SIGKILL)
+
+    def _start(self, frame: bytes, selector: selectors.BaseSelector) -> None:
+        from workers.messages import Started, decode_start, encode
+
+        spec = decode_start(frame).spec
+        own_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _become_instance(own_pid, self, selector, frame)
+        self._names[pid] = spec.name
+        self._control.send(encode(Started(name=spec.name, pid=pid)))
+
+    def _reap(self) -> None:
+        from workers.messages import Exited, encode
+
+        while self._names:
+            pid, wait_status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            status = os.waitstatus_to_exitcode(wait_status)
+            name = self._names.pop(pid)
+            try:
+                self._control.send(encode(Exited(name=name, pid=pid, status=status)))
+            except BrokenPipeError:  # the server is gone; the loop sees it next
+                return
+
+    def release_in_child(self, selector: selectors.BaseSelector) -> None:
+        """Drop what belongs to the parent."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        selector.close()
+        self._control.close()
+        self._wake_read.close()
+        self._wake_write.close()
+
+
+def _become_instance(
+    parent_pid: int, forkserver: Forkserver, selector: selectors.BaseSelector, frame: bytes
+) -> None:
+    """In the child: run the instance and end the process. Never returns."""
+    status = 1
+    try:
+        from workers import kernel, process
+        from workers.messages import decode_start
+
+        kernel.die_with_parent(parent_pid)
+        forkserver.release_in_child(selector)
+        status = process.run(decode_start(frame).spec)
+    except BaseException:
+        logging.getLogger("onecopy.instance").exception("an instance ended by an error of ours")
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: the parent's exit handlers and buffers are not ours to run.
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""One instance's process: weights attached, model bound, engine fed from the server's socket.
+
+Owns the instance's life from its fork to its exit. Invariants: it announces itself exactly once,
+as ready or as failed; while requests run, messages are read between steps and never waited for;
+after a drain every accepted request has ended. Does not know text.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from typing import Final
+
+import msgspec
+import torch
+import zmq
+
+from allocator import AllocatorError, Client, RuntimeDir, connect
+from workers import kernel
+from workers.checkpoint import AttachedWeights, attach, open_checkpoint
+from workers.engine import Engine
+from workers.errors import InvalidSetting, WorkerError
+from workers.messages import (
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Abort,
+    Drain,
+    FromInstance,
+    Generate,
+    InstanceSpec,
+    Loading,
+    ModelFacts,
+    Ready,
+    StartFailed,
+    StepOutput,
+    decode_to_instance,
+    encode,
+)
+from workers.model import build_model
+
+log = logging.getLogger("onecopy.instance")
+
+_LINGER_MS: Final = 2000
+"""How long the last outputs may take to leave at the end."""
+
+
+def run(spec: InstanceSpec) -> int:
+    """The instance's whole life. Returns the process's exit status."""
+    kernel.set_process_name(f"onecopy:{spec.name}")
+    context = zmq.Context(io_threads=1)
+    server = context.socket(zmq.DEALER)
+    server.setsockopt(zmq.IDENTITY, spec.name.encode())
+    server.setsockopt(zmq.LINGER, _LINGER_MS)
+    server.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    server.connect(spec.engines)
+    try:
+        return _Instance(spec, server).run()
+    finally:
+        server.close()
+        context.term()
+
+
+class _Instance:
+    def __init__(self, spec: InstanceSpec, server: "zmq.Socket[bytes]"):
+        self._spec = spec
+        self._server = server
+        self._draining = False
+        self._phases: dict[str, float] = {}
+        self._phase_start = spec.requested_at
+
+    def run(self) -> int:
+        self._ended("fork")
+        try:
+            memory = connect(RuntimeDir.open(self._spec.runtime_dir, create=False))
+            self._ended("connect")
+            with memory:
+                engine = self._start(memory)
+                self._serve(engine)
+        except (WorkerError, AllocatorError) as error:
+            self._send(StartFailed(code=error.code, message=str(error)[:60_000]))
+            return 1
+        except (
+            RuntimeError,
+            MemoryError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+        ) as error:
+            # The architectures are not our code: whatever building one raises is shown to a person.
+            log.exception("the instance can't serve %s", self._spec.model)
+            message = f"{type(error).__name__}: {error}"[:60_000]
+            self._send(StartFailed(code="internal", message=message))
+            return 1
+        return 0
+
+    # --- start
+
+    def _start(self, memory: Client) -> Engine:
+        spec = self._spec
+        torch.set_num_threads(spec.num_threads)
+        checkpoint = open_checkpoint(spec.model, spec.dtype)
+        weights = attach(memory, checkpoint, self._loading)
+        self._ended("weights")
+        config = json.loads(weights.metadata["config"])
+        generation_config = json.loads(weights.metadata.get("generation_config", "{}"))
+        dtype = checkpoint.dtype or _float_dtype(weights)
+        model = build_model(config, weights.tensors, dtype, generation_config)
+        self._ended("model")
+        model.warm_up()
+        self._ended("first_forward")
+        limit = model.geometry.max_model_len
+        max_model_len = spec.max_model_len or limit
+        if max_model_len > limit:
+            raise InvalidSetting(
+                f"--max-model-len is {max_model_len}, but this model was made for {limit} tokens"
+            )
+        engine = Engine(model, max_model_len, spec.max_num_seqs, spec.token_budget)
+        self._announce(model.geometry.facts(max_model_len), weights)
+        return engine
+
+    def _announce(self, facts: ModelFacts, weights: AttachedWeights) -> None:
+        kernel.trim_heap()
+        self._phases["total"] = (time.monotonic() - self._spec.requested_at) * 1000
+        self._send(
+            Ready(
+                version=PROTOCOL_VERSION,
+                pid=os.getpid(),
+                facts=facts,
+                loaded=weights.loaded,
+                startup_ms=self._phases,
+            )
+        )
+
+    def _loading(self, num_bytes: int, total_bytes: int, writer: bool) -> None:
+        self._send(Loading(num_bytes=num_bytes, total_bytes=total_bytes, writer=writer))
+
+    def _ended(self, phase: str) -> None:
+        now = time.monotonic()
+        self._phases[phase] = (now - self._phase_start) * 1000
+        self._phase_start = now
+
+    # --- serve
+
+    def _serve(self, engine: Engine) -> None:
+        poller = zmq.Poller()
+        poller.register(self._server, zmq.POLLIN)
+        wake_read, wake_write = socket.socketpair()
+        with wake_read, wake_write:
+            wake_read.setblocking(False)
+            wake_write.setblocking(False)
+            poller.register(wake_read.fileno(), zmq.POLLIN)
+            signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+            signal.signal(signal.SIGTERM, lambda _number, _frame: self._drain())
+            try:
+                self._loop(engine, poller, wake_read)
+            finally:
+                signal.set_wakeup_fd(-1)
+
+    def _loop(self, engine: Engine, poller: zmq.Poller, wake: socket.socket) -> None:
+        while True:
+            events = dict(poller.poll(0 if engine.has_work else None))
+            if wake.fileno() in events:
+                wake.recv(4096)
+            if self._server in events:
+                self._read(engine)
+            if engine.has_work:
+                self._step(engine)
+            elif self._draining:
+                return
+
+    def _step(self, engine: Engine) -> None:
+        outputs = engine.step()
+        self._send(
+            StepOutput(
+                outputs=outputs,
+                num_running=engine.num_running,
+                num_waiting=engine.num_waiting,
+                kv_bytes=engine.kv_bytes,
+            )
+        )
+        if not engine.has_work:
+            kernel.trim_heap()
+
+    def _read(self, engine: Engine) -> None:
+        while True:
+            try:
+                frame = self._server.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = decode_to_instance(frame)
+            except msgspec.DecodeError:
+                log.exception("dropped a message that is not one of the protocol's")
+                continue
+            match message:
+                case Generate():
+                    engine.add(message)
+                case Abort(request_id=request_id):
+                    engine.abort(request_id)
+                case Drain():
+                    self._drain()
+
+    def _drain(self) -> None:
+        self._draining = True
+
+    def _send(self, message: FromInstance) -> None:
+        self._server.send(encode(message))
+
+
+def _float_dtype(weights: AttachedWeights) -> torch.dtype:
+    """The dtype of most of the parameters, where the checkpoint does not say."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in weights.tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
