@@ -16,7 +16,9 @@ def main() -> int:
     parser.add_argument("--memory-limit", type=int, metavar="BYTES")
     parser.add_argument("--ready-fd", type=int, help="gets one byte once clients can connect")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s allocator: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
     try:
         run(
             RuntimeDir.open(arguments.runtime_dir),

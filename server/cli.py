@@ -120,6 +120,7 @@ def serve(
             port=port,
             uds=uds.absolute() if uds else None,
             num_instances=instances,
+            sampling_defaults=source.sampling,
             dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -283,7 +284,7 @@ def _print_json(document: object) -> None:
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, datefmt="%H:%M:%S")
-    for noisy in ("httpx", "httpcore", "transformers"):
+    for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

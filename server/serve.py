@@ -75,6 +75,7 @@ async def serve(settings: Settings) -> None:
                 text=text,
                 model_name=settings.served_model_name,
                 created=int(time.time()),
+                sampling_defaults=settings.sampling_defaults,
             )
         )
         http = _HTTPServer(app, http_socket, access_log=True)
@@ -186,6 +187,8 @@ class _HTTPServer(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
+        # uvicorn silences its access log for the whole process when one of its servers has none.
+        logging.getLogger("uvicorn.access").propagate = True
         self._bound = bound
         self._up = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None

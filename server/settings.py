@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.generation import NO_ADVICE, SamplingDefaults
+
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -24,6 +26,7 @@ class Settings(BaseModel):
     uds: Path | None = None
     num_instances: int = Field(default=2, ge=1, le=256)
     dtype: DtypeName = "auto"
+    sampling_defaults: SamplingDefaults = NO_ADVICE
     max_model_len: int | None = Field(default=None, ge=2)
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
     token_budget: int = Field(default=512, ge=1, le=1 << 20)

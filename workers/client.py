@@ -40,6 +40,8 @@ _CONTROL_FRAME_BYTES: Final = 1 << 16
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     # Instances share the cores: a thread that waits at a barrier must sleep, not spin.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # numpy's own threads would exist before the fork, and torch does the work here.
+    "OPENBLAS_NUM_THREADS": "1",
     # One malloc arena: per-thread ones keep freed scratch memory that nobody else can use.
     "MALLOC_ARENA_MAX": "1",
     # Large scratch tensors get mappings of their own, which go back to the kernel when freed.

@@ -28,7 +28,9 @@ def main() -> int:
     started = time.monotonic()
     # The server decides when to stop; a Ctrl-C in its terminal reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s forkserver: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
     control = socket.socket(fileno=int(sys.argv[1]))
     _preload(model=sys.argv[2], dtype=sys.argv[3])
     forkserver = Forkserver(control)

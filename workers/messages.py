@@ -27,7 +27,8 @@ class SamplingParams(Message, frozen=True):
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
     The random number of the i-th generated token depends on (`seed`, i) alone, so that the same
-    seed gives the same text whatever else is in the batch, and on whichever instance.
+    seed gives the same text whatever else is in the batch, and on whichever instance; in bfloat16
+    as far as rounding, which differs with the batch's size, does not decide between two tokens.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1)]

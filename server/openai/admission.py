@@ -7,17 +7,18 @@ prompts become tokens nor what becomes of the answer.
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 from uuid import uuid4
 
 from server.errors import ContextLengthExceeded, InvalidRequest, UnknownModel
-from server.generation import Generator
+from server.generation import NO_ADVICE, Generator, SamplingDefaults
 from server.openai.schemas import GenerationRequest
 from server.openai.sequence import TextSequence
 from server.text import Text
 from workers.messages import ModelFacts, SamplingParams
 
 _SEED_BITS: Final = 63
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Serving:
     text: Text
     model_name: str
     created: int  # when the server began to serve it, in seconds since 1970
+    sampling_defaults: SamplingDefaults = NO_ADVICE
 
 
 def new_id(prefix: str) -> str:
@@ -56,6 +58,7 @@ def sampling_for(
     max_tokens: int | None,
     facts: ModelFacts,
     stop_token_ids: Sequence[int],
+    defaults: SamplingDefaults,
     param: str,
 ) -> SamplingParams:
     """The parameters of one sequence; `max_tokens` None means: what fits.
@@ -78,13 +81,17 @@ def sampling_for(
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
     return SamplingParams(
         max_tokens=max_tokens or left,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=max(request.top_k or 0, 0),
+        temperature=_or(request.temperature, defaults.temperature),
+        top_p=_or(request.top_p, defaults.top_p),
+        top_k=max(_or(request.top_k, defaults.top_k), 0),
         seed=seed & ((1 << _SEED_BITS) - 1),
         stop_token_ids=tuple(sorted(stop_ids)),
         ignore_eos=ignore_eos,
     )
+
+
+def _or(asked: Number | None, default: Number) -> Number:
+    return default if asked is None else asked
 
 
 def check_token_ids(token_ids: Sequence[int], facts: ModelFacts) -> None:

@@ -38,6 +38,7 @@ def routes(serving: Serving) -> APIRouter:
             max_tokens=body.max_completion_tokens or body.max_tokens,
             facts=facts,
             stop_token_ids=serving.text.stop_token_ids,
+            defaults=serving.sampling_defaults,
             param="messages",
         )
         chat_id, created = new_id("chatcmpl"), int(time.time())

@@ -40,6 +40,7 @@ def routes(serving: Serving) -> APIRouter:
                     max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
                     facts=facts,
                     stop_token_ids=serving.text.stop_token_ids,
+                    defaults=serving.sampling_defaults,
                     param="prompt",
                 ),
             )
