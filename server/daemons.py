@@ -1,11 +1,12 @@
 """The allocator beside a server: found where one runs, started where none does.
 
-Owns only an allocator that it started itself. Invariant: that one is stopped with the server, but
-not while others use it. Knows nothing of what the allocator does.
+Owns only an allocator that it started itself. Invariants: that one is replaced if it ends, and
+stopped with the server, but not while others use it. Knows nothing of what the allocator does.
 """
 
 import asyncio
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -18,34 +19,29 @@ from allocator import AllocatorError, AllocatorGone, ProcessIdentity, RuntimeDir
 
 _START_TIMEOUT_S: Final = 20.0
 _STOP_TIMEOUT_S: Final = 10.0
+_RETRY_S: Final = 1.0
+
+log = logging.getLogger("onecopy.server")
 
 
 class AllocatorProcess:
-    """An allocator that answers."""
+    """An allocator that answers, once `find_or_start` has returned."""
 
-    def __init__(self, runtime_dir: RuntimeDir, process: "subprocess.Popen[bytes] | None"):
+    def __init__(self, runtime_dir: RuntimeDir, memory_limit: int | None):
         self._runtime_dir = runtime_dir
-        self._process = process
-
-    @property
-    def started_here(self) -> bool:
-        """Whether this server started it."""
-        return self._process is not None
-
-    @classmethod
-    async def find_or_start(
-        cls, runtime_dir: RuntimeDir, memory_limit: int | None
-    ) -> "AllocatorProcess":
-        """Raises AllocatorError with the allocator's own words where it can't start."""
-        if runtime_dir.owner("allocator") is not None:
-            return cls(runtime_dir, None)
-        command = [sys.executable, "-m", "allocator", "--runtime-dir", str(runtime_dir.path)]
+        self._command = [sys.executable, "-m", "allocator", "--runtime-dir", str(runtime_dir.path)]
         if memory_limit is not None:
-            command += ["--memory-limit", str(memory_limit)]
+            self._command += ["--memory-limit", str(memory_limit)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def find_or_start(self) -> None:
+        """Raises AllocatorGone where none can be started; its own words are on stderr by then."""
+        if self._runtime_dir.owner("allocator") is not None:
+            return
         ready_read, ready_write = os.pipe()
         try:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [*command, "--ready-fd", str(ready_write)],
+                [*self._command, "--ready-fd", str(ready_write)],
                 pass_fds=[ready_write],
                 stdin=subprocess.DEVNULL,
                 # A session of its own: a Ctrl-C at the server must not end it before the instances.
@@ -54,33 +50,68 @@ class AllocatorProcess:
         finally:
             os.close(ready_write)
         try:
-            answer = await asyncio.wait_for(
-                asyncio.to_thread(os.read, ready_read, 1), _START_TIMEOUT_S
-            )
+            ready = await asyncio.wait_for(_readable(ready_read), _START_TIMEOUT_S)
+            answer = os.read(ready_read, 1) if ready else b""
         except TimeoutError:
             process.kill()
             answer = b""
         finally:
             os.close(ready_read)
         if not answer:
-            await asyncio.to_thread(process.wait)
+            await _end_of(process)
             raise AllocatorGone("the allocator did not start; its own message is above")
-        return cls(runtime_dir, process)
+        self._process = process
+
+    async def watch(self) -> None:
+        """Start another whenever the one that was started here ends. Instances go on with the
+        memory they map; those that start later load anew. Runs until it is cancelled."""
+        while self._process is not None:
+            status = await _end_of(self._process)
+            self._process = None
+            log.warning("the allocator ended with status %d; starting another", status)
+            while self._process is None:
+                try:
+                    await self.find_or_start()
+                except AllocatorGone:
+                    await asyncio.sleep(_RETRY_S)
 
     async def stop_if_unused(self) -> None:
-        """End the allocator that this server started, unless another session still uses it."""
-        if self._process is None:
+        """End the allocator that was started here, unless another session still uses it."""
+        process = self._process
+        if process is None:
             return
         # One that does not answer is ended all the same.
         with contextlib.suppress(AllocatorError), connect(self._runtime_dir) as memory:
             if memory.statistics().num_sessions > 1:
                 return
-        self._process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         try:
-            await asyncio.to_thread(self._process.wait, _STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
+            await asyncio.wait_for(_end_of(process), _STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await _end_of(process)
+
+
+async def _end_of(process: "subprocess.Popen[bytes]") -> int:
+    """Wait for a child's end without holding a thread, which a cancellation could not free."""
+    if process.poll() is None:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            await _readable(pidfd)
+        finally:
+            os.close(pidfd)
+    return process.wait()
+
+
+async def _readable(fd: int) -> bool:
+    """Until there is something to read, or the end."""
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+    loop.add_reader(fd, lambda: readable.done() or readable.set_result(True))
+    try:
+        return bool(await readable)
+    finally:
+        loop.remove_reader(fd)
 
 
 def stop_process(process: ProcessIdentity, timeout_s: float) -> bool:

@@ -49,8 +49,9 @@ async def serve(settings: Settings) -> None:
         stack.callback(_unbind, http_socket, settings.uds)
         stop = _Stop()
         stack.enter_context(stop.on_signals())
-        allocator = await AllocatorProcess.find_or_start(runtime_dir, settings.memory_limit)
+        allocator = AllocatorProcess(runtime_dir, settings.memory_limit)
         stack.push_async_callback(allocator.stop_if_unused)
+        await allocator.find_or_start()
 
         router = Router(settings)
         fleet = Fleet(settings, runtime_dir, router.listeners)
@@ -64,7 +65,7 @@ async def serve(settings: Settings) -> None:
         await admin.start()
 
         text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings))
-        stack.push_async_callback(_finish, text_task)
+        stack.push_async_callback(asyncio.wait, [text_task])
         if not await stop.unless_stopped(_started(fleet, settings)):
             return
         text = await text_task
@@ -83,8 +84,10 @@ async def serve(settings: Settings) -> None:
         await http.start()
         lock.announce(url)
         await _print_ready(admin_app, settings, url, text)
+        watching = asyncio.create_task(allocator.watch())
         await stop.unless_stopped(fleet.run())
 
+        watching.cancel()
         log.info("shutting down: waiting for %d requests", router.num_streams)
         router.draining = True
         drain = _drain(router, fleet, settings.drain_timeout_s)
@@ -109,10 +112,6 @@ async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
     if not await router.wait_idle(timeout_s):
         log.warning("%d requests did not end within %.0f s", router.num_streams, timeout_s)
     await fleet.drain(max(1.0, deadline - time.monotonic()))
-
-
-async def _finish(task: "asyncio.Task[Text]") -> None:
-    await asyncio.wait([task])
 
 
 def _load_text(settings: Settings) -> Text:

@@ -109,8 +109,9 @@ class _Instance:
         dtype = checkpoint.dtype or _float_dtype(weights)
         model = build_model(config, weights.tensors, dtype, generation_config)
         self._ended("model")
-        model.warm_up()
-        self._ended("first_forward")
+        if weights.loaded:  # who loads a model finds out whether it can be computed at all
+            model.warm_up()
+            self._ended("first_forward")
         limit = model.geometry.max_model_len
         max_model_len = spec.max_model_len or limit
         if max_model_len > limit:
@@ -119,6 +120,11 @@ class _Instance:
             )
         engine = Engine(model, max_model_len, spec.max_num_seqs, spec.token_budget)
         self._announce(model.geometry.facts(max_model_len), weights)
+        # A first pass touches every weight, so its length grows with the model: an instance that
+        # attached is ready before it, and makes it only if no request is there to do so.
+        if not weights.loaded and not self._server.poll(0):
+            model.warm_up()
+            kernel.trim_heap()
         return engine
 
     def _announce(self, facts: ModelFacts, weights: AttachedWeights) -> None:

@@ -1,0 +1,45 @@
+"""What every benchmark says of the machine and the commit it ran on."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import TypedDict
+
+
+class Machine(TypedDict):
+    """Where and what was measured."""
+
+    commit: str
+    cpu: str
+    num_cores: int
+    memory_bytes: int
+    kernel: str
+    python: str
+
+
+def describe_machine() -> Machine:
+    """Read from git and from the kernel."""
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    cpus = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in cpus if "model name" in line), "unknown")
+    return Machine(
+        commit=commit or "unknown",
+        cpu=model,
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        kernel=platform.release(),
+        python=platform.python_version(),
+    )
+
+
+def steal_ticks() -> int:
+    """Clock ticks that the host took from this machine's processors since boot (proc(5), stat)."""
+    return int(Path("/proc/stat").read_text().splitlines()[0].split()[8])
