@@ -1,0 +1,63 @@
+"""A real allocator in a process of its own.
+
+Owns the process. Invariant: once constructed it answers, and after `stop` or `kill` it is gone and
+waited for.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from allocator import Client, RuntimeDir, connect
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 20.0
+
+
+class DaemonProcess:
+    """`python -m allocator`, started and ready."""
+
+    def __init__(self, runtime_dir: RuntimeDir, *arguments: str):
+        self.runtime_dir = runtime_dir
+        ready_read, ready_write = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "allocator"),
+                    *("--runtime-dir", str(runtime_dir.path), "--ready-fd", str(ready_write)),
+                    *arguments,
+                ],
+                pass_fds=[ready_write],
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+            )
+        finally:
+            os.close(ready_write)
+        try:
+            ready = os.read(ready_read, 1)  # an end of file where it did not come up
+        finally:
+            os.close(ready_read)
+        if not ready:
+            raise AssertionError(f"the allocator ended with status {self.process.wait(TIMEOUT_S)}")
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process."""
+        return self.process.pid
+
+    def connect(self) -> Client:
+        """A session of the test's own process."""
+        return connect(self.runtime_dir)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status. Idempotent."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(TIMEOUT_S)
+
+    def kill(self) -> None:
+        """SIGKILL: no line of the daemon's code runs any more."""
+        self.process.kill()
+        self.process.wait(TIMEOUT_S)
