@@ -50,8 +50,8 @@ class AllocatorProcess:
         finally:
             os.close(ready_write)
         try:
-            ready = await asyncio.wait_for(_readable(ready_read), _START_TIMEOUT_S)
-            answer = os.read(ready_read, 1) if ready else b""
+            await asyncio.wait_for(_readable(ready_read), _START_TIMEOUT_S)
+            answer = os.read(ready_read, 1)
         except TimeoutError:
             process.kill()
             answer = b""
@@ -69,11 +69,14 @@ class AllocatorProcess:
             status = await _end_of(self._process)
             self._process = None
             log.warning("the allocator ended with status %d; starting another", status)
-            while self._process is None:
-                try:
-                    await self.find_or_start()
-                except AllocatorGone:
-                    await asyncio.sleep(_RETRY_S)
+            await self._start_again()
+
+    async def _start_again(self) -> None:
+        while True:
+            try:
+                return await self.find_or_start()
+            except AllocatorGone:
+                await asyncio.sleep(_RETRY_S)
 
     async def stop_if_unused(self) -> None:
         """End the allocator that was started here, unless another session still uses it."""
@@ -103,13 +106,13 @@ async def _end_of(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-async def _readable(fd: int) -> bool:
+async def _readable(fd: int) -> None:
     """Until there is something to read, or the end."""
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(fd, lambda: readable.done() or readable.set_result(True))
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
     try:
-        return bool(await readable)
+        await readable.wait()
     finally:
         loop.remove_reader(fd)
 

@@ -22,6 +22,8 @@ log = logging.getLogger("onecopy.server")
 _MAX_MOVES: Final = 3
 """A request that outlived so many instances may be what kills them."""
 _RETRY_AFTER_S: Final = 2
+_PATIENCE_S: Final = 2.0
+"""How long a request whose instance ended waits for the replacement before it joins a busy one."""
 _HOMELESS_S: Final = 60.0
 """How long a request waits for a new instance when there is none left."""
 
@@ -207,8 +209,25 @@ class Router:
                 )
                 self._end(stream)
             else:
-                log.info("moving request %s off instance %s", request_id, instance.name)
-                self._move(stream)
+                self._rehouse(stream)
+
+    def _rehouse(self, stream: Stream) -> None:
+        """An idle instance takes it at once. Else it waits for the one that replaces its own, which
+        takes a fraction of a second: joining a busy instance would slow that one's streams, change
+        how their sums are rounded, and queue behind them if it is full."""
+        idle = [one for one in self._instances() if not one.requests]
+        log.info("request %s moves to %s", stream.request_id, "an idle one" if idle else "the next")
+        if idle:
+            self._move(stream)
+            return
+        self._homeless.append(stream)
+        loop = asyncio.get_running_loop()
+        loop.call_later(_PATIENCE_S, self._lose_patience, stream)
+
+    def _lose_patience(self, stream: Stream) -> None:
+        if stream in self._homeless:
+            self._homeless.remove(stream)
+            self._move(stream)
 
     def _move(self, stream: Stream) -> None:
         task = asyncio.get_running_loop().create_task(self._place(stream))

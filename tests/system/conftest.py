@@ -1,0 +1,78 @@
+"""Servers for the tests of the whole system."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.running_server import Server
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> Iterator[Path]:
+    """Where tokenizers built from GGUF files are kept during the tests."""
+    folder = Path(tempfile.mkdtemp(prefix="onecopy-cache-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def make_server(cache_dir: Path) -> Iterator[Callable[..., Server]]:
+    """Start servers; whatever still runs at the end of the tests is killed, and fails them."""
+    servers: list[Server] = []
+
+    def start(model: str, *arguments: str, wait: bool = True, runtime_dir: Path | None = None):
+        folder = runtime_dir or Path(tempfile.mkdtemp(prefix="onecopy-t-"))
+        log = Path(tempfile.mkstemp(prefix="onecopy-log-")[1])
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "server.cli", "serve", model, "--port", "0"),
+                    *("--runtime-dir", str(folder), *arguments),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, "ONECOPY_CACHE_DIR": str(cache_dir), "HF_HUB_OFFLINE": "1"},
+            )
+        server = Server(process, folder, log)
+        servers.append(server)
+        if wait:
+            server.wait_ready()
+        return server
+
+    yield start
+    still_running = [server for server in servers if server.process.poll() is None]
+    for server in still_running:
+        server.onecopy("stop")
+        server.process.kill()
+        server.process.wait()
+    for server in servers:
+        if server.process.stdout is not None:
+            server.process.stdout.close()
+        shutil.rmtree(server.runtime_dir, ignore_errors=True)
+        server.log.unlink()
+    assert not still_running, "a test left its server running"
+
+
+@pytest.fixture(scope="session")
+def demo(make_server: Callable[..., Server]) -> Iterator[Server]:
+    """The demo model on two instances, for all tests that leave it as it was."""
+    server = make_server("demo", "--instances", "2", "--max-num-seqs", "8")
+    yield server
+    server.remember()
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The demo model's file."""
+    from server.model_source import DEMO, find_model
+
+    return find_model(DEMO).path

@@ -1,0 +1,130 @@
+"""A real server as a process, its clients, and proof that nothing of it is left afterwards."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+import pytest
+
+from allocator import ProcessIdentity, RuntimeDir
+from server.admin import AdminClient
+
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 90.0
+_PAUSE_S = 0.02
+_PAUSE = threading.Event()  # never set: between two looks the processes looked at may run
+
+
+@dataclass
+class Outcome:
+    """What a command printed and how it ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def onecopy(*arguments: str, timeout: float = 60.0, **environment: str) -> Outcome:
+    """Run the command line to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 30.0) -> object:
+    """The condition's first true value; fails the test after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout:.0f} s in vain for {what}")
+        _PAUSE.wait(_PAUSE_S)
+
+
+@dataclass
+class Server:
+    """`onecopy serve` as a process of its own."""
+
+    process: "subprocess.Popen[str]"
+    runtime_dir: Path
+    log: Path
+    url: str = ""
+    identities: set[ProcessIdentity] = field(default_factory=set)
+
+    @property
+    def model(self) -> str:
+        return self.status()["model"]
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := re.search(r"is ready: .* on (\S+)$", line.strip()):
+                self.url = found[1]
+                self.remember()
+                return
+        pytest.fail(f"the server did not become ready:\n{self.log.read_text()}")
+
+    def status(self) -> dict:
+        """What the server says of itself, by way of its admin socket."""
+        return AdminClient(RuntimeDir.open(self.runtime_dir)).status().model_dump()
+
+    def remember(self) -> dict:
+        """Note the processes that run now, so that `stop` can prove that they are gone."""
+        status = self.status()
+        pids = [status["pid"], status["forkserver_pid"]]
+        pids += [one["pid"] for one in status["instances"]]
+        if owner := RuntimeDir.open(self.runtime_dir).owner("allocator"):
+            pids.append(owner.pid)
+        self.identities |= {known for pid in pids if pid and (known := ProcessIdentity.of(pid))}
+        return status
+
+    def wait_instances(self, wanted: Callable[[list[dict]], bool], what: str) -> list[dict]:
+        def found() -> list[dict] | None:
+            instances = self.remember()["instances"]
+            return instances if wanted(instances) else None
+
+        return wait_until(found, what)
+
+    def onecopy(self, *arguments: str) -> Outcome:
+        return onecopy(*arguments, "--runtime-dir", str(self.runtime_dir))
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def stop(self) -> None:
+        """`onecopy stop`, and nothing is left: no process, no segment, no socket."""
+        outcome = self.onecopy("stop")
+        assert outcome.status == 0, outcome.stderr
+        self.process.wait(STOP_TIMEOUT_S)
+        self.assert_nothing_left()
+
+    def assert_nothing_left(self) -> None:
+        wait_until(
+            lambda: not any(one.is_alive() for one in self.identities), "the processes to end"
+        )
+        log = self.log.read_text()
+        left = leftovers(self.runtime_dir)
+        assert left == [], f"left behind: {left}\n{log}"
+        assert "Traceback" not in log, log
+
+
+def leftovers(runtime_dir: Path) -> list[str]:
+    """Segments and files of a runtime directory."""
+    prefix = RuntimeDir.open(runtime_dir).segment_prefix.lstrip("/")
+    segments = [path.name for path in Path("/dev/shm").glob(f"{prefix}*")]
+    return segments + sorted(path.name for path in runtime_dir.iterdir())

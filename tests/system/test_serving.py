@@ -1,0 +1,226 @@
+"""The demo model over REST, on two instances: what a user of the API relies on."""
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.system.running_server import Server
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n    ",
+    "Water boils at a temperature of",
+    "The three most important things to remember when you write a letter are these:\n1.",
+]
+NUM_TOKENS = 64
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_asked_for_the_capital_of_france_it_says_paris(demo: Server) -> None:
+    answer = demo.client().chat.completions.create(
+        model=demo.model, messages=FRANCE, temperature=0, max_tokens=32
+    )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_the_curl_line_that_is_printed_says_paris(demo: Server) -> None:
+    """No sampling parameters: the model's own advice holds, not temperature 1."""
+    answer = httpx.post(
+        f"{demo.url}/v1/chat/completions",
+        json={"model": demo.model, "messages": FRANCE},
+        timeout=60,
+    )
+    assert answer.status_code == 200
+    assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def reference(demo_path: Path) -> dict[str, tuple[list[int], list[int]]]:
+    """transformers' own greedy output on its own load of the same file: prompt → (prompt ids,
+    generated ids)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    source = {"pretrained_model_name_or_path": demo_path.parent, "gguf_file": demo_path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    outputs = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            generated = model.generate(
+                ids, max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=-1
+            )
+        outputs[prompt] = (ids[0].tolist(), generated[0, ids.shape[1] :].tolist())
+    return outputs
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_equals_transformers_token_for_token(
+    demo: Server, reference: dict[str, tuple[list[int], list[int]]], prompt: str
+) -> None:
+    answer = httpx.post(
+        f"{demo.url}/v1/completions",
+        json={
+            "model": demo.model,
+            "prompt": prompt,
+            "max_tokens": NUM_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
+        timeout=120,
+    ).json()["choices"][0]
+    prompt_ids, generated = reference[prompt]
+    assert answer["prompt_token_ids"] == prompt_ids
+    assert len(generated) == NUM_TOKENS
+    assert answer["token_ids"] == generated
+
+
+def test_streaming_gives_the_same_text_as_one_answer(demo: Server) -> None:
+    client, model = demo.client(), demo.model
+    common = {"model": model, "prompt": PROMPTS[1], "max_tokens": 48, "temperature": 0}
+    whole = client.completions.create(**common)
+    stream = client.completions.create(
+        **common, stream=True, stream_options={"include_usage": True}
+    )
+    pieces, usage = [], None
+    for chunk in stream:
+        pieces += [choice.text for choice in chunk.choices]
+        usage = chunk.usage or usage
+    assert len(pieces) > 10
+    assert "".join(pieces) == whole.choices[0].text
+    assert usage == whole.usage
+
+
+def test_chat_streams_to_the_official_client(demo: Server) -> None:
+    stream = demo.client().chat.completions.create(
+        model=demo.model, messages=FRANCE, temperature=0, max_tokens=32, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    text = "".join(choice.delta.content or "" for choice in chunks)
+    assert "Paris" in text
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_the_same_seed_gives_the_same_text_on_any_instance(demo: Server) -> None:
+    client, model = demo.client(), demo.model
+    common = {"model": model, "prompt": PROMPTS[1], "max_tokens": 24, "temperature": 0.8}
+    texts = [client.completions.create(**common, seed=7).choices[0].text for _ in range(3)]
+    assert len(set(texts)) == 1
+    assert client.completions.create(**common, seed=8).choices[0].text != texts[0]
+
+
+def test_a_stop_string_ends_the_text_before_it(demo: Server) -> None:
+    client, model = demo.client(), demo.model
+    common = {"model": model, "prompt": PROMPTS[0], "max_tokens": 32, "temperature": 0}
+    whole = client.completions.create(**common).choices[0].text
+    stop = whole[len(whole) // 2 :][:3]
+    cut = client.completions.create(**common, stop=stop).choices[0]
+    assert cut.text == whole[: whole.find(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_no_request_blocks_the_stream_of_another(demo: Server) -> None:
+    """More requests than instances: a short one ends while long ones still stream."""
+    client, model = demo.client(), demo.model
+    arrived: list[str] = []
+    lock = threading.Lock()
+
+    def stream(name: str, max_tokens: int) -> None:
+        for _ in client.completions.create(
+            model=model,
+            prompt=PROMPTS[1],
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ):
+            with lock:
+                arrived.append(name)
+
+    long = [threading.Thread(target=stream, args=(f"long{i}", 160)) for i in range(4)]
+    for thread in long:
+        thread.start()
+    stream("short", 4)
+    with lock:
+        at_end_of_short = len(arrived)
+    for thread in long:
+        thread.join()
+    after = arrived[at_end_of_short:]
+    assert {f"long{i}" for i in range(4)} <= set(after)
+    # The long ones took turns rather than following each other.
+    last_of_first = max(i for i, name in enumerate(arrived) if name == "long0")
+    assert any(name == "long3" for name in arrived[:last_of_first])
+
+
+def test_models_health_and_version(demo: Server) -> None:
+    assert [model.id for model in demo.client().models.list()] == [demo.model]
+    health = httpx.get(f"{demo.url}/health")
+    assert (health.status_code, health.json()["num_ready"]) == (200, 2)
+    assert httpx.get(f"{demo.url}/version").json()["version"]
+
+
+def test_errors_have_openai_bodies(demo: Server) -> None:
+    client = demo.client()
+    with pytest.raises(openai.NotFoundError, match="model"):
+        client.completions.create(model="no-such-model", prompt="x")
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.completions.create(model=demo.model, prompt="word " * 9000, max_tokens=8)
+    assert too_long.value.code == "context_length_exceeded"
+    assert "8192" in too_long.value.message
+    broken = httpx.post(
+        f"{demo.url}/v1/completions", content=b"{", headers={"content-type": "application/json"}
+    )
+    assert broken.status_code == 400
+    assert set(broken.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_one_copy_holds_for_four_instances(demo: Server) -> None:
+    """`verify` judges by the kernel's figures; scaled up instances attach, and scale down again."""
+    before = demo.status()["instances"]
+    assert demo.onecopy("scale", "4").status == 0
+    instances = demo.wait_instances(
+        lambda found: [one["state"] for one in found].count("ready") == 4, "four instances"
+    )
+    outcome = demo.onecopy("verify", "--json")
+    verdict = json.loads(outcome.stdout)
+    assert outcome.status == 0, verdict["problems"]
+    assert verdict["holds"]
+    assert len(verdict["instances"]) == 4
+    assert verdict["weights_pss_bytes"] <= verdict["weights_bytes"] + (1 << 20)
+    assert all(one["private_bytes"] <= 60_000_000 for one in verdict["instances"])
+    assert verdict["unshared_bytes"] - verdict["total_bytes"] == 3 * verdict["weights_bytes"]
+    further = [one for one in instances if one["name"] not in {old["name"] for old in before}]
+    assert [one["loaded"] for one in further] == [False, False]
+    assert demo.onecopy("verify", "--max-private", "1000000").status == 1
+    assert demo.onecopy("scale", "2").status == 0
+    left = demo.wait_instances(lambda found: len(found) == 2, "two instances")
+    assert [one["name"] for one in left] == [one["name"] for one in before]
+
+
+def test_ps_shows_what_the_kernel_counts(demo: Server) -> None:
+    outcome = demo.onecopy("ps", "--json")
+    assert outcome.status == 0
+    status = json.loads(outcome.stdout)
+    for instance in status["instances"]:
+        assert instance["state"] == "ready"
+        assert instance["model"] == demo.model
+        assert instance["shared_bytes"] >= status["weights_bytes"]
+        assert 0 < instance["private_bytes"] < status["weights_bytes"]
+        assert instance["ready_ms"] > 0
+    table = demo.onecopy("ps").stdout
+    for instance in status["instances"]:
+        assert re.search(rf"{instance['name']} +{instance['pid']} +ready", table)

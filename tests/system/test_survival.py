@@ -1,0 +1,164 @@
+"""Processes are killed while requests run; what must go on goes on, and nothing is left."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from allocator import ProcessIdentity, RuntimeDir
+from tests.system.running_server import Server, leftovers
+
+PROMPT = "Once upon a time, in a small village by the sea,"
+
+
+@pytest.fixture
+def server(make_server: Callable[..., Server]) -> Server:
+    return make_server("demo", "--instances", "2")
+
+
+class StreamingRequest:
+    """One greedy stream in a thread; `begun` is set at its first token."""
+
+    def __init__(self, server: Server, max_tokens: int):
+        self.begun = threading.Event()
+        self.text = ""
+        self.finish_reason: str | None = None
+        self._server = server
+        self._model = server.model
+        self._max_tokens = max_tokens
+
+    def run(self) -> "StreamingRequest":
+        stream = self._server.client().completions.create(
+            model=self._model,
+            prompt=PROMPT,
+            max_tokens=self._max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for chunk in stream:
+            self.text += chunk.choices[0].text
+            self.finish_reason = chunk.choices[0].finish_reason or self.finish_reason
+            self.begun.set()
+        return self
+
+
+def test_killed_instance_is_replaced_and_no_stream_is_lost(server: Server) -> None:
+    undisturbed = StreamingRequest(server, 120).run()
+    before = server.remember()["instances"]
+    with ThreadPoolExecutor(2) as pool:
+        streams = [StreamingRequest(server, 120) for _ in range(2)]
+        running = [pool.submit(stream.run) for stream in streams]
+        for stream in streams:
+            assert stream.begun.wait(60)
+        busy = server.status()["instances"]
+        assert [one["num_requests"] for one in busy] == [1, 1]
+        os.kill(before[0]["pid"], signal.SIGKILL)
+        after = server.wait_instances(
+            lambda found: (
+                [one["state"] for one in found] == ["ready", "ready"]
+                and before[0]["pid"] not in [one["pid"] for one in found]
+            ),
+            "a replacement",
+        )
+        results = [future.result(timeout=120) for future in running]
+    # The other instance's stream is exactly as without the kill. The moved one goes on from the
+    # tokens it had: its prompt is computed in one piece then, and rounding may differ in bfloat16,
+    # so it is held to its length and to what came before.
+    assert [result.finish_reason for result in results] == ["length", "length"]
+    assert undisturbed.text in {result.text for result in results}
+    assert all(result.text[:40] == undisturbed.text[:40] for result in results)
+    assert before[1]["pid"] in [one["pid"] for one in after]
+    replacement = next(one for one in after if one["pid"] != before[1]["pid"])
+    assert replacement["loaded"] is False
+    assert server.status()["num_replaced"] == 1
+    server.stop()
+
+
+def test_sigterm_lets_running_requests_end_and_leaves_nothing(server: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        stream = StreamingRequest(server, 100)
+        running = pool.submit(stream.run)
+        assert stream.begun.wait(60)
+        server.process.send_signal(signal.SIGTERM)
+        assert running.result(timeout=60).finish_reason == "length"
+    assert server.process.wait(60) == 0
+    server.assert_nothing_left()
+
+
+def test_killed_server_takes_its_instances_with_it_and_the_next_one_attaches(
+    server: Server, make_server: Callable[..., Server]
+) -> None:
+    server.remember()
+    owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
+    assert owner is not None
+    server.process.kill()
+    server.process.wait()
+    dying = [one for one in server.identities if one != owner.process]
+    for identity in dying:
+        assert _ended(identity)
+    assert owner.process.is_alive()
+    successor = make_server("demo", "--instances", "2", runtime_dir=server.runtime_dir)
+    assert [one["loaded"] for one in successor.status()["instances"]] == [False, False]
+    successor.identities |= server.identities
+    successor.stop()
+
+
+def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
+    status = server.remember()
+    directory = RuntimeDir.open(server.runtime_dir)
+    first = directory.owner("allocator")
+    assert first is not None
+    os.kill(first.pid, signal.SIGKILL)
+    answer = httpx.post(
+        f"{server.url}/v1/completions",
+        json={"model": status["model"], "prompt": "The capital of France is", "temperature": 0},
+        timeout=60,
+    )
+    assert "Paris" in answer.json()["choices"][0]["text"]
+    # Another allocator takes its place, and serves an instance that starts later.
+    assert server.onecopy("scale", "3").status == 0
+    server.wait_instances(
+        lambda found: [one["state"] for one in found] == ["ready"] * 3, "a third instance"
+    )
+    second = directory.owner("allocator")
+    assert second is not None
+    assert second.pid != first.pid
+    server.remember()
+    server.stop()
+
+
+def test_everything_killed_leaves_segments_that_the_next_start_removes(
+    server: Server, make_server: Callable[..., Server]
+) -> None:
+    server.remember()
+    owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
+    assert owner is not None
+    os.kill(owner.pid, signal.SIGSTOP)  # so that it can't react to the others' end
+    server.process.kill()
+    server.process.wait()
+    os.kill(owner.pid, signal.SIGKILL)
+    for identity in server.identities:
+        assert _ended(identity)
+    assert leftovers(server.runtime_dir) != []
+    successor = make_server("demo", "--instances", "1", runtime_dir=server.runtime_dir)
+    names = [name for name in leftovers(server.runtime_dir) if name.startswith("onecopy-")]
+    assert len(names) == 1
+    successor.stop()
+
+
+def _ended(identity: ProcessIdentity, timeout: float = 30.0) -> bool:
+    import select
+
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return not identity.is_alive() or bool(select.select([pidfd], [], [], timeout)[0])
+    finally:
+        os.close(pidfd)
