@@ -232,27 +232,44 @@ class Daemon:
             num_bytes=num_bytes,
             generation=generation,
         )
-        self._backend.reserve(handle.segment, num_bytes)
+        self._reserve_segment(handle)
         self._sets.reserve(session.number, key, handle)
         log.info("reserved %d bytes for %s, written by pid %d", num_bytes, key, session.pid)
         return Reserved(handle=handle)
 
     def _make_room(self, num_bytes: int) -> None:
+        busy = [(s, s.handle) for s in self._sets if s.handle is not None and s.state != "idle"]
+        busy_bytes = sum(handle.num_bytes for _, handle in busy)
+        if busy_bytes + num_bytes > self._limit:  # evicting what is idle would be in vain
+            holders = ", ".join(
+                f"{s.key} ({s.state}, {handle.num_bytes / 1e6:.1f} MB)" for s, handle in busy
+            )
+            raise OutOfDeviceMemory(
+                f"{num_bytes / 1e6:.1f} MB are needed, but of the limit of "
+                f"{self._limit / 1e6:.1f} MB {busy_bytes / 1e6:.1f} MB are in "
+                f"use: {holders or 'nothing'}. Stop one of them, or raise --memory-limit."
+            )
         while self._sets.used_bytes() + num_bytes > self._limit:
-            idle = self._sets.least_recently_used()
-            if idle is None:
-                holders = ", ".join(
-                    f"{s.key} ({s.state}, {s.handle.num_bytes / 1e6:.1f} MB)"
-                    for s in self._sets
-                    if s.handle is not None
-                )
-                raise OutOfDeviceMemory(
-                    f"{num_bytes / 1e6:.1f} MB are needed, but of the limit of "
-                    f"{self._limit / 1e6:.1f} MB {self._sets.used_bytes() / 1e6:.1f} MB are in "
-                    f"use: {holders or 'nothing'}. Stop one of them, or raise --memory-limit."
-                )
-            log.info("evicting %s, which nobody reads", idle.key)
-            self._apply(self._sets.evict(idle.key))
+            self._evict_one()
+
+    def _reserve_segment(self, handle: Handle) -> None:
+        """Others use the device as well, so it can be short below our limit: idle sets go then."""
+        while True:
+            try:
+                self._backend.reserve(handle.segment, handle.num_bytes)
+            except OutOfDeviceMemory:
+                if not self._evict_one():
+                    raise
+            else:
+                return
+
+    def _evict_one(self) -> bool:
+        idle = self._sets.least_recently_used()
+        if idle is None:
+            return False
+        log.info("evicting %s, which nobody reads", idle.key)
+        self._apply(self._sets.evict(idle.key))
+        return True
 
     def _seal_segment(self, number: int, key: str, generation: int) -> None:
         handle = self._sets.writing(number, key, generation).handle
