@@ -100,6 +100,13 @@ class Daemon:
         finally:
             self._close()
 
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT end the loop. The interpreter's own handler wakes the poll: ours in
+        Python would not run where a signal came just before the poll began to wait."""
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self.stop())
+
     def stop(self) -> None:
         """End the loop; safe in a signal handler and from another thread."""
         self._running = False
@@ -331,12 +338,7 @@ def run(
     connect. Raises AlreadyRunning."""
     os.umask(0o077)
     daemon = Daemon(runtime_dir, memory_limit=memory_limit)
-
-    def stop(_number: int, _frame: object) -> None:
-        daemon.stop()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    daemon.stop_on_signals()
     log.info("allocator ready in %s", runtime_dir.path)
     if ready_fd is not None:
         os.write(ready_fd, b"\n")
