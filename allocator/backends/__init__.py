@@ -47,7 +47,8 @@ class Backend(Protocol):
 
     def map(self, handle: Handle, *, writable: bool) -> Mapping:
         """Client side. Writable only for a writer before the seal. Raises StaleGeneration where the
-        segment is gone, OutOfDeviceMemory where its memory can't be committed."""
+        segment is gone, NotWriter where it is sealed, OutOfDeviceMemory where its memory can't be
+        committed."""
 
 
 def by_name(name: str) -> Backend:

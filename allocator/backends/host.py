@@ -13,7 +13,7 @@ from typing import Final
 
 import posix_ipc
 
-from allocator.errors import OutOfDeviceMemory, StaleGeneration
+from allocator.errors import NotWriter, OutOfDeviceMemory, StaleGeneration
 from allocator.messages import Handle
 
 SHM_ROOT: Final = Path("/dev/shm")  # noqa: S108 - where Linux mounts POSIX shared memory
@@ -95,6 +95,8 @@ class HostBackend:
             shared = posix_ipc.SharedMemory(handle.segment, read_only=not writable)
         except posix_ipc.ExistentialError as error:
             raise StaleGeneration(f"the segment {handle.segment} is gone") from error
+        except posix_ipc.PermissionsError as error:
+            raise NotWriter(f"the segment {handle.segment} is sealed, or not ours") from error
         try:
             if os.fstat(shared.fd).st_size != handle.num_bytes:
                 raise StaleGeneration(f"the segment {handle.segment} has another size")
