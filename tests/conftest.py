@@ -33,8 +33,8 @@ def runtime_dir(no_leaks: Leaks) -> Iterator[RuntimeDir]:
     path = Path(tempfile.mkdtemp(prefix="onecopy-", dir="/tmp"))
     opened = RuntimeDir.open(path)
     no_leaks.watch(opened)
-    yield opened
     try:
+        yield opened
         no_leaks.check()
     finally:
         shutil.rmtree(path)

@@ -7,6 +7,7 @@ directories and to this process counts, so other programs on the machine can't f
 import ctypes
 import gc
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,9 +109,20 @@ class Leaks:
         return lines
 
     def check(self, timeout_s: float = 10.0) -> None:
-        """Fails, naming each thing, where something is left when the deadline has passed."""
+        """Fails, naming each thing, where something is left when the deadline has passed. It is
+        then ended and removed, so that the tests that follow do not suffer."""
         deadline = time.monotonic() + timeout_s
         while lines := self.found():
             gc.collect()
-            assert time.monotonic() < deadline, "left behind:\n" + "\n".join(lines)
+            if time.monotonic() > deadline:
+                self._clear()
+                raise AssertionError("left behind:\n" + "\n".join(lines))
             time.sleep(_POLL_S)
+
+    def _clear(self) -> None:
+        for pid in children().keys() - self._children:
+            os.kill(pid, signal.SIGKILL)
+        for _, prefix in self._directories:
+            for name in segments(prefix):
+                (SHM_ROOT / name).unlink()
+        self._descriptors = descriptors()
