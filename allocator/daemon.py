@@ -9,6 +9,7 @@ ends the process, since handing out wrong memory is worse than restarting. Never
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import time
@@ -65,6 +66,8 @@ class Daemon:
         self._sessions: dict[int, Session] = {}  # by the lifeline's file descriptor
         self._by_token: dict[bytes, Session] = {}
         self._segment_number = 0
+        # A client may hold a handle of the daemon before us: no name may come again.
+        self._run = secrets.token_hex(4)
         self._started = time.monotonic()
         self._running = True
         with contextlib.ExitStack() as undo:
@@ -235,7 +238,7 @@ class Daemon:
         self._segment_number += 1
         handle = Handle(
             backend=self._backend.name,
-            segment=f"{self._prefix}{self._segment_number}",
+            segment=f"{self._prefix}{self._run}-{self._segment_number}",
             num_bytes=num_bytes,
             generation=generation,
         )
@@ -251,10 +254,10 @@ class Daemon:
             holders = ", ".join(
                 f"{s.key} ({s.state}, {handle.num_bytes / 1e6:.1f} MB)" for s, handle in busy
             )
+            used = f", and {busy_bytes / 1e6:.1f} MB of it are in use: {holders}. Stop one of them,"
             raise OutOfDeviceMemory(
-                f"{num_bytes / 1e6:.1f} MB are needed, but of the limit of "
-                f"{self._limit / 1e6:.1f} MB {busy_bytes / 1e6:.1f} MB are in "
-                f"use: {holders or 'nothing'}. Stop one of them, or raise --memory-limit."
+                f"{num_bytes / 1e6:.1f} MB are needed, but the limit is {self._limit / 1e6:.1f} MB"
+                f"{used + ' or raise' if busy else '. Raise'} --memory-limit."
             )
         while self._sets.used_bytes() + num_bytes > self._limit:
             self._evict_one()
