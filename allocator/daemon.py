@@ -61,7 +61,7 @@ class Daemon:
         self, runtime_dir: RuntimeDir, *, backend: str = "host", memory_limit: int | None = None
     ):
         self._backend: Backend = by_name(backend)
-        self._limit = min(memory_limit or 1 << 62, self._backend.limit_bytes())
+        self._limit = memory_limit
         self._sets = WeightSets()
         self._sessions: dict[int, Session] = {}  # by the lifeline's file descriptor
         self._by_token: dict[bytes, Session] = {}
@@ -250,6 +250,8 @@ class Daemon:
     def _make_room(self, num_bytes: int) -> None:
         busy = [(s, s.handle) for s in self._sets if s.handle is not None and s.state != "idle"]
         busy_bytes = sum(handle.num_bytes for _, handle in busy)
+        if self._limit is None:
+            return  # the device itself says when it is full
         if busy_bytes + num_bytes > self._limit:  # evicting what is idle would be in vain
             holders = ", ".join(
                 f"{s.key} ({s.state}, {handle.num_bytes / 1e6:.1f} MB)" for s, handle in busy
@@ -314,7 +316,7 @@ class Daemon:
             pid=os.getpid(),
             uptime_s=now - self._started,
             device=self._backend.device,
-            limit_bytes=self._limit,
+            limit_bytes=min(self._limit or 1 << 62, self._backend.limit_bytes()),
             used_bytes=self._sets.used_bytes(),
             num_sessions=len(self._sessions),
             weight_sets=tuple(

@@ -22,18 +22,6 @@ MAX_SOCKET_PATH_BYTES: Final = 107
 LONGEST_NAME: Final = "allocator-requests.sock"
 
 
-def default_path() -> Path:
-    """`$ONECOPY_RUNTIME_DIR`, else systemd's `$RUNTIME_DIRECTORY`, else `$XDG_RUNTIME_DIR/onecopy`,
-    else a private directory under the system's temporary one."""
-    if named := os.environ.get("ONECOPY_RUNTIME_DIR"):
-        return Path(named)
-    if given := os.environ.get("RUNTIME_DIRECTORY"):
-        return Path(given.split(":")[0])
-    if xdg := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(xdg) / "onecopy"
-    return Path(tempfile.gettempdir()) / f"onecopy-{os.getuid()}"
-
-
 class Owner(msgspec.Struct, frozen=True):
     """What a running daemon writes into its lock file."""
 
@@ -56,7 +44,7 @@ class RuntimeDir:
     @classmethod
     def open(cls, path: Path | str | None = None, *, create: bool = True) -> "RuntimeDir":
         """Checks the directory, making it where it is missing. Raises `RuntimeDirError`."""
-        chosen = Path(path) if path is not None else default_path()
+        chosen = Path(path) if path is not None else cls.default_path()
         chosen = chosen.absolute()
         if len(os.fsencode(chosen / LONGEST_NAME)) > MAX_SOCKET_PATH_BYTES:
             raise RuntimeDirError(
@@ -91,6 +79,18 @@ class RuntimeDir:
                 "--runtime-dir or ONECOPY_RUNTIME_DIR."
             )
         return cls(chosen)
+
+    @staticmethod
+    def default_path() -> Path:
+        """`$ONECOPY_RUNTIME_DIR`, else systemd's `$RUNTIME_DIRECTORY`, else
+        `$XDG_RUNTIME_DIR/onecopy`, else a private directory under the system's temporary one."""
+        if named := os.environ.get("ONECOPY_RUNTIME_DIR"):
+            return Path(named)
+        if given := os.environ.get("RUNTIME_DIRECTORY"):
+            return Path(given.split(":")[0])
+        if xdg := os.environ.get("XDG_RUNTIME_DIR"):
+            return Path(xdg) / "onecopy"
+        return Path(tempfile.gettempdir()) / f"onecopy-{os.getuid()}"
 
     @property
     def lifeline(self) -> Path:

@@ -4,6 +4,7 @@ Owns its schemas, for the server's side and for the CLI's. Invariant: only the r
 owner can reach it (the directory is 0700). Knows nothing of prompts.
 """
 
+import os
 import time
 from typing import Final
 
@@ -12,10 +13,12 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from allocator import RuntimeDir
+from server.daemons import AllocatorProcess
 from server.fleet import Fleet, Instance, State
 from server.router import Router
 from server.settings import Settings
 
+ADMIN_PATHS: Final = frozenset({"/status", "/instances", "/allocator"})
 _TIMEOUT_S: Final = 10.0
 
 
@@ -52,6 +55,12 @@ class ServerStatus(BaseModel):
     instances: list[InstanceStatus]
 
 
+class KeepAllocator(BaseModel):
+    """Whether the allocator, if the server started it, goes on when the server ends."""
+
+    keep: bool
+
+
 class Scale(BaseModel):
     """How many instances there should be."""
 
@@ -59,7 +68,7 @@ class Scale(BaseModel):
 
 
 def create_admin_app(
-    fleet: Fleet, router: Router, settings: Settings, pid: int, url: str
+    fleet: Fleet, router: Router, allocator: AllocatorProcess, settings: Settings, url: str
 ) -> FastAPI:
     """The app for the admin socket."""
     app = FastAPI(title="onecopy admin", docs_url=None, redoc_url=None, openapi_url=None)
@@ -68,7 +77,7 @@ def create_admin_app(
     async def status() -> ServerStatus:
         facts = fleet.facts
         return ServerStatus(
-            pid=pid,
+            pid=os.getpid(),
             url=url,
             model=settings.served_model_name,
             path=str(settings.model),
@@ -84,6 +93,11 @@ def create_admin_app(
     @app.put("/instances")
     async def scale(wanted: Scale) -> ServerStatus:
         await fleet.scale(wanted.num_instances)
+        return await status()
+
+    @app.put("/allocator")
+    async def keep_allocator(wish: KeepAllocator) -> ServerStatus:
+        allocator.keep = wish.keep
         return await status()
 
     app.state.status = status
@@ -124,6 +138,10 @@ class AdminClient:
     def scale(self, num_instances: int) -> ServerStatus:
         """Ask for another number of instances; answered before they are ready."""
         return self._request("PUT", "/instances", {"num_instances": num_instances})
+
+    def keep_allocator(self) -> ServerStatus:
+        """Let the allocator go on when the server ends."""
+        return self._request("PUT", "/allocator", {"keep": True})
 
     def _request(self, method: str, path: str, body: dict[str, int] | None = None) -> ServerStatus:
         transport = httpx.HTTPTransport(uds=str(self._runtime_dir.admin))

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from allocator import AllocatorError, RuntimeDir, connect
 from server import console, process_memory
-from server.admin import AdminClient, NoServer, ServerStatus
+from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
 from server.daemons import stop_process
 from server.errors import ServerError
 from server.fleet import StartError
@@ -168,6 +168,7 @@ def ps(as_json: JsonOption = False, runtime_dir: RuntimeDirOption = None) -> Non
                 }
             )
             return
+        console.out.print(console.server_line(status), markup=False)
         console.out.print(console.instances_table(status, memories))
 
 
@@ -200,7 +201,11 @@ def verify(
         pids = {one.pid for one in ready}
         used = [one for one in weight_sets if pids & set(one.reader_pids)]
         if not used:
-            _fail("no ready instance reads a weight set: look at `onecopy ps`")
+            _fail(
+                "the allocator knows of no weight set that a ready instance reads. Either none is "
+                "ready (`onecopy ps`), or the allocator was restarted after they attached: then "
+                "`onecopy stop` and start again, to hold one copy"
+            )
         verdict = judge(
             used[0].segment,
             used[0].num_bytes,
@@ -234,6 +239,10 @@ def stop(
             owner = directory.owner(role)
             if owner is None:
                 continue
+            if role == "server":
+                if keep_allocator:
+                    AdminClient(directory).keep_allocator()
+                console.err.print(f"stopping the server (pid {owner.pid}) after its requests")
             gently = stop_process(owner.process, _STOP_TIMEOUT_S)
             stopped.append(f"{role} (pid {owner.pid}{'' if gently else ', killed'})")
         if not stopped:
@@ -286,6 +295,13 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, datefmt="%H:%M:%S")
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.access").addFilter(_is_not_admin)
+
+
+def _is_not_admin(record: logging.LogRecord) -> bool:
+    """uvicorn has one access log for all its servers; `onecopy ps` in a loop should not fill it."""
+    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+    return path not in ADMIN_PATHS
 
 
 if __name__ == "__main__":

@@ -77,11 +77,16 @@ class StartDisplay:
 
 
 def ready_lines(
-    status: ServerStatus, memories: Sequence[ProcessMemory | None], curl: str, version: str
+    status: ServerStatus,
+    memories: Sequence[ProcessMemory | None],
+    curl: str,
+    version: str,
+    runtime_dir: str | None,
 ) -> str:
-    """What `onecopy serve` prints once it serves."""
+    """What `onecopy serve` prints once it serves; `runtime_dir` where commands must name it."""
     known = [memory for memory in memories if memory is not None]
     private = ", ".join(megabytes(memory.private_bytes) for memory in known)
+    shared = max((memory.shared_bytes for memory in known), default=0)
     starts = sorted(
         (one for one in status.instances if one.ready_ms is not None),
         key=lambda one: (not one.loaded, one.ready_ms),
@@ -91,14 +96,16 @@ def ready_lines(
         for one in starts
     )
     count = len(status.instances)
+    option = f" --runtime-dir {runtime_dir}" if runtime_dir else ""
     return "\n".join(
         (
             f"onecopy {version} is ready: {status.model} on {status.url}",
             f"  instances  {count}, ready after {times}",
-            f"  memory     {megabytes(status.weights_bytes or 0)} of weights, held once and mapped "
-            f"by {count} instances; private to each: {private}",
+            f"  memory     {megabytes(shared)} of weights, held once and mapped by {count} "
+            f"instances; private to each: {private}",
             f"  try        {curl}",
-            "  stop       Ctrl-C, or `onecopy stop`; look with `onecopy ps` and `onecopy verify`",
+            f"  look       onecopy ps{option}, onecopy verify{option}",
+            f"  stop       Ctrl-C, or onecopy stop{option}",
         )
     )
 
@@ -116,6 +123,16 @@ def curl_line(url: str, uds: str | None, model: str, chat: bool) -> str:
         body = {"model": model, "prompt": "The capital of France is", "max_tokens": 16}
     base = f"--unix-socket {uds} http://localhost" if uds else url
     return f"curl {base}{path} -H 'content-type: application/json' -d '{json.dumps(body)}'"
+
+
+def server_line(status: ServerStatus) -> str:
+    """What stands above the table of `onecopy ps`."""
+    states = [one.state for one in status.instances]
+    return (
+        f"{status.model} on {status.url}: {states.count('ready')} of {status.num_wanted} instances "
+        f"ready, {status.num_replaced} replaced so far; server pid {status.pid}"
+        f"{', shutting down' if status.draining else ''}"
+    )
 
 
 def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | None]) -> Table:
@@ -171,16 +188,19 @@ def verdict_text(verdict: Verdict) -> Table:
 def verdict_lines(verdict: Verdict) -> str:
     """What the table adds up to."""
     count = len(verdict.instances)
-    lines = [
+    shares = (
         f"{megabytes(verdict.weights_bytes)} of weights in {verdict.segment} (inode "
-        f"{verdict.inode}), counted once: the shares add up to "
-        f"{megabytes(verdict.weights_pss_bytes)}.",
-        f"{count} instances take {megabytes(verdict.total_bytes)}; {count} private copies would "
-        f"take {megabytes(verdict.unshared_bytes)}.",
-    ]
-    if verdict.holds:
-        lines.append("One copy: holds.")
-    else:
-        lines.append("One copy: DOES NOT HOLD.")
-        lines += [f"  - {problem}" for problem in verdict.problems]
-    return "\n".join(lines)
+        f"{verdict.inode}); the instances' shares of them add up to "
+        f"{megabytes(verdict.weights_pss_bytes)}."
+    )
+    if not verdict.holds:
+        problems = [f"  - {problem}" for problem in verdict.problems]
+        return "\n".join((shares, "One copy: DOES NOT HOLD.", *problems))
+    return "\n".join(
+        (
+            shares,
+            f"{count} instances take {megabytes(verdict.total_bytes)}; {count} private copies "
+            f"would take {megabytes(verdict.unshared_bytes)}.",
+            "One copy: holds.",
+        )
+    )

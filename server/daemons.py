@@ -33,6 +33,8 @@ class AllocatorProcess:
         if memory_limit is not None:
             self._command += ["--memory-limit", str(memory_limit)]
         self._process: subprocess.Popen[bytes] | None = None
+        self.keep = False
+        """Whether it goes on, with its weights, when the server ends."""
 
     async def find_or_start(self) -> None:
         """Raises AllocatorGone where none can be started; its own words are on stderr by then."""
@@ -81,7 +83,7 @@ class AllocatorProcess:
     async def stop_if_unused(self) -> None:
         """End the allocator that was started here, unless another session still uses it."""
         process = self._process
-        if process is None:
+        if process is None or self.keep:
             return
         # One that does not answer is ended all the same.
         with contextlib.suppress(AllocatorError), connect(self._runtime_dir) as memory:

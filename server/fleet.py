@@ -266,6 +266,7 @@ class Fleet:
             "loaded the weights" if message.loaded else "attached to the shared weights",
         )
         self._changed.set()
+        self._fill_up()
 
     def _ended(self, instance: Instance, how: str) -> None:
         was = instance.state
@@ -299,7 +300,10 @@ class Fleet:
     def _fill_up(self) -> None:
         if self._draining or self._forkserver is None:
             return
-        missing = self.num_wanted - sum(one.state != "draining" for one in self.instances)
+        # The first one alone: it loads the weights, or shows that they can't be served; the others
+        # then attach, instead of waiting for it on the same cores.
+        wanted = self.num_wanted if self.facts is not None else 1
+        missing = wanted - sum(one.state != "draining" for one in self.instances)
         for _ in range(missing):
             name = f"i{self._num_named}"
             self._num_named += 1

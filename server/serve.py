@@ -58,8 +58,8 @@ async def serve(settings: Settings) -> None:
         router.bind(fleet)
         stack.push_async_callback(fleet.close)
         fleet.launch()
-        admin_app = create_admin_app(fleet, router, settings, os.getpid(), url)
-        admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin), access_log=False)
+        admin_app = create_admin_app(fleet, router, allocator, settings, url)
+        admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
         await admin.start()
@@ -79,7 +79,7 @@ async def serve(settings: Settings) -> None:
                 sampling_defaults=settings.sampling_defaults,
             )
         )
-        http = _HTTPServer(app, http_socket, access_log=True)
+        http = _HTTPServer(app, http_socket)
         stack.push_async_callback(http.close)
         await http.start()
         lock.announce(url)
@@ -124,7 +124,10 @@ async def _print_ready(admin_app: FastAPI, settings: Settings, url: str, text: T
     uds = str(settings.uds) if settings.uds else None
     curl = console.curl_line(url, uds, settings.served_model_name, text.has_chat_template)
     version = importlib.metadata.version("onecopy")
-    console.out.print(console.ready_lines(status, memories, curl, version), markup=False)
+    chosen = RuntimeDir.default_path() != settings.runtime_dir
+    runtime_dir = str(settings.runtime_dir) if chosen else None
+    lines = console.ready_lines(status, memories, curl, version, runtime_dir)
+    console.out.print(lines, markup=False)
 
 
 class _Stop:
@@ -175,19 +178,16 @@ class _Stop:
 class _HTTPServer(uvicorn.Server):
     """uvicorn on a socket that is bound already, without signal handlers of its own."""
 
-    def __init__(self, app: FastAPI, bound: socket.socket, *, access_log: bool):
+    def __init__(self, app: FastAPI, bound: socket.socket):
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
-                access_log=access_log,
                 lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=5,
             )
         )
-        # uvicorn silences its access log for the whole process when one of its servers has none.
-        logging.getLogger("uvicorn.access").propagate = True
         self._bound = bound
         self._up = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None

@@ -75,7 +75,10 @@ class Forkserver:
 
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
-        self._control.send(encode(Up(pid=os.getpid(), import_ms=import_ms)))
+        try:
+            self._control.send(encode(Up(pid=os.getpid(), import_ms=import_ms)))
+        except BrokenPipeError:  # the server gave up while we imported
+            return
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
@@ -89,6 +92,7 @@ class Forkserver:
                     if not frame:
                         break
                     self._start(frame, selector)
+        signal.set_wakeup_fd(-1)  # the ends of those that are killed now wake nobody
         for pid in self._names:
             os.kill(pid, signal.SIGKILL)
 
