@@ -58,6 +58,8 @@ check: setup ## ruff, layout, mypy strict, import directions
 	@$(ENV_PYTHON) -m mypy
 	@$(ENV_PYTHON) -m pytest -q tests/test_imports.py
 
+# Tests run torch in several processes at once: a thread that waits must sleep, not spin.
+test test-gpu: export OMP_WAIT_POLICY = PASSIVE
 test: check ## all checks, then the whole test suite (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(ARGS)
 

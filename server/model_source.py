@@ -51,6 +51,11 @@ def find_model(model: str) -> ModelSource:
         files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
         if path.is_dir() and not (path / "config.json").exists() and len(files) == 1:
             path = files[0]
+        if path.is_dir() and not (path / "config.json").exists():
+            raise ModelNotFound(
+                f"{path} holds neither config.json nor a single .gguf file: give a Hugging Face "
+                "model folder, or a .gguf file"
+            )
         name = path.stem if path.is_file() else path.name
         return ModelSource(name, path, _advised_sampling(path))
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):

@@ -43,6 +43,8 @@ async def serve(settings: Settings) -> None:
     """
     async with contextlib.AsyncExitStack() as stack:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
+        if settings.model.is_dir():
+            tokenizer_folder(settings.model)  # one that is missing is no reason to load first
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)
         http_socket, url = _bind(settings)
@@ -65,7 +67,7 @@ async def serve(settings: Settings) -> None:
         await admin.start()
 
         text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings))
-        stack.push_async_callback(asyncio.wait, [text_task])
+        stack.push_async_callback(_settled, text_task)
         if not await stop.unless_stopped(_started(fleet, settings)):
             return
         text = await text_task
@@ -112,6 +114,11 @@ async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
     if not await router.wait_idle(timeout_s):
         log.warning("%d requests did not end within %.0f s", router.num_streams, timeout_s)
     await fleet.drain(max(1.0, deadline - time.monotonic()))
+
+
+async def _settled(task: "asyncio.Task[Text]") -> None:
+    """Until it has ended. Its error is of no interest to who waits for this."""
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _load_text(settings: Settings) -> Text:
