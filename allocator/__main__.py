@@ -15,9 +15,12 @@ def main() -> int:
     parser.add_argument("--runtime-dir")
     parser.add_argument("--memory-limit", type=int, metavar="BYTES")
     parser.add_argument("--ready-fd", type=int, help="gets one byte once clients can connect")
+    parser.add_argument("--quiet", action="store_true", help="log warnings only")
     arguments = parser.parse_args()
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+        level=logging.WARNING if arguments.quiet else logging.INFO,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
     )
     try:
         run(

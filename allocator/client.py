@@ -3,14 +3,16 @@
 Owns one session: its lifeline, its requests, and the weight sets it opened. Invariants: every wait
 is bounded; requests are correlated, so that a late reply to one that was given up is never taken
 for another's; once the allocator is gone every call says so, while mapped memory stays valid.
-Thread-safe: one request is on its way at a time.
+Thread-safe: one request is on its way at a time. A forked child can't use it, nor harm it.
 """
 
+import contextlib
 import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
@@ -45,7 +47,11 @@ class WeightSetReader:
         self.handle = handle
         self._mapping = backends.by_name(handle.backend).map(handle, writable=False)
         described = self._mapping.buffer[manifest.offset : manifest.offset + manifest.num_bytes]
-        self.manifest: Manifest = messages.decode_manifest(described)
+        try:
+            self.manifest: Manifest = messages.decode_manifest(described)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            self.release()
+            raise InvalidMessage(f"the manifest of {key!r} can't be read: {error}") from error
 
     def tensors(self) -> "dict[str, torch.Tensor]":
         """Name → aliased, read-only tensor. Imports torch."""
@@ -161,6 +167,7 @@ class Client:
         self._lifeline = Lifeline.connect(runtime_dir.lifeline, timeout_s)
         self._owner_pid = os.getpid()
         self._lock = threading.RLock()
+        self._next_turn = threading.RLock()
         self._request_ids = itertools.count(1)
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
@@ -171,6 +178,7 @@ class Client:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._lifeline.connection.fileno(), zmq.POLLIN)
         self._closed = False
+        _open_clients.add(self)
 
     @property
     def daemon_pid(self) -> int:
@@ -233,12 +241,16 @@ class Client:
         return not self._closed and self._lifeline.is_open()
 
     def close(self) -> None:
-        """End the session: the allocator takes back all it held. Idempotent."""
-        if self._closed:
+        """End the session: the allocator takes back all it held. Idempotent. Waits for the request
+        that another thread has on its way."""
+        if self._owner_pid != os.getpid():
+            self._drop_inherited()
             return
-        self._closed = True
-        self._lifeline.close()
-        if self._owner_pid == os.getpid():
+        with self._exclusive():
+            if self._closed:
+                return
+            self._closed = True
+            self._lifeline.close()
             self._socket.close(0)
             self._context.term()
 
@@ -253,16 +265,37 @@ class Client:
     ) -> None:
         self.close()
 
+    def _drop_inherited(self) -> None:
+        """In a forked child: the parent's session must not live on because our copy of its lifeline
+        does. What ZeroMQ holds belongs to threads that were not forked, so it is left alone."""
+        self._closed = True
+        self._lifeline.close()
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        # A lock alone would go to the thread that has just released it and asks again, for as long
+        # as it waits for a weight set; here whoever came second holds the door until its turn.
+        with self._next_turn:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _exchange(self, message: messages.Request) -> messages.Reply:
-        with self._lock:
+        if self._owner_pid != os.getpid():  # before the lock, which a lost thread may hold
+            raise AllocatorGone("this session belongs to the parent process: connect() anew")
+        frame = messages.encode(message)
+        if len(frame) > messages.MAX_FRAME_BYTES:
+            raise InvalidMessage(
+                f"the request takes {len(frame)} bytes, at most {messages.MAX_FRAME_BYTES} can be "
+                "sent"
+            )
+        with self._exclusive():
             if self._closed:
                 raise AllocatorGone("this session is closed")
-            if self._owner_pid != os.getpid():
-                raise AllocatorGone("this session belongs to the parent process: connect() anew")
             request_id = next(self._request_ids).to_bytes(messages.REQUEST_ID_BYTES, "big")
-            self._socket.send_multipart(
-                [request_id, self._lifeline.welcome.token, messages.encode(message)]
-            )
+            self._socket.send_multipart([request_id, self._lifeline.welcome.token, frame])
             reply = self._await(request_id)
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
@@ -286,6 +319,17 @@ class Client:
                     "allocator runs."
                 )
         raise WaitTimeout(f"the allocator did not answer within {REQUEST_TIMEOUT_S:.0f} s")
+
+
+_open_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for client in list(_open_clients):
+        client._drop_inherited()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def connect(runtime_dir: RuntimeDir | Path | str | None = None, timeout_s: float = 10.0) -> Client:

@@ -197,7 +197,7 @@ class Daemon:
             raise Unauthorized("no open lifeline stands behind this token")
         try:
             request = decode_request(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidMessage(f"not a request: {error}") from error
         return self._dispatch(session, reply_to, request)
 

@@ -27,6 +27,7 @@ from allocator.messages import (
 )
 
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid (unix(7))
+_TIMEVAL: Final = struct.Struct("ll")  # struct timeval: seconds, microseconds
 _BACKLOG: Final = 64
 _WELCOME_BYTES: Final = 8192
 
@@ -112,9 +113,14 @@ class Lifeline:
         """Open a session. Raises AllocatorGone where nobody listens, or what the daemon refused
         with."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        connection.settimeout(timeout_s)
+        # The kernel waits for room in a busy daemon's queue only where the socket blocks: one with a
+        # timeout of Python's would be told EAGAIN at once.
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*_seconds_and_micros(timeout_s))
+        )
         try:
             connection.connect(os.fspath(path))
+            connection.settimeout(timeout_s)
             frame = connection.recv(_WELCOME_BYTES)
             answer = decode_lifeline(frame)
         except (OSError, msgspec.DecodeError) as error:
@@ -148,6 +154,11 @@ class Lifeline:
     def close(self) -> None:
         """End the session."""
         self.connection.close()
+
+
+def _seconds_and_micros(timeout_s: float) -> tuple[int, int]:
+    """At least a microsecond, since 0 would mean forever."""
+    return divmod(max(1, int(timeout_s * 1_000_000)), 1_000_000)
 
 
 def _count_from(start: int) -> Iterator[int]:

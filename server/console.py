@@ -5,14 +5,23 @@ Knows nothing of how the figures came about.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from server.admin import ServerStatus
 from server.fleet import Instance
@@ -33,6 +42,20 @@ def milliseconds(value: float) -> str:
     return f"{value / 1000:.2f} s" if value >= 1000 else f"{value:.0f} ms"
 
 
+class ConsoleHandler(logging.Handler):
+    """Log lines by way of the console that draws the progress bar, so that they stand above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(self.format(record), markup=False)
+
+
+class _LoadedSize(DownloadColumn):
+    """Nothing as long as there is nothing to load."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text()
+
+
 class StartDisplay:
     """A bar for the instance that loads, and a line for those that wait. Silent without a terminal,
     where the log tells the same."""
@@ -42,7 +65,7 @@ class StartDisplay:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
+            _LoadedSize(),
             console=err,
             transient=True,
             disable=not err.is_terminal,

@@ -30,6 +30,7 @@ class AllocatorProcess:
     def __init__(self, runtime_dir: RuntimeDir, memory_limit: int | None):
         self._runtime_dir = runtime_dir
         self._command = [sys.executable, "-m", "allocator", "--runtime-dir", str(runtime_dir.path)]
+        self._command.append("--quiet")  # the server's log tells what matters of its weights
         if memory_limit is not None:
             self._command += ["--memory-limit", str(memory_limit)]
         self._process: subprocess.Popen[bytes] | None = None
