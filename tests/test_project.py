@@ -94,7 +94,7 @@ def test_make_targets_are_explained_and_exist() -> None:
     for document in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "docs/architecture.md"):
         # In code only, `make test` or a line of a block: prose may "make sure" of something.
         text = (ROOT / document).read_text()
-        named = set(re.findall(r"(?:`|^\s*\$?\s*)make ([a-z-]+)", text, re.MULTILINE))
+        named = set(re.findall(r"(?:`|^\s*\$?\s*)make (?:-C \S+ )?([a-z-]+)", text, re.MULTILINE))
         assert named <= CONTRACT, f"{document} names {sorted(named - CONTRACT)}"
 
 
