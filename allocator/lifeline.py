@@ -113,8 +113,8 @@ class Lifeline:
         """Open a session. Raises AllocatorGone where nobody listens, or what the daemon refused
         with."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        # The kernel waits for room in a busy daemon's queue only where the socket blocks: one with a
-        # timeout of Python's would be told EAGAIN at once.
+        # The kernel waits for room in a busy daemon's queue only where the socket blocks: one with
+        # a timeout of Python's would be told EAGAIN at once.
         connection.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(*_seconds_and_micros(timeout_s))
         )

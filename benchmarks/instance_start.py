@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import Machine, describe_machine, steal_ticks
+from _machine import Machine, describe_machine, steal_ticks
 
 from server import process_memory
 
