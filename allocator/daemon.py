@@ -265,12 +265,14 @@ class Daemon:
             self._evict_one()
 
     def _reserve_segment(self, handle: Handle) -> None:
-        """Others use the device as well, so it can be short below our limit: idle sets go then."""
+        """Others use the device as well, so it can be short below our limit: idle sets go then,
+        unless even an otherwise empty device could not hold the segment."""
+        in_vain = handle.num_bytes > self._backend.limit_bytes()
         while True:
             try:
                 self._backend.reserve(handle.segment, handle.num_bytes)
             except OutOfDeviceMemory:
-                if not self._evict_one():
+                if in_vain or not self._evict_one():
                     raise
             else:
                 return
