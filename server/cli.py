@@ -6,6 +6,7 @@ Invariants: every expected failure is one line on stderr that names the fix, and
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -34,11 +35,15 @@ _STOP_TIMEOUT_S: Final = 60.0
 
 app = typer.Typer(
     name="onecopy",
-    help="One copy of the weights on each device, however many instances serve it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_EXAMPLES: Final = """Begin with `onecopy serve demo`, and in a second terminal `onecopy ps`,
+`onecopy verify`, `onecopy scale 4`, `onecopy stop`."""
+_SERVE_EXAMPLES: Final = """Examples: `onecopy serve demo`; `onecopy serve ./Qwen3-0.6B
+--instances 4 --max-model-len 4096`; `onecopy serve model.gguf --uds /run/llm.sock`."""
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -53,7 +58,23 @@ RuntimeDirOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.out.print(f"onecopy {importlib.metadata.version('onecopy')}")
+        raise typer.Exit
+
+
+@app.callback(epilog=_EXAMPLES)
+def _common(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """One copy of the weights on each device, however many instances serve it."""
+
+
+@app.command(epilog=_SERVE_EXAMPLES)
 def serve(
     model: Annotated[
         str,
