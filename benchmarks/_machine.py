@@ -2,6 +2,7 @@
 
 import os
 import platform
+import statistics
 import subprocess
 from pathlib import Path
 from typing import TypedDict
@@ -43,3 +44,14 @@ def describe_machine() -> Machine:
 def steal_ticks() -> int:
     """Clock ticks that the host took from this machine's processors since boot (proc(5), stat)."""
     return int(Path("/proc/stat").read_text().splitlines()[0].split()[8])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and extremes of repeated measurements."""
+    ordered = sorted(values)
+    return {
+        "median": round(statistics.median(ordered), 1),
+        "min": round(ordered[0], 1),
+        "max": round(ordered[-1], 1),
+        "num": len(ordered),
+    }

@@ -19,10 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from _machine import Machine, describe_machine, steal_ticks
+from _machine import Machine, describe_machine, spread, steal_ticks
+from _server import onecopy, running_server, server_status, wait_ready
 
 from server import process_memory
 
@@ -58,22 +58,8 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     if arguments.random_layers:
         model = str(_random_llama(folder / "random-llama", arguments.random_layers))
     steal = steal_ticks()
-    wanted = time.monotonic()
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "server.cli", "serve", model),
-            *("--instances", "1", "--port", "0", "--runtime-dir", str(runtime_dir)),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        for line in server.stdout:
-            if "is ready" in line:
-                break
-        ready_line_ms = (time.monotonic() - wanted) * 1000
-        status = _status(runtime_dir)
+    with running_server(model, runtime_dir, num_instances=1) as ready_line_ms:
+        status = server_status(runtime_dir)
         cold = status["instances"][0]
         if arguments.random_layers:
             checkpoint = Path(model)
@@ -85,8 +71,8 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
             peer_time, peer_bytes = _run_peer(checkpoint)
             peer_ms.append(peer_time)
             peer_private.append(peer_bytes)
-            _onecopy(runtime_dir, "scale", str(count))
-            status = _wait_ready(runtime_dir, count)
+            onecopy(runtime_dir, "scale", str(count))
+            status = wait_ready(runtime_dir, count)
         further = status["instances"][1:]
         return {
             "benchmark": "instance_start",
@@ -101,21 +87,18 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
                 "private_bytes": cold["private_bytes"],
             },
             "further_instance": {
-                "ready_ms": _spread([one["ready_ms"] for one in further]),
+                "ready_ms": spread([one["ready_ms"] for one in further]),
                 "phases_ms": {
                     phase: round(statistics.median(one["startup_ms"][phase] for one in further), 1)
                     for phase in further[0]["startup_ms"]
                 },
-                "private_bytes": _spread([one["private_bytes"] for one in further]),
+                "private_bytes": spread([one["private_bytes"] for one in further]),
             },
             "peer_transformers_process": {
-                "ready_ms": _spread(peer_ms),
-                "private_bytes": _spread(peer_private),
+                "ready_ms": spread(peer_ms),
+                "private_bytes": spread(peer_private),
             },
         }
-    finally:
-        _onecopy(runtime_dir, "stop")
-        server.wait(timeout=60)
 
 
 def _random_llama(folder: Path, num_layers: int) -> Path:
@@ -198,38 +181,6 @@ def _run_peer(checkpoint: Path) -> tuple[float, int]:
     peer.communicate()
     assert memory is not None
     return float(line), memory.private_bytes
-
-
-def _wait_ready(runtime_dir: Path, count: int) -> dict:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        status = _status(runtime_dir)
-        if [one["state"] for one in status["instances"]].count("ready") == count:
-            return status
-    raise TimeoutError(f"{count} instances did not become ready")
-
-
-def _status(runtime_dir: Path) -> dict:
-    return json.loads(_onecopy(runtime_dir, "ps", "--json"))
-
-
-def _onecopy(runtime_dir: Path, *arguments: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments, "--runtime-dir", str(runtime_dir)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {
-        "median": round(statistics.median(ordered), 1),
-        "min": round(ordered[0], 1),
-        "max": round(ordered[-1], 1),
-        "num": len(ordered),
-    }
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

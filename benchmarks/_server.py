@@ -1,0 +1,58 @@
+"""A server of the benchmark's own, driven by the command line as a person would."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def running_server(model: str, runtime_dir: Path, *, num_instances: int) -> Iterator[float]:
+    """Serve `model`; gives the milliseconds from the process's start to its ready line."""
+    wanted = time.monotonic()
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "server.cli", "serve", model, "--port", "0"),
+            *("--instances", str(num_instances), "--runtime-dir", str(runtime_dir)),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        for line in server.stdout:
+            if "is ready" in line:
+                break
+        yield (time.monotonic() - wanted) * 1000
+    finally:
+        onecopy(runtime_dir, "stop")
+        server.wait(timeout=60)
+
+
+def onecopy(runtime_dir: Path, *arguments: str) -> str:
+    """What a command prints."""
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments, "--runtime-dir", str(runtime_dir)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+
+
+def server_status(runtime_dir: Path) -> dict[str, Any]:
+    """`onecopy ps --json`."""
+    return json.loads(onecopy(runtime_dir, "ps", "--json"))
+
+
+def wait_ready(runtime_dir: Path, count: int) -> dict[str, Any]:
+    """Until so many instances are ready, and no other is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status = server_status(runtime_dir)
+        if [one["state"] for one in status["instances"]] == ["ready"] * count:
+            return status
+    raise TimeoutError(f"{count} instances did not become ready")
