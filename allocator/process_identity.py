@@ -20,12 +20,12 @@ class ProcessIdentity:
     def of(cls, pid: int) -> "ProcessIdentity | None":
         """The process that has this pid now; None where there is none, or only a zombie."""
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        # The name is in parentheses and may itself hold spaces and parentheses.
-        fields = stat.rpartition(")")[2].split()
-        if fields[0] in "ZX":
+        # The name is in parentheses and may hold any byte, spaces and parentheses included.
+        fields = stat.rpartition(b")")[2].split()
+        if fields[0] in (b"Z", b"X"):
             return None
         return cls(pid, int(fields[19]))
 
