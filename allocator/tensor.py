@@ -4,14 +4,18 @@ Invariant: a tensor made here keeps its mapping alive, and never copies. The onl
 that imports torch, and only when a client asks for tensors. Knows nothing of names' meaning.
 """
 
+import math
 import warnings
 from collections.abc import Mapping as NamedMapping
+from typing import Final
 
 import torch
 
 from allocator.backends import Mapping
 from allocator.errors import InvalidMessage
 from allocator.messages import TensorEntry
+
+_MOST_ELEMENTS: Final = 1 << 62
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -53,7 +57,18 @@ def _tensor(whole: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
     if entry.offset % dtype.itemsize or entry.num_bytes % dtype.itemsize:
         raise InvalidMessage(f"the tensor {name!r} is not aligned to its dtype")
     extent = whole[entry.offset : entry.offset + entry.num_bytes].view(dtype)
-    last = sum((n - 1) * s for n, s in zip(entry.shape, entry.stride, strict=True))
-    if 0 not in entry.shape and (last >= extent.numel() or min(entry.stride, default=0) < 0):
+    if not _fits(entry, extent.numel()):
         raise InvalidMessage(f"the shape of the tensor {name!r} reaches beyond its extent")
     return extent.as_strided(entry.shape, entry.stride)
+
+
+def _fits(entry: TensorEntry, num_elements: int) -> bool:
+    """Whether every index of the shape lies in [0, num_elements), in numbers that torch can hold."""
+    if len(entry.shape) != len(entry.stride) or min((*entry.shape, *entry.stride), default=0) < 0:
+        return False
+    if math.prod(max(length, 1) for length in entry.shape) > _MOST_ELEMENTS:
+        return False
+    if 0 in entry.shape:
+        return max(entry.stride, default=0) <= _MOST_ELEMENTS
+    last = sum((n - 1) * stride for n, stride in zip(entry.shape, entry.stride, strict=True))
+    return last < num_elements
