@@ -63,7 +63,7 @@ def _tensor(whole: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:
 
 
 def _fits(entry: TensorEntry, num_elements: int) -> bool:
-    """Whether every index of the shape lies in [0, num_elements), in numbers that torch can hold."""
+    """Whether all indices of the shape lie in [0, num_elements), in numbers that torch can hold."""
     if len(entry.shape) != len(entry.stride) or min((*entry.shape, *entry.stride), default=0) < 0:
         return False
     if math.prod(max(length, 1) for length in entry.shape) > _MOST_ELEMENTS:
