@@ -243,6 +243,8 @@ class Fleet:
                     self._changed.set()
                 case Ready():
                     self._on_ready(instance, message)
+                    if instance.state == "draining":  # it was not there yet when it was told first
+                        await self.send(instance, Drain())
                 case StartFailed(message=text):
                     self._start_error = self._start_error or text
                     log.error("instance %s can't start: %s", name, text)

@@ -32,6 +32,7 @@ from workers.messages import (
     InstanceSpec,
     Loading,
     ModelFacts,
+    Output,
     Ready,
     StartFailed,
     StepOutput,
@@ -166,19 +167,19 @@ class _Instance:
                 signal.set_wakeup_fd(-1)
 
     def _loop(self, engine: Engine, poller: zmq.Poller, wake: socket.socket) -> None:
-        while True:
-            events = dict(poller.poll(0 if engine.has_work else None))
+        while engine.has_work or not self._draining:
+            had_work = engine.has_work
+            events = dict(poller.poll(0 if had_work else None))
             if wake.fileno() in events:
                 wake.recv(4096)
             if self._server in events:
                 self._read(engine)
             if engine.has_work:
-                self._step(engine)
-            elif self._draining:
-                return
+                self._report(engine, engine.step())
+            elif had_work:  # the last was aborted: no step says so
+                self._report(engine, ())
 
-    def _step(self, engine: Engine) -> None:
-        outputs = engine.step()
+    def _report(self, engine: Engine, outputs: tuple[Output, ...]) -> None:
         self._send(
             StepOutput(
                 outputs=outputs,

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from allocator import RuntimeDir
+from server.admin import AdminClient
 from tests.system.running_server import Server
 
 PROMPTS = [
@@ -209,6 +211,56 @@ def test_one_copy_holds_for_four_instances(demo: Server) -> None:
     assert demo.onecopy("scale", "2").status == 0
     left = demo.wait_instances(lambda found: len(found) == 2, "two instances")
     assert [one["name"] for one in left] == [one["name"] for one in before]
+
+
+def test_a_busy_instance_finishes_its_requests_and_ends_when_it_is_scaled_away(
+    demo: Server,
+) -> None:
+    client, model = demo.client(), demo.model
+    streams = [
+        client.completions.create(
+            model=model,
+            prompt=PROMPTS[0],
+            max_tokens=48,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for _ in range(2)
+    ]
+    assert [one["num_requests"] for one in demo.status()["instances"]] == [1, 1]
+    assert demo.onecopy("scale", "1").status == 0
+    assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 2
+    demo.wait_instances(lambda found: len(found) == 1, "the end of the surplus instance")
+    assert demo.onecopy("scale", "2").status == 0
+    demo.wait_instances(lambda found: [one["state"] for one in found] == ["ready"] * 2, "two again")
+
+
+def test_instances_that_are_scaled_away_while_they_start_end_too(demo: Server) -> None:
+    admin = AdminClient(RuntimeDir.open(demo.runtime_dir))
+    before = demo.remember()["instances"]
+    assert len(admin.scale(4).instances) == 4
+    assert "draining" in [one.state for one in admin.scale(2).instances]
+    left = demo.wait_instances(lambda found: len(found) == 2, "the end of the surplus instances")
+    assert [one["name"] for one in left] == [one["name"] for one in before]
+
+
+def test_an_aborted_request_holds_no_memory(demo: Server) -> None:
+    with demo.client().completions.create(
+        model=demo.model,
+        prompt=PROMPTS[0],
+        max_tokens=4096,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ) as stream:
+        next(iter(stream))
+        assert sum(one["kv_bytes"] for one in demo.status()["instances"]) > 0
+    demo.wait_instances(
+        lambda found: all(
+            one["num_requests"] == one["num_running"] == one["kv_bytes"] == 0 for one in found
+        ),
+        "the end of the aborted request",
+    )
 
 
 def test_ps_shows_what_the_kernel_counts(demo: Server) -> None:
