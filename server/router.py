@@ -144,7 +144,7 @@ class Router:
         return self._fleet.ready_instances if self._fleet is not None else []
 
     async def _place(self, stream: Stream) -> None:
-        while instances := self._instances():
+        while not stream.ended and (instances := self._instances()):
             instance = min(instances, key=lambda one: len(one.requests))
             stream.instance = instance
             instance.requests.add(stream.request_id)
