@@ -18,12 +18,14 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader, GGUFValueType
+from huggingface_hub.errors import StrictDataclassError
 
 from workers.checkpoint.source import (
     SCRATCH_BYTES,
     OnCopied,
     SourceTensor,
     file_identity,
+    unreadable,
 )
 from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint
 
@@ -102,9 +104,14 @@ class GGUFCheckpoint:
         source = next(t for t in self._reader.tensors if self._names.get(t.name) == name)
         if self._rearranges(source.name):
             rows = self._dequantize(source.data, source.tensor_type)
-            result = self._processor.process(
-                weights=rows, name=source.name, tensor_key_mapping=self._names
-            )
+            try:
+                result = self._processor.process(
+                    weights=rows, name=source.name, tensor_key_mapping=self._names
+                )
+            except _UNREADABLE as error:
+                raise CheckpointCorrupt(
+                    f"{self.path}: {source.name} does not fit the model it belongs to: {error}"
+                ) from error
             if result.name is None:
                 raise UnsupportedCheckpoint(
                     f"{self.path}: {source.name} is merged with other tensors, which can't be "
@@ -149,6 +156,8 @@ class GGUFCheckpoint:
             return
         try:
             reader = HeaderReader(self.path)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
         except _UNREADABLE as error:
             raise CheckpointCorrupt(
                 f"{self.path} is truncated, damaged or no GGUF file ({error}): download it again"
@@ -201,7 +210,7 @@ class GGUFCheckpoint:
                 model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**self._config))
             with _faster_gguf():
                 names = legacy.get_gguf_hf_weights_map(model, self._processor)
-        except (NotImplementedError, *_UNREADABLE) as error:
+        except (NotImplementedError, StrictDataclassError, *_UNREADABLE) as error:
             raise UnsupportedCheckpoint(
                 f"{self.path}: the architecture {architecture!r} can't be served: {error}"
             ) from error

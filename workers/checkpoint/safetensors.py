@@ -6,6 +6,7 @@ or copies whole tensors into private memory; here the bytes go from the file int
 Invariant: nothing a header says is believed before it was checked against the file's size.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ from workers.checkpoint.source import (
     digest,
     file_identity,
     read_json,
+    unreadable,
 )
 from workers.errors import CheckpointCorrupt, CheckpointNotFound, UnsupportedCheckpoint
 
 MAX_HEADER_BYTES: Final = 100_000_000
+MAX_ELEMENTS: Final = 1 << 60
 _DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -136,6 +139,8 @@ class SafetensorsCheckpoint:
                             f"{file} holds {name!r}, as {found[name].file} does"
                         )
                     found[name] = stored
+            if not found:
+                raise CheckpointCorrupt(f"{self.path} holds no tensors: download it again")
             self._tensors = found
         return self._tensors
 
@@ -144,9 +149,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointCorrupt(f"{index} holds no weight_map")
-        files = [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(n, str) and n.endswith(".safetensors") for n in names):
+            raise CheckpointCorrupt(f"{index} holds no weight_map from tensors to files")
+        files = [folder / Path(name).name for name in sorted(set(names))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise CheckpointNotFound(
@@ -154,6 +160,8 @@ def _weight_files(folder: Path) -> list[Path]:
                 "Download the model again."
             )
         return files
+    if os.path.lexists(usual := folder / "model.safetensors"):
+        return [usual]  # what lies beside it is an adapter, or the same model in another layout
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files
@@ -167,19 +175,22 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     """The decoded header, and where the tensors begin."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length_bytes = stream.read(8)
-        length = int.from_bytes(length_bytes, "little")
-        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointCorrupt(
-                f"{file} is truncated or no safetensors file: its header should take {length} "
-                f"bytes of {size}. Download it again."
-            )
-        text = stream.read(length)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length_bytes = stream.read(8)
+            length = int.from_bytes(length_bytes, "little")
+            if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointCorrupt(
+                    f"{file} is truncated or no safetensors file: its header should take {length} "
+                    f"bytes of {size}. Download it again."
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise unreadable(file, error) from error
     try:
         return msgspec.json.decode(text, type=dict[str, Any]), 8 + length
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
 
 
@@ -200,6 +211,9 @@ def _read_tensors(file: Path) -> dict[str, _Stored]:
         dtype = _DTYPES[entry.dtype]
         if min(entry.shape, default=0) < 0:
             raise CheckpointCorrupt(f"{file}: {name!r} has a negative size")
+        # Also where a size of 0 hides the others: torch can't hold their product.
+        if math.prod(max(length, 1) for length in entry.shape) > MAX_ELEMENTS:
+            raise CheckpointCorrupt(f"{file}: {name!r} has impossible sizes")
         num_bytes = dtype.itemsize
         for length in entry.shape:
             num_bytes *= length
@@ -227,15 +241,18 @@ def _configured_dtype(config: dict[str, Any]) -> torch.dtype | None:
 def _read_into(file: Path, begin: int, out: torch.Tensor, on_copied: OnCopied) -> None:
     """Fill `out` # [num_bytes] uint8 from the file, a bounded piece a system call."""
     target = memoryview(out.numpy())  # type: ignore[arg-type]  # numpy 2 arrays are buffers
-    with file.open("rb", buffering=0) as stream:
-        done = 0
-        while done < len(target):
-            piece = target[done : done + SCRATCH_BYTES]
-            count = os.preadv(stream.fileno(), [piece], begin + done)
-            if count == 0:
-                raise CheckpointCorrupt(f"{file} became shorter while it was read")
-            done += count
-            on_copied(count)
+    done = 0
+    try:
+        with file.open("rb", buffering=0) as stream:
+            while done < len(target):
+                piece = target[done : done + SCRATCH_BYTES]
+                count = os.preadv(stream.fileno(), [piece], begin + done)
+                if count == 0:
+                    raise CheckpointCorrupt(f"{file} became shorter while it was read")
+                done += count
+                on_copied(count)
+    except OSError as error:
+        raise unreadable(file, error) from error
 
 
 def _ignore(_num_bytes: int) -> None:

@@ -88,9 +88,7 @@ def open_checkpoint(path: Path | str, dtype: str = "auto") -> Checkpoint:
 
         return SafetensorsCheckpoint(path, chosen)
     except PermissionError as error:
-        raise CheckpointNotFound(
-            f"{error.filename} can't be read by user id {os.geteuid()}: check its permissions"
-        ) from error
+        raise unreadable(Path(error.filename or path), error) from error
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
@@ -106,9 +104,21 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def file_identity(path: Path) -> str:
-    """Changes whenever the file's content may have changed, without reading it."""
-    status = path.stat()
+    """Changes whenever the file's content may have changed, without reading it. Raises
+    CheckpointNotFound."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointNotFound:
+    """What to say of a file that is there no more, or may not be read."""
+    return CheckpointNotFound(
+        f"{path} can't be read ({error.strerror}): check its permissions as user id "
+        f"{os.geteuid()}, or download the model again"
+    )
 
 
 def digest(*parts: str) -> str:
@@ -117,10 +127,12 @@ def digest(*parts: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointCorrupt."""
+    """A JSON object. Raises CheckpointCorrupt, CheckpointNotFound."""
     try:
         value = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointCorrupt(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointCorrupt(f"{path} does not hold a JSON object")
