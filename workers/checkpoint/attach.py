@@ -17,7 +17,8 @@ import torch
 from allocator import Client, WeightSetReader, WeightSetWriter
 from allocator.messages import encode
 from workers.checkpoint.plan import FORMAT_VERSION, make_plan
-from workers.checkpoint.source import Checkpoint, open_checkpoint
+from workers.checkpoint.source import Checkpoint, OnCopied, open_checkpoint
+from workers.errors import CheckpointCorrupt
 
 OnProgress = Callable[[int, int, bool], None]
 """Called with (written bytes, total bytes, whether this process writes)."""
@@ -57,8 +58,9 @@ def attach(
     memory: Client, checkpoint: Checkpoint, on_progress: OnProgress | None = None
 ) -> AttachedWeights:
     """As `attach_weights`, with what else the weight set tells. Raises as it does."""
+    files = checkpoint.fingerprint()
     fingerprint = {
-        **checkpoint.fingerprint(),
+        **files,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "layout": "plain",
         "format": str(FORMAT_VERSION),
@@ -71,7 +73,7 @@ def attach(
         else lambda done, total: on_progress(done, total, False),
     )
     if isinstance(opened, WeightSetWriter):
-        return _attached(_load(opened, checkpoint, on_progress), loaded=True)
+        return _attached(_load(opened, checkpoint, files, on_progress), loaded=True)
     return _attached(opened, loaded=False)
 
 
@@ -86,12 +88,14 @@ def weight_set_key(path: Path, fingerprint: dict[str, str]) -> str:
 
 
 def _load(
-    writer: WeightSetWriter, checkpoint: Checkpoint, on_progress: OnProgress | None
+    writer: WeightSetWriter,
+    checkpoint: Checkpoint,
+    files: dict[str, str],
+    on_progress: OnProgress | None,
 ) -> WeightSetReader:
     with writer:  # an error on the way gives the election back
         plan = make_plan(checkpoint.tensors(), checkpoint.metadata())
         writer.reserve(plan.num_bytes + len(encode(plan.manifest)))
-        tensors = writer.writable_tensors(plan.manifest)
         done = reported = 0
 
         def copied(num_bytes: int) -> None:
@@ -103,9 +107,16 @@ def _load(
                 if on_progress is not None:
                     on_progress(done, plan.num_bytes, True)
 
-        for name, tensor in tensors.items():
-            if tensor.numel():
-                checkpoint.copy_into(name, tensor, copied)
-        del tensor
-        tensors.clear()
+        _fill(writer.writable_tensors(plan.manifest), checkpoint, copied)
+        if checkpoint.fingerprint() != files:
+            raise CheckpointCorrupt(
+                f"{checkpoint.path} changed while it was read: start again once it is complete"
+            )
         return writer.seal(plan.manifest, plan.num_bytes)
+
+
+def _fill(tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, copied: OnCopied) -> None:
+    """A function of its own, so that no writable tensor outlives it."""
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            checkpoint.copy_into(name, tensor, copied)
