@@ -79,6 +79,18 @@ class WeightSetBusy(AllocatorError):
     code = "weight_set_busy"
 
 
+class DoubleFree(AllocatorError):
+    """The extent is free already."""
+
+    code = "double_free"
+
+
+class ForeignExtent(AllocatorError):
+    """No extent begins there, or another session holds it."""
+
+    code = "foreign_extent"
+
+
 class WaitTimeout(AllocatorError):
     """A bounded wait ran out: for a reply, or for another process to finish loading."""
 
@@ -100,6 +112,8 @@ BY_CODE: dict[str, type[AllocatorError]] = {
         NotWriter,
         UnknownWeightSet,
         WeightSetBusy,
+        DoubleFree,
+        ForeignExtent,
         WaitTimeout,
     )
 }

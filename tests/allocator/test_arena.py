@@ -1,0 +1,146 @@
+"""The arena against a plain model: no overlap, conservation, and every wrong free by name."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from allocator.arena import Arena
+from allocator.errors import DoubleFree, ForeignExtent, InvalidMessage
+
+ALIGNMENT = 256
+
+
+def test_a_new_arena_is_one_free_extent() -> None:
+    arena = Arena(10 * ALIGNMENT + 5, ALIGNMENT)
+    assert list(arena.extents()) == [(0, 10 * ALIGNMENT, True)]
+    statistics = arena.statistics()
+    assert statistics.free_bytes == statistics.largest_free_bytes == statistics.total_bytes
+    assert statistics.fragmentation == 0
+    assert arena.is_empty
+
+
+@pytest.mark.parametrize("alignment", [0, -1, 3, 257])
+def test_an_alignment_that_is_no_power_of_two_is_refused(alignment: int) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        Arena(1 << 20, alignment)
+
+
+@pytest.mark.parametrize("num_bytes", [0, -1])
+def test_a_size_that_is_not_positive_is_refused(num_bytes: int) -> None:
+    with pytest.raises(InvalidMessage):
+        Arena(1 << 20, ALIGNMENT).allocate(num_bytes)
+
+
+def test_sizes_are_rounded_up_to_the_alignment() -> None:
+    arena = Arena(4 * ALIGNMENT, ALIGNMENT)
+    assert [arena.allocate(1), arena.allocate(ALIGNMENT + 1)] == [0, ALIGNMENT]
+    assert arena.size_of(ALIGNMENT) == 2 * ALIGNMENT
+    assert arena.allocate(2 * ALIGNMENT) is None
+    assert arena.allocate(ALIGNMENT) == 3 * ALIGNMENT
+    assert arena.statistics().free_bytes == 0
+
+
+def test_all_of_it_can_be_leased_at_once_and_one_byte_more_can_not() -> None:
+    arena = Arena(1000 * ALIGNMENT, ALIGNMENT)
+    assert arena.allocate(1000 * ALIGNMENT + 1) is None
+    assert arena.allocate(1 << 60) is None
+    assert arena.allocate(1000 * ALIGNMENT) == 0
+
+
+def test_free_neighbours_become_one_in_any_order() -> None:
+    for order in ([0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]):
+        arena = Arena(3 * ALIGNMENT, ALIGNMENT)
+        offsets = [arena.allocate(ALIGNMENT) for _ in range(3)]
+        for i in order:
+            arena.free(offsets[i])
+            arena.check()
+        assert list(arena.extents()) == [(0, 3 * ALIGNMENT, True)]
+
+
+def test_wrong_frees_are_refused_by_name_and_change_nothing() -> None:
+    arena = Arena(100 * ALIGNMENT, ALIGNMENT)
+    first, second = arena.allocate(10 * ALIGNMENT), arena.allocate(ALIGNMENT)
+    arena.free(first)
+    before = list(arena.extents())
+    with pytest.raises(DoubleFree):
+        arena.free(first)
+    for offset in (second + 1, 1000 * ALIGNMENT, -1):
+        with pytest.raises((ForeignExtent, DoubleFree)):
+            arena.free(offset)
+    assert list(arena.extents()) == before
+    arena.check()
+
+
+def test_memory_that_is_there_is_found_in_the_fullest_bin() -> None:
+    """Sizes that share a bin: the one that fits is not at its head."""
+    arena = Arena(400 * ALIGNMENT, ALIGNMENT)
+    offsets = [arena.allocate(size * ALIGNMENT) for size in (67, 1, 64, 1)]
+    rest = arena.allocate((400 - 133) * ALIGNMENT)
+    arena.free(offsets[0])
+    arena.free(offsets[2])
+    assert arena.allocate(67 * ALIGNMENT) == offsets[0]
+    arena.free(rest)
+    arena.check()
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    """Random leases and returns, beside a dict of what is leased."""
+
+    leased = Bundle("leased")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 5000
+        self.arena = Arena(self.total * ALIGNMENT, ALIGNMENT)
+        self.model: dict[int, int] = {}
+        self.returned: set[int] = set()
+
+    @rule(target=leased, num_bytes=st.integers(1, 1200 * ALIGNMENT))
+    def allocate(self, num_bytes: int) -> int | None:
+        offset = self.arena.allocate(num_bytes)
+        granules = -(-num_bytes // ALIGNMENT)
+        if offset is None:
+            assert all(
+                size < granules * ALIGNMENT for _, size, free in self.arena.extents() if free
+            )
+            return None
+        assert offset % ALIGNMENT == 0
+        end = offset + granules * ALIGNMENT
+        assert end <= self.total * ALIGNMENT
+        assert all(end <= other or other + size <= offset for other, size in self.model.items()), (
+            "overlap"
+        )
+        self.model[offset] = granules * ALIGNMENT
+        self.returned.discard(offset)
+        return offset
+
+    @rule(offset=consumes(leased))
+    def give_back(self, offset: int | None) -> None:
+        if offset is None:
+            return
+        self.arena.free(offset)
+        del self.model[offset]
+        self.returned.add(offset)
+
+    @rule(offset=st.integers(-5, 5005))
+    def free_what_is_not_leased(self, offset: int) -> None:
+        if offset * ALIGNMENT in self.model:
+            return
+        with pytest.raises((DoubleFree, ForeignExtent)):
+            self.arena.free(offset * ALIGNMENT)
+
+    @invariant()
+    def conserved(self) -> None:
+        self.arena.check()
+        leased = {offset: size for offset, size, free in self.arena.extents() if not free}
+        assert leased == self.model
+        statistics = self.arena.statistics()
+        assert statistics.used_bytes == sum(self.model.values())
+        assert statistics.used_bytes + statistics.free_bytes == statistics.total_bytes
+        free = [size for _, size, is_free in self.arena.extents() if is_free]
+        assert statistics.largest_free_bytes == max(free, default=0)
+
+
+ArenaMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestArenaMachine = ArenaMachine.TestCase
