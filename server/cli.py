@@ -319,12 +319,19 @@ def _log_to_stderr() -> None:
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.access").addFilter(_is_not_admin)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
 
 
 def _is_not_admin(record: logging.LogRecord) -> bool:
     """uvicorn has one access log for all its servers; `onecopy ps` in a loop should not fill it."""
     path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
     return path not in ADMIN_PATHS
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    """What clients that don't read, or don't write, keep from ending is cut off at the end; uvicorn
+    says how many, and then shows the traceback of each as if it were an error."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,12 @@ class AllocatorProcess:
         try:
             await asyncio.wait_for(_readable(ready_read), _START_TIMEOUT_S)
             answer = os.read(ready_read, 1)
+        except asyncio.CancelledError:
+            # Not yet able to end in order: that comes with `stop_if_unused`, once it is up.
+            self._process = process
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_readable(ready_read), _START_TIMEOUT_S)
+            raise
         except TimeoutError:
             process.kill()
             answer = b""

@@ -138,6 +138,12 @@ class Router:
             return False
         return True
 
+    def give_up_all(self) -> None:
+        """End what still runs, with an error that its client sees: nobody will go on with it."""
+        for stream in list(self._streams.values()):
+            stream.put(InstanceFailed("the server was stopped before the answer was complete"))
+            self._end(stream)
+
     # --- placing
 
     def _instances(self) -> list[Instance]:

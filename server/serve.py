@@ -83,6 +83,7 @@ async def serve(settings: Settings) -> None:
         )
         http = _HTTPServer(app, http_socket)
         stack.push_async_callback(http.close)
+        stack.callback(router.give_up_all)
         await http.start()
         lock.announce(url)
         await _print_ready(admin_app, settings, url, text)
@@ -90,6 +91,7 @@ async def serve(settings: Settings) -> None:
         await stop.unless_stopped(fleet.run())
 
         watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
         log.info("shutting down: waiting for %d requests", router.num_streams)
         router.draining = True
         drain = _drain(router, fleet, settings.drain_timeout_s)

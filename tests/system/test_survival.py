@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import openai
 import pytest
 
 from allocator import ProcessIdentity, RuntimeDir
-from tests.system.running_server import Server, leftovers
+from tests.system.running_server import Server, leftovers, wait_until
 
 PROMPT = "Once upon a time, in a small village by the sea,"
 
@@ -90,6 +91,20 @@ def test_sigterm_lets_running_requests_end_and_leaves_nothing(server: Server) ->
     server.assert_nothing_left()
 
 
+def test_a_second_sigterm_ends_running_requests_with_an_error(server: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        stream = StreamingRequest(server, 4000)
+        running = pool.submit(stream.run)
+        assert stream.begun.wait(60)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: server.status()["draining"], "the drain")
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="stopped"):
+            running.result(timeout=60)
+    assert server.process.wait(60) == 0
+    server.assert_nothing_left()
+
+
 def test_killed_server_takes_its_instances_with_it_and_the_next_one_attaches(
     server: Server, make_server: Callable[..., Server]
 ) -> None:
@@ -130,6 +145,17 @@ def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
     assert second.pid != first.pid
     server.remember()
     server.stop()
+
+
+def test_sigterm_while_another_allocator_starts_leaves_nothing(server: Server) -> None:
+    server.remember()
+    owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
+    assert owner is not None
+    os.kill(owner.pid, signal.SIGKILL)
+    wait_until(lambda: "starting another" in server.log.read_text(), "the start of another")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    server.assert_nothing_left()
 
 
 def test_everything_killed_leaves_segments_that_the_next_start_removes(
