@@ -46,6 +46,11 @@ _ENVIRONMENT: Final[Mapping[str, str]] = {
     "MALLOC_ARENA_MAX": "1",
     # Large scratch tensors get mappings of their own, which go back to the kernel when freed.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    # oneDNN keeps what it made for every size of batch it has met, 1024 of them and 60 KB to 1 MB
+    # each: 200 MB of heap after prompts of many lengths. Decoding takes some five for each size;
+    # the second figure is that of the cache in torch's own layer above it, which adds nothing.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "96",
+    "LRU_CACHE_CAPACITY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
