@@ -49,6 +49,7 @@ class ServerStatus(BaseModel):
     num_wanted: int
     num_replaced: int
     draining: bool
+    drain_timeout_s: float
     max_model_len: int | None
     weights_bytes: int | None
     forkserver_pid: int | None
@@ -84,6 +85,7 @@ def create_admin_app(
             num_wanted=fleet.num_wanted,
             num_replaced=fleet.num_replaced,
             draining=router.draining,
+            drain_timeout_s=settings.drain_timeout_s,
             max_model_len=facts.max_model_len if facts else None,
             weights_bytes=facts.weights_bytes if facts else None,
             forkserver_pid=fleet.forkserver_pid,

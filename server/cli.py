@@ -31,7 +31,8 @@ from server.settings import Settings
 from server.verify import MAX_PRIVATE_BYTES, judge
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
-_STOP_TIMEOUT_S: Final = 60.0
+_STOP_TIMEOUT_S: Final = 30.0
+"""What a process may take to end, beyond what it grants its running requests."""
 
 app = typer.Typer(
     name="onecopy",
@@ -260,11 +261,14 @@ def stop(
             owner = directory.owner(role)
             if owner is None:
                 continue
+            timeout_s = _STOP_TIMEOUT_S
             if role == "server":
                 if keep_allocator:
                     AdminClient(directory).keep_allocator()
+                with contextlib.suppress(NoServer):  # one that is about to start, or to end
+                    timeout_s += AdminClient(directory).status().drain_timeout_s
                 console.err.print(f"stopping the server (pid {owner.pid}) after its requests")
-            gently = stop_process(owner.process, _STOP_TIMEOUT_S)
+            gently = stop_process(owner.process, timeout_s)
             stopped.append(f"{role} (pid {owner.pid}{'' if gently else ', killed'})")
         if not stopped:
             console.out.print(f"nothing runs in {directory.path}")

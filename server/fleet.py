@@ -132,9 +132,10 @@ class Fleet:
             asyncio.create_task(self._watch_engines(), name="engines"),
         ]
 
-    async def wait_ready(self, num_ready: int) -> None:
-        """Until so many instances are ready. Raises StartError if the first one can't start."""
-        while len(self.ready_instances) < num_ready:
+    async def wait_ready(self) -> None:
+        """Until as many instances are ready as are wanted, which may change meanwhile. Raises
+        StartError if the first one can't start."""
+        while len(self.ready_instances) < self.num_wanted:
             if self._start_error is not None:
                 raise StartError(self._start_error)
             await self.change()
@@ -201,6 +202,7 @@ class Fleet:
         while not self._draining:
             model, dtype = str(self._settings.model), self._settings.dtype
             self._forkserver = Forkserver.launch(model, dtype)
+            up = None
             try:
                 up = await self._forkserver.up()
                 log.info("forkserver up after %.1f s", up.import_ms / 1000)
@@ -212,6 +214,14 @@ class Fleet:
                 self._forkserver = None
                 for instance in self.instances:
                     self._ended(instance, "its forkserver ended")
+                if up is None:
+                    self._num_failures += 1
+                    if self.facts is None:
+                        self._start_error = (
+                            "the process that instances are forked from ended while it imported "
+                            "torch and transformers; its own message is above"
+                        )
+                    self._changed.set()
                 if not self._draining:
                     log.warning("the forkserver ended; starting another")
                     await asyncio.sleep(self._retry_delay_s())

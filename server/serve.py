@@ -101,14 +101,13 @@ async def serve(settings: Settings) -> None:
 
 async def _started(fleet: Fleet, settings: Settings) -> None:
     with console.StartDisplay(settings.served_model_name) as display:
-        for count in range(1, settings.num_instances + 1):
-            waiting = asyncio.create_task(fleet.wait_ready(count))
-            while not waiting.done():
-                changed = asyncio.create_task(fleet.change())
-                await asyncio.wait([waiting, changed], return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
-                display.show(fleet.instances)
-            await waiting
+        waiting = asyncio.create_task(fleet.wait_ready())
+        while not waiting.done():
+            changed = asyncio.create_task(fleet.change())
+            await asyncio.wait([waiting, changed], return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            display.show(fleet.instances)
+        await waiting
 
 
 async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:

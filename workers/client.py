@@ -37,6 +37,8 @@ from workers.messages import (
 log = logging.getLogger("onecopy.server")
 
 _CONTROL_FRAME_BYTES: Final = 1 << 16
+_CONTROL_BUFFER_BYTES: Final = 1 << 20
+"""Room for a request to start each of 256 instances at once."""
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     # Instances share the cores: a thread that waits at a barrier must sleep, not spin.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -47,9 +49,9 @@ _ENVIRONMENT: Final[Mapping[str, str]] = {
     # Large scratch tensors get mappings of their own, which go back to the kernel when freed.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     # oneDNN, and torch's layer above it, each keep what they made for the batch sizes they have
-    # met, 1024 entries by default: an instance's heap was 200 MB after many prompt lengths. These
-    # two together slowed nothing that was measured; what each does alone was not measured.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "96",
+    # met, 1024 entries by default: an instance's heap was 200 MB after many prompt lengths. With 16
+    # it stays at 32 MB, with 96 at 62 MB, at the same speed (docs/LOG.md).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "LRU_CACHE_CAPACITY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
@@ -73,6 +75,7 @@ class Forkserver:
         """Start it for one model; its `Up` comes when its imports are done."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CONTROL_BUFFER_BYTES)
         with theirs:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-m", "workers.forkserver", str(theirs.fileno()), model, dtype],

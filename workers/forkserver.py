@@ -9,6 +9,7 @@ Started as `python -m workers.forkserver FD MODEL DTYPE`, where FD is its end of
 pair.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -88,13 +89,20 @@ class Forkserver:
                     self._wake_read.recv(4096)
                     self._reap()
                 if self._control in ready:
-                    frame = self._control.recv(MAX_FRAME_BYTES)
+                    frame = self._receive()
                     if not frame:
                         break
                     self._start(frame, selector)
         signal.set_wakeup_fd(-1)  # the ends of those that are killed now wake nobody
         for pid in self._names:
             os.kill(pid, signal.SIGKILL)
+
+    def _receive(self) -> bytes:
+        """A request; nothing where the server is gone, whatever it left unread."""
+        try:
+            return self._control.recv(MAX_FRAME_BYTES)
+        except ConnectionResetError:
+            return b""
 
     def _start(self, frame: bytes, selector: selectors.BaseSelector) -> None:
         from workers.messages import Started, decode_start, encode
@@ -105,7 +113,8 @@ class Forkserver:
         if pid == 0:
             _become_instance(own_pid, self, selector, frame)
         self._names[pid] = spec.name
-        self._control.send(encode(Started(name=spec.name, pid=pid)))
+        with contextlib.suppress(BrokenPipeError):  # the server is gone; the loop sees it next
+            self._control.send(encode(Started(name=spec.name, pid=pid)))
 
     def _reap(self) -> None:
         from workers.messages import Exited, encode
@@ -116,10 +125,8 @@ class Forkserver:
                 return
             status = os.waitstatus_to_exitcode(wait_status)
             name = self._names.pop(pid)
-            try:
+            with contextlib.suppress(BrokenPipeError):  # as above
                 self._control.send(encode(Exited(name=name, pid=pid, status=status)))
-            except BrokenPipeError:  # the server is gone; the loop sees it next
-                return
 
     def release_in_child(self, selector: selectors.BaseSelector) -> None:
         """Drop what belongs to the parent."""
