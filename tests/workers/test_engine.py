@@ -238,6 +238,14 @@ def test_an_abort_frees_memory_at_once() -> None:
     assert mappings() == []
 
 
+def test_an_aborted_request_is_answered_by_nothing_even_if_it_was_refused() -> None:
+    engine = engine_of()
+    engine.add(request("a", []))
+    engine.add(request("b", []))
+    engine.abort("a")
+    assert run(engine).keys() == {"b"}
+
+
 def test_a_limit_on_memory_ends_the_sequence_that_needs_more() -> None:
     layout = model_of("llama").geometry.kv_layout
     engine = engine_of(max_kv_bytes=2 * layout.num_bytes(64))
@@ -300,18 +308,31 @@ def test_bad_logits_end_one_sequence_only() -> None:
     assert tokens(outputs["a"]) == tokens(outputs["c"]) == alone
 
 
+def test_what_a_sequence_held_is_there_for_the_next_in_the_same_step() -> None:
+    layout = model_of("llama").geometry.kv_layout
+    engine = engine_of(max_kv_bytes=layout.num_bytes(64))
+    engine.add(request("a", prompt(64)))
+    (first,) = engine.step()
+    assert first.finish_reason is None
+    outputs = run(engine, request("b", PROMPTS[2]))
+    assert outputs["a"][-1].finish_reason == "error"
+    assert tokens(outputs["b"]) == expected("llama")[2]
+
+
 def test_a_failed_pass_ends_its_batch_and_the_engine_goes_on() -> None:
     model = build_model(config_of("llama"), tensors_of(reference("llama")), torch.float32)
 
     def refuse(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if bool((arguments[0] == 300).any()):
-            raise RuntimeError("out of patience")
+            raise RuntimeError("out of patience" + "!" * 10_000)
 
     model.module.get_input_embeddings().register_forward_pre_hook(refuse)  # type: ignore[operator]
     engine = Engine(model, 128)
     outputs = run(engine, request("a", [4, 300, 5]), request("b", [4, 5]))
     for name in ("a", "b"):
-        assert outputs[name][-1].error == "the forward pass failed: out of patience"
+        error = outputs[name][-1].error
+        assert error.startswith("the forward pass failed: out of patience!")
+        assert len(error) == 4096  # what a message on the wire may hold
     assert tokens(run(engine, request("c", PROMPTS[1]))["c"]) == expected("llama")[1]
 
 

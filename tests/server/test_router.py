@@ -1,0 +1,286 @@
+"""Router and fleet with a real forkserver, real instances and a tiny model: which instance serves a
+request, and what goes on when that instance, or all of them, end."""
+
+import asyncio
+import itertools
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allocator import RuntimeDir
+from server.errors import InstanceFailed, NotReady, Overloaded
+from server.fleet import Fleet, Instance, Listeners, StartError
+from server.router import Router, Stream
+from server.settings import Settings
+from tests.daemon_process import DaemonProcess
+from tests.workers.tiny_models import VOCAB_SIZE, prompt, write_checkpoint
+from workers.messages import Output, SamplingParams
+
+PROMPT = prompt(12)
+NUM_TOKENS = 80
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its context is so long that no request reaches the end by itself."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return write_checkpoint(folder, "llama", max_position_embeddings=65536)
+
+
+class Served:
+    """A router and its fleet; `ended` holds the instances that ended, in order, `ended_at` when the
+    last of them did."""
+
+    def __init__(self, settings: Settings, runtime_dir: RuntimeDir):
+        self.router = Router(settings)
+        self.ended: list[Instance] = []
+        self.ended_at = 0.0
+        told = self.router.listeners
+
+        def on_ended(instance: Instance) -> None:
+            self.ended.append(instance)
+            self.ended_at = time.monotonic()
+            told.ended(instance)
+
+        self.fleet = Fleet(settings, runtime_dir, Listeners(told.output, told.ready, on_ended))
+        self.router.bind(self.fleet)
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            await self.fleet.change()
+
+    async def submit(self, name: str = "a", **changes: Any) -> Stream:
+        sampling = {"max_tokens": NUM_TOKENS, "temperature": 0.0, **changes}
+        return await self.router.submit(name, PROMPT, SamplingParams(**sampling, ignore_eos=True))
+
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture
+def serve(daemon: DaemonProcess, model: Path) -> Iterator[Serve]:
+    @asynccontextmanager
+    async def served(num_instances: int = 2, **changes: Any) -> AsyncIterator[Served]:
+        settings = Settings(
+            **{"model": model, "served_model_name": "tiny", "max_num_seqs": 4, **changes},
+            runtime_dir=daemon.runtime_dir.path,
+            num_instances=num_instances,
+        )
+        one = Served(settings, daemon.runtime_dir)
+        one.fleet.launch()
+        try:
+            yield one
+        finally:
+            await one.fleet.close()
+
+    return served  # type: ignore[return-value]
+
+
+def within_timeout(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await test()
+
+    asyncio.run(bounded())
+
+
+async def all_tokens(stream: Stream) -> list[int]:
+    chunks = [chunk async for chunk in stream]
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason == "length"
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+async def first_tokens(stream: Stream, count: int) -> list[int]:
+    tokens: list[int] = []
+    async for chunk in stream:
+        tokens += chunk.token_ids
+        if len(tokens) >= count:
+            break
+    return tokens
+
+
+def kill(instance: Instance | None) -> None:
+    assert instance is not None
+    assert instance.pid is not None
+    os.kill(instance.pid, signal.SIGKILL)
+
+
+def hold(instance: Instance | None) -> None:
+    """Let it answer nothing more. It can still be killed."""
+    assert instance is not None
+    assert instance.pid is not None
+    os.kill(instance.pid, signal.SIGSTOP)
+
+
+def test_a_request_goes_on_wherever_its_instance_ended(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve() as served:
+            router, fleet = served.router, served.fleet
+            with pytest.raises(NotReady):
+                await served.submit()
+            with pytest.raises(NotReady):
+                _ = router.facts
+            # The first one alone finds out whether the model can be served.
+            while not fleet.ready_instances:
+                assert len(fleet.instances) <= 1
+                await fleet.change()
+            await fleet.wait_ready()
+            assert [one.ready.loaded for one in fleet.instances] == [True, False]
+            whole = await all_tokens(await served.submit(max_tokens=1500))
+            assert len(whole) == 1500
+
+            # To the idle one at once: it has the tokens so far, and the index of the next one.
+            moved = await served.submit(max_tokens=1500)
+            begun = await first_tokens(moved, 20)
+            kill(moved.instance)
+            rest = await all_tokens(moved)
+            assert moved.generated == begun + rest
+            # Far on, rounding may decide: it differs where a prompt is computed in one piece.
+            assert (moved.generated[:200], len(moved.generated)) == (whole[:200], 1500)
+            assert moved.num_moves == 1
+            await fleet.wait_ready()
+
+            # Else to the one that takes its place, and no token of anybody else reaches it.
+            held, busy = [await served.submit(name, max_tokens=200) for name in "ab"]
+            assert held.instance is not busy.instance is not None
+            hold(held.instance)
+            hold(busy.instance)
+            stranger = Output(request_id="a", token_ids=(1, 2, 3), finish_reason="stop")
+            assert busy.instance is not None
+            router.listeners.output(busy.instance.name, stranger)
+            router.listeners.output("nobody", stranger)
+            before = {one.name for one in fleet.instances}
+            kill(held.instance)
+            assert await all_tokens(held) == whole[:200]
+            assert busy.num_moves == 0
+            kill(busy.instance)
+            assert await all_tokens(busy) == whole[:200]
+            await fleet.wait_ready()
+            assert not before & {one.name for one in fleet.instances}
+
+            # All end at once, with the forkserver.
+            streams = [await served.submit(name, max_tokens=200) for name in "abc"]
+            for one in fleet.instances:
+                hold(one)
+            assert fleet.forkserver_pid is not None
+            old = fleet.forkserver_pid
+            os.kill(old, signal.SIGKILL)
+            assert [await all_tokens(stream) for stream in streams] == [whole[:200]] * 3
+            assert [stream.num_moves for stream in streams] == [1] * 3
+            assert fleet.forkserver_pid not in (None, old)
+            assert await router.wait_idle(1)
+            await fleet.wait_ready()
+            assert [one.requests for one in fleet.instances] == [set(), set()]
+
+    within_timeout(test)
+
+
+def test_what_ends_instance_after_instance_is_given_up(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve(1) as served:
+            await served.fleet.wait_ready()
+            stream = await served.submit(max_tokens=60_000)
+            for number in range(4):
+                await first_tokens(stream, 1)
+                assert stream.num_moves == number
+                kill(stream.instance)
+                await served.until(lambda number=number: len(served.ended) > number)
+            with pytest.raises(InstanceFailed, match="4 instances ended"):
+                await all_tokens(stream)
+            assert await served.router.wait_idle(1)
+            await served.fleet.wait_ready()
+            assert served.fleet.num_replaced == 4
+            assert len(await all_tokens(await served.submit("b"))) == NUM_TOKENS
+
+    within_timeout(test)
+
+
+def test_what_is_too_much_or_impossible_is_refused(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve(1, max_num_seqs=2, max_queued=1) as served:
+            router = served.router
+            await served.fleet.wait_ready()
+            hold(served.fleet.instances[0])
+            streams = [await served.submit(name) for name in "abc"]
+            with pytest.raises(Overloaded):
+                await served.submit("d")
+            assert router.num_streams == 3
+            for stream in streams:
+                await stream.aclose()
+                await stream.aclose()
+            assert await router.wait_idle(1)
+            await served.submit("e")
+            assert not await router.wait_idle(0.01)
+            kill(served.fleet.instances[0])
+            await served.until(lambda: served.ended and router.num_ready)
+            await router.wait_idle(TIMEOUT_S)
+
+            wrong = await router.submit("f", [VOCAB_SIZE], SamplingParams(max_tokens=1))
+            with pytest.raises(InstanceFailed, match="vocabulary"):
+                await all_tokens(wrong)
+            router.draining = True
+            with pytest.raises(NotReady, match="shutting down"):
+                await served.submit("g")
+
+    within_timeout(test)
+
+
+def test_drained_instances_finish_and_end_and_are_not_replaced(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve() as served:
+            fleet = served.fleet
+            await fleet.wait_ready()
+            streams = [await served.submit(name, max_tokens=400) for name in "abcd"]
+            await fleet.drain(TIMEOUT_S)
+            assert [len(await all_tokens(stream)) for stream in streams] == [400] * 4
+            assert (fleet.instances, len(served.ended), fleet.num_replaced) == ([], 2, 0)
+
+    within_timeout(test)
+
+
+def test_a_drain_does_not_wait_for_ever(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve(1) as served:
+            await served.fleet.wait_ready()
+            await served.submit()
+            hold(served.fleet.instances[0])
+            await served.fleet.drain(0.2)
+            assert [one.state for one in served.fleet.instances] == ["draining"]
+
+    within_timeout(test)
+
+
+def test_what_can_not_start_is_tried_again_ever_more_slowly(serve: Serve, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "late", "llama")
+    config = folder / "config.json"
+    sound = config.read_text()
+    config.write_text("{")
+
+    async def test() -> None:
+        async with serve(1, model=folder) as served:
+            with pytest.raises(StartError, match="not valid JSON"):
+                await served.fleet.wait_ready()
+            await served.until(lambda: len(served.ended) == 4)
+            asked = [one.requested_at for one in served.ended]
+            delays = [later - earlier for earlier, later in itertools.pairwise(asked)]
+            assert all(delay >= 0.2 * 2**i for i, delay in enumerate(delays)), delays
+            config.write_text(sound)
+            await served.until(lambda: served.fleet.ready_instances)
+            assert served.fleet.num_replaced == 0
+            # From now on a loss is a loss, and no failure to start: it is replaced at once.
+            kill(served.fleet.ready_instances[0])
+            await served.until(lambda: served.fleet.num_replaced)
+            await served.fleet.wait_ready()
+            replacement = served.fleet.instances[0]
+            assert replacement.requested_at - served.ended_at < 1
+            assert len(await all_tokens(await served.submit())) == NUM_TOKENS
+
+    within_timeout(test)
