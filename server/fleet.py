@@ -57,7 +57,6 @@ class Instance:
     state: State = "starting"
     pid: int | None = None
     ready: Ready | None = None
-    ready_at: float | None = None
     loading: Loading | None = None
     load: StepOutput | None = None
     requests: set[str] = field(default_factory=set)
@@ -263,7 +262,6 @@ class Fleet:
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
         instance.pid = message.pid
-        instance.ready_at = time.monotonic()
         self.facts = message.facts
         self._num_failures = 0
         self._start_error = None
