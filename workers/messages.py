@@ -27,8 +27,9 @@ class SamplingParams(Message, frozen=True):
     """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
     The random number of the i-th generated token depends on (`seed`, i) alone, so that the same
-    seed gives the same text whatever else is in the batch, and on whichever instance; in bfloat16
-    as far as rounding, which differs with the batch's size, does not decide between two tokens.
+    seed gives the same text whatever else is in the batch, and on whichever instance: as far as
+    rounding, which differs with the batch's size and after a move, does not decide between two
+    tokens. In float32 that is rare, in bfloat16 it is not.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1)]

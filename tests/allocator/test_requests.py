@@ -260,11 +260,15 @@ def test_a_client_that_never_reads_holds_up_nobody(
 
 
 def test_thousands_of_waiters_are_answered_and_forgotten(raw: RawClient, good: Client) -> None:
+    """Hundreds at a time: of more replies than ZeroMQ holds for one peer (1,000), some are dropped,
+    and no client of ours has more than one request on its way."""
     assert elected(raw)
-    for _ in range(3000):
-        raw.send(encode(Open(key="k", fingerprint={}, wait_ms=1)))
-    for _ in range(3000):
-        assert type(raw.receive()).__name__ == "StillLoading"
+    for _ in range(6):
+        for _ in range(500):
+            raw.send(encode(Open(key="k", fingerprint={}, wait_ms=1)))
+        for _ in range(500):
+            assert type(raw.receive()).__name__ == "StillLoading"
+    assert good.statistics().weight_sets[0].state == "loading"
 
 
 def test_a_hundred_clients_that_come_while_the_daemon_is_busy_all_get_in(
