@@ -3,15 +3,22 @@
 Importing it is cheap: neither torch nor a device's library is loaded before it is needed.
 """
 
-from allocator.client import Client, WeightSetReader, WeightSetWriter, connect
+from allocator.backends import Mapping, file_handle
+from allocator.client import Client, connect
+from allocator.daemon_settings import parse_bytes
+from allocator.digests import Digest
 from allocator.errors import (
     AllocatorError,
     AllocatorGone,
     AlreadyRunning,
+    DiskFull,
+    DoubleFree,
     FingerprintMismatch,
+    ForeignExtent,
     InvalidMessage,
     NotWriter,
     OutOfDeviceMemory,
+    QuotaExceeded,
     RuntimeDirError,
     StaleGeneration,
     Unauthorized,
@@ -19,22 +26,32 @@ from allocator.errors import (
     WaitTimeout,
     WeightSetBusy,
 )
-from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry
+from allocator.leases import Block, Lease
+from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
 from allocator.process_identity import ProcessIdentity
 from allocator.runtime_dir import RuntimeDir
+from allocator.weights import WeightSetReader, WeightSetWriter
 
 __all__ = [
     "ALIGNMENT",
     "AllocatorError",
     "AllocatorGone",
     "AlreadyRunning",
+    "Block",
     "Client",
+    "Digest",
+    "DiskFull",
+    "DoubleFree",
     "FingerprintMismatch",
+    "ForeignExtent",
     "InvalidMessage",
+    "Lease",
     "Manifest",
+    "Mapping",
     "NotWriter",
     "OutOfDeviceMemory",
     "ProcessIdentity",
+    "QuotaExceeded",
     "RuntimeDir",
     "RuntimeDirError",
     "StaleGeneration",
@@ -47,4 +64,7 @@ __all__ = [
     "WeightSetReader",
     "WeightSetWriter",
     "connect",
+    "file_handle",
+    "manifest_bytes",
+    "parse_bytes",
 ]

@@ -83,15 +83,32 @@ class Arena:
             return None
         self._take(block)
         if block.size > size:
-            rest = _Block(block.start + size, block.size - size)
-            block.size = size
-            rest.before, rest.after = block, block.after
-            if block.after is not None:
-                block.after.before = rest
-            block.after = rest
-            self._put(rest)
+            self._put(self._split(block, size))
         self._leased[block.start] = block
         return block.start << self._shift
+
+    def allocate_at(self, offset: int, num_bytes: int) -> None:
+        """Lease exactly these bytes, as an earlier arena had. Looks through all extents.
+
+        Raises ForeignExtent where they are not free, or no multiples of the alignment.
+        """
+        start, size = offset >> self._shift, num_bytes >> self._shift
+        aligned = start << self._shift == offset and size << self._shift == num_bytes
+        block: _Block | None = self._first
+        while block is not None and block.start + block.size <= start:
+            block = block.after
+        if block is None or not aligned or not block.free or start < 0 or size < 1:
+            raise ForeignExtent(f"the {num_bytes} bytes at offset {offset} can't be leased")
+        if start + size > block.start + block.size:
+            raise ForeignExtent(f"the {num_bytes} bytes at offset {offset} are not all free")
+        self._take(block)
+        if block.start < start:
+            wanted = self._split(block, start - block.start)
+            self._put(block)
+            block = wanted
+        if block.size > size:
+            self._put(self._split(block, size))
+        self._leased[block.start] = block
 
     def free(self, offset: int) -> None:
         """Give back the extent that `allocate` put at `offset`.
@@ -119,6 +136,25 @@ class Arena:
         if block is None or offset != block.start << self._shift:
             raise self._unknown(offset)
         return block.size << self._shift
+
+    def rounded(self, num_bytes: int) -> int:
+        """`num_bytes` as an extent of that size would count."""
+        return -(-num_bytes // (1 << self._shift)) << self._shift
+
+    def refuse_unknown(self, offset: int) -> None:
+        """Raise DoubleFree or ForeignExtent where no extent is leased at `offset`."""
+        if self._leased.get(offset >> self._shift) is None or offset % (1 << self._shift):
+            raise self._unknown(offset)
+
+    @property
+    def total_bytes(self) -> int:
+        """Leased and free together."""
+        return self._total << self._shift
+
+    @property
+    def used_bytes(self) -> int:
+        """Leased."""
+        return (self._total - self._free) << self._shift
 
     @property
     def is_empty(self) -> bool:
@@ -225,6 +261,16 @@ class Arena:
                     self._first_level_map &= ~(1 << level)
         block.free = False
         self._free -= block.size
+
+    def _split(self, block: _Block, size: int) -> _Block:
+        """Cut `block`, which is in no bin, to `size` granules; the rest is returned, in no bin."""
+        rest = _Block(block.start + size, block.size - size)
+        block.size = size
+        rest.before, rest.after = block, block.after
+        if block.after is not None:
+            block.after.before = rest
+        block.after = rest
+        return rest
 
     def _absorb(self, block: _Block, after: _Block) -> None:
         block.size += after.size

@@ -1,89 +1,114 @@
-"""The allocator: one process that owns a device's memory and says who may map what.
+"""The allocator: one process that owns devices' memory and says who may map what.
 
-Owns the sockets, the sessions and the loop that joins weight sets to a backend. Invariants: one
-daemon a runtime directory; a request is answered exactly once, now or when what it waits for
-happens; whatever a client sends, the worst it gets is a typed error; a broken invariant of our own
-ends the process, since handing out wrong memory is worse than restarting. Never imports torch.
+Owns the sockets, the sessions, the journal and the loop. Invariants: one daemon a runtime
+directory; a request is answered exactly once, now or when what it waits for happens; whatever a
+client sends, the worst it gets is a typed error; a broken invariant of our own ends the process,
+since handing out wrong memory is worse than restarting. Never imports torch.
 """
 
 import contextlib
+import itertools
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import msgspec
 import zmq
 
-from allocator.backends import Backend, by_name
-from allocator.errors import AllocatorError, InvalidMessage, OutOfDeviceMemory, Unauthorized
-from allocator.lifeline import LifelineListener, Session
+from allocator.adoption import adopt, boot_id, read_records
+from allocator.backends import open_device
+from allocator.backends.placement import placement_notes
+from allocator.daemon_settings import DaemonSettings
+from allocator.device import Answers, Device
+from allocator.device_memory import DeviceMemory
+from allocator.errors import (
+    AllocatorError,
+    InvalidMessage,
+    InvalidSetting,
+    Unauthorized,
+)
+from allocator.events import History
+from allocator.exports import send_exports
+from allocator.journal import read_journal
+from allocator.lifeline import (
+    LifelineListener,
+    Visitor,
+    refuse,
+)
 from allocator.messages import (
     MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
     REQUEST_ID_BYTES,
     TOKEN_BYTES,
-    Abandon,
-    Done,
-    Evict,
+    Events,
     Failed,
+    GetEvents,
+    GetHoldings,
+    GetRegions,
     GetStatistics,
-    Handle,
-    Open,
-    Progress,
-    Release,
+    Message,
     Reply,
     Request,
-    Reserve,
-    Reserved,
-    Seal,
-    Statistics,
-    StillLoading,
-    WeightSetStatistics,
+    Welcome,
     decode_request,
     encode,
 )
+from allocator.process_identity import ProcessIdentity
+from allocator.records import JOURNAL_VERSION, RunBegan, SessionBegan, SessionEnded
 from allocator.runtime_dir import RuntimeDir
-from allocator.weight_sets import Answer, Effect, Free, ReplyTo, Waiter, WeightSet, WeightSets
+from allocator.sessions import Session, Sessions
+from allocator.state_journal import StateJournal
+from allocator.statistics import device_regions, device_statistics, session_holdings
+from allocator.weight_set import ReplyTo
 
 log = logging.getLogger("onecopy.allocator")
 
 _REQUESTS_A_TURN: Final = 64
 """After so many requests the loop looks at the lifelines again, however busy the clients are."""
+_HELLO_PATIENCE_S: Final = 5.0
+_MAX_VISITORS: Final = 256
+_SPARE_DESCRIPTORS: Final = 64
+_MAX_WIRE_BYTES: Final = 8 * MAX_FRAME_BYTES
+"""Longer frames end the connection; up to here a sender is told what is wrong."""
 
 
 class Daemon:
-    """One device's allocator. `serve` runs until `stop`, or until a signal."""
+    """The allocator of one runtime directory. `serve` runs until `stop`, or until a signal."""
 
-    def __init__(
-        self, runtime_dir: RuntimeDir, *, backend: str = "host", memory_limit: int | None = None
-    ):
-        self._backend: Backend = by_name(backend)
-        self._limit = memory_limit
-        self._sets = WeightSets()
-        self._sessions: dict[int, Session] = {}  # by the lifeline's file descriptor
-        self._by_token: dict[bytes, Session] = {}
-        self._segment_number = 0
-        # A client may hold a handle of the daemon before us: no name may come again.
-        self._run = secrets.token_hex(4)
+    def __init__(self, runtime_dir: RuntimeDir, settings: DaemonSettings | None = None):
+        """Raises AlreadyRunning, InvalidSetting."""
+        self._settings = settings or DaemonSettings()
+        self._sessions = Sessions()
+        self._visitors: dict[int, Visitor] = {}  # by file descriptor
+        self._devices: dict[str, Device] = {}
+        self._history = History()
         self._started = time.monotonic()
         self._running = True
         with contextlib.ExitStack() as undo:
             self._lock = runtime_dir.lock("allocator")
             undo.callback(self._lock.release)
-            self._prefix = runtime_dir.segment_prefix
-            for name in self._backend.sweep(self._prefix):
-                log.info("removed the segment %s of an allocator that is gone", name)
+            # A client may hold a handle of the daemon before us: no name may come again.
+            run = f"{runtime_dir.segment_prefix}{secrets.token_hex(4)}-"
+            self._names: Iterator[str] = (f"{run}{number}" for number in itertools.count(1))
+            self._journal = StateJournal(runtime_dir.journal, self._snapshot, self._history)
+            undo.callback(self._journal.close)
+            self._take_over(runtime_dir)
             self._context = zmq.Context(io_threads=1)
             undo.callback(self._context.destroy, 0)
             self._router = self._context.socket(zmq.ROUTER)
             self._router.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+            self._router.setsockopt(zmq.MAXMSGSIZE, _MAX_WIRE_BYTES)
             self._router.bind(runtime_dir.allocator_requests)
-            self._requests_path = runtime_dir.allocator_requests.removeprefix("ipc://")
-            self._listener = LifelineListener(runtime_dir.lifeline, runtime_dir.allocator_requests)
+            self._requests = runtime_dir.allocator_requests
+            self._listener = LifelineListener(runtime_dir.lifeline)
             undo.pop_all()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -92,6 +117,68 @@ class Daemon:
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._listener.fileno(), zmq.POLLIN)
         self._poller.register(self._wake_read.fileno(), zmq.POLLIN)
+        for session in self._sessions:
+            self._poller.register(session.fd, zmq.POLLIN)
+
+    # --- the start
+
+    def _take_over(self, runtime_dir: RuntimeDir) -> None:
+        """Adopt what an earlier daemon left and is still true; remove the rest."""
+        settings = self._settings
+        now = time.monotonic()
+        journaled = read_records(read_journal(runtime_dir.journal))
+        dead = [one for one in journaled.sessions.values() if not self._sessions.adopt(one)]
+        opened = {
+            name: open_device(name, settings.placement if name == "host" else "")
+            for name in settings.devices
+        }
+        self._device_names = {name: backend.device for name, backend in opened.items()}
+        backends = list(opened.values())
+        host_tier = open_device("host")
+        for note in placement_notes(settings.placement):
+            log.warning("%s", note)
+        keep: set[str] = set()
+        answers = Answers(self._reply_later, self._note, self._sessions.pid)
+        for backend in backends:
+            if backend.device in self._devices:
+                raise InvalidSetting(f"the device {backend.device} is named twice")
+            adopted = adopt(
+                journaled.device(backend.device),
+                [s for s in journaled.sessions.values() if s.device == backend.device],
+                backend,
+                host_tier,
+                limit_bytes=settings.memory_limit,
+                quotas=settings.quotas,
+                now=now,
+            )
+            device = Device(
+                backend,
+                host_tier,
+                adopted.memory,
+                self._names,
+                answers,
+                self._history,
+                image_folder=settings.image_folder,
+                host_tier_limit=settings.host_tier_limit,
+                pool=adopted.pool,
+            )
+            device.num_adopted_sets = adopted.num_sets
+            self._devices[backend.device] = device
+            for session in dead:
+                if session.device == backend.device:
+                    device.end_session(session, now)
+            device.find_images()
+            keep |= {handle.segment for handle in adopted.memory.sets.handles()}
+            keep |= {adopted.pool.segment} if adopted.pool is not None else set()
+            if adopted.num_sets or adopted.pool:
+                self._history.add("adopted", _inheritance(adopted.memory, len(self._sessions)))
+        for session in list(self._sessions):
+            if session.device not in self._devices:
+                self._sessions.remove(session)
+        for side in {backend.name: backend for backend in (*backends, host_tier)}.values():
+            for name in side.sweep(runtime_dir.segment_prefix, frozenset(keep)):
+                self._history.add("removed", f"{name}, of an allocator that is gone")
+        self._journal.begin()
 
     # --- life
 
@@ -117,59 +204,148 @@ class Daemon:
             self._wake_write.send(b"\0")
 
     def _turn(self) -> None:
-        deadline = self._sets.next_deadline()
-        timeout = (
-            None if deadline is None else int(max(0.0, deadline - time.monotonic()) * 1000) + 1
-        )
-        events = dict(self._poller.poll(timeout))
+        events = dict(self._poller.poll(self._patience_ms()))
         if self._wake_read.fileno() in events:
             self._wake_read.recv(4096)
         # Ends before requests: what a dead client held is free for whoever asks next.
-        for fd in events.keys() & self._sessions.keys():
-            self._end_session(self._sessions[fd])
+        for fd in events:
+            session = self._sessions.by_fd(fd) if isinstance(fd, int) else None
+            if session is not None:
+                self._end_session(session)
+        for fd in events.keys() & self._visitors.keys():
+            self._hear(self._visitors[fd])
         if self._listener.fileno() in events:
-            self._begin_session()
+            self._begin_visit()
         if self._router in events:
             self._answer_requests()
-        for weight_set, waiter in self._sets.expired(time.monotonic()):
-            self._reply(waiter.reply_to, self._still_loading(weight_set))
+        now = time.monotonic()
+        for device in self._devices.values():
+            for weight_set, waiter in device.memory.sets.expired(now):
+                self._reply(waiter.reply_to, waiter.session, device.still_loading(weight_set))
+        for visitor in [v for v in self._visitors.values() if v.deadline <= now]:
+            self._end_visit(visitor)
+            visitor.connection.close()
+        self._journal.tidy()
+
+    def _patience_ms(self) -> int | None:
+        deadlines = [device.memory.sets.next_deadline() for device in self._devices.values()]
+        deadlines += [visitor.deadline for visitor in self._visitors.values()]
+        earliest = min((one for one in deadlines if one is not None), default=None)
+        if earliest is None:
+            return None
+        return int(max(0.0, earliest - time.monotonic()) * 1000) + 1
 
     def _close(self) -> None:
-        for handle in self._sets.handles():
-            self._backend.free(handle.segment)
-        for session in self._sessions.values():
-            session.lifeline.close()
+        for device in self._devices.values():
+            device.close()
+        for session in self._sessions:
+            session.close()
+        for visitor in self._visitors.values():
+            visitor.connection.close()
         self._listener.close()
         self._router.close(0)
         self._context.term()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._requests_path)  # noqa: PTH108 - libzmq leaves the name behind
+        # libzmq leaves its name behind; without segments there is nothing to journal.
+        Path(self._requests.removeprefix("ipc://")).unlink(missing_ok=True)
+        self._journal.remove()
         self._wake_read.close()
         self._wake_write.close()
         self._lock.release()
 
     # --- sessions
 
-    def _begin_session(self) -> None:
-        session = self._listener.accept()
-        if session is None:
+    def _begin_visit(self) -> None:
+        visitor = self._listener.accept(_HELLO_PATIENCE_S)
+        if visitor is None:
             return
-        self._sessions[session.lifeline.fileno()] = session
-        self._by_token[session.token] = session
-        self._poller.register(session.lifeline.fileno(), zmq.POLLIN)
-        log.debug("session %d: pid %d", session.number, session.pid)
+        if len(self._visitors) >= _MAX_VISITORS:
+            visitor.refuse(Unauthorized("too many clients are about to connect: try again"))
+            return
+        if len(self._sessions) + len(self._visitors) >= _most_clients():
+            text = "the allocator has no descriptors for more clients: raise its `ulimit -n`"
+            visitor.refuse(Unauthorized(text))
+            return
+        self._visitors[visitor.connection.fileno()] = visitor
+        self._poller.register(visitor.connection.fileno(), zmq.POLLIN)
+
+    def _end_visit(self, visitor: Visitor) -> None:
+        fd = visitor.connection.fileno()
+        del self._visitors[fd]
+        self._poller.unregister(fd)
+
+    def _hear(self, visitor: Visitor) -> None:
+        self._end_visit(visitor)
+        connection = visitor.connection
+        try:
+            hello = visitor.hello()
+            session = self._sessions.by_token(hello.resume) if hello.resume else None
+            resumed = session is not None and session.adopted
+            if session is not None and resumed and session.process.pid == visitor.pid:
+                self._poller.unregister(session.fd)
+                self._sessions.resume(hello.resume, visitor.pid, connection)
+            else:
+                resumed = False
+                session = self._new_session(
+                    visitor, hello.device, hello.model, hello.user, hello.label
+                )
+            welcome = Welcome(
+                version=PROTOCOL_VERSION,
+                pid=os.getpid(),
+                token=session.token,
+                requests=self._requests,
+                device=session.device,
+                devices=tuple(self._devices),
+                resumed=resumed,
+            )
+        except EOFError:
+            connection.close()
+            return
+        except AllocatorError as error:
+            refuse(connection, error)
+            return
+        self._poller.register(session.fd, zmq.POLLIN)
+        with contextlib.suppress(OSError):  # gone already: the poller says so next
+            connection.send(encode(welcome))
+
+    def _new_session(
+        self, visitor: Visitor, device: str, model: str, user: str, label: str
+    ) -> Session:
+        process = ProcessIdentity.of(visitor.pid)
+        if process is None:
+            raise EOFError
+        chosen = self._device(device)
+        session = Session(
+            self._sessions.next_number(),
+            process,
+            secrets.token_bytes(TOKEN_BYTES),
+            chosen.name,
+            model,
+            user,
+            label,
+            lifeline=visitor.connection,
+        )
+        self._sessions.add(session)
+        chosen.begin_session(session)
+        self._note(_session_record(session))
+        log.debug("session %d: pid %d", session.number, process.pid)
+        return session
+
+    def _device(self, name: str) -> Device:
+        if not name:
+            return next(iter(self._devices.values()))
+        name = self._device_names.get(name, name)
+        if name not in self._devices:
+            raise InvalidSetting(
+                f"this allocator has no device {name!r}, only {', '.join(self._devices)}"
+            )
+        return self._devices[name]
 
     def _end_session(self, session: Session) -> None:
-        fd = session.lifeline.fileno()
-        self._poller.unregister(fd)
-        del self._sessions[fd]
-        del self._by_token[session.token]
-        session.lifeline.close()
-        log.debug("session %d ended: pid %d", session.number, session.pid)
-        self._apply(self._sets.end_session(session.number, time.monotonic()))
-
-    def _pid(self, number: int) -> int:
-        return next((s.pid for s in self._sessions.values() if s.number == number), 0)
+        self._poller.unregister(session.fd)
+        self._sessions.remove(session)
+        log.debug("session %d ended: pid %d", session.number, session.process.pid)
+        self._note(SessionEnded(number=session.number))
+        self._devices[session.device].end_session(session, time.monotonic())
 
     # --- requests
 
@@ -179,172 +355,135 @@ class Daemon:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) != 4 or len(frames[1]) != REQUEST_ID_BYTES:
+            if len(frames) < 2 or len(frames[1]) != REQUEST_ID_BYTES:
                 log.warning("dropped a message of %d frames: not a request", len(frames))
                 continue
-            identity, request_id, token, payload = frames
-            reply_to = (identity, request_id)
-            try:
-                reply = self._handle(reply_to, token, payload)
-            except AllocatorError as error:
-                reply = Failed(code=error.code, message=str(error)[:4000])
-            if reply is not None:
-                self._reply(reply_to, reply)
+            identity, request_id, *rest = frames
+            self._answer((identity, request_id), rest)
 
-    def _handle(self, reply_to: ReplyTo, token: bytes, payload: bytes) -> Reply | None:
-        session = self._by_token.get(token) if len(token) == TOKEN_BYTES else None
-        if session is None:
-            raise Unauthorized("no open lifeline stands behind this token")
+    def _answer(self, reply_to: ReplyTo, frames: list[bytes]) -> None:
+        session: Session | None = None
+        reply: Reply | None
         try:
-            request = decode_request(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidMessage(f"not a request: {error}") from error
-        return self._dispatch(session, reply_to, request)
+            if len(frames) != 2:
+                raise InvalidMessage(f"a request has 3 frames, this one {len(frames) + 1}")
+            token, payload = frames
+            session = self._sessions.by_token(token) if len(token) == TOKEN_BYTES else None
+            if session is None or session.adopted:
+                raise Unauthorized("no open lifeline stands behind this token")
+            reply = self._dispatch(session, reply_to, _decoded(payload))
+        except AllocatorError as error:
+            reply = Failed(code=error.code, message=str(error)[:4000])
+        if reply is not None:
+            self._reply(reply_to, session.number if session is not None else 0, reply)
 
     def _dispatch(self, session: Session, reply_to: ReplyTo, request: Request) -> Reply | None:
         now = time.monotonic()
-        number = session.number
+        device = self._devices[session.device]
         match request:
-            case Open(key=key, fingerprint=fingerprint, wait_ms=wait_ms):
-                answer = self._sets.open(number, key, fingerprint)
-                if answer is None:
-                    self._sets.wait(key, Waiter(number, reply_to, now + wait_ms / 1000))
-                return answer
-            case Reserve(key=key, generation=generation, num_bytes=num_bytes):
-                return self._reserve(session, key, generation, num_bytes)
-            case Progress(key=key, generation=generation, num_bytes=num_bytes):
-                self._sets.progress(number, key, generation, num_bytes)
-            case Seal(key=key, generation=generation, manifest=manifest):
-                self._seal_segment(number, key, generation)
-                sealed, effects = self._sets.seal(number, key, generation, manifest)
-                self._apply(effects)
-                log.info("sealed %s: %d bytes", key, sealed.handle.num_bytes)
-                return sealed
-            case Abandon(key=key, generation=generation):
-                self._apply(self._sets.abandon(number, key, generation))
-            case Release(key=key, generation=generation):
-                self._sets.release(number, key, generation, now)
-            case Evict(key=key):
-                self._apply(self._sets.evict(key))
             case GetStatistics():
-                return self._statistics(now)
-        return Done()
+                uptime_s = now - self._started
+                return device_statistics(
+                    device, self._sessions, now, uptime_s, self._history.num_events
+                )
+            case GetRegions():
+                return device_regions(device, self._sessions)
+            case GetHoldings(page=page):
+                return session_holdings(device, session, page)
+            case GetEvents(after=after):
+                return Events(events=self._history.after(after))
+            case _:
+                return device.dispatch(session, reply_to, request, now)
 
-    def _reserve(self, session: Session, key: str, generation: int, num_bytes: int) -> Reserved:
-        weight_set = self._sets.writing(session.number, key, generation)
-        if weight_set.handle is not None:
-            raise InvalidMessage(f"the weight set {key!r} already has its segment")
-        self._make_room(num_bytes)
-        self._segment_number += 1
-        handle = Handle(
-            backend=self._backend.name,
-            segment=f"{self._prefix}{self._run}-{self._segment_number}",
-            num_bytes=num_bytes,
-            generation=generation,
-        )
-        self._reserve_segment(handle)
-        self._sets.reserve(session.number, key, handle)
-        log.info("reserved %d bytes for %s, written by pid %d", num_bytes, key, session.pid)
-        return Reserved(handle=handle)
+    def _reply_later(self, reply_to: ReplyTo, number: int, message: Reply) -> None:
+        self._reply(reply_to, number, message)
 
-    def _make_room(self, num_bytes: int) -> None:
-        busy = [(s, s.handle) for s in self._sets if s.handle is not None and s.state != "idle"]
-        busy_bytes = sum(handle.num_bytes for _, handle in busy)
-        if self._limit is None:
-            return  # the device itself says when it is full
-        if busy_bytes + num_bytes > self._limit:  # evicting what is idle would be in vain
-            holders = ", ".join(
-                f"{s.key} ({s.state}, {handle.num_bytes / 1e6:.1f} MB)" for s, handle in busy
-            )
-            used = f", and {busy_bytes / 1e6:.1f} MB of it are in use: {holders}. Stop one of them,"
-            raise OutOfDeviceMemory(
-                f"{num_bytes / 1e6:.1f} MB are needed, but the limit is {self._limit / 1e6:.1f} MB"
-                f"{used + ' or raise' if busy else '. Raise'} --memory-limit."
-            )
-        while self._sets.used_bytes() + num_bytes > self._limit:
-            self._evict_one()
-
-    def _reserve_segment(self, handle: Handle) -> None:
-        """Others use the device as well, so it can be short below our limit: idle sets go then,
-        unless even an otherwise empty device could not hold the segment."""
-        in_vain = handle.num_bytes > self._backend.limit_bytes()
-        while True:
-            try:
-                self._backend.reserve(handle.segment, handle.num_bytes)
-            except OutOfDeviceMemory:
-                if in_vain or not self._evict_one():
-                    raise
-            else:
-                return
-
-    def _evict_one(self) -> bool:
-        idle = self._sets.least_recently_used()
-        if idle is None:
-            return False
-        log.info("evicting %s, which nobody reads", idle.key)
-        self._apply(self._sets.evict(idle.key))
-        return True
-
-    def _seal_segment(self, number: int, key: str, generation: int) -> None:
-        handle = self._sets.writing(number, key, generation).handle
-        if handle is not None:
-            self._backend.seal(handle.segment)
-
-    # --- effects and replies
-
-    def _apply(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Free(handle=handle):
-                    self._backend.free(handle.segment)
-                case Answer(waiter=waiter, message=message):
-                    self._reply(waiter.reply_to, message)
-
-    def _reply(self, reply_to: ReplyTo, message: Reply) -> None:
+    def _reply(self, reply_to: ReplyTo, number: int, message: Reply) -> None:
         identity, request_id = reply_to
+        session = self._sessions.by_number(number)
+        if session is not None and session.lifeline is not None:
+            device = self._devices[session.device]
+            if device.backend.exports:
+                try:
+                    send_exports(device.backend, session.lifeline, request_id, message)
+                except OSError as error:
+                    # It holds what it can't map, and would wait for descriptors for ever.
+                    log.warning("session %d ends, it can't get descriptors: %s", number, error)
+                    self._end_session(session)
+                    return
+        frame = encode(message)
+        if len(frame) > MAX_FRAME_BYTES:  # it would never arrive, and be waited for
+            text = f"the answer takes {len(frame)} bytes, at most {MAX_FRAME_BYTES} can be sent"
+            frame = encode(Failed(code=InvalidMessage.code, message=text))
         # A ROUTER drops what is for a peer that is gone or does not read, which is what we want:
         # its lifeline tells us when it ends.
-        self._router.send_multipart([identity, request_id, encode(message)])
+        self._router.send_multipart([identity, request_id, frame])
 
-    def _still_loading(self, weight_set: WeightSet) -> StillLoading:
-        return StillLoading(
-            writer_pid=self._pid(weight_set.writer) if weight_set.writer is not None else 0,
-            num_bytes=weight_set.written_bytes,
-            total_bytes=weight_set.handle.num_bytes if weight_set.handle is not None else 0,
-        )
+    # --- the journal
 
-    def _statistics(self, now: float) -> Statistics:
-        return Statistics(
-            pid=os.getpid(),
-            uptime_s=now - self._started,
-            device=self._backend.device,
-            limit_bytes=min(self._limit or 1 << 62, self._backend.limit_bytes()),
-            used_bytes=self._sets.used_bytes(),
-            num_sessions=len(self._sessions),
-            weight_sets=tuple(
-                WeightSetStatistics(
-                    key=s.key,
-                    state=s.state,
-                    generation=s.generation,
-                    segment=s.handle.segment if s.handle is not None else "",
-                    num_bytes=s.handle.num_bytes if s.handle is not None else 0,
-                    written_bytes=s.written_bytes,
-                    writer_pid=self._pid(s.writer) if s.writer is not None else None,
-                    reader_pids=tuple(self._pid(number) for number in s.readers.elements()),
-                    idle_s=now - s.idle_since if s.state == "idle" else 0.0,
-                )
-                for s in self._sets
-            ),
+    def _note(self, record: Message, sync: bool = False) -> None:
+        self._journal.note(record, sync)
+
+    def _snapshot(self) -> Iterator[Message]:
+        yield RunBegan(version=JOURNAL_VERSION, boot_id=boot_id())
+        for session in self._sessions:
+            yield _session_record(session)
+        for device in self._devices.values():
+            yield from device.records()
+
+
+def _most_clients() -> int:
+    """Each has a lifeline and a connection of ZeroMQ's; the daemon's own work needs some more."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else (soft - _SPARE_DESCRIPTORS) // 2
+
+
+def _decoded(payload: bytes) -> Request:
+    if len(payload) > MAX_FRAME_BYTES:
+        raise InvalidMessage(
+            f"a request of {len(payload)} bytes; at most {MAX_FRAME_BYTES} are taken"
         )
+    try:
+        return decode_request(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidMessage(f"not a request: {error}") from error
+
+
+def _session_record(session: Session) -> SessionBegan:
+    return SessionBegan(
+        number=session.number,
+        pid=session.process.pid,
+        start_ticks=session.process.start_ticks,
+        token=session.token,
+        device=session.device,
+        model=session.model,
+        user=session.user,
+        label=session.label,
+    )
+
+
+def _inheritance(memory: DeviceMemory, num_sessions: int) -> str:
+    num_sets = sum(weight_set.state in ("sealed", "idle") for weight_set in memory.sets)
+    statistics = memory.pool.statistics()
+    return (
+        f"{num_sets} weight sets, {statistics.num_leases} leases, {statistics.num_blocks} blocks "
+        f"and {num_sessions} sessions of an allocator that was killed"
+    )
 
 
 def run(
-    runtime_dir: RuntimeDir, *, memory_limit: int | None = None, ready_fd: int | None = None
+    runtime_dir: RuntimeDir,
+    settings: DaemonSettings | None = None,
+    *,
+    ready_fd: int | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; `ready_fd` gets one byte, and is closed, once clients can
-    connect. Raises AlreadyRunning."""
+    connect. Raises AlreadyRunning, InvalidSetting."""
     os.umask(0o077)
-    daemon = Daemon(runtime_dir, memory_limit=memory_limit)
+    # A lifeline each client, and for a moment a descriptor for what it maps.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    daemon = Daemon(runtime_dir, settings)
     daemon.stop_on_signals()
     log.info("allocator ready in %s", runtime_dir.path)
     if ready_fd is not None:

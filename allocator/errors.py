@@ -19,6 +19,12 @@ class AllocatorGone(AllocatorError):
     code = "allocator_gone"
 
 
+class Unanswered(AllocatorGone):
+    """The allocator ended before it answered: nobody knows whether it did what was asked."""
+
+    code = "unanswered"
+
+
 class RuntimeDirError(AllocatorError):
     """The runtime directory can't hold the sockets: not ours, not writable, or too long a path."""
 
@@ -91,10 +97,53 @@ class ForeignExtent(AllocatorError):
     code = "foreign_extent"
 
 
+class QuotaExceeded(AllocatorError):
+    """A model or a user may not hold so much. The message says what it holds."""
+
+    code = "quota_exceeded"
+
+
+class InvalidSetting(AllocatorError):
+    """An option that no daemon can be started with: an unknown device, placement or quota."""
+
+    code = "invalid_setting"
+
+
 class WaitTimeout(AllocatorError):
     """A bounded wait ran out: for a reply, or for another process to finish loading."""
 
     code = "wait_timeout"
+
+
+class DiskFull(AllocatorError):
+    """A folder can't hold what was to be written there. The message says how much that is."""
+
+    code = "disk_full"
+
+
+class DiskError(AllocatorError):
+    """A file can't be written or read, for another reason than room."""
+
+    code = "disk_error"
+
+
+class ImageCorrupt(AllocatorError):
+    """The file is no whole image of a weight set, or not ours. It can be deleted."""
+
+    code = "image_corrupt"
+
+
+class JournalError(AllocatorError):
+    """The journal did not take a record, or could not be written anew."""
+
+    code = "journal"
+
+
+class DeviceError(AllocatorError):
+    """A device's driver refused a call, for another reason than room. The message names the call
+    and the driver's own word for the reason."""
+
+    code = "device_error"
 
 
 BY_CODE: dict[str, type[AllocatorError]] = {
@@ -102,6 +151,7 @@ BY_CODE: dict[str, type[AllocatorError]] = {
     for cls in (
         AllocatorError,
         AllocatorGone,
+        Unanswered,
         RuntimeDirError,
         AlreadyRunning,
         Unauthorized,
@@ -114,6 +164,13 @@ BY_CODE: dict[str, type[AllocatorError]] = {
         WeightSetBusy,
         DoubleFree,
         ForeignExtent,
+        QuotaExceeded,
+        InvalidSetting,
         WaitTimeout,
+        DiskFull,
+        DiskError,
+        ImageCorrupt,
+        JournalError,
+        DeviceError,
     )
 }

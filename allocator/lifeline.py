@@ -1,55 +1,94 @@
 """The lifeline: a Unix socket that says who a client is, and whether it still lives.
 
-Owns both ends. Invariant: a session exists exactly as long as its lifeline is open; the kernel
-closes it when the client's process ends, however it ends. Knows nothing of what a session holds.
+Owns both ends. Invariant: a session lives as long as its lifeline is open; the kernel closes it
+when the client's process ends, however it ends. Also carries what ZeroMQ can't, file descriptors.
+Knows nothing of what a session holds.
 """
 
 import contextlib
+import errno
 import os
-import secrets
 import socket
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from allocator.errors import BY_CODE, AllocatorError, AllocatorGone, Unauthorized
+from allocator.errors import (
+    BY_CODE,
+    AllocatorError,
+    AllocatorGone,
+    InvalidMessage,
+    Unauthorized,
+    WaitTimeout,
+)
 from allocator.messages import (
     PROTOCOL_VERSION,
-    TOKEN_BYTES,
+    Descriptor,
+    Hello,
     Refused,
     Welcome,
+    decode_hello,
     decode_lifeline,
     encode,
 )
 
 _UCRED: Final = struct.Struct("iII")  # struct ucred: pid, uid, gid (unix(7))
 _TIMEVAL: Final = struct.Struct("ll")  # struct timeval: seconds, microseconds
-_BACKLOG: Final = 64
-_WELCOME_BYTES: Final = 8192
+_BACKLOG: Final = 128
+_FRAME_BYTES: Final = 8192
+MAX_DESCRIPTORS: Final = 250
+"""The kernel takes 253 a message (SCM_MAX_FD)."""
 
 
-@dataclass(frozen=True)
-class Session:
-    """One connected client. `token` goes with its requests; `number` never repeats."""
+@dataclass(frozen=True, eq=False)
+class Visitor:
+    """A connection of our own user that has not said yet what it wants."""
 
-    number: int
+    connection: socket.socket
     pid: int
-    uid: int
-    token: bytes = field(repr=False)
-    lifeline: socket.socket = field(repr=False)
+    deadline: float
+
+    def hello(self) -> Hello:
+        """What it wants. Raises InvalidMessage; EOFError where it is gone."""
+        try:
+            frame = self.connection.recv(_FRAME_BYTES)
+        except OSError as error:
+            raise EOFError from error
+        if not frame:
+            raise EOFError
+        try:
+            hello = decode_hello(frame)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidMessage(f"not a Hello: {error}") from error
+        if hello.version != PROTOCOL_VERSION:
+            raise InvalidMessage(
+                f"the allocator speaks protocol {PROTOCOL_VERSION}, this client {hello.version}: "
+                "restart the older of the two"
+            )
+        return hello
+
+    def refuse(self, error: AllocatorError) -> None:
+        """Say why, and hang up."""
+        refuse(self.connection, error)
+
+
+def refuse(connection: socket.socket, error: AllocatorError) -> None:
+    """Say why, and hang up: it is refused whether or not it hears it."""
+    with contextlib.suppress(OSError):
+        connection.send(encode(Refused(code=error.code, message=str(error)[:4000])))
+    connection.close()
 
 
 class LifelineListener:
     """The daemon's end: accepts clients of our own user."""
 
-    def __init__(self, path: Path, requests: str):
+    def __init__(self, path: Path):
         self._path = path
-        self._requests = requests
-        self._numbers = _count_from(1)
         self._socket = socket.socket(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
@@ -58,47 +97,53 @@ class LifelineListener:
         self._socket.bind(os.fspath(path))
         path.chmod(0o600)
         self._socket.listen(_BACKLOG)
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
 
     def fileno(self) -> int:
         """Readable when a client connects."""
         return self._socket.fileno()
 
-    def accept(self) -> Session | None:
-        """The next client's session; None where it was refused or went away again."""
+    def accept(self, patience_s: float) -> Visitor | None:
+        """The next client, which has `patience_s` to say Hello; None where it was refused or went
+        away again."""
         try:
             connection, _ = self._socket.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
             return None
         connection.setblocking(False)
         pid, uid, _gid = _UCRED.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         )
         if uid not in (os.geteuid(), 0):
-            refusal = Refused(
-                code=Unauthorized.code,
-                message=f"user id {uid} may not use the allocator of user id {os.geteuid()}",
-            )
-            with contextlib.suppress(OSError):  # it is refused whether or not it hears why
-                connection.send(encode(refusal))
-            connection.close()
+            message = f"user id {uid} may not use the allocator of user id {os.geteuid()}"
+            refuse(connection, Unauthorized(message))
             return None
-        session = Session(
-            next(self._numbers), pid, uid, secrets.token_bytes(TOKEN_BYTES), connection
-        )
-        welcome = Welcome(
-            version=PROTOCOL_VERSION, pid=os.getpid(), token=session.token, requests=self._requests
-        )
-        try:
-            connection.send(encode(welcome))
-        except OSError:
-            connection.close()
-            return None
-        return session
+        return Visitor(connection, pid, time.monotonic() + patience_s)
 
     def close(self) -> None:
         """Stop listening and remove the name."""
         self._socket.close()
+        os.close(self._spare)
         self._path.unlink(missing_ok=True)
+
+    def _turn_away(self) -> None:
+        """Out of descriptors: with the spare one the next client can at least be hung up on, where
+        otherwise it would keep the listener readable for ever."""
+        os.close(self._spare)
+        with contextlib.suppress(OSError):
+            self._socket.accept()[0].close()
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def send_descriptors(
+    connection: socket.socket, request_id: bytes, descriptors: Sequence[int]
+) -> None:
+    """At most MAX_DESCRIPTORS, before the reply to that request. Raises OSError where the client
+    does not read."""
+    frame = encode(Descriptor(request_id=request_id))
+    socket.send_fds(connection, [frame], list(descriptors), socket.MSG_DONTWAIT)
 
 
 @dataclass(frozen=True)
@@ -109,7 +154,7 @@ class Lifeline:
     connection: socket.socket = field(repr=False)
 
     @classmethod
-    def connect(cls, path: Path, timeout_s: float) -> "Lifeline":
+    def connect(cls, path: Path, timeout_s: float, hello: Hello) -> "Lifeline":
         """Open a session. Raises AllocatorGone where nobody listens, or what the daemon refused
         with."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -121,8 +166,7 @@ class Lifeline:
         try:
             connection.connect(os.fspath(path))
             connection.settimeout(timeout_s)
-            frame = connection.recv(_WELCOME_BYTES)
-            answer = decode_lifeline(frame)
+            answer = decode_lifeline(_ask(connection, encode(hello)))
         except (OSError, msgspec.DecodeError) as error:
             connection.close()
             raise AllocatorGone(
@@ -132,18 +176,42 @@ class Lifeline:
         if isinstance(answer, Refused):
             connection.close()
             raise BY_CODE.get(answer.code, AllocatorError)(answer.message)
-        if answer.version != PROTOCOL_VERSION:
+        if not isinstance(answer, Welcome) or answer.version != PROTOCOL_VERSION:
             connection.close()
             raise AllocatorGone(
-                f"the allocator in {path.parent} speaks protocol {answer.version}, this client "
+                f"the allocator in {path.parent} speaks another protocol than this client, "
                 f"{PROTOCOL_VERSION}: restart the older of the two"
             )
         connection.setblocking(False)
         return cls(answer, connection)
 
+    def descriptors(self, request_id: bytes, count: int, timeout_s: float) -> list[int]:
+        """The descriptors that come with the reply to this request, the caller's to close. Those of
+        requests that were given up are closed. Raises AllocatorGone, WaitTimeout."""
+        found: list[int] = []
+        self.connection.settimeout(timeout_s)
+        try:
+            while len(found) < count:
+                frame, received, _, _ = socket.recv_fds(
+                    self.connection, _FRAME_BYTES, MAX_DESCRIPTORS
+                )
+                message = decode_lifeline(frame)
+                if isinstance(message, Descriptor) and message.request_id == request_id:
+                    found += received
+                else:
+                    close_all(received)
+        except TimeoutError as error:
+            close_all(found)
+            raise WaitTimeout(f"no descriptor came within {timeout_s:.0f} s") from error
+        except (OSError, msgspec.DecodeError) as error:  # an empty frame is the daemon's end
+            close_all(found)
+            raise AllocatorGone("the allocator ended before it sent its descriptors") from error
+        finally:
+            self.connection.setblocking(False)
+        return found
+
     def is_open(self) -> bool:
-        """Whether the daemon still lives. It never sends after the welcome, so anything readable is
-        the end."""
+        """Whether the daemon still lives."""
         try:
             return bool(self.connection.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
@@ -156,13 +224,23 @@ class Lifeline:
         self.connection.close()
 
 
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close each."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _ask(connection: socket.socket, hello: bytes) -> bytes:
+    """The answer. A daemon that refuses us at once may have hung up before our Hello was sent, or
+    read: what it said is there all the same. Raises OSError."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.send(hello)
+    try:
+        return connection.recv(_FRAME_BYTES)
+    except ConnectionResetError:  # reported once, and before what was said
+        return connection.recv(_FRAME_BYTES)
+
+
 def _seconds_and_micros(timeout_s: float) -> tuple[int, int]:
     """At least a microsecond, since 0 would mean forever."""
     return divmod(max(1, int(timeout_s * 1_000_000)), 1_000_000)
-
-
-def _count_from(start: int) -> Iterator[int]:
-    number = start
-    while True:
-        yield number
-        number += 1

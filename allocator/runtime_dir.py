@@ -103,6 +103,11 @@ class RuntimeDir:
         return f"ipc://{self.path / LONGEST_NAME}"
 
     @property
+    def journal(self) -> Path:
+        """What the allocator holds, for the one that comes after it."""
+        return self.path / "allocator.journal"
+
+    @property
     def engines(self) -> str:
         """The ZeroMQ endpoint on which the server awaits its instances."""
         return f"ipc://{self.path / 'engines.sock'}"

@@ -7,11 +7,14 @@ that imports torch, and only when a client asks for tensors. Knows nothing of na
 import math
 import warnings
 from collections.abc import Mapping as NamedMapping
+from collections.abc import Sequence
 from typing import Final
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
-from allocator.backends import Mapping
+from allocator.backends import Mapping, PoolWindow
+from allocator.backends.dlpack import Exporter
 from allocator.errors import InvalidMessage
 from allocator.messages import TensorEntry
 
@@ -31,22 +34,33 @@ def dtype_by_name(name: str) -> torch.dtype:
     return dtype
 
 
-def as_bytes(mapping: Mapping) -> torch.Tensor:
-    """The whole mapping as uint8 # [num_bytes]. Writing through it where the mapping is read-only
-    kills the process by SIGSEGV, and harms nobody else."""
+def as_bytes(mapping: Mapping | PoolWindow) -> torch.Tensor:
+    """The whole mapping as uint8 # [num_bytes], on the device that it is on. Writing through it
+    where the mapping is read-only kills the process by SIGSEGV, or on a GPU makes every later call
+    of its CUDA context fail, and harms nobody else."""
+    if isinstance(mapping, Exporter):
+        return from_dlpack(mapping)
     with warnings.catch_warnings():
         # torch can't mark a tensor read-only and warns of it; the kernel does it for us.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(mapping.buffer, dtype=torch.uint8)
 
 
-def tensors(mapping: Mapping, entries: NamedMapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
-    """One aliased tensor an entry, of its dtype, shape and stride. Tied entries alias each other.
+def tensors(
+    mappings: Sequence[Mapping], entries: NamedMapping[str, TensorEntry]
+) -> dict[str, torch.Tensor]:
+    """One aliased tensor an entry, of its dtype, shape and stride, in the mapping that the entry's
+    `segment` counts. Tied entries alias each other.
 
-    Raises InvalidMessage where an entry does not lie in the mapping.
+    Raises InvalidMessage where an entry does not lie in its mapping.
     """
-    whole = as_bytes(mapping)
-    return {name: _tensor(whole, name, entry) for name, entry in entries.items()}
+    wholes = [as_bytes(mapping) for mapping in mappings]
+    found: dict[str, torch.Tensor] = {}
+    for name, entry in entries.items():
+        if not 0 <= entry.segment < len(wholes):
+            raise InvalidMessage(f"the tensor {name!r} lies in no segment of its set")
+        found[name] = _tensor(wholes[entry.segment], name, entry)
+    return found
 
 
 def _tensor(whole: torch.Tensor, name: str, entry: TensorEntry) -> torch.Tensor:

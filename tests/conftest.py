@@ -18,6 +18,20 @@ def adopted_orphans() -> None:
     adopt_orphans()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No allocator of the tests looks into the user's folder of images, nor writes to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONECOPY_IMAGE_DIR", str(tmp_path_factory.mktemp("images")))
+        yield
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Where the allocators of one test keep what sleeps on disk; made by whoever writes first."""
+    return tmp_path / "images"
+
+
 @pytest.fixture
 def no_leaks() -> Iterator[Leaks]:
     """Fails at teardown where the test left a child, a descriptor, or anything of a directory that
@@ -41,12 +55,15 @@ def runtime_dir(no_leaks: Leaks) -> Iterator[RuntimeDir]:
 
 
 @pytest.fixture
-def start_daemon(runtime_dir: RuntimeDir) -> Iterator[Callable[..., DaemonProcess]]:
+def start_daemon(
+    runtime_dir: RuntimeDir, image_folder: Path
+) -> Iterator[Callable[..., DaemonProcess]]:
     """Start allocators in the runtime directory; each is stopped by SIGTERM at teardown."""
     started: list[DaemonProcess] = []
 
     def start(*arguments: str) -> DaemonProcess:
-        started.append(DaemonProcess(runtime_dir, *arguments))
+        images = ("--image-dir", str(image_folder))
+        started.append(DaemonProcess(runtime_dir, *images, *arguments))
         return started[-1]
 
     yield start

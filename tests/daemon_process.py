@@ -47,9 +47,9 @@ class DaemonProcess:
         """The daemon's process."""
         return self.process.pid
 
-    def connect(self) -> Client:
-        """A session of the test's own process."""
-        return connect(self.runtime_dir)
+    def connect(self, **options: str) -> Client:
+        """A session of the test's own process; options as `allocator.connect` takes them."""
+        return connect(self.runtime_dir, **options)
 
     def stop(self) -> int:
         """SIGTERM, and the exit status. Idempotent."""

@@ -1,12 +1,17 @@
 """The one interface to a device's memory, and the choice of a backend.
 
 Invariant: code outside this folder never touches a device API. A backend's two sides never meet in
-one process: the daemon reserves, seals and frees; a client maps.
+one process: the daemon reserves, seals, exports and frees; a client maps. A segment holds one
+weight set; a pool is a range of offsets of which extents get memory one by one.
+
+    pool, as the daemon counts it      | extent |      free      | extent | extent |   free   |
+    pool, in one client's addresses    | mapped | (no access)    | (another's)     |          |
 """
 
+from pathlib import Path
 from typing import Protocol
 
-from allocator.messages import Handle
+from allocator.messages import Extent, Handle
 
 
 class Mapping(Protocol):
@@ -14,14 +19,51 @@ class Mapping(Protocol):
 
     @property
     def buffer(self) -> memoryview:
-        """The segment's bytes; writing to a read-only mapping's raises TypeError."""
+        """The segment's bytes; writing to a read-only mapping's raises TypeError. Memory that the
+        processor can't address raises TypeError, too; `read` and `write` work for any."""
 
     @property
     def num_bytes(self) -> int:
         """The segment's size."""
 
+    def commit(self, offset: int, num_bytes: int) -> None:
+        """Give these bytes memory before they are written through `buffer`. For a mapping that was
+        made with `commit=False`. Raises OutOfDeviceMemory."""
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Copy `data` to `offset`, committing as it goes. Threads may write at once. Raises
+        OutOfDeviceMemory."""
+
+    def read(self, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset`."""
+
     def close(self) -> None:
         """Drop this reference. The address range goes when no view of it is left."""
+
+
+class PoolWindow(Protocol):
+    """A client's addresses for a whole pool: one range, in which extents are mapped at their
+    offsets. Touching an offset that is not mapped ends the process by SIGSEGV, and harms no other.
+    """
+
+    @property
+    def num_bytes(self) -> int:
+        """The pool's size; the window costs no memory by itself."""
+
+    @property
+    def buffer(self) -> memoryview:
+        """The whole window, writable; offsets are the pool's. As for `Mapping.buffer`."""
+
+    def map(self, extent: Extent, *, writable: bool, descriptor: int | None = None) -> None:
+        """Make an extent accessible; a writable one has all its memory committed. Mapping again
+        changes the access. `descriptor` is what `Backend.export` made; it stays the caller's.
+        Raises OutOfDeviceMemory, StaleGeneration."""
+
+    def unmap(self, extent: Extent, *, discard: bool = False) -> None:
+        """Make it inaccessible; with `discard` its memory goes back to the device first."""
+
+    def close(self) -> None:
+        """Unmap all. Views of `buffer` that are left must not be touched any more."""
 
 
 class Backend(Protocol):
@@ -29,12 +71,20 @@ class Backend(Protocol):
 
     name: str
     device: str
+    """For people and for `Handle.device`: "host", or "cuda:GPU-<UUID>"."""
+    granularity: int
+    """Bytes; extents of the pool begin and end at multiples of it."""
+    placement: str
+    """Goes into handles, for the client's side of this backend. "" where there is no choice."""
+    exports: bool
+    """Whether a client needs a descriptor (`export`) to map."""
 
     def limit_bytes(self) -> int:
         """What the device could hold if nothing else used it."""
 
-    def reserve(self, segment: str, num_bytes: int) -> None:
-        """Make a segment. Raises OutOfDeviceMemory, naming the fix, and then leaves nothing."""
+    def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
+        """Make a segment. `outstanding_bytes` were reserved earlier and may not be committed yet.
+        Raises OutOfDeviceMemory, naming the fix, and then leaves nothing."""
 
     def seal(self, segment: str) -> None:
         """From now on the segment can be mapped read-only."""
@@ -42,19 +92,79 @@ class Backend(Protocol):
     def free(self, segment: str) -> None:
         """Give the segment back. Processes that map it keep their mapping until they drop it."""
 
-    def sweep(self, prefix: str) -> list[str]:
-        """Free what an earlier daemon of this prefix left behind; return the names."""
+    def committed_bytes(self, segment: str) -> int:
+        """How many bytes of a segment or a pool have memory."""
 
-    def map(self, handle: Handle, *, writable: bool) -> Mapping:
+    def identity(self, segment: str) -> str:
+        """What tells this very segment from any other that ever had its name; "" where it is gone,
+        or where it can't outlive the daemon."""
+
+    def sweep(self, prefix: str, keep: frozenset[str] = frozenset()) -> list[str]:
+        """Free what an earlier daemon of this prefix left behind, but `keep`; return the names."""
+
+    def reserve_pool(self, pool: str, num_bytes: int) -> None:
+        """Make a pool; it takes no memory before its extents do."""
+
+    def reserve_extent(self, pool: str, extent: Extent) -> None:
+        """Make an extent leasable. Raises OutOfDeviceMemory where there clearly is no room."""
+
+    def free_extent(self, pool: str, extent: Extent) -> None:
+        """Take an extent's memory back, whoever still maps it: a client of the host backend that
+        does would read zeros."""
+
+    def export(self, segment: str, extent: Extent | None = None) -> int:
+        """A descriptor for a client to map, the caller's to close. Only where `exports`."""
+
+    def map(
+        self, handle: Handle, *, writable: bool, commit: bool = True, descriptor: int | None = None
+    ) -> Mapping:
         """Client side. Writable only for a writer before the seal. Raises StaleGeneration where the
         segment is gone, NotWriter where it is sealed, OutOfDeviceMemory where its memory can't be
         committed."""
 
+    def open_pool(self, handle: Handle) -> PoolWindow:
+        """Client side: addresses for the pool. Raises StaleGeneration where it is gone."""
 
-def by_name(name: str) -> Backend:
-    """The backend that a handle names. Raises ValueError for an unknown one."""
-    if name == "host":
+
+def open_device(device: str, placement: str = "") -> Backend:
+    """The backend of a device that a daemon should own: "host" or "cuda:N". Raises InvalidSetting
+    for an unknown device or placement, or one that this machine does not have."""
+    if device == "host":
         from allocator.backends.host import HostBackend
 
-        return HostBackend()
-    raise ValueError(f"no backend is called {name!r}")
+        return HostBackend(placement)
+    if device.startswith("cuda"):
+        from allocator.backends.cuda import CUDABackend
+
+        return CUDABackend(device, placement)
+    from allocator.errors import InvalidSetting
+
+    raise InvalidSetting(f"the device {device!r} is not one of host, cuda:N, cuda:GPU-UUID")
+
+
+def file_handle(path: Path) -> Handle:
+    """A handle for the regular file that is at `path` now, without symbolic links. Raises
+    StaleGeneration where there is none."""
+    from allocator.backends.file import FileBackend
+    from allocator.errors import StaleGeneration
+
+    identity = FileBackend().identity(str(path))
+    if not identity:
+        raise StaleGeneration(f"{path} is no regular file")
+    return Handle(
+        backend="file",
+        segment=str(path),
+        num_bytes=path.stat().st_size,
+        generation=0,
+        identity=identity,
+    )
+
+
+def for_handle(handle: Handle) -> Backend:
+    """The client's side of the backend that a handle names. Raises InvalidSetting for an unknown
+    one."""
+    if handle.backend == "file":
+        from allocator.backends.file import FileBackend
+
+        return FileBackend()
+    return open_device(handle.device or handle.backend, handle.placement)

@@ -32,9 +32,11 @@ class Refused(Exception):
 class ClientProcess:
     """tests/allocator/client_program.py, connected. As a context it is stopped at the end."""
 
-    def __init__(self, runtime_dir: RuntimeDir):
+    def __init__(self, runtime_dir: RuntimeDir, **options: str):
+        """Options as `allocator.connect` takes them."""
+        program = (sys.executable, "-m", "tests.allocator.client_program")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.allocator.client_program", str(runtime_dir.path)],
+            [*program, str(runtime_dir.path), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -77,6 +79,23 @@ class ClientProcess:
         """SIGKILL: its lifeline is closed by the kernel."""
         self._process.kill()
         self._finish()
+
+    def pause(self) -> None:
+        """SIGSTOP, until `resume`."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._process.send_signal(signal.SIGCONT)
+
+    @property
+    def ended_by(self) -> int | None:
+        """The signal that ended it, 0 where it ended by itself; None while it runs. Waits a while
+        for one that is about to end."""
+        try:
+            return max(0, -self._process.wait(TIMEOUT_S))
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self) -> None:
         """Let it close its session and end. Idempotent, also after `kill`."""

@@ -1,19 +1,50 @@
-"""Run inside a mount namespace whose /dev/shm holds 8 MiB: what happens when the room runs out.
+"""What happens on another /dev/shm than the machine's: a small one, or one with huge pages.
 
-Prints one JSON object. Invariant: what it prints was seen through the public interfaces.
+Both ends: `on_own_shm` runs this module inside a mount namespace, where it prints one JSON object.
+Invariant: what it prints was seen through the public interfaces, or in /proc.
 """
 
 import contextlib
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from allocator import Client, OutOfDeviceMemory, RuntimeDir, WeightSetWriter, connect
+from allocator.backends import for_handle
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.messages import Handle, Manifest
-from tests.daemon_process import DaemonProcess
+from allocator.backends.placement import huge_page_mode, placement_notes
+from allocator.messages import Extent, Handle, Manifest
+from tests.allocator.processes import in_fork
+from tests.daemon_process import ROOT, DaemonProcess
+from tests.leaks import descriptors
 
 MIB = 1 << 20
+
+
+def on_own_shm(part: str, runtime_dir: RuntimeDir, options: str = "size=8m") -> dict[str, Any]:
+    """What a part found on a /dev/shm that is mounted with these options, for it alone."""
+    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"this user can't make a mount namespace: {probe.stderr.strip()}")
+    mount = f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"'
+    program = [sys.executable, "-m", "tests.allocator.small_shm", part, str(runtime_dir.path)]
+    finished = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, "sh", *program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    found: dict[str, Any] = json.loads(finished.stdout)
+    return found
 
 
 def load(memory: Client, key: str, num_bytes: int) -> str:
@@ -33,31 +64,81 @@ def keys(memory: Client) -> list[str]:
     return [weight_set.key for weight_set in memory.statistics().weight_sets]
 
 
-def backend_alone() -> dict[str, object]:
+def handle_of(segment: str, num_bytes: int, placement: str = "") -> Handle:
+    return Handle(
+        backend="host", segment=segment, num_bytes=num_bytes, generation=1, placement=placement
+    )
+
+
+def refusal(function: Callable[[], object]) -> str:
+    """The message with which there was no room, or "" where there was."""
+    try:
+        function()
+    except OutOfDeviceMemory as error:
+        return str(error)
+    return ""
+
+
+def free_blocks() -> int:
+    return os.statvfs(SHM_ROOT).f_bfree
+
+
+def segments(prefix: str) -> dict[str, object]:
     """Two segments that fit one by one, but not together: the second is refused at its commit."""
     backend = HostBackend()
-    first, second = (f"/onecopy-small-{os.getpid()}-{n}" for n in (1, 2))
-    handles = [Handle(backend="host", segment=s, num_bytes=5 * MIB, generation=1)
-               for s in (first, second)]  # fmt: skip
-    for segment in (first, second):
-        backend.reserve(segment, 5 * MIB)
-    mapping = backend.map(handles[0], writable=True)
-    with contextlib.closing(mapping):
+    first, second, third = (handle_of(f"{prefix}{n}", 5 * MIB) for n in (1, 2, 3))
+    for handle in (first, second, third):
+        backend.reserve(handle.segment, handle.num_bytes)
+    with contextlib.closing(backend.map(first, writable=True)) as mapping:
         mapping.buffer[:] = b"\7" * mapping.num_bytes  # committed: no SIGBUS
-    used = os.statvfs(SHM_ROOT)
-    found: dict[str, object] = {}
+    used, before = free_blocks(), descriptors()
     try:
-        backend.map(handles[1], writable=True)
-    except OutOfDeviceMemory as error:
-        found["commit"] = str(error)
-    after = os.statvfs(SHM_ROOT)
-    found["nothing_taken"] = used.f_bfree == after.f_bfree
-    try:
-        backend.reserve(f"{second}-more", 5 * MIB)
-    except OutOfDeviceMemory as error:
-        found["reserve"] = str(error)
+        backend.map(second, writable=True)
+    except OutOfDeviceMemory:  # which holds on to what raised it
+        assert descriptors() == before
+    found: dict[str, object] = {
+        "commit": refusal(lambda: backend.map(second, writable=True)),
+        "nothing_taken": free_blocks() == used,
+        "reserve": refusal(lambda: backend.reserve(f"{prefix}more", 5 * MIB)),
+        "outstanding": refusal(
+            lambda: backend.reserve(f"{prefix}more", 2 * MIB, outstanding_bytes=2 * MIB)
+        ),
+    }
+    backend.reserve(f"{prefix}fits", MIB, outstanding_bytes=2 * MIB)
+    backend.free(f"{prefix}fits")
+    with contextlib.closing(backend.map(third, writable=True, commit=False)) as mapping:
+        found["write"] = refusal(lambda: mapping.write(0, bytes(5 * MIB)))
     found["names"] = sorted(path.name for path in SHM_ROOT.iterdir())
-    backend.sweep(f"/onecopy-small-{os.getpid()}-")
+    backend.sweep(prefix)
+    return found
+
+
+def pool(prefix: str) -> dict[str, object]:
+    """Extents of 2 MiB until no further one can be committed."""
+    backend = HostBackend()
+    backend.reserve_pool(f"{prefix}pool", 64 * MIB)
+    window = backend.open_pool(handle_of(f"{prefix}pool", 64 * MIB))
+    extents = [Extent(offset=2 * MIB * n, num_bytes=2 * MIB) for n in range(8)]
+    for number, extent in enumerate(extents[:3]):
+        window.map(extent, writable=True)
+        window.buffer[extent.offset : extent.offset + extent.num_bytes] = (
+            bytes([number + 1]) * extent.num_bytes
+        )
+    used = free_blocks()
+    too_large = Extent(offset=extents[3].offset, num_bytes=4 * MIB)
+    found: dict[str, object] = {
+        "reserve_extent": refusal(lambda: backend.reserve_extent(f"{prefix}pool", too_large)),
+        "map": refusal(lambda: window.map(too_large, writable=True)),
+        "nothing_taken": free_blocks() == used,
+        "fault": in_fork(lambda: str(window.buffer[too_large.offset])).signal,
+        "others": [window.buffer[extent.offset] for extent in extents[:3]],
+    }
+    window.unmap(extents[1], discard=True)
+    window.map(too_large, writable=True)
+    window.buffer[too_large.offset] = 4
+    found["after_discard"] = window.buffer[too_large.offset]
+    window.close()
+    backend.sweep(prefix)
     return found
 
 
@@ -72,17 +153,79 @@ def daemon_in_need(memory: Client) -> dict[str, object]:
     return found
 
 
-def main() -> None:
-    """The backend alone, then a daemon that finds its device full."""
-    found = backend_alone()
-    runtime_dir = RuntimeDir.open(sys.argv[1])
+def huge_bytes(segment: str) -> int:
+    """How much of a mapped segment this process reaches through huge pages (proc(5), smaps)."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            inside = line.endswith(segment)
+        elif inside and name == "ShmemPmdMapped:":
+            found += int(values[0]) * 1024
+    return found
+
+
+def huge(prefix: str) -> dict[str, object]:
+    """Segments and a pool with and without huge pages; what does not fit is an error."""
+    found: dict[str, object] = {"notes": placement_notes("huge"), "mode": huge_page_mode()}
+    for placement in ("huge", ""):
+        backend = HostBackend(placement)
+        seen: dict[str, int] = {}
+        for commit in (True, False):
+            handle = handle_of(f"{prefix}{placement}{commit}", 4 * MIB + 5, placement)
+            backend.reserve(handle.segment, handle.num_bytes)
+            client = for_handle(handle)
+            with contextlib.closing(client.map(handle, writable=True, commit=commit)) as mapping:
+                mapping.write(5, b"\7" * (4 * MIB))
+            backend.seal(handle.segment)
+            with contextlib.closing(client.map(handle, writable=False)) as mapping:
+                assert mapping.buffer[5:] == b"\7" * (4 * MIB)
+                seen[f"committed {commit}"] = huge_bytes(handle.segment)
+            backend.free(handle.segment)
+        # A size for which the kernel does not align the window of its own accord.
+        handle = handle_of(f"{prefix}pool", 64 * MIB + backend.granularity, placement)
+        backend.reserve_pool(handle.segment, handle.num_bytes)
+        with contextlib.closing(for_handle(handle).open_pool(handle)) as window:
+            window.map(Extent(offset=4 * MIB, num_bytes=4 * MIB), writable=True)
+            window.buffer[4 * MIB : 8 * MIB] = b"\7" * (4 * MIB)
+            seen["extent"] = huge_bytes(handle.segment)
+        backend.free(handle.segment)
+        found[placement or "none"] = seen
+    first, second = (handle_of(f"{prefix}{n}", 10 * MIB, "huge") for n in (1, 2))
+    backend = HostBackend("huge")
+    backend.reserve(first.segment, first.num_bytes)
+    backend.reserve(second.segment, second.num_bytes)
+    with contextlib.closing(backend.map(first, writable=True)):
+        found["commit"] = refusal(lambda: backend.map(second, writable=True))
+    backend.sweep(prefix)
+    return found
+
+
+def daemon(runtime_dir: RuntimeDir) -> dict[str, object]:
+    """A daemon that finds its device full."""
     daemon = DaemonProcess(runtime_dir)
     try:
         with connect(runtime_dir) as memory:
-            found |= daemon_in_need(memory)
+            found = daemon_in_need(memory)
     finally:
-        found["status"] = daemon.stop()
-    found["left"] = sorted(path.name for path in SHM_ROOT.iterdir())
+        status = daemon.stop()
+    left = sorted(path.name for path in SHM_ROOT.iterdir())
+    return found | {"status": status, "left": left}
+
+
+def main() -> None:
+    """The part that the first argument names."""
+    runtime_dir = RuntimeDir.open(sys.argv[2])
+    match sys.argv[1]:
+        case "segments":
+            found = segments(runtime_dir.segment_prefix)
+        case "pool":
+            found = pool(runtime_dir.segment_prefix)
+        case "huge":
+            found = huge(runtime_dir.segment_prefix)
+        case part:
+            assert part == "daemon"
+            found = daemon(runtime_dir)
     print(json.dumps(found))
 
 

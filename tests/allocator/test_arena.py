@@ -84,6 +84,73 @@ def test_memory_that_is_there_is_found_in_the_fullest_bin() -> None:
     arena.check()
 
 
+# --- exactly there
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "rest"),
+    [
+        (0, 10, []),
+        (0, 3, [(3, 7)]),
+        (7, 3, [(0, 7)]),
+        (4, 2, [(0, 4), (6, 4)]),
+    ],
+)
+def test_an_extent_can_be_leased_where_an_earlier_arena_had_it(
+    start: int, size: int, rest: list[tuple[int, int]]
+) -> None:
+    arena = Arena(10 * ALIGNMENT, ALIGNMENT)
+    arena.allocate_at(start * ALIGNMENT, size * ALIGNMENT)
+    arena.check()
+    free = [(offset, length) for offset, length, is_free in arena.extents() if is_free]
+    assert free == [(offset * ALIGNMENT, length * ALIGNMENT) for offset, length in rest]
+    assert arena.size_of(start * ALIGNMENT) == size * ALIGNMENT
+    arena.free(start * ALIGNMENT)
+    assert list(arena.extents()) == [(0, 10 * ALIGNMENT, True)]
+
+
+def test_an_arena_that_is_made_again_gives_out_only_the_rest() -> None:
+    first = Arena(64 * ALIGNMENT, ALIGNMENT)
+    offsets = [first.allocate(size * ALIGNMENT) for size in (5, 9, 1, 17, 2, 30)]
+    for offset in offsets[::2]:
+        first.free(offset)
+    again = Arena(64 * ALIGNMENT, ALIGNMENT)
+    leased = [(offset, length) for offset, length, free in first.extents() if not free]
+    for offset, length in reversed(leased):
+        again.allocate_at(offset, length)
+    again.check()
+    assert list(again.extents()) == list(first.extents())
+    assert again.statistics() == first.statistics()
+
+
+@pytest.mark.parametrize(
+    ("offset", "num_bytes"),
+    [
+        (0, ALIGNMENT),  # leased
+        (2 * ALIGNMENT, 3 * ALIGNMENT),  # begins in what is leased
+        (5 * ALIGNMENT, 6 * ALIGNMENT),  # ends in what is leased
+        (0, 20 * ALIGNMENT),  # all of it
+        (4 * ALIGNMENT + 1, ALIGNMENT),  # between two granules
+        (4 * ALIGNMENT, ALIGNMENT - 1),
+        (4 * ALIGNMENT, 0),
+        (4 * ALIGNMENT, -ALIGNMENT),
+        (-ALIGNMENT, ALIGNMENT),
+        (19 * ALIGNMENT, 2 * ALIGNMENT),  # beyond the end
+        (20 * ALIGNMENT, ALIGNMENT),
+        (1 << 70, ALIGNMENT),
+    ],
+)
+def test_what_is_not_all_free_is_refused_and_nothing_changes(offset: int, num_bytes: int) -> None:
+    arena = Arena(20 * ALIGNMENT, ALIGNMENT)
+    arena.allocate_at(0, 4 * ALIGNMENT)
+    arena.allocate_at(10 * ALIGNMENT, 2 * ALIGNMENT)
+    before = list(arena.extents())
+    with pytest.raises(ForeignExtent, match=r"can't be leased|not all free"):
+        arena.allocate_at(offset, num_bytes)
+    arena.check()
+    assert list(arena.extents()) == before
+
+
 class ArenaMachine(RuleBasedStateMachine):
     """Random leases and returns, beside a dict of what is leased."""
 
@@ -112,6 +179,19 @@ class ArenaMachine(RuleBasedStateMachine):
             "overlap"
         )
         self.model[offset] = granules * ALIGNMENT
+        self.returned.discard(offset)
+        return offset
+
+    @rule(target=leased, start=st.integers(-1, 5005), size=st.integers(0, 300))
+    def allocate_at(self, start: int, size: int) -> int | None:
+        offset, end = start * ALIGNMENT, (start + size) * ALIGNMENT
+        taken = any(offset < other + length and other < end for other, length in self.model.items())
+        if taken or start < 0 or size < 1 or start + size > self.total:
+            with pytest.raises(ForeignExtent):
+                self.arena.allocate_at(offset, size * ALIGNMENT)
+            return None
+        self.arena.allocate_at(offset, size * ALIGNMENT)
+        self.model[offset] = size * ALIGNMENT
         self.returned.discard(offset)
         return offset
 

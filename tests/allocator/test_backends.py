@@ -1,90 +1,101 @@
-"""The contract of every backend. A further device is one more entry of `BACKENDS`."""
+"""The host backend: the contract, what only host memory promises, and who is found by which name.
 
+A further device has its own module, with its own class made from `BackendContract`.
+"""
+
+import contextlib
 import ctypes
 import errno
-import json
 import mmap
 import os
-import re
+import resource
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from allocator import OutOfDeviceMemory, RuntimeDir, StaleGeneration
-from allocator.backends import Backend, by_name
-from allocator.backends.host import SHM_ROOT
-from allocator.messages import Handle
+from allocator import NotWriter, OutOfDeviceMemory, StaleGeneration
+from allocator.backends import Backend, PoolWindow, for_handle, open_device
+from allocator.backends.host import SHM_ROOT, HostBackend
+from allocator.errors import InvalidMessage, InvalidSetting
+from allocator.messages import Extent, Handle
 from allocator.tensor import as_bytes
+from tests.allocator.backend_contract import PATTERN, SIZE, BackendContract, bytes_of
+from tests.allocator.backend_peer import Peer
 from tests.allocator.processes import in_fork
-from tests.daemon_process import ROOT
+from tests.leaks import descriptors
 
-BACKENDS = ["host"]
-SIZE = 3 * mmap.PAGESIZE + 5
-PATTERN = bytes(range(256)) * (SIZE // 256) + bytes(SIZE % 256)
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return by_name(request.param)
+def path_of(handle: Handle) -> Path:
+    return SHM_ROOT / handle.segment.removeprefix("/")
 
 
-@pytest.fixture
-def prefix(backend: Backend, runtime_dir: RuntimeDir) -> Iterator[str]:
-    yield runtime_dir.segment_prefix
-    backend.sweep(runtime_dir.segment_prefix)
+def committed(handle: Handle) -> int:
+    """What `committed_bytes` should say, by another way."""
+    return path_of(handle).stat().st_blocks * 512
 
 
-@pytest.fixture
-def handle(backend: Backend, prefix: str) -> Handle:
-    """A reserved segment."""
-    backend.reserve(f"{prefix}1", SIZE)
-    return Handle(backend=backend.name, segment=f"{prefix}1", num_bytes=SIZE, generation=1)
+def address_space_bytes() -> int:
+    """Of this process (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
 
 
-@pytest.fixture
-def sealed(backend: Backend, handle: Handle) -> Handle:
-    """A sealed segment that holds PATTERN."""
-    mapping = backend.map(handle, writable=True)
-    mapping.buffer[:] = PATTERN
-    mapping.close()
-    backend.seal(handle.segment)
-    return handle
+def make_writable(buffer: memoryview, num_bytes: int) -> int:
+    """mprotect; 0 or the kernel's errno."""
+    address = np.frombuffer(buffer, np.uint8).ctypes.data
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    if LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), protection) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
-class TestContract:
-    def test_what_was_written_is_read_after_the_seal(
-        self, backend: Backend, sealed: Handle
-    ) -> None:
-        mapping = backend.map(sealed, writable=False)
-        assert mapping.num_bytes == SIZE
-        assert mapping.buffer == PATTERN
-        mapping.close()
+class TestHost(BackendContract):
+    @pytest.fixture
+    def backend(self) -> Backend:
+        return HostBackend()
+
+    # --- segments
 
     def test_a_new_segment_is_zero(self, backend: Backend, handle: Handle) -> None:
-        mapping = backend.map(handle, writable=True)
-        assert mapping.buffer == bytes(SIZE)
-        mapping.close()
+        with contextlib.closing(backend.map(handle, writable=True)) as mapping:
+            assert mapping.buffer == bytes(SIZE)
 
-    def test_another_process_sees_the_same_memory(self, backend: Backend, handle: Handle) -> None:
-        mapping = backend.map(handle, writable=True)
+    def test_nothing_is_committed_before_it_is_wanted(
+        self, backend: Backend, handle: Handle
+    ) -> None:
+        with contextlib.closing(backend.map(handle, writable=True, commit=False)) as mapping:
+            assert committed(handle) == 0
+            mapping.commit(mmap.PAGESIZE, 1)
+            assert committed(handle) == backend.committed_bytes(handle.segment) == mmap.PAGESIZE
+            mapping.commit(0, 0)
+            mapping.write(SIZE - 1, b"x")
+            assert committed(handle) == 2 * mmap.PAGESIZE
+            mapping.write(0, PATTERN)
+            assert committed(handle) == 4 * mmap.PAGESIZE
+        assert path_of(handle).stat().st_size == SIZE
 
-        def write() -> str:
-            other = backend.map(handle, writable=True)
-            before = bytes(other.buffer[:3])
-            other.buffer[3:6] = b"abc"
-            return before.decode()
+    def test_threads_write_at_once(self, backend: Backend, prefix: str) -> None:
+        piece = 1 << 20
+        backend.reserve(f"{prefix}2", 8 * piece)
+        handle = self.handle_of(backend, f"{prefix}2", 8 * piece)
+        with contextlib.closing(backend.map(handle, writable=True, commit=False)) as mapping:
 
-        mapping.buffer[:3] = b"xyz"
-        assert in_fork(write).text == "xyz"
-        assert mapping.buffer[:6] == b"xyzabc"
-        mapping.close()
+            def write(number: int) -> None:
+                mapping.write(number * piece, bytes([number]) * piece)
+
+            threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for number in range(8):
+                assert bytes_of(mapping, number * piece, piece) == bytes([number]) * piece
 
     def test_python_refuses_to_write_to_a_sealed_buffer(
         self, backend: Backend, sealed: Handle
@@ -110,25 +121,13 @@ class TestContract:
         assert bytes(tensor) == PATTERN
 
     def test_mprotect_cannot_undo_the_seal(self, backend: Backend, sealed: Handle) -> None:
-        mapping = backend.map(sealed, writable=False)
-        libc = ctypes.CDLL(None, use_errno=True)
-        address = np.frombuffer(mapping.buffer, np.uint8).ctypes.data
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(SIZE), protection) == -1
-        assert ctypes.get_errno() == errno.EACCES
-        mapping.close()
-
-    def test_a_mapping_outlives_the_segment(self, backend: Backend, sealed: Handle) -> None:
-        mapping = backend.map(sealed, writable=False)
-        backend.free(sealed.segment)
-        assert mapping.buffer == PATTERN
-        mapping.close()
+        with contextlib.closing(backend.map(sealed, writable=False)) as mapping:
+            assert make_writable(mapping.buffer, SIZE) == errno.EACCES
 
     def test_views_outlive_the_mapping(self, backend: Backend, sealed: Handle) -> None:
         mapping = backend.map(sealed, writable=False)
         tensor = as_bytes(mapping)[5:9]
         mapping.close()
-        mapping.close()  # a second time is harmless
         del mapping
         assert bytes(tensor) == PATTERN[5:9]
 
@@ -140,74 +139,30 @@ class TestContract:
         del tensor
         assert sealed.segment not in Path("/proc/self/maps").read_text()
 
-    def test_a_closed_mapping_says_so(self, backend: Backend, sealed: Handle) -> None:
-        mapping = backend.map(sealed, writable=False)
-        mapping.close()
-        with pytest.raises(ValueError, match="closed"):
-            _ = mapping.buffer
-
-    def test_freeing_twice_is_harmless(self, backend: Backend, handle: Handle) -> None:
-        backend.free(handle.segment)
-        backend.free(handle.segment)
-        with pytest.raises(StaleGeneration, match="gone"):
-            backend.map(handle, writable=True)
-
     @pytest.mark.parametrize("writable", [True, False])
     def test_a_handle_of_another_size_is_stale(
         self, backend: Backend, handle: Handle, writable: bool
     ) -> None:
-        wrong = Handle(
-            backend=backend.name, segment=handle.segment, num_bytes=SIZE + 1, generation=1
-        )
+        wrong = self.handle_of(backend, handle.segment, SIZE + 1)
         with pytest.raises(StaleGeneration, match="another size"):
             backend.map(wrong, writable=writable)
 
-    @pytest.mark.parametrize("num_bytes", [1 << 50, 1 << 62])
-    def test_out_of_room_names_the_fix_and_leaves_nothing(
-        self, backend: Backend, prefix: str, num_bytes: int
-    ) -> None:
-        with pytest.raises(OutOfDeviceMemory, match=r"Enlarge|serve a smaller model"):
-            backend.reserve(f"{prefix}1", num_bytes)
-        assert backend.sweep(prefix) == []
+    def test_a_handle_of_nothing_is_refused(self, backend: Backend, handle: Handle) -> None:
+        empty = self.handle_of(backend, handle.segment, 0)
+        with pytest.raises(InvalidMessage, match="nothing to map"):
+            backend.map(empty, writable=False)
 
-    def test_the_sweep_takes_our_names_and_no_others(self, backend: Backend, prefix: str) -> None:
-        ours, others = prefix, f"{prefix[:-1]}x-"
-        for name in (f"{ours}1", f"{ours}2", f"{others}1"):
-            backend.reserve(name, 10)
-        assert backend.sweep(ours) == [f"{ours}1", f"{ours}2"]
-        assert backend.sweep(ours) == []
-        assert backend.sweep(others) == [f"{others}1"]
-
-    def test_the_limit_is_a_real_one(self, backend: Backend) -> None:
-        assert 1 << 20 < backend.limit_bytes() < 1 << 50
-
-
-def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="no backend is called 'tape'"):
-        by_name("tape")
-
-
-class TestHost:
-    @pytest.fixture
-    def backend(self) -> Backend:
-        return by_name("host")
-
-    def test_others_may_not_even_open_it(self, sealed: Handle) -> None:
-        path = SHM_ROOT / sealed.segment.lstrip("/")
-        assert path.stat().st_mode & 0o777 == 0o400
-
-    def test_a_mapped_segment_has_all_its_memory(self, backend: Backend, handle: Handle) -> None:
-        mapping = backend.map(handle, writable=True)
-        status = (SHM_ROOT / handle.segment.lstrip("/")).stat()
-        assert status.st_blocks * 512 >= SIZE  # a sparse one would end in SIGBUS
-        mapping.close()
+    def test_others_may_not_even_open_it(self, handle: Handle, pool: Handle) -> None:
+        assert path_of(handle).stat().st_mode & 0o777 == 0o600
+        assert path_of(pool).stat().st_mode & 0o777 == 0o600
+        HostBackend().seal(handle.segment)
+        assert path_of(handle).stat().st_mode & 0o777 == 0o400
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
     def test_after_the_seal_the_owner_cannot_map_it_writable(
         self, backend: Backend, sealed: Handle
     ) -> None:
-        path = SHM_ROOT / sealed.segment.lstrip("/")
-        os.chown(path, 65534, 65534)  # root itself is never refused
+        os.chown(path_of(sealed), 65534, 65534)  # the kernel itself never refuses root
         child = in_fork(lambda: str(backend.map(sealed, writable=True)), uid=65534)
         assert child.text.startswith("NotWriter")
         child = in_fork(lambda: str(len(backend.map(sealed, writable=False).buffer)), uid=65534)
@@ -216,45 +171,218 @@ class TestHost:
     def test_torch_does_not_warn_of_read_only_memory(
         self, backend: Backend, sealed: Handle, recwarn: pytest.WarningsRecorder
     ) -> None:
-        mapping = backend.map(sealed, writable=False)
-        assert as_bytes(mapping).dtype == torch.uint8
-        assert not recwarn.list
+        with contextlib.closing(backend.map(sealed, writable=False)) as mapping:
+            assert as_bytes(mapping).dtype == torch.uint8
+            assert not recwarn.list
+
+    def test_there_is_nothing_to_export(self, backend: Backend, handle: Handle) -> None:
+        with pytest.raises(InvalidMessage, match="mapped by its name"):
+            backend.export(handle.segment)
+
+    # --- who is who
+
+    def test_the_identity_is_that_of_the_very_segment(
+        self, backend: Backend, prefix: str, handle: Handle
+    ) -> None:
+        first = backend.identity(handle.segment)
+        assert first
+        assert backend.identity(handle.segment) == first
+        backend.seal(handle.segment)
+        sealed = backend.identity(handle.segment)
+        assert sealed != first
+        held = backend.map(handle, writable=False)  # else the inode's number may come again
+        backend.free(handle.segment)
+        assert backend.identity(handle.segment) == ""
+        backend.reserve(handle.segment, SIZE)
+        backend.seal(handle.segment)
+        assert backend.identity(handle.segment) not in ("", first, sealed)
+        held.close()
+
+    def test_the_sweep_takes_our_names_and_no_others(self, backend: Backend, prefix: str) -> None:
+        ours, others = prefix, f"{prefix[:-1]}x-"
+        for name in (f"{ours}1", f"{ours}2", f"{ours}3", f"{others}1"):
+            backend.reserve(name, 10)
+        assert backend.sweep(ours, frozenset({f"{ours}2"})) == [f"{ours}1", f"{ours}3"]
+        assert backend.sweep(ours) == [f"{ours}2"]
+        assert backend.sweep(ours) == []
+        assert backend.sweep(others) == [f"{others}1"]
+
+    # --- descriptors
+
+    @pytest.mark.parametrize("writable", [True, False])
+    def test_a_closed_mapping_leaves_no_descriptor(
+        self, backend: Backend, handle: Handle, writable: bool
+    ) -> None:
+        before = descriptors()
+        for _ in range(3):
+            mapping = backend.map(handle, writable=writable)  # kept until the next one is there
+            mapping.close()
+            assert descriptors() == before
+
+    def test_refusals_leave_no_descriptor(
+        self, backend: Backend, sealed: Handle, pool: Handle
+    ) -> None:
+        before = descriptors()
+        refused: list[tuple[Callable[[], object], type[Exception]]] = [
+            (lambda: backend.map(sealed, writable=True), NotWriter),
+            (lambda: backend.map(self.handle_of(backend, sealed.segment, 7), writable=False),
+             StaleGeneration),
+            (lambda: backend.open_pool(self.handle_of(backend, pool.segment, 7)), StaleGeneration),
+            (lambda: backend.open_pool(sealed), NotWriter),
+        ]  # fmt: skip
+        for attempt, error in refused:
+            with pytest.raises(error):
+                attempt()
+        assert descriptors() == before
+
+    def test_a_closed_window_leaves_neither_descriptor_nor_mapping(
+        self, backend: Backend, pool: Handle, extents: list[Extent]
+    ) -> None:
+        before = descriptors()
+        window = backend.open_pool(pool)
+        window.map(extents[0], writable=True)
+        window.map(extents[2], writable=False)
+        window.unmap(extents[0])
+        window.close()
+        assert pool.segment not in Path("/proc/self/maps").read_text()
+        assert descriptors() == before
+        backend.free_extent(pool.segment, extents[0])
+        assert descriptors() == before
+
+    # --- the pool
+
+    def test_a_window_can_be_larger_than_the_machine(self, backend: Backend, prefix: str) -> None:
+        size = 1 << 40
+        backend.reserve_pool(f"{prefix}large", size)
+        handle = self.handle_of(backend, f"{prefix}large", size)
+        extent = Extent(offset=size - backend.granularity, num_bytes=backend.granularity)
+        with contextlib.closing(backend.open_pool(handle)) as window:
+            window.map(extent, writable=True)
+            window.buffer[-3:] = b"end"
+            assert len(window.buffer) == size
+            assert committed(handle) == backend.granularity
+            assert address_space_bytes() >= size
+        del window
+        assert address_space_bytes() < size
+
+    def test_a_writable_extent_is_committed(
+        self, backend: Backend, pool: Handle, extents: list[Extent], window: PoolWindow
+    ) -> None:
+        window.map(extents[0], writable=True)
+        assert committed(pool) == extents[0].num_bytes
+        window.map(extents[2], writable=False)
+        assert committed(pool) == extents[0].num_bytes
+
+    def test_discarded_memory_goes_back_at_once(
+        self, backend: Backend, pool: Handle, extents: list[Extent], window: PoolWindow
+    ) -> None:
+        for extent in extents:
+            window.map(extent, writable=True)
+            window.buffer[extent.offset : extent.offset + 3] = b"abc"
+        window.unmap(extents[0])
+        assert backend.committed_bytes(pool.segment) == 3 * extents[0].num_bytes
+        window.unmap(extents[1], discard=True)
+        assert backend.committed_bytes(pool.segment) == 2 * extents[0].num_bytes
+        for extent, kept in ((extents[0], b"abc"), (extents[1], bytes(3))):
+            window.map(extent, writable=True)
+            assert window.buffer[extent.offset : extent.offset + 3] == kept
+
+    def test_who_still_maps_a_freed_extent_reads_zeros(
+        self, backend: Backend, pool: Handle, extents: list[Extent], window: PoolWindow
+    ) -> None:
+        window.map(extents[0], writable=True)
+        window.buffer[extents[0].offset] = 7
+        window.map(extents[0], writable=False)
+        backend.free_extent(pool.segment, extents[0])
+        assert window.buffer[extents[0].offset] == 0
+
+    def test_a_pool_that_can_not_be_made_leaves_nothing(
+        self, backend: Backend, prefix: str
+    ) -> None:
+        def attempt() -> str:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+            backend.reserve_pool(f"{prefix}pool", 1 << 21)
+            return "made"
+
+        assert in_fork(attempt).text.startswith("OutOfDeviceMemory: 2.1 MB of shared memory")
+        assert backend.sweep(prefix) == []
+
+    def test_freeing_an_extent_of_a_pool_that_is_gone_is_harmless(
+        self, backend: Backend, pool: Handle, extents: list[Extent]
+    ) -> None:
+        backend.free(pool.segment)
+        backend.free_extent(pool.segment, extents[0])
+        assert backend.committed_bytes(pool.segment) == 0
+
+    def test_mprotect_cannot_make_a_read_only_extent_writable(
+        self, pool: Handle, extents: list[Extent], window: PoolWindow
+    ) -> None:
+        extent = extents[0]
+        window.map(extent, writable=False)
+        there = window.buffer[extent.offset : extent.offset + extent.num_bytes]
+        assert make_writable(there, extent.num_bytes) == errno.EACCES
+
+    def test_a_view_that_is_left_ends_in_a_fault_not_in_foreign_memory(
+        self, backend: Backend, pool: Handle, extents: list[Extent]
+    ) -> None:
+        window = backend.open_pool(pool)
+        window.map(extents[0], writable=True)
+        view = window.buffer[extents[0].offset :]
+        window.close()
+        del window
+        # What comes next gets other addresses, though these would suit it.
+        again = backend.open_pool(pool)
+        again.map(extents[0], writable=True)
+        assert in_fork(lambda: str(view[0])).signal == signal.SIGSEGV
+        again.close()
+
+    def test_a_fork_keeps_what_was_mapped(
+        self, pool: Handle, extents: list[Extent], window: PoolWindow
+    ) -> None:
+        extent = extents[0]
+        window.map(extent, writable=True)
+        window.buffer[extent.offset : extent.offset + 3] = b"abc"
+        assert in_fork(lambda: bytes(window.buffer[extent.offset :][:3]).decode()).text == "abc"
+
+    def test_an_extent_larger_than_the_device_is_not_leased(
+        self, backend: Backend, prefix: str
+    ) -> None:
+        backend.reserve_pool(f"{prefix}large", 1 << 55)
+        with pytest.raises(OutOfDeviceMemory, match="Enlarge"):
+            backend.reserve_extent(f"{prefix}large", Extent(offset=0, num_bytes=1 << 50))
+
+    def test_the_limit_of_mappings_is_told(
+        self, backend: Backend, prefix: str, start_peer: Callable[[], Peer]
+    ) -> None:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        if limit > 1 << 17:
+            pytest.skip(f"this machine allows {limit} mappings, too many to make in a test")
+        page = mmap.PAGESIZE
+        backend.reserve_pool(f"{prefix}many", 4 * limit * page)
+        handle = self.handle_of(backend, f"{prefix}many", 4 * limit * page)
+
+        def exhaust() -> str:
+            window = backend.open_pool(handle)
+            for number in range(limit):
+                window.map(Extent(offset=2 * number * page, num_bytes=page), writable=False)
+            return "never refused"
+
+        child = in_fork(exhaust)
+        assert child.text.startswith("OutOfDeviceMemory")
+        assert "vm.max_map_count" in child.text
 
 
-def on_small_shm(runtime_dir: RuntimeDir) -> dict[str, Any]:
-    """What tests/allocator/small_shm.py found on an 8 MiB /dev/shm of its own."""
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"this user can't make a mount namespace: {probe.stderr.strip()}")
-    mount = 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$@"'
-    program = [sys.executable, "-m", "tests.allocator.small_shm", str(runtime_dir.path)]
-    finished = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount, "sh", *program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=60,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    found: dict[str, Any] = json.loads(finished.stdout)
-    return found
+class TestChoice:
+    @pytest.mark.parametrize("device", ["tape", "", "host:0"])
+    def test_an_unknown_device_is_refused(self, device: str) -> None:
+        with pytest.raises(InvalidSetting, match="is not one of host"):
+            open_device(device)
 
+    def test_a_handle_of_an_unknown_backend_is_refused(self) -> None:
+        handle = Handle(backend="tape", segment="/x", num_bytes=1, generation=1)
+        with pytest.raises(InvalidSetting, match="'tape' is not one of host"):
+            for_handle(handle)
 
-def test_a_full_device(runtime_dir: RuntimeDir) -> None:
-    found = on_small_shm(runtime_dir)
-    # The backend: an error that names the fix, and nothing is left of the attempt.
-    for where in ("commit", "reserve"):
-        assert "it holds 8.4 MB, of which 3.1 MB are free" in found[where]
-        # 5 MiB are used, 5 more are wanted.
-        assert re.search(r"remount,size=10M /dev/shm.*--shm-size 10m", found[where])
-    assert found["nothing_taken"]
-    assert len(found["names"]) == 2  # the third was never made
-    # The daemon: what is idle makes room, though not for what could never fit.
-    assert found["idle"] == "loaded"
-    assert found["evicting"] == "loaded"
-    assert found["after_evicting"] == ["new"]
-    assert "are needed, but" in found["too_large"]
-    assert found["after_too_large"] == ["new"]
-    assert found["status"] == 0
-    assert found["left"] == ["another program's"]
+    def test_a_handle_without_a_device_is_found_by_its_backend(self) -> None:
+        handle = Handle(backend="host", segment="/x", num_bytes=1, generation=1)
+        assert isinstance(for_handle(handle), HostBackend)

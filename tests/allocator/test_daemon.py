@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from allocator import Client, RuntimeDir, StaleGeneration, WeightSetWriter, connect
-from allocator.backends import by_name
+from allocator import Client, RuntimeDir, StaleGeneration, connect
+from allocator.backends import open_device
 from allocator.backends.host import SHM_ROOT
 from allocator.daemon import run
 from allocator.messages import Handle, WeightSetStatistics
@@ -218,35 +218,58 @@ def test_after_the_daemon_is_killed_mapped_memory_stays_readable(
     daemon.kill()
     assert client.call("is_alive") is False
     for _ in range(2):  # it says so every time
-        with pytest.raises(Refused, match=r"AllocatorGone: .*connect\(\) again"):
+        with pytest.raises(Refused, match=r"AllocatorGone: .*ask again once a new allocator runs"):
             client.call("open", "other", {})
     assert client.call("digest") == digest_of(1, MIB)
-    # The next daemon sweeps the name; the memory is the client's until it drops it.
-    assert segments(runtime_dir.segment_prefix) != []
-    start_daemon()
-    assert segments(runtime_dir.segment_prefix) == []
-    with pytest.raises(Refused, match="AllocatorGone"):
-        client.call("open", "other", {})
+    # The next daemon goes on with what it finds, and the client with it.
+    names = segments(runtime_dir.segment_prefix)
+    assert len(names) == 1
+    successor = start_daemon()
+    assert segments(runtime_dir.segment_prefix) == names
+    with successor.connect() as memory:
+        assert memory.statistics().num_adopted_sets == 1
+        assert [s.adopted for s in memory.statistics().sessions if s.pid == client.pid] == [True]
+        assert client.call("open", "other", {}) == "writer"
+        assert [s.adopted for s in memory.statistics().sessions if s.pid == client.pid] == [False]
+        found = weight_set(memory)
+        assert found is not None
+        assert (found.state, found.reader_pids) == ("sealed", (client.pid,))
     assert client.call("digest") == digest_of(1, MIB)
+    client.call("release")
+
+
+def test_what_is_left_of_a_killed_daemon_and_its_clients_is_removed(
+    start: Start, daemon: DaemonProcess, runtime_dir: RuntimeDir, start_daemon: StartDaemon
+) -> None:
+    """A half-written set; its writer is gone too, so nobody can go on with it."""
+    client = start()
+    assert client.call("open", "k", {}) == "writer"
+    client.call("reserve", MIB)
+    daemon.kill()
+    client.kill()
+    assert len(segments(runtime_dir.segment_prefix)) == 1
+    with start_daemon().connect() as memory:
+        assert memory.statistics().weight_sets == ()
+        assert memory.statistics().num_sessions == 1
+    assert segments(runtime_dir.segment_prefix) == []
 
 
 def test_a_dead_daemons_handle_never_fits_a_new_daemons_segment(
     runtime_dir: RuntimeDir, start_daemon: StartDaemon
 ) -> None:
-    handles: list[Handle] = []
+    names: list[str] = []
     for _ in range(2):
         daemon = start_daemon()
-        with daemon.connect() as memory:
-            writer = memory.open_weight_set("k", {})
-            assert isinstance(writer, WeightSetWriter)
-            writer.reserve(MIB)
-            assert writer._handle is not None
-            handles.append(writer._handle)
-            if len(handles) == 2:
+        with ClientProcess(runtime_dir) as client:
+            assert client.call("open", "k", {}) == "writer"
+            names.append(client.call("reserve", MIB))
+            if len(names) == 2:
+                stale = Handle(backend="host", segment=names[0], num_bytes=MIB + 4096, generation=1)
                 with pytest.raises(StaleGeneration):
-                    by_name("host").map(handles[0], writable=False)
+                    open_device("host").map(stale, writable=False)
             daemon.kill()
-    by_name("host").sweep(runtime_dir.segment_prefix)
+            client.kill()
+    assert names[0] != names[1]
     start_daemon()  # takes the dead one's files
 
 
@@ -328,7 +351,7 @@ def test_directories_are_private(start: Start, daemon: DaemonProcess) -> None:
     loaded(start())
     prefix = daemon.runtime_dir.segment_prefix.lstrip("/")
     files = [*daemon.runtime_dir.path.iterdir(), *SHM_ROOT.glob(f"{prefix}*")]
-    assert len(files) == 4
+    assert len(files) == 5  # a lock, two sockets, a journal, a segment
     assert [file for file in files if file.stat().st_mode & 0o077] == []
 
 
@@ -400,7 +423,7 @@ def test_statistics_are_consistent(start: Start, daemon: DaemonProcess, memory: 
     loaded(start(), "b", 2 * MIB)
     statistics = memory.statistics()
     assert statistics.pid == daemon.pid
-    assert statistics.device == "host:0"
+    assert statistics.device == "host"
     assert statistics.num_sessions == 3
     assert statistics.used_bytes == 3 * MIB + 2 * 4096
     assert statistics.used_bytes == sum(s.num_bytes for s in statistics.weight_sets)

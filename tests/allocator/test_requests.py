@@ -9,16 +9,18 @@ import msgspec
 import pytest
 import zmq
 
-from allocator import Client, RuntimeDir
+from allocator import Client, RuntimeDir, Unauthorized
 from allocator.lifeline import Lifeline
 from allocator.messages import (
     MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
     Abandon,
     Done,
     Elected,
     Extent,
     Failed,
     GetStatistics,
+    Hello,
     Message,
     Open,
     Progress,
@@ -40,14 +42,14 @@ from tests.daemon_process import DaemonProcess
 from tests.leaks import wait_until
 
 REQUEST_ID = b"request1"
-NEVER_MS = 60_000
+HELLO = Hello(version=PROTOCOL_VERSION)
 
 
 class RawClient:
     """A lifeline and a socket on which anything can be sent."""
 
     def __init__(self, runtime_dir: RuntimeDir, receive_limit: int = 0):
-        self.lifeline = Lifeline.connect(runtime_dir.lifeline, timeout_s=5.0)
+        self.lifeline = Lifeline.connect(runtime_dir.lifeline, 5.0, HELLO)
         self.token = self.lifeline.welcome.token
         self._context = zmq.Context(io_threads=1)
         self.socket = self._context.socket(zmq.DEALER)
@@ -159,11 +161,14 @@ def test_whoever_speaks_on_the_lifeline_ends_its_session(raw: RawClient, good: C
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 4, 50])
-def test_another_number_of_frames_is_dropped(raw: RawClient, good: Client, num_frames: int) -> None:
+def test_another_number_of_frames(raw: RawClient, good: Client, num_frames: int) -> None:
     raw.socket.send_multipart([REQUEST_ID, raw.token, encode(GetStatistics()), *[b""] * 50][
         : num_frames
     ])  # fmt: skip
-    # Replies come in order: the first that comes is for the request that follows.
+    answer = raw.receive()
+    assert isinstance(answer, Failed)
+    assert answer.code == "invalid_message"
+    assert f"a request has 3 frames, this one {num_frames}" in answer.message
     assert isinstance(raw.ask(Open(key="k", fingerprint={}, wait_ms=0)), Elected)
 
 
@@ -171,15 +176,23 @@ def test_another_number_of_frames_is_dropped(raw: RawClient, good: Client, num_f
 def test_a_request_id_of_another_length_is_dropped(
     raw: RawClient, good: Client, request_id: bytes
 ) -> None:
+    """There is nothing by which an answer could be recognized."""
     raw.socket.send_multipart([request_id, raw.token, encode(GetStatistics())])
+    # Replies come in order: the first that comes is for the request that follows.
     assert isinstance(raw.ask(Open(key="k", fingerprint={}, wait_ms=0)), Elected)
 
 
-def test_the_longest_frame_is_read_and_a_longer_one_ends_the_connection(
+def test_too_long_a_frame_is_told_so_and_a_far_longer_one_ends_the_connection(
     raw: RawClient, good: Client
 ) -> None:
-    assert raw.code(bytes(MAX_FRAME_BYTES)) == "invalid_message"
-    raw.send(bytes(MAX_FRAME_BYTES + 1))
+    for num_bytes in (MAX_FRAME_BYTES, MAX_FRAME_BYTES + 1, 8 * MAX_FRAME_BYTES):
+        raw.send(bytes(num_bytes))
+        answer = raw.receive()
+        assert isinstance(answer, Failed)
+        assert answer.code == "invalid_message"
+        told = f"a request of {num_bytes} bytes; at most {MAX_FRAME_BYTES} are taken"
+        assert (told in answer.message) == (num_bytes > MAX_FRAME_BYTES)
+    raw.send(bytes(8 * MAX_FRAME_BYTES + 1))
     assert not raw.socket.poll(200)
     # The socket connects anew by itself.
     assert isinstance(raw.ask(GetStatistics()), Statistics)
@@ -196,7 +209,7 @@ def test_out_of_order(raw: RawClient, good: Client) -> None:
     beyond = Extent(offset=1 << 61, num_bytes=1 << 61)
 
     def seal(extent: Extent) -> Request:
-        return Seal(key="k", generation=generation, manifest=extent)
+        return Seal(key="k", generation=generation, manifest=extent, manifest_digest="")
 
     def progress(num_bytes: int) -> Request:
         return Progress(key="k", generation=generation, num_bytes=num_bytes)
@@ -204,6 +217,7 @@ def test_out_of_order(raw: RawClient, good: Client) -> None:
     reserve = Reserve(key="k", generation=generation, num_bytes=100)
     release = Release(key="k", generation=generation)
     inside = Extent(offset=90, num_bytes=10)
+    stale = Seal(key="k", generation=generation + 1, manifest=inside, manifest_digest="")
     steps: list[tuple[Request, str | type[Reply]]] = [
         (seal(inside), "invalid_message"),  # before there is a segment
         (progress(1), "invalid_message"),
@@ -214,7 +228,7 @@ def test_out_of_order(raw: RawClient, good: Client) -> None:
         (progress(100), Done),
         (seal(Extent(offset=90, num_bytes=11)), "invalid_message"),
         (seal(beyond), "invalid_message"),
-        (Seal(key="k", generation=generation + 1, manifest=inside), "stale_generation"),
+        (stale, "stale_generation"),
         (seal(inside), Sealed),
         (seal(inside), "not_writer"),
         (progress(1), "not_writer"),
@@ -238,7 +252,12 @@ def test_a_session_cannot_touch_what_another_writes(
     for request in (
         Reserve(key="k", generation=generation, num_bytes=100),
         Progress(key="k", generation=generation, num_bytes=0),
-        Seal(key="k", generation=generation, manifest=Extent(offset=0, num_bytes=0)),
+        Seal(
+            key="k",
+            generation=generation,
+            manifest=Extent(offset=0, num_bytes=0),
+            manifest_digest="",
+        ),
         Abandon(key="k", generation=generation),
     ):
         assert other.code(encode(request)) == "not_writer"
@@ -284,7 +303,7 @@ def test_a_hundred_clients_that_come_while_the_daemon_is_busy_all_get_in(
                 status = 1
                 try:
                     os.write(write, b"s")
-                    Lifeline.connect(daemon.runtime_dir.lifeline, timeout_s=10.0)
+                    Lifeline.connect(daemon.runtime_dir.lifeline, 10.0, HELLO)
                     status = 0
                 finally:
                     os._exit(status)
@@ -306,18 +325,75 @@ def test_another_user_is_refused_by_the_kernels_word(daemon: DaemonProcess, good
     daemon.runtime_dir.lifeline.chmod(0o666)
 
     def connect() -> str:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(5.0)
-            connection.connect(os.fspath(daemon.runtime_dir.lifeline))
-            answer = decode_lifeline(connection.recv(8192))
-            assert isinstance(answer, Refused)
-            ended = connection.recv(1) == b""
-        return f"{answer.code}, {answer.message}, {ended}"
+        with pytest.raises(Unauthorized) as refused:
+            Lifeline.connect(daemon.runtime_dir.lifeline, 5.0, HELLO)
+        return str(refused.value)
 
-    assert in_fork(connect, uid=65534).text == (
-        "unauthorized, user id 65534 may not use the allocator of user id 0, True"
-    )
+    for _ in range(20):  # it may be refused before or after it has said Hello
+        told = in_fork(connect, uid=65534).text
+        assert told == "user id 65534 may not use the allocator of user id 0"
     assert good.statistics().num_sessions == 1
+
+
+HELLOS = {
+    "nothing": b"",
+    "text": b"GET / HTTP/1.1",
+    "a request": encode(GetStatistics()),
+    "no version": packed(type="hello"),
+    "an unknown field": packed(type="hello", version=PROTOCOL_VERSION, root=True),
+    "a long name": packed(type="hello", version=PROTOCOL_VERSION, model="x" * 257),
+    "a long token": packed(type="hello", version=PROTOCOL_VERSION, resume=b"x" * 17),
+    "deep nesting": b"\x82\xa1x" + b"\x91" * 8000,
+    "an older version": packed(type="hello", version=PROTOCOL_VERSION - 1),
+    "an unknown device": packed(type="hello", version=PROTOCOL_VERSION, device="tape"),
+}
+
+
+@pytest.mark.parametrize("hello", HELLOS.values(), ids=HELLOS.keys())
+def test_a_hello_that_is_none(daemon: DaemonProcess, good: Client, hello: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(5.0)
+        connection.connect(os.fspath(daemon.runtime_dir.lifeline))
+        connection.send(hello)
+        answer = connection.recv(8192)
+        if hello:  # an empty one can't be told from an end
+            refused = decode_lifeline(answer)
+            assert isinstance(refused, Refused)
+            assert refused.code in ("invalid_message", "invalid_setting")
+            assert connection.recv(1) == b""
+        else:
+            assert answer == b""
+    assert good.statistics().num_sessions == 1
+
+
+def test_a_token_of_another_process_resumes_nothing(daemon: DaemonProcess, good: Client) -> None:
+    token = good._connection.welcome.token
+
+    def connect() -> str:
+        lifeline = Lifeline.connect(
+            daemon.runtime_dir.lifeline, 5.0, Hello(version=PROTOCOL_VERSION, resume=token)
+        )
+        return f"{lifeline.welcome.resumed} {lifeline.welcome.token != token}"
+
+    assert in_fork(connect).text == "False True"
+    assert good.is_alive()
+
+
+def test_who_says_nothing_holds_up_nobody(daemon: DaemonProcess, good: Client) -> None:
+    """So many that no more could wait: each has a few seconds, then others take its place."""
+    silent = []
+    for _ in range(256):
+        silent.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        silent[-1].connect(os.fspath(daemon.runtime_dir.lifeline))
+        silent[-1].settimeout(15.0)
+    assert good.statistics().num_sessions == 1
+    with pytest.raises(Unauthorized, match="too many clients are about to connect: try again"):
+        Lifeline.connect(daemon.runtime_dir.lifeline, 5.0, HELLO)
+    for connection in silent:
+        assert connection.recv(1) == b""
+        connection.close()
+    with daemon.connect() as other:
+        assert other.statistics().num_sessions == 2
 
 
 def test_clients_that_leave_before_they_are_welcomed(daemon: DaemonProcess, good: Client) -> None:

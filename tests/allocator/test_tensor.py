@@ -1,13 +1,15 @@
 """From manifest entry to tensor: aliased, exact, and refused where it does not lie in its bytes."""
 
-import mmap
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from allocator import InvalidMessage, TensorEntry
-from allocator.backends.host import HostMapping
+from allocator.backends.host_mapping import HostMapping
+from allocator.backends.placement import Placement
 from allocator.tensor import dtype_by_name, dtype_name, tensors
 
 SIZE = 4096
@@ -18,12 +20,25 @@ DTYPES = [
 ]
 
 
+def mapping_of(first: int) -> HostMapping:
+    """Writable memory of no name, whose bytes count from `first` on: what a tensor is made over
+    does not matter here."""
+    descriptor = os.memfd_create("tensors")
+    try:
+        os.write(descriptor, bytes(range(first, 256)) + bytes(range(first)))
+        os.ftruncate(descriptor, SIZE)
+        made = HostMapping(descriptor, SIZE, Placement())
+    finally:
+        os.close(descriptor)
+    made.buffer[:] = bytes(made.buffer[:256]) * (SIZE // 256)
+    return made
+
+
 @pytest.fixture
-def mapping() -> HostMapping:
-    """Anonymous memory: what a tensor is made over does not matter here."""
-    mapped = mmap.mmap(-1, SIZE)
-    mapped[:] = bytes(range(256)) * (SIZE // 256)
-    return HostMapping(mapped)
+def mapping() -> Iterator[HostMapping]:
+    made = mapping_of(0)
+    yield made
+    made.close()
 
 
 def entry(**changes: Any) -> TensorEntry:
@@ -32,7 +47,7 @@ def entry(**changes: Any) -> TensorEntry:
 
 
 def one(mapping: HostMapping, **changes: Any) -> torch.Tensor:
-    return tensors(mapping, {"t": entry(**changes)})["t"]
+    return tensors([mapping], {"t": entry(**changes)})["t"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,12 +69,28 @@ def test_what_is_no_dtype_is_refused(mapping: HostMapping, name: str) -> None:
 
 def test_tensors_alias_the_mapping_and_each_other_where_tied(mapping: HostMapping) -> None:
     tied = entry(dtype="int32", shape=(2, 4), stride=(4, 1), offset=512, num_bytes=32)
-    made = tensors(mapping, {"head": tied, "embedding": tied, "other": entry(offset=1024)})
+    made = tensors([mapping], {"head": tied, "embedding": tied, "other": entry(offset=1024)})
     made["head"][1, 2] = 77
     assert made["embedding"][1, 2] == 77
     assert mapping.buffer[512 + 24] == 77
     assert made["head"].data_ptr() == made["embedding"].data_ptr()
     assert made["other"].data_ptr() - made["head"].data_ptr() == 512
+
+
+def test_an_entry_counts_the_mappings(mapping: HostMapping) -> None:
+    other = mapping_of(100)
+    made = tensors([mapping, other], {"own": entry(), "file's": entry(segment=1)})
+    assert (made["own"].tolist()[0], made["file's"].tolist()[0]) == (0, 100)
+    other.close()
+    assert made["file's"].tolist() == list(range(100, 108))  # each keeps its own
+
+
+@pytest.mark.parametrize("segment", [-1, 1, 1 << 40])
+def test_an_entry_of_a_mapping_that_is_not_there_is_refused(
+    mapping: HostMapping, segment: int
+) -> None:
+    with pytest.raises(InvalidMessage, match="'t' lies in no segment of its set"):
+        one(mapping, segment=segment)
 
 
 def test_a_transposed_tensor_keeps_its_stride(mapping: HostMapping) -> None:

@@ -1,0 +1,301 @@
+"""One session with the allocator, as requests and replies.
+
+Owns the session's lifeline and its ZeroMQ socket. Invariants: every wait is bounded; requests are
+correlated, so that a late reply to one that was given up is never taken for another's; once the
+allocator is gone a call says so, and the next one tries its successor, which then holds for this
+session what this process knows of, and nothing else. Thread-safe: one request is on its way at a
+time. A forked child can't use it, nor harm it. Knows nothing of what is asked.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+import zmq
+
+from allocator import messages
+from allocator.books import Books
+from allocator.errors import (
+    BY_CODE,
+    AllocatorError,
+    AllocatorGone,
+    InvalidMessage,
+    Unanswered,
+    WaitTimeout,
+)
+from allocator.exports import num_descriptors
+from allocator.lifeline import Lifeline
+from allocator.messages import Hello, Welcome
+from allocator.runtime_dir import RuntimeDir
+
+log = logging.getLogger("onecopy.allocator")
+
+REQUEST_TIMEOUT_S: Final = 30.0
+
+R = TypeVar("R", bound=messages.Message)
+
+
+class Connection:
+    """A session that goes on with the next daemon of the runtime directory, if that adopted it."""
+
+    def __init__(self, runtime_dir: RuntimeDir, hello: Hello, timeout_s: float):
+        self._runtime_dir = runtime_dir
+        self._hello = hello
+        self._timeout_s = timeout_s
+        self._owner_pid = os.getpid()
+        self._lock = threading.RLock()
+        self._next_turn = threading.RLock()
+        self._request_ids = itertools.count(1)
+        self._context = zmq.Context(io_threads=1)
+        self._closed = False
+        self._books = Books()
+        self._is_behind = False
+        """Whether the allocator may hold something else for this session than the books say."""
+        self._num_missed = 0
+        self.epoch = 0
+        """Grows whenever a session began that holds nothing of what the last one held."""
+        try:
+            self._begin(hello)
+        except BaseException:
+            self._context.term()
+            raise
+        _open_connections.add(self)
+        _end_forsaken(timeout_s)
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the daemon said of itself."""
+        return self._lifeline.welcome
+
+    def request(self, message: messages.Request, expected: type[R]) -> R:
+        """One round trip. Raises what the allocator answered with, AllocatorGone or WaitTimeout."""
+        answer, descriptors = self.exchange(message)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return expect(answer, expected)
+
+    def exchange(self, message: messages.Request) -> tuple[messages.Reply, list[int]]:
+        """One round trip: the reply, and the descriptors of its handles, the caller's to close.
+        Raises as `request` does."""
+        self.check_owner()  # before the lock, which a lost thread may hold
+        frame = messages.encode(message)
+        if len(frame) > messages.MAX_FRAME_BYTES:
+            raise InvalidMessage(
+                f"the request takes {len(frame)} bytes, at most {messages.MAX_FRAME_BYTES} can be "
+                "sent"
+            )
+        with self._exclusive():
+            if self._closed:
+                raise AllocatorGone("this session is closed")
+            self._catch_up()
+            self._is_behind, missed = True, self._num_missed
+            request_id = self._send(frame)
+            reply = self._await(request_id)
+            count = num_descriptors(reply)
+            descriptors: list[int] = []
+            if count:
+                descriptors = self._lifeline.descriptors(request_id, count, REQUEST_TIMEOUT_S)
+            self._is_behind = self._num_missed > missed
+            self._books.enter(message, reply)
+        if isinstance(reply, messages.Failed):
+            raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
+        return reply, descriptors
+
+    def give_back(self, message: messages.Request) -> None:
+        """As `request`, for what gives something up and is answered by Done. Where no allocator
+        answers, it is given up for this process, and the next one that adopts the session is told
+        before anything else."""
+        try:
+            self.request(message, messages.Done)
+        except (AllocatorGone, WaitTimeout) as error:
+            if self._closed or self.is_inherited:
+                raise
+            self.give_up(message)
+            if isinstance(error, WaitTimeout):
+                raise
+
+    def give_up(self, message: messages.Request) -> None:
+        """As `give_back`, but let the allocator hear of it before the next request only."""
+        with self._exclusive():
+            self._books.enter(message, messages.Done())
+            self._is_behind = True
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child, whose parent's session it is."""
+        return self._owner_pid != os.getpid()
+
+    def check_owner(self) -> None:
+        """Raises AllocatorGone in a forked child."""
+        if self.is_inherited:
+            raise AllocatorGone("this session belongs to the parent process: connect() anew")
+
+    def is_alive(self) -> bool:
+        """Whether the allocator still holds this session."""
+        return not self._closed and self._lifeline.is_open()
+
+    def close(self) -> None:
+        """End the session: the allocator takes back all it held. Idempotent. Waits for the request
+        that another thread has on its way."""
+        if self.is_inherited:
+            self._drop_inherited()
+            return
+        with self._exclusive():
+            if self._closed:
+                return
+            self._closed = True
+            if not self._lifeline.is_open():
+                _forsaken.append((self._runtime_dir.lifeline, self._resuming()))
+            self._end()
+            self._context.term()
+        _end_forsaken(self._timeout_s)
+
+    # --- steps
+
+    def _begin(self, hello: Hello) -> None:
+        self._lifeline = Lifeline.connect(self._runtime_dir.lifeline, self._timeout_s, hello)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
+        self._socket.connect(self._lifeline.welcome.requests)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._lifeline.connection.fileno(), zmq.POLLIN)
+
+    def _end(self) -> None:
+        self._lifeline.close()
+        self._socket.close(0)
+
+    def _resume(self) -> None:
+        """The daemon is gone: take up the session with its successor, if there is one."""
+        hello = self._resuming()
+        ended = self._lifeline, self._socket
+        try:
+            self._begin(hello)
+        except AllocatorGone as error:
+            self._lifeline, self._socket = ended
+            raise AllocatorGone(
+                "the allocator ended. Mapped memory stays valid; ask again once a new allocator "
+                f"runs ({error})"
+            ) from error
+        ended[0].close()
+        ended[1].close(0)
+        if not self._lifeline.welcome.resumed:
+            self.epoch += 1
+            self._books.clear()
+
+    def _catch_up(self) -> None:
+        """See that allocator and books agree. Raises AllocatorGone, WaitTimeout."""
+        if not self._lifeline.is_open():
+            self._resume()
+            self._is_behind = True
+        if not self._is_behind:
+            return
+        try:
+            for request in self._books.differing(self._holdings()):
+                reply = self._await(self._send(messages.encode(request)))
+                if isinstance(reply, messages.Failed):
+                    log.warning("the session holds more than it uses: %s", reply.message)
+        except Unanswered as error:  # of what is asked now, nothing was sent
+            raise AllocatorGone(str(error)) from error
+        self._is_behind = False
+
+    def _holdings(self) -> Iterator[messages.Holdings]:
+        for page in itertools.count():
+            request = messages.GetHoldings(page=page)
+            holdings = expect(self._await(self._send(messages.encode(request))), messages.Holdings)
+            yield holdings
+            if not holdings.more:
+                return
+
+    def _send(self, frame: bytes) -> bytes:
+        request_id = next(self._request_ids).to_bytes(messages.REQUEST_ID_BYTES, "big")
+        self._socket.send_multipart([request_id, self._lifeline.welcome.token, frame])
+        return request_id
+
+    def _resuming(self) -> Hello:
+        return msgspec.structs.replace(self._hello, resume=self._lifeline.welcome.token)
+
+    def _drop_inherited(self) -> None:
+        """In a forked child: the parent's session must not live on because our copy of its lifeline
+        does. What ZeroMQ holds belongs to threads that were not forked, so it is left alone."""
+        self._closed = True
+        self._lifeline.close()
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        # A lock alone would go to the thread that has just released it and asks again, for as long
+        # as it waits for a weight set; here whoever came second holds the door until its turn.
+        with self._next_turn:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _await(self, request_id: bytes) -> messages.Reply:
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            events = dict(self._poller.poll(int(left_s * 1000) + 1))
+            if self._socket in events:
+                answered, frame = self._socket.recv_multipart()
+                if answered != request_id:  # the answer to a request that was given up
+                    self._num_missed += 1
+                    continue
+                try:
+                    return messages.decode_reply(frame)
+                except msgspec.DecodeError as error:
+                    raise InvalidMessage(f"not a reply: {error}") from error
+            if not self._lifeline.is_open():
+                raise Unanswered(
+                    "the allocator ended before it answered. Mapped memory stays valid; ask again "
+                    "once a new allocator runs"
+                )
+        raise WaitTimeout(f"the allocator did not answer within {REQUEST_TIMEOUT_S:.0f} s")
+
+
+def expect(answer: messages.Reply, expected: type[R]) -> R:
+    """The answer as what it should be. Raises InvalidMessage."""
+    if not isinstance(answer, expected):
+        raise InvalidMessage(f"unexpected answer {type(answer).__name__}")
+    return answer
+
+
+_forsaken: list[tuple[Path, Hello]] = []
+"""Sessions that were closed while there was no daemon to hear of it."""
+
+
+def _end_forsaken(timeout_s: float) -> None:
+    """A successor may have adopted them, and can't tell by the process, which lives on: take each
+    up once more, and end it."""
+    for forsaken in list(_forsaken):
+        path, hello = forsaken
+        try:
+            Lifeline.connect(path, timeout_s, hello).close()
+        except AllocatorGone:
+            if path.parent.exists():
+                continue  # not yet: the next connection tries again
+        except AllocatorError as error:
+            log.debug("a session could not be ended: %s", error)
+        with contextlib.suppress(ValueError):  # another thread was faster
+            _forsaken.remove(forsaken)
+
+
+_open_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    _forsaken.clear()
+    for connection in list(_open_connections):
+        connection._drop_inherited()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

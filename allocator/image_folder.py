@@ -1,0 +1,83 @@
+"""The lowest tier: a folder of images, as a device uses it.
+
+Owns which file is whose image. Invariants: a file counts only as long as its record can be read and
+its identity is the one that was noted; what another daemon put in its place is never deleted. Knows
+nothing of who wants an image.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from allocator import images
+from allocator.backends import for_handle
+from allocator.errors import AllocatorError, DiskError, ImageCorrupt, InvalidMessage
+from allocator.messages import Extent, Handle
+from allocator.process_identity import ProcessIdentity
+from allocator.weight_set import Copy
+
+log = logging.getLogger("onecopy.allocator")
+
+
+class ImageFolder:
+    """It need not exist before the first image is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def find(self, key: str, fingerprint: Mapping[str, str]) -> Copy | None:
+        """The image of that set, if there is a whole one."""
+        try:
+            return self._copy(self.path / images.image_name(key, fingerprint))
+        except FileNotFoundError:
+            return None
+        except (ImageCorrupt, DiskError, OSError) as error:
+            log.warning("%s", error)
+            return None
+
+    def written(self, key: str, fingerprint: Mapping[str, str]) -> Handle:
+        """The image that a client says it has just written. Raises InvalidMessage."""
+        try:
+            return self._copy(self.path / images.image_name(key, fingerprint)).handle
+        except (ImageCorrupt, DiskError, OSError) as error:
+            raise InvalidMessage(f"there is no image of {key!r}: {error}") from error
+
+    def all(self) -> Iterator[tuple[str, dict[str, str], Copy]]:
+        """(key, fingerprint, copy) of every whole image."""
+        if not self.path.is_dir():
+            return
+        for path, _ in images.list_images(self.path):
+            try:
+                record, identity = images.read_record(path)
+            except (AllocatorError, OSError) as error:  # it went meanwhile: another's folder, too
+                log.warning("%s", error)
+                continue
+            yield record.key, record.fingerprint, _image_copy(path, record, identity)
+
+    def discard(self, image: Handle) -> bool:
+        """Delete it, if it still is the file that was meant."""
+        if for_handle(image).identity(image.segment) != image.identity:
+            return False
+        Path(image.segment).unlink(missing_ok=True)
+        return True
+
+    def remove_leftovers(self, ending: ProcessIdentity | None = None) -> None:
+        """Delete what writers that are gone, or `ending`, have not finished."""
+        if self.path.is_dir():
+            images.remove_leftovers(self.path, ending)
+
+    def _copy(self, path: Path) -> Copy:
+        record, identity = images.read_record(path)
+        return _image_copy(path, record, identity)
+
+
+def _image_copy(path: Path, record: images.ImageRecord, identity: str) -> Copy:
+    handle = Handle(
+        backend="file",
+        segment=str(path),
+        num_bytes=record.num_bytes,
+        generation=0,
+        identity=identity,
+    )
+    manifest = Extent(offset=record.manifest_offset, num_bytes=record.manifest_num_bytes)
+    return Copy(handle, manifest, record.manifest_digest)

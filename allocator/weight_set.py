@@ -1,0 +1,128 @@
+"""One weight set: its copies, who writes and reads it, and who waits for it.
+
+Owns the derivation of its state. Invariant: the state follows from writer, copies and readers, and
+is never stored. Knows nothing of how one state becomes another.
+"""
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from allocator.messages import (
+    Elected,
+    Extent,
+    Handle,
+    Sealed,
+    StillLoading,
+    Tier,
+    WeightSetState,
+)
+
+SessionId = int
+ReplyTo = tuple[bytes, bytes]
+"""ZeroMQ identity and request id; opaque here."""
+
+TIERS: Final[tuple[Tier, ...]] = ("device", "host", "disk")
+"""From the highest down."""
+
+
+@dataclass(frozen=True)
+class Waiter:
+    """A request that will be answered later: an Open, or a Sleep."""
+
+    session: SessionId
+    reply_to: ReplyTo
+    deadline: float
+    opens: bool = True
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Effect: tell this waiter."""
+
+    waiter: Waiter
+    message: Elected | Sealed | StillLoading
+
+
+@dataclass(frozen=True)
+class Free:
+    """Effect: nobody needs this segment any more."""
+
+    handle: Handle
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Effect: this image on disk is to be removed."""
+
+    handle: Handle
+
+
+Effect = Answer | Free | Discard
+
+
+class Copy(msgspec.Struct, frozen=True):
+    """All bytes of a set, on one tier. An image's `manifest` is known once it was read."""
+
+    handle: Handle
+    manifest: Extent | None
+    manifest_digest: str = ""
+    files: tuple[Handle, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """The segment's and the files'."""
+        return self.handle.num_bytes + sum(file.num_bytes for file in self.files)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether some of it is a file's own pages, which cost nothing to map again."""
+        return self.handle.backend == "file" or bool(self.files)
+
+
+@dataclass
+class WeightSet:
+    """The named, sealed tensors of one checkpoint in one layout, or the making of them."""
+
+    key: str
+    fingerprint: Mapping[str, str]
+    model: str = ""
+    user: str = ""
+    generation: int = 0
+    copies: dict[Tier, Copy] = field(default_factory=dict)
+    writer: SessionId | None = None
+    target_tier: Tier = "device"
+    target: Handle | None = None
+    written_bytes: int = 0
+    readers: Counter[SessionId] = field(default_factory=Counter)
+    waiters: deque[Waiter] = field(default_factory=deque)
+    idle_since: float = 0.0
+    pinned: bool = False
+
+    @property
+    def state(self) -> WeightSetState:
+        """Derived, see the module's invariant."""
+        if self.writer is not None:
+            return "moving" if self.copies else "loading"
+        if "device" in self.copies:
+            return "sealed" if self.readers else "idle"
+        return "asleep" if self.copies else "absent"
+
+    @property
+    def tier(self) -> Tier:
+        """The highest that has a copy; "device" for a set that is being loaded."""
+        return next((tier for tier in TIERS if tier in self.copies), "device")
+
+    @property
+    def highest(self) -> Copy | None:
+        """The copy on `tier`."""
+        return self.copies.get(self.tier)
+
+    def num_bytes(self, tier: Tier) -> int:
+        """What it takes there, a copy that is being written included."""
+        copy = self.copies.get(tier)
+        sealed = copy.num_bytes if copy is not None else 0
+        return sealed + (self.target.num_bytes if self.target and self.target_tier == tier else 0)
