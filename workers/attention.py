@@ -46,9 +46,14 @@ class Batch:
     """Masks already made in this pass: all layers of a kind share them."""
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[KVCache, Sequence[int], bool]]) -> "Batch":
+    def of(
+        cls,
+        parts: Sequence[tuple[KVCache, Sequence[int], bool]],
+        device: torch.device | None = None,
+    ) -> "Batch":
         """Each part: a sequence's cache, its next tokens, and whether the logits of the last of
-        them are wanted. A cache may occur once, and a part has at least one token."""
+        them are wanted. A cache may occur once, and a part has at least one token. `device` is the
+        model's."""
         input_ids: list[int] = []
         position_ids: list[int] = []
         spans: list[Span] = []
@@ -61,10 +66,10 @@ class Batch:
             if wants_logits:
                 logit_rows.append(len(input_ids) - 1)
         return cls(
-            input_ids=torch.tensor([input_ids]),
-            position_ids=torch.tensor([position_ids]),
+            input_ids=torch.tensor([input_ids], device=device),
+            position_ids=torch.tensor([position_ids], device=device),
             spans=tuple(spans),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
         )
 
 
@@ -124,7 +129,8 @@ def _mask(batch: Batch, num_queries: int, num_keys: int, window: int | None) -> 
     shape = (num_queries, num_keys, window)
     mask = batch.masks.get(shape)
     if mask is None:
-        mask = batch.masks[shape] = causal_mask(num_queries, num_keys, window)
+        mask = causal_mask(num_queries, num_keys, window).to(batch.input_ids.device)
+        batch.masks[shape] = mask
     return mask
 
 
@@ -160,7 +166,7 @@ def _soft_capped(
     scale = head_dim**-0.5 if scaling is None else scaling
     grouped = query.float().view(num_kv_heads, num_heads // num_kv_heads, num_queries, head_dim)
     keys, values = key.float().transpose(2, 3)[0], value.float()[0]
-    out = torch.empty(1, num_queries, num_heads, head_dim, dtype=query.dtype)
+    out = query.new_empty(1, num_queries, num_heads, head_dim)
     step = max(1, SOFTCAP_SCORES_BYTES // (num_heads * num_keys * 4))
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)

@@ -114,7 +114,8 @@ class Engine:
                     chunk.samples,
                 )
                 for chunk in chunks
-            ]
+            ],
+            self._model.device,
         )
         try:
             logits = self._model.forward(batch)
@@ -179,7 +180,9 @@ class Engine:
         """Whether the sequence has a cache, made now if this is its first chunk."""
         if sequence.request_id not in self._caches:
             try:
-                cache = KVCache(self._model.geometry.kv_layout, self._max_model_len)
+                cache = KVCache(
+                    self._model.geometry.kv_layout, self._max_model_len, self._model.device
+                )
             except OutOfKVMemory as error:
                 outputs.append(self._fail(sequence, str(error)))
                 return False
@@ -189,7 +192,9 @@ class Engine:
     def _sample(self, sequences: list[GenerationSequence], logits: torch.Tensor) -> list[Output]:
         """Add one token to each sequence. Row i of `logits` is that of sequence i."""
         tokens = sample(
-            logits, [one.sampling for one in sequences], [one.num_generated for one in sequences]
+            logits.cpu(),
+            [one.sampling for one in sequences],
+            [one.num_generated for one in sequences],
         )
         outputs = []
         for sequence, token in zip(sequences, tokens, strict=True):

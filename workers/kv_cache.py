@@ -78,11 +78,17 @@ class KVCache:
     pass has not happened: the next one writes to the same place.
     """
 
-    def __init__(self, layout: KVLayout, max_num_tokens: int) -> None:
-        """Raises `OutOfKVMemory` where the mapping itself is refused."""
+    def __init__(
+        self, layout: KVLayout, max_num_tokens: int, device: torch.device | None = None
+    ) -> None:
+        """`device` is the model's; only on the processor is untouched capacity free. Raises
+        `OutOfKVMemory` where the memory is refused."""
         capacity = layout.capacity(max_num_tokens)
         sizes = [2 * layer.num_heads * capacity * layer.head_dim for layer in layout.layers]
-        storage = _map_private(sum(sizes), layout.dtype)
+        if device is None or device.type == "cpu":
+            storage = _map_private(sum(sizes), layout.dtype)
+        else:
+            storage = _allocate(sum(sizes), layout.dtype, device)
         self._layout = layout
         self._capacity = capacity
         self._num_tokens = 0
@@ -133,6 +139,16 @@ class KVCache:
         self._keys.clear()
         self._values.clear()
         self._num_tokens = 0
+
+
+def _allocate(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.zeros(num_elements, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfKVMemory(
+            f"the device can't hold {num_elements * dtype.itemsize >> 20} MiB for one sequence: "
+            "serve with a smaller max_model_len"
+        ) from error
 
 
 def _map_private(num_elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -95,13 +95,14 @@ class Ready(Message, tag="ready", frozen=True):
     """The instance answers requests from now on.
 
     `startup_ms` maps a phase of the start to its length; `loaded` says whether this instance copied
-    the weights in (a cold start) or attached to a sealed set.
+    the weights in (a cold start) or attached to a sealed set, the one under the key `weight_set`.
     """
 
     version: int
     pid: int
     facts: ModelFacts
     loaded: bool
+    weight_set: Bounded
     startup_ms: dict[str, float]
 
 
@@ -139,18 +140,22 @@ FromInstance = Loading | Ready | StartFailed | StepOutput
 
 class InstanceSpec(Message, frozen=True):
     """All that an instance is told at its start. `requested_at` is CLOCK_MONOTONIC, in seconds, at
-    the moment somebody wanted it; `max_model_len` None is the model's own."""
+    the moment somebody wanted it; `max_model_len` None is the model's own, `device` "" the
+    allocator's first."""
 
     name: Bounded
     runtime_dir: Bounded
     engines: Bounded
     model: Bounded
+    served_model_name: Bounded
     dtype: Bounded
     max_model_len: int | None
     max_num_seqs: Annotated[int, msgspec.Meta(ge=1)]
     token_budget: Annotated[int, msgspec.Meta(ge=1)]
     num_threads: Annotated[int, msgspec.Meta(ge=1)]
     requested_at: float
+    device: Bounded = ""
+    map_files: bool = False
 
 
 class Start(Message, tag="start", frozen=True):
@@ -183,7 +188,46 @@ class Exited(Message, tag="exited", frozen=True):
 
 FromForkserver = Up | Started | Exited
 
+# --- estimate → server (one JSON document, the output of `python -m workers.estimate`)
+
+
+class RankEstimate(Message, frozen=True):
+    """What each rank holds where the ranks of an instance are on devices of their own, in bytes.
+
+    The first three count tensors: this rank's part of those split by columns and by rows, and those
+    that every rank holds whole."""
+
+    column_bytes: Count
+    row_bytes: Count
+    replicated_bytes: Count
+    segment_bytes: Count
+    kv_bytes_per_token: Count
+    kv_bytes_per_sequence: Count
+
+
+class Estimate(Message, frozen=True):
+    """What a model will take, from its headers alone, in bytes.
+
+    `max_model_len` is the length that was asked for, or the model's own, and that of a full
+    sequence. `prefill_bytes` is what a step of as many prompt tokens as the budget allows keeps for
+    itself while it runs, `logits_bytes_per_sequence` what each sequence adds to a step that chooses
+    tokens. `rank` is there where more than one rank was asked for."""
+
+    architecture: Bounded
+    dtype: Bounded
+    num_parameters: Count
+    num_tensors: Count
+    max_model_len: Count
+    segment_bytes: Count
+    kv_bytes_per_token: Count
+    kv_bytes_per_sequence: Count
+    prefill_bytes: Count
+    logits_bytes_per_sequence: Count
+    rank: RankEstimate | None
+
+
 _encoder = msgspec.msgpack.Encoder()
+_estimate: msgspec.json.Decoder[Estimate] = msgspec.json.Decoder(Estimate)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)
 _from_instance: msgspec.msgpack.Decoder[FromInstance] = msgspec.msgpack.Decoder(FromInstance)
 _start: msgspec.msgpack.Decoder[Start] = msgspec.msgpack.Decoder(Start)
@@ -213,3 +257,8 @@ def decode_start(frame: bytes) -> Start:
 def decode_from_forkserver(frame: bytes) -> FromForkserver:
     """Raises `msgspec.DecodeError` on anything but a valid message."""
     return _from_forkserver.decode(frame)
+
+
+def decode_estimate(document: bytes) -> Estimate:
+    """Raises `msgspec.DecodeError` on anything but a valid document."""
+    return _estimate.decode(document)

@@ -98,11 +98,16 @@ class Model:
             span.cache.commit(span.stop - span.start)
         return logits
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.module.parameters()).device
+
     def warm_up(self) -> None:
         """Compute one token and forget it, so that what is slow the first time, or not supported
         by this architecture after all (`UnsupportedCheckpoint`), shows before a request does."""
-        cache = KVCache(self.geometry.kv_layout, 1)
-        self.forward(Batch.of([(cache, [0], True)]))
+        cache = KVCache(self.geometry.kv_layout, 1, self.device)
+        self.forward(Batch.of([(cache, [0], True)], self.device))
         cache.close()
 
 
@@ -126,6 +131,7 @@ def build_model(
     """
     module = _skeleton(config, dtype)
     _bind(module, tensors, dtype)
+    _move_buffers(module)
     module.requires_grad_(False)
     module.eval()
     return Model(module, _geometry(module, dtype, generation_config or {}))
@@ -204,6 +210,17 @@ def _compute_buffers(module: Any) -> None:
                 raise UnsupportedCheckpoint(
                     f"can't tell the values of the buffer {name}.{buffer_name}"
                 )
+
+
+def _move_buffers(module: Any) -> None:
+    """Private buffers go where the weights are."""
+    device = next(module.parameters()).device
+    if device.type in ("cpu", "meta"):
+        return
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = buffer.to(device)
 
 
 def _bind(module: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:

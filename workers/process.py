@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
@@ -74,7 +75,12 @@ class _Instance:
     def run(self) -> int:
         self._ended("fork")
         try:
-            memory = connect(RuntimeDir.open(self._spec.runtime_dir, create=False))
+            memory = connect(
+                RuntimeDir.open(self._spec.runtime_dir, create=False),
+                device=self._spec.device,
+                model=self._spec.served_model_name[:256],
+                label=f"instance {self._spec.name}",
+            )
             self._ended("connect")
             with memory:
                 engine = self._start(memory)
@@ -103,11 +109,11 @@ class _Instance:
         spec = self._spec
         torch.set_num_threads(spec.num_threads)
         checkpoint = open_checkpoint(spec.model, spec.dtype)
-        weights = attach(memory, checkpoint, self._loading)
+        weights = attach(memory, checkpoint, self._loading, map_files=spec.map_files)
         self._ended("weights")
         config = json.loads(weights.metadata["config"])
         generation_config = json.loads(weights.metadata.get("generation_config", "{}"))
-        dtype = checkpoint.dtype or _float_dtype(weights)
+        dtype = checkpoint.dtype or float_dtype(weights.tensors)
         model = build_model(config, weights.tensors, dtype, generation_config)
         self._ended("model")
         if weights.loaded:  # who loads a model finds out whether it can be computed at all
@@ -137,6 +143,7 @@ class _Instance:
                 pid=os.getpid(),
                 facts=facts,
                 loaded=weights.loaded,
+                weight_set=weights.reader.key,
                 startup_ms=self._phases,
             )
         )
@@ -217,10 +224,10 @@ class _Instance:
         self._server.send(encode(message))
 
 
-def _float_dtype(weights: AttachedWeights) -> torch.dtype:
+def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
     """The dtype of most of the parameters, where the checkpoint does not say."""
     sizes: dict[torch.dtype, int] = {}
-    for tensor in weights.tensors.values():
+    for tensor in tensors.values():
         if tensor.is_floating_point():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

@@ -12,12 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 
-from allocator import Client, WeightSetReader, WeightSetWriter
-from allocator.messages import encode
+from allocator import (
+    Client,
+    TensorEntry,
+    WeightSetReader,
+    WeightSetWriter,
+    file_handle,
+    manifest_bytes,
+)
+from workers.checkpoint.load import fill
 from workers.checkpoint.plan import FORMAT_VERSION, make_plan
-from workers.checkpoint.source import Checkpoint, OnCopied, open_checkpoint
+from workers.checkpoint.source import Checkpoint, open_checkpoint
 from workers.errors import CheckpointCorrupt
 
 OnProgress = Callable[[int, int, bool], None]
@@ -39,8 +47,8 @@ class AttachedWeights:
 
     @property
     def num_bytes(self) -> int:
-        """The segment's size."""
-        return self.reader.handle.num_bytes
+        """The segment's size, and that of files mapped beside it."""
+        return self.reader.handle.num_bytes + sum(file.num_bytes for file in self.reader.files)
 
 
 def attach_weights(
@@ -55,14 +63,22 @@ def attach_weights(
 
 
 def attach(
-    memory: Client, checkpoint: Checkpoint, on_progress: OnProgress | None = None
+    memory: Client,
+    checkpoint: Checkpoint,
+    on_progress: OnProgress | None = None,
+    *,
+    map_files: bool = False,
 ) -> AttachedWeights:
-    """As `attach_weights`, with what else the weight set tells. Raises as it does."""
+    """As `attach_weights`, with what else the weight set tells. `map_files` maps the checkpoint's
+    own files instead of copying them, where nothing in them needs converting: nothing is read at
+    the start, but who changes such a file in place changes the weights of whoever serves them.
+    Raises as `attach_weights` does."""
     files = checkpoint.fingerprint()
+    map_files = map_files and can_be_mapped(checkpoint)
     fingerprint = {
         **files,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "layout": "plain",
+        "layout": "files" if map_files else "plain",
         "format": str(FORMAT_VERSION),
     }
     opened = memory.open_weight_set(
@@ -73,6 +89,8 @@ def attach(
         else lambda done, total: on_progress(done, total, False),
     )
     if isinstance(opened, WeightSetWriter):
+        if map_files:
+            return _attached(_map(opened, checkpoint), loaded=True)
         return _attached(_load(opened, checkpoint, files, on_progress), loaded=True)
     return _attached(opened, loaded=False)
 
@@ -87,6 +105,33 @@ def weight_set_key(path: Path, fingerprint: dict[str, str]) -> str:
     return f"{path.name[:200]}@{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def can_be_mapped(checkpoint: Checkpoint) -> bool:
+    """Whether every tensor lies in a file as it would be laid out."""
+    for tensor in checkpoint.tensors():
+        stored = checkpoint.stored_bytes(tensor.name)
+        if tensor.num_bytes and (stored is None or stored.begin % tensor.dtype.itemsize):
+            return False
+    return True
+
+
+def _map(writer: WeightSetWriter, checkpoint: Checkpoint) -> WeightSetReader:
+    """Seal a segment that holds the manifest alone; the tensors are where they are."""
+    with writer:
+        plan = make_plan(checkpoint.tensors(), checkpoint.metadata())
+        paths: dict[Path, int] = {}
+        entries: dict[str, TensorEntry] = {}
+        for name, entry in plan.manifest.tensors.items():
+            stored = checkpoint.stored_bytes(name)
+            if stored is None:
+                entries[name] = msgspec.structs.replace(entry, offset=0)
+                continue
+            segment = paths.setdefault(stored.file.resolve(), len(paths) + 1)
+            entries[name] = msgspec.structs.replace(entry, offset=stored.begin, segment=segment)
+        manifest = msgspec.structs.replace(plan.manifest, tensors=entries)
+        writer.reserve_uncommitted(manifest_bytes(manifest))
+        return writer.seal(manifest, 0, [file_handle(path) for path in paths])
+
+
 def _load(
     writer: WeightSetWriter,
     checkpoint: Checkpoint,
@@ -95,7 +140,7 @@ def _load(
 ) -> WeightSetReader:
     with writer:  # an error on the way gives the election back
         plan = make_plan(checkpoint.tensors(), checkpoint.metadata())
-        writer.reserve(plan.num_bytes + len(encode(plan.manifest)))
+        mapping = writer.reserve_uncommitted(plan.segment_bytes)
         done = reported = 0
 
         def copied(num_bytes: int) -> None:
@@ -107,16 +152,9 @@ def _load(
                 if on_progress is not None:
                     on_progress(done, plan.num_bytes, True)
 
-        _fill(writer.writable_tensors(plan.manifest), checkpoint, copied)
+        manifest = fill(writer, mapping, plan, checkpoint, copied)
         if checkpoint.fingerprint() != files:
             raise CheckpointCorrupt(
                 f"{checkpoint.path} changed while it was read: start again once it is complete"
             )
-        return writer.seal(plan.manifest, plan.num_bytes)
-
-
-def _fill(tensors: dict[str, torch.Tensor], checkpoint: Checkpoint, copied: OnCopied) -> None:
-    """A function of its own, so that no writable tensor outlives it."""
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            checkpoint.copy_into(name, tensor, copied)
+        return writer.seal(manifest, plan.num_bytes)

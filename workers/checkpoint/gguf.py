@@ -98,6 +98,9 @@ class GGUFCheckpoint:
             if tensor.name in self._names
         ]
 
+    def stored_bytes(self, name: str) -> None:
+        """Every tensor is converted: blocks are dequantized, rows of some projections move."""
+
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
         """Dequantize to fp32 and cast, rows at a time where no rows are reordered."""
         self._map_names()

@@ -7,7 +7,7 @@ order is the checkpoint's. Knows nothing of files or of memory.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from allocator import ALIGNMENT, Manifest, TensorEntry
+from allocator import ALIGNMENT, Manifest, TensorEntry, manifest_bytes
 from workers.checkpoint.source import SourceTensor
 
 FORMAT_VERSION = 1
@@ -20,6 +20,11 @@ class Plan:
 
     manifest: Manifest
     num_bytes: int
+
+    @property
+    def segment_bytes(self) -> int:
+        """All that the segment holds."""
+        return self.num_bytes + manifest_bytes(self.manifest)
 
 
 def make_plan(tensors: Iterable[SourceTensor], metadata: Mapping[str, str]) -> Plan:

@@ -19,6 +19,7 @@ from workers.checkpoint.source import (
     SCRATCH_BYTES,
     OnCopied,
     SourceTensor,
+    StoredBytes,
     digest,
     file_identity,
     read_json,
@@ -107,6 +108,13 @@ class SafetensorsCheckpoint:
             SourceTensor(name, stored.shape, self._laid_out(stored.dtype))
             for name, stored in self._stored().items()
         ]
+
+    def stored_bytes(self, name: str) -> StoredBytes | None:
+        """See `Checkpoint`."""
+        stored = self._stored()[name]
+        if stored.end == stored.begin or stored.dtype != self._laid_out(stored.dtype):
+            return None
+        return StoredBytes(stored.file, stored.begin, stored.end - stored.begin)
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
         """Bytes go from the file into `out`; a cast goes through a small scratch buffer."""

@@ -38,6 +38,15 @@ class SourceTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes [begin, begin + num_bytes) of a file."""
+
+    file: Path
+    begin: int
+    num_bytes: int
+
+
 class Checkpoint(Protocol):
     """One model on disk. Methods that read raise CheckpointCorrupt or UnsupportedCheckpoint."""
 
@@ -57,6 +66,10 @@ class Checkpoint(Protocol):
 
     def tensors(self) -> list[SourceTensor]:
         """All tensors, in the order in which they should lie."""
+
+    def stored_bytes(self, name: str) -> StoredBytes | None:
+        """Where the tensor lies in a file exactly as it is laid out; None where it must be
+        converted, or is empty."""
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
         """Fill `out`, which has the shape and dtype that `tensors` announced."""

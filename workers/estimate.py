@@ -1,0 +1,272 @@
+"""What a model will take, read from its headers: `python -m workers.estimate MODEL …`.
+
+Owns the way from a checkpoint that nobody has loaded to an `Estimate`. Invariants: no weight is
+read and no memory of the model's size is touched; weights and KV cache are counted by the code
+that will later lay out, bind and cache them (`make_plan`, `build_model`, `KVLayout`), so that the
+figures can't disagree. Does not know instances or machines: how often one counts is the server's
+business.
+
+Standard output holds one JSON document. A model that can't be served is one line on standard error
+that names the fix, and exit status 1.
+
+    split over K ranks, by transformers' own plan for the architecture (`base_model_tp_plan`):
+
+    by columns   weight [out / K, in], bias [out / K]       query, key, value, gate, up projections
+    by rows      weight [out, in / K], bias whole           output and down projections
+    replicated   whole on every rank                        norms, embeddings, the output head
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+import msgspec
+import torch
+
+from workers.attention import SOFTCAP_SCORES_BYTES
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.checkpoint.plan import make_plan
+from workers.checkpoint.source import SourceTensor
+from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
+from workers.kv_cache import KVLayer, KVLayout
+from workers.messages import Estimate, RankEstimate
+from workers.model import Model, build_model
+from workers.process import float_dtype
+
+Part = Literal["column", "row", "replicated"]
+
+_PARTS: Final[Mapping[str, Part]] = {
+    "colwise": "column",
+    "colwise_rep": "column",
+    "colwise_gather_output": "column",
+    "packed_colwise": "column",
+    "rowwise": "row",
+    "rowwise_rep": "row",
+    "rowwise_split_input": "row",
+    "packed_rowwise": "row",
+    # What follows holds whole tensors, or says only how a module is called.
+    "all_reduce": "replicated",
+    "embedding_colwise": "replicated",
+    "embedding_rowwise": "replicated",
+    "local_params": "replicated",
+    "mla_kv_a_proj": "replicated",
+    "moe_identity_expert": "replicated",
+    "moe_tp_experts": "replicated",
+    "replicate": "replicated",
+    "replicated_with_grad_allreduce": "replicated",
+    "sequence_parallel": "replicated",
+}
+"""transformers' styles (5.23, distributed/tensor_parallel.py). Embeddings and the output head could
+be split as well, but a lookup and a choice of tokens would then need all ranks: they are not."""
+
+_SIZES_SHOWN: Final = 8
+
+
+def main() -> int:
+    """Print the estimate, or one line of what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m workers.estimate")
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--token-budget", type=int, default=512)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    try:
+        found = estimate(
+            open_checkpoint(arguments.model, arguments.dtype),
+            max_model_len=arguments.max_model_len,
+            token_budget=arguments.token_budget,
+            tensor_parallel_size=arguments.tensor_parallel_size,
+        )
+    except WorkerError as error:
+        return _failed(str(error))
+    except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # The architectures are not our code: whatever building one raises is shown to a person.
+        return _failed(f"{arguments.model} can't be laid out: {type(error).__name__}: {error}")
+    sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
+    return 0
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    *,
+    max_model_len: int | None = None,
+    token_budget: int = 512,
+    tensor_parallel_size: int = 1,
+) -> Estimate:
+    """All figures of `checkpoint`; lengths in tokens, None being the model's own.
+
+    Raises CheckpointError as loading it would, and InvalidSetting where the model is shorter than
+    `max_model_len` or can't be split into `tensor_parallel_size` equal parts.
+    """
+    tensors = checkpoint.tensors()
+    metadata = checkpoint.metadata()
+    shapes = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in tensors}
+    dtype = checkpoint.dtype or float_dtype(shapes)
+    model = build_model(json.loads(metadata["config"]), shapes, dtype)
+    limit = model.geometry.max_model_len
+    max_model_len = max_model_len or limit
+    if max_model_len > limit:
+        raise InvalidSetting(
+            f"--max-model-len is {max_model_len}, but this model was made for {limit} tokens"
+        )
+    layout = model.geometry.kv_layout
+    rank = None
+    if tensor_parallel_size > 1:
+        rank = _rank(model, tensors, metadata, max_model_len, tensor_parallel_size)
+    return Estimate(
+        architecture=model.geometry.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=sum(one.numel() for one in model.module.parameters()),
+        num_tensors=len(tensors),
+        max_model_len=max_model_len,
+        segment_bytes=make_plan(tensors, metadata).segment_bytes,
+        kv_bytes_per_token=layout.bytes_per_token,
+        kv_bytes_per_sequence=layout.num_bytes(max_model_len),
+        prefill_bytes=_prefill_bytes(model, min(token_budget, max_model_len), max_model_len),
+        logits_bytes_per_sequence=model.geometry.vocab_size * (dtype.itemsize + 16),
+        rank=rank,
+    )
+
+
+def _prefill_bytes(model: Model, num_tokens: int, max_model_len: int) -> int:
+    """What a step of `num_tokens` prompt tokens keeps at its height: four rows a token of the
+    residual stream's width and three of the widest layer's; the mask, a byte and a float for each
+    pair of query and key; two copies of soft-capped scores. Within a fifth of what seven random
+    Llamas and three Gemmas 2 were seen to take (hidden sizes of 576 to 2,048, contexts of 1,024 and
+    4,096 tokens), once 10 MB are added for the heap's own growth."""
+    config = _config(model)
+    widths = [
+        one.shape[-2]
+        for one in model.module.parameters()
+        if one.ndim > 1 and one.shape[-2] != config.vocab_size
+    ]
+    itemsize = model.geometry.kv_layout.dtype.itemsize
+    rows = num_tokens * (4 * int(config.hidden_size) + 3 * max(widths, default=0)) * itemsize
+    pairs = num_tokens * max_model_len
+    scores = 0
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        scores = min(SOFTCAP_SCORES_BYTES, int(config.num_attention_heads) * pairs * 4)
+    return rows + pairs * 5 + 2 * scores
+
+
+# --- tensor parallelism
+
+
+def _rank(
+    model: Model,
+    tensors: Sequence[SourceTensor],
+    metadata: Mapping[str, str],
+    max_model_len: int,
+    size: int,
+) -> RankEstimate:
+    """One of `size` ranks, all of which hold the same number of bytes."""
+    parts = {one.name: _part(model, one) for one in tensors}
+    if set(parts.values()) == {"replicated"}:
+        raise UnsupportedCheckpoint(
+            f"base_model_tp_plan of {type(_config(model)).__name__} names none of the model's "
+            "tensors: only --tensor-parallel-size 1 is possible"
+        )
+    _check_divides(model, tensors, parts, size)
+    own = [
+        dataclasses.replace(one, shape=_shard(one.shape, parts[one.name], size)) for one in tensors
+    ]
+
+    def num_bytes(part: Part) -> int:
+        return sum(one.num_bytes for one in own if parts[one.name] == part)
+
+    layout = model.geometry.kv_layout
+    layers = tuple(KVLayer(one.num_heads // size, one.head_dim) for one in layout.layers)
+    rank_layout = KVLayout(layers, layout.dtype)
+    return RankEstimate(
+        column_bytes=num_bytes("column"),
+        row_bytes=num_bytes("row"),
+        replicated_bytes=num_bytes("replicated"),
+        segment_bytes=make_plan(own, metadata).segment_bytes,
+        kv_bytes_per_token=rank_layout.bytes_per_token,
+        kv_bytes_per_sequence=rank_layout.num_bytes(max_model_len),
+    )
+
+
+def _part(model: Model, tensor: SourceTensor) -> Part:
+    """How a tensor is split, by its own entry of the plan or its module's, as transformers looks it
+    up. Raises UnsupportedCheckpoint for an architecture without a plan, and for unknown styles."""
+    config = _config(model)
+    plan: Mapping[str, str] | None = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        raise UnsupportedCheckpoint(
+            f"{type(config).__name__} ({config.model_type}) has no base_model_tp_plan in "
+            "transformers, so nobody says how to split it: only --tensor-parallel-size 1 is "
+            "possible"
+        )
+    prefix = f"{model.module.base_model_prefix}."
+    name = ".".join(
+        "*" if step.isdecimal() else step for step in tensor.name.removeprefix(prefix).split(".")
+    )
+    style = plan.get(name) or plan.get(name.rpartition(".")[0], "replicate")
+    if style not in _PARTS:
+        raise UnsupportedCheckpoint(
+            f"base_model_tp_plan of {type(config).__name__} splits {name} by {style!r}, which is "
+            "not known here: only --tensor-parallel-size 1 is possible"
+        )
+    part = _PARTS[style]
+    return "replicated" if part == "row" and len(tensor.shape) < 2 else part
+
+
+def _split_dimension(shape: Sequence[int], part: Part) -> int | None:
+    """Counted from the last one, since expert weights have a dimension more in front."""
+    if part == "replicated" or not shape:
+        return None
+    return -1 if part == "row" or len(shape) == 1 else -2
+
+
+def _shard(shape: tuple[int, ...], part: Part, size: int) -> tuple[int, ...]:
+    dimension = _split_dimension(shape, part)
+    if dimension is None:
+        return shape
+    sizes = list(shape)
+    sizes[dimension] //= size
+    return tuple(sizes)
+
+
+def _check_divides(
+    model: Model, tensors: Sequence[SourceTensor], parts: Mapping[str, Part], size: int
+) -> None:
+    """A rank holds whole heads, and as many inputs or outputs of a layer as every other rank."""
+    lengths = [(_config(model).num_attention_heads, "attention heads")]
+    kv_heads = {layer.num_heads for layer in model.geometry.kv_layout.layers}
+    lengths += [(length, "key/value heads") for length in sorted(kv_heads)]
+    for one in tensors:
+        dimension = _split_dimension(one.shape, parts[one.name])
+        if dimension is not None:
+            what = "inputs" if parts[one.name] == "row" else "outputs"
+            lengths.append((one.shape[dimension], f"{what} of {one.name}"))
+    wrong = [f"{length} {what}" for length, what in lengths if length % size]
+    if wrong:
+        common = math.gcd(*(length for length, _ in lengths))
+        possible = [str(n) for n in range(1, common + 1) if common % n == 0]
+        raise InvalidSetting(
+            f"--tensor-parallel-size is {size}, which does not divide the model's "
+            f"{' and '.join(wrong[:2])}: possible are {', '.join(possible[:_SIZES_SHOWN])}"
+        )
+
+
+def _config(model: Model) -> Any:
+    """The architecture's config, of a class of `transformers`."""
+    return model.module.config
+
+
+def _failed(message: str) -> int:
+    """One line, whatever the message holds."""
+    sys.stderr.write(" ".join(message.split()) + "\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
