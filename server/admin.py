@@ -4,22 +4,28 @@ Owns its schemas, for the server's side and for the CLI's. Invariant: only the r
 owner can reach it (the directory is 0700). Knows nothing of prompts.
 """
 
+import asyncio
 import os
 import time
-from typing import Final
+from http import HTTPStatus
+from typing import Final, Literal
 
 import httpx
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, Field
 
 from allocator import RuntimeDir
 from server.daemons import AllocatorProcess
 from server.fleet import Fleet, Instance, State
+from server.metrics import CONTENT_TYPE, scrape
 from server.router import Router
 from server.settings import Settings
+from server.sleep import CannotSleep, Sleeper
 
-ADMIN_PATHS: Final = frozenset({"/status", "/instances", "/allocator"})
+ADMIN_PATHS: Final = frozenset({"/status", "/instances", "/allocator", "/sleep", "/metrics"})
 _TIMEOUT_S: Final = 10.0
+_SLEEP_TIMEOUT_S: Final = 3600.0
+"""Moving weights takes as long as they are large."""
 
 
 class InstanceStatus(BaseModel):
@@ -49,6 +55,9 @@ class ServerStatus(BaseModel):
     num_wanted: int
     num_replaced: int
     draining: bool
+    asleep: bool
+    weight_set: str | None
+    """The key under which the allocator knows the weights, once an instance was ready."""
     drain_timeout_s: float
     max_model_len: int | None
     weights_bytes: int | None
@@ -68,8 +77,19 @@ class Scale(BaseModel):
     num_instances: int = Field(ge=1, le=256)
 
 
+class Sleep(BaseModel):
+    """0: awake; 1: the weights are kept in host memory; 2: on disk."""
+
+    level: Literal[0, 1, 2]
+
+
 def create_admin_app(
-    fleet: Fleet, router: Router, allocator: AllocatorProcess, settings: Settings, url: str
+    fleet: Fleet,
+    router: Router,
+    sleeper: Sleeper,
+    allocator: AllocatorProcess,
+    settings: Settings,
+    url: str,
 ) -> FastAPI:
     """The app for the admin socket."""
     app = FastAPI(title="onecopy admin", docs_url=None, redoc_url=None, openapi_url=None)
@@ -85,6 +105,8 @@ def create_admin_app(
             num_wanted=fleet.num_wanted,
             num_replaced=fleet.num_replaced,
             draining=router.draining,
+            asleep=fleet.asleep,
+            weight_set=fleet.weight_set,
             drain_timeout_s=settings.drain_timeout_s,
             max_model_len=facts.max_model_len if facts else None,
             weights_bytes=facts.weights_bytes if facts else None,
@@ -101,6 +123,19 @@ def create_admin_app(
     async def keep_allocator(wish: KeepAllocator) -> ServerStatus:
         allocator.keep = wish.keep
         return await status()
+
+    @app.put("/sleep")
+    async def sleep(wish: Sleep) -> ServerStatus:
+        try:
+            await (sleeper.sleep(wish.level) if wish.level else sleeper.wake())
+        except CannotSleep as error:
+            raise HTTPException(409, str(error)) from error
+        return await status()
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = await asyncio.to_thread(scrape, RuntimeDir(settings.runtime_dir))
+        return Response(text, media_type=CONTENT_TYPE)
 
     app.state.status = status
     return app
@@ -145,13 +180,26 @@ class AdminClient:
         """Let the allocator go on when the server ends."""
         return self._request("PUT", "/allocator", {"keep": True})
 
-    def _request(self, method: str, path: str, body: dict[str, int] | None = None) -> ServerStatus:
+    def sleep(self, level: int) -> ServerStatus:
+        """Put the model to sleep (1 or 2), or wake it (0); answered once that is so. Raises
+        CannotSleep."""
+        return self._request("PUT", "/sleep", {"level": level}, _SLEEP_TIMEOUT_S)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, int] | None = None,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> ServerStatus:
         transport = httpx.HTTPTransport(uds=str(self._runtime_dir.admin))
         try:
             with httpx.Client(
-                transport=transport, base_url="http://admin", timeout=_TIMEOUT_S
+                transport=transport, base_url="http://admin", timeout=timeout_s
             ) as client:
                 answer = client.request(method, path, json=body)
+                if answer.status_code == HTTPStatus.CONFLICT:
+                    raise CannotSleep(answer.json()["detail"])
                 answer.raise_for_status()
         except httpx.HTTPError as error:
             raise NoServer(

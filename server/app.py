@@ -5,12 +5,15 @@ body is read further than `max_body_bytes`. There are no CORS headers: a web pag
 can't use the API. Knows nothing of how tokens are made (`Generator`) or text is written (`Text`).
 """
 
+import asyncio
 import importlib.metadata
+from collections.abc import Callable
 from typing import Final
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
+from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, errors, models
 from server.openai.admission import Serving
 from server.openai.body_limit import BodyLimit
@@ -20,8 +23,14 @@ __all__ = ["MAX_BODY_BYTES", "Serving", "create_app"]
 MAX_BODY_BYTES: Final = 32 << 20
 
 
-def create_app(serving: Serving, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The app for one served model. It owns nothing that needs closing."""
+def create_app(
+    serving: Serving,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    metrics: Callable[[], bytes] | None = None,
+) -> FastAPI:
+    """The app for one served model. It owns nothing that needs closing. `metrics` makes what a
+    Prometheus scrape gets; it may block."""
     app = FastAPI(
         title="onecopy",
         version=_version(),
@@ -40,11 +49,18 @@ def create_app(serving: Serving, *, max_body_bytes: int = MAX_BODY_BYTES) -> Fas
         num_ready = serving.generator.num_ready
         if num_ready:
             return JSONResponse({"status": "ok", "num_ready": num_ready})
-        return JSONResponse({"status": "not_ready", "num_ready": 0}, status_code=503)
+        status = "asleep" if serving.generator.asleep else "not_ready"
+        return JSONResponse({"status": status, "num_ready": 0}, status_code=503)
 
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": _version()}
+
+    if metrics is not None:
+
+        @app.get("/metrics", include_in_schema=False)
+        async def scraped() -> Response:
+            return Response(await asyncio.to_thread(metrics), media_type=CONTENT_TYPE)
 
     return app
 

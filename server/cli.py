@@ -1,38 +1,19 @@
-"""The command line. Owns options, exit statuses and which output is meant for whom.
+"""The command line: which commands there are, and what each one's help shows."""
 
-Invariants: every expected failure is one line on stderr that names the fix, and exit status 1; with
-`--json` stdout holds one JSON document and nothing else.
-"""
-
-import asyncio
-import contextlib
 import importlib.metadata
-import json
-import logging
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from pydantic import ValidationError
 
-from allocator import AllocatorError, RuntimeDir, connect
-from server import console, process_memory
-from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
-from server.daemons import stop_process
-from server.errors import ServerError
-from server.fleet import StartError
-from server.model_source import ModelNotFound, find_model
-from server.serve import AddressInUse
-from server.serve import serve as run_server
-from server.settings import Settings
-from server.verify import MAX_PRIVATE_BYTES, judge
+from server import console
+from server.commands import machine, memory, serving
 
-_LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
-_STOP_TIMEOUT_S: Final = 30.0
-"""What a process may take to end, beyond what it grants its running requests."""
+_EXAMPLES: Final = """Begin with `onecopy serve demo`, and in a second terminal `onecopy ps`,
+`onecopy verify`, `onecopy scale 4`, `onecopy stop`."""
+_SERVE_EXAMPLES: Final = """Examples: `onecopy serve demo`; `onecopy serve ./Qwen3-0.6B
+--instances 4 --max-model-len 4096`; `onecopy serve model.gguf --uds /run/llm.sock`."""
+_PLAN_EXAMPLES: Final = """Examples: `onecopy plan demo`; `onecopy plan ./Qwen3-0.6B --instances 8
+--max-model-len 4096`; `onecopy plan model.gguf --memory 16GB --json`."""
 
 app = typer.Typer(
     name="onecopy",
@@ -40,23 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_EXAMPLES: Final = """Begin with `onecopy serve demo`, and in a second terminal `onecopy ps`,
-`onecopy verify`, `onecopy scale 4`, `onecopy stop`."""
-_SERVE_EXAMPLES: Final = """Examples: `onecopy serve demo`; `onecopy serve ./Qwen3-0.6B
---instances 4 --max-model-len 4096`; `onecopy serve model.gguf --uds /run/llm.sock`."""
-
-RuntimeDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--runtime-dir",
-        envvar="ONECOPY_RUNTIME_DIR",
-        help="Directory of the sockets; who shares it shares memory. Default: $RUNTIME_DIRECTORY, "
-        "else $XDG_RUNTIME_DIR/onecopy, else a private temporary directory.",
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,267 +39,23 @@ def _common(
     """One copy of the weights on each device, however many instances serve it."""
 
 
-@app.command(epilog=_SERVE_EXAMPLES)
-def serve(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="`demo`, a Hugging Face folder, a .gguf file, or a hub id.", show_default=False
-        ),
-    ],
-    instances: Annotated[
-        int,
-        typer.Option(min=1, max=256, help="Engines to run; they share one copy of the weights."),
-    ] = 2,
-    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to serve on; 0 picks a free one.")
-    ] = 8000,
-    uds: Annotated[
-        Path | None, typer.Option(help="Serve on this Unix socket instead of host and port.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Longest prompt and answer together, in tokens. Default: the model's own."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Sequences that run at once in one instance.")
-    ] = 16,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bfloat16, float16 or float32. auto: the checkpoint's; GGUF: bfloat16."
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="CPU threads of one instance. Default: the cores, shared out."),
-    ] = None,
-    served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model. Default: its file's name.")
-    ] = None,
-    memory_limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Bytes the allocator may use, where this starts one."),
-    ] = None,
-    drain_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that running requests get at the end.")
-    ] = 30.0,
-    runtime_dir: RuntimeDirOption = None,
-) -> None:
-    """Serve MODEL over an OpenAI-compatible REST API.
-
-    Starts an allocator where none runs, loads the weights once into shared memory, and starts the
-    instances that map them. Ends on Ctrl-C or SIGTERM, after the running requests; a second one
-    does not wait.
-    """
-    _log_to_stderr()
-    with _one_line_errors():
-        source = find_model(model)
-        settings = Settings(
-            model=source.path,
-            served_model_name=served_model_name or source.name,
-            runtime_dir=RuntimeDir.open(runtime_dir).path,
-            host=host,
-            port=port,
-            uds=uds.absolute() if uds else None,
-            num_instances=instances,
-            sampling_defaults=source.sampling,
-            dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            num_threads=threads or default_threads(instances),
-            drain_timeout_s=drain_timeout,
-            memory_limit=memory_limit,
-        )
-        asyncio.run(run_server(settings))
-
-
-@app.command()
-def allocator(
-    memory_limit: Annotated[
-        int | None, typer.Option(min=1, help="Bytes to use at most. Default: all of /dev/shm.")
-    ] = None,
-    runtime_dir: RuntimeDirOption = None,
-) -> None:
-    """Run the allocator alone, so that weights outlive the servers that use them."""
-    arguments = ["--runtime-dir", str(runtime_dir)] if runtime_dir else []
-    arguments += ["--memory-limit", str(memory_limit)] if memory_limit else []
-    # Replace this process: the daemon needs none of what the command line has imported.
-    os.execv(sys.executable, [sys.executable, "-m", "allocator", *arguments])  # noqa: S606
-
-
-@app.command()
-def ps(as_json: JsonOption = False, runtime_dir: RuntimeDirOption = None) -> None:
-    """Show the instances: pid, state, model, bytes shared and private."""
-    with _one_line_errors():
-        status = AdminClient(RuntimeDir.open(runtime_dir, create=False)).status()
-        memories = _memories(status)
-        if as_json:
-            _print_json(
-                {
-                    **status.model_dump(exclude={"instances"}),
-                    "instances": [
-                        {
-                            **instance.model_dump(),
-                            "model": status.model,
-                            "shared_bytes": memory.shared_bytes if memory else None,
-                            "private_bytes": memory.private_bytes if memory else None,
-                            "kv_resident_bytes": memory.kv_bytes if memory else None,
-                        }
-                        for instance, memory in zip(status.instances, memories, strict=True)
-                    ],
-                }
-            )
-            return
-        console.out.print(console.server_line(status), markup=False)
-        console.out.print(console.instances_table(status, memories))
-
-
-@app.command()
-def scale(
-    instances: Annotated[int, typer.Argument(min=1, max=256, help="How many there should be.")],
-    runtime_dir: RuntimeDirOption = None,
-) -> None:
-    """Change the number of instances of the running server; surplus ones finish their requests."""
-    with _one_line_errors():
-        status = AdminClient(RuntimeDir.open(runtime_dir, create=False)).scale(instances)
-        console.out.print(f"{status.model}: {status.num_wanted} instances wanted; see `onecopy ps`")
-
-
-@app.command()
-def verify(
-    max_private: Annotated[
-        int, typer.Option(min=1, help="Private bytes an instance may have, KV cache aside.")
-    ] = MAX_PRIVATE_BYTES,
-    as_json: JsonOption = False,
-    runtime_dir: RuntimeDirOption = None,
-) -> None:
-    """Prove from the kernel's figures that all instances map one copy; exit 1 where they do not."""
-    with _one_line_errors():
-        directory = RuntimeDir.open(runtime_dir, create=False)
-        status = AdminClient(directory).status()
-        ready = [one for one in status.instances if one.state == "ready" and one.pid is not None]
-        with connect(directory) as memory:
-            weight_sets = memory.statistics().weight_sets
-        pids = {one.pid for one in ready}
-        used = [one for one in weight_sets if pids & set(one.reader_pids)]
-        if not used:
-            _fail(
-                "the allocator knows of no weight set that a ready instance reads. Either none is "
-                "ready (`onecopy ps`), or the allocator was restarted after they attached: then "
-                "`onecopy stop` and start again, to hold one copy"
-            )
-        verdict = judge(
-            used[0].segment,
-            used[0].num_bytes,
-            [(one.name, process_memory.read(one.pid or 0)) for one in ready],
-            max_private,
-        )
-        if len(used) > 1:
-            verdict.holds = False
-            verdict.problems.append(f"the instances read {len(used)} weight sets, not one")
-        if as_json:
-            _print_json(verdict.model_dump())
-        else:
-            console.out.print(console.verdict_text(verdict))
-            console.out.print(console.verdict_lines(verdict), markup=False)
-    if not verdict.holds:
-        raise typer.Exit(1)
-
-
-@app.command()
-def stop(
-    keep_allocator: Annotated[
-        bool, typer.Option("--keep-allocator", help="Leave the allocator and its weights.")
-    ] = False,
-    runtime_dir: RuntimeDirOption = None,
-) -> None:
-    """Stop the server, after its running requests, and then the allocator."""
-    with _one_line_errors():
-        directory = RuntimeDir.open(runtime_dir, create=False)
-        stopped = []
-        for role in ("server",) if keep_allocator else ("server", "allocator"):
-            owner = directory.owner(role)
-            if owner is None:
-                continue
-            timeout_s = _STOP_TIMEOUT_S
-            if role == "server":
-                if keep_allocator:
-                    AdminClient(directory).keep_allocator()
-                with contextlib.suppress(NoServer):  # one that is about to start, or to end
-                    timeout_s += AdminClient(directory).status().drain_timeout_s
-                console.err.print(f"stopping the server (pid {owner.pid}) after its requests")
-            gently = stop_process(owner.process, timeout_s)
-            stopped.append(f"{role} (pid {owner.pid}{'' if gently else ', killed'})")
-        if not stopped:
-            console.out.print(f"nothing runs in {directory.path}")
-            return
-        console.out.print(f"stopped {' and '.join(stopped)}", markup=False)
-
-
-def default_threads(num_instances: int) -> int:
-    """Threads of one instance: the cores, shared out."""
-    return max(1, len(os.sched_getaffinity(0)) // num_instances)
+app.command(epilog=_SERVE_EXAMPLES)(serving.serve)
+app.command()(memory.allocator)
+app.command()(serving.ps)
+app.command()(serving.scale)
+app.command()(serving.verify)
+app.command()(memory.sleep)
+app.command()(memory.wake)
+app.command()(memory.pin)
+app.command()(memory.evict)
+app.command(epilog=_PLAN_EXAMPLES)(machine.plan)
+app.command()(machine.doctor)
+app.command()(serving.stop)
 
 
 def main() -> None:
     """The `onecopy` command."""
     app()
-
-
-def _memories(status: ServerStatus) -> list[process_memory.ProcessMemory | None]:
-    return [process_memory.read(one.pid) if one.pid else None for one in status.instances]
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (
-        AddressInUse,
-        AllocatorError,
-        ModelNotFound,
-        NoServer,
-        ServerError,
-        StartError,
-    ) as error:
-        _fail(str(error))
-    except ValidationError as error:
-        _fail("; ".join(f"--{e['loc'][0]}: {e['msg']}" for e in error.errors()))
-
-
-def _fail(message: str) -> None:
-    console.err.print(f"onecopy: {message}", markup=False)
-    raise typer.Exit(1)
-
-
-def _print_json(document: object) -> None:
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
-
-
-def _log_to_stderr() -> None:
-    handler = console.ConsoleHandler()
-    handler.setFormatter(logging.Formatter(_LOG_FORMAT, datefmt="%H:%M:%S"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("httpx", "httpcore", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.access").addFilter(_is_not_admin)
-    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
-
-
-def _is_not_admin(record: logging.LogRecord) -> bool:
-    """uvicorn has one access log for all its servers; `onecopy ps` in a loop should not fill it."""
-    path = record.args[2] if isinstance(record.args, tuple) and len(record.args) > 2 else ""
-    return path not in ADMIN_PATHS
-
-
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """What clients that don't read, or don't write, keep from ending is cut off at the end; uvicorn
-    says how many, and then shows the traceback of each as if it were an error."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -24,7 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from server.admin import ServerStatus
+from server.checks import Check
 from server.fleet import Instance
+from server.plan import MAX_INSTANCES, DevicePlan, Load, Plan, Room
 from server.process_memory import ProcessMemory
 from server.verify import Verdict
 
@@ -155,6 +157,7 @@ def server_line(status: ServerStatus) -> str:
         f"{status.model} on {status.url}: {states.count('ready')} of {status.num_wanted} instances "
         f"ready, {status.num_replaced} replaced so far; server pid {status.pid}"
         f"{', shutting down' if status.draining else ''}"
+        f"{'; it sleeps: wake it with `onecopy wake`' if status.asleep else ''}"
     )
 
 
@@ -227,3 +230,152 @@ def verdict_lines(verdict: Verdict) -> str:
             "One copy: holds.",
         )
     )
+
+
+_STATUS_STYLES: Final = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """The body of `onecopy doctor`."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("CHECK", "STATUS", "SEEN, AND WHAT TO DO"):
+        table.add_column(name, no_wrap=name != "SEEN, AND WHAT TO DO", overflow="fold")
+    for one in checks:
+        # Text, because a path or an error may hold what rich would take for markup.
+        seen = Text(one.seen)
+        if one.fix:
+            seen.append(f"\nfix: {one.fix}", style="bold")
+        table.add_row(Text(one.name), Text(one.status, style=_STATUS_STYLES[one.status]), seen)
+    return table
+
+
+def checks_line(checks: Sequence[Check]) -> str:
+    """What the table adds up to."""
+    counts = [
+        f"{len(names)} {status}{'' if len(names) == 1 else 's'} ({', '.join(names)})"
+        for status in ("problem", "warning")
+        if (names := [one.name for one in checks if one.status == status])
+    ]
+    return f"{', '.join(counts)}; each fix is above." if counts else "Nothing stands in the way."
+
+
+def plan_heading(plan: Plan) -> str:
+    """What stands above the table of `onecopy plan`."""
+    load = plan.load
+    ranks = f" of {load.tensor_parallel_size} ranks" if load.tensor_parallel_size > 1 else ""
+    return (
+        f"{plan.model}: {plan.architecture}, {plan.num_parameters / 1e6:,.1f} million parameters "
+        f"in {plan.dtype}\n{_count(load.num_instances, 'instance')}{ranks}, each with up to "
+        f"{_count(load.max_num_seqs, 'sequence')} of up to {load.max_model_len:,} tokens\n"
+    )
+
+
+def plan_table(plan: Plan) -> Table:
+    """The body of `onecopy plan`: what each device holds, idle and at most."""
+    devices = [("", plan.device)]
+    if plan.rank_device is not None:
+        size = plan.load.tensor_parallel_size
+        devices = [("ONE DEVICE,\n", plan.device), (f"EACH OF {size},\n", plan.rank_device)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name, _ in devices:
+        for moment in ("AT THE START", "AT FULL LOAD"):
+            table.add_column(f"{name}{moment}", justify="right", no_wrap=True)
+    sequences = _count(plan.load.num_instances * plan.load.max_num_seqs, "sequence")
+    pairs: dict[str, list[tuple[int, int]]] = {
+        "weights, held once": [(one.weights_bytes,) * 2 for _, one in devices],
+        f"KV cache, {sequences}": [(0, one.kv_bytes_at_full_load) for _, one in devices],
+        "private memory, about": [
+            (one.private_bytes_at_start, one.private_bytes_at_full_load) for _, one in devices
+        ],
+        "together": [
+            (one.total_bytes_at_start, one.total_bytes_at_full_load) for _, one in devices
+        ],
+    }
+    for label, sizes in pairs.items():
+        cells = [megabytes(size) for pair in sizes for size in pair]
+        table.add_row(label, *cells, style="bold" if label == "together" else "")
+    return table
+
+
+def plan_lines(plan: Plan) -> str:
+    """What the table means, and whether it fits."""
+    device, load, size = plan.device, plan.load, plan.load.tensor_parallel_size
+    lines = [
+        "",
+        f"A token takes {device.kv_bytes_per_token:,} bytes of KV cache, a sequence of "
+        f"{load.max_model_len:,} tokens {megabytes(device.kv_bytes_per_sequence)}. At full load "
+        "every sequence is at its full length.",
+    ]
+    if plan.split is None:
+        return "\n".join(lines + _room_lines(load, device, plan.room))
+    lines += [
+        f"Of the weights {megabytes(plan.split.column_bytes)} are split by columns and "
+        f"{megabytes(plan.split.row_bytes)} by rows, 1/{size} for each rank; each has all of the "
+        f"other {megabytes(plan.split.replicated_bytes)} (embeddings, norms, output head).",
+        "",
+        f"All {size} ranks on one device, where they view the one copy:",
+        *_room_lines(load, device, plan.room),
+        "",
+        f"Each rank on one of {size} devices:",
+    ]
+    if plan.rank_device is not None and plan.rank_room is not None:
+        lines += _room_lines(load, plan.rank_device, plan.rank_room)
+    else:
+        lines.append("`--memory BYTES`, of one device, compares with what you have.")
+    return "\n".join(lines)
+
+
+def _room_lines(load: Load, device: DevicePlan, room: Room) -> list[str]:
+    """Whether it fits, and what would."""
+    if device.weights_bytes > room.shared_memory_bytes:
+        return [
+            f"Does not fit: the weights need {megabytes(device.weights_bytes)} of shared memory, "
+            f"{megabytes(room.shared_memory_bytes)} may be used. Raise --memory-limit or --memory "
+            "where you gave it, else enlarge /dev/shm (`onecopy doctor` says how)."
+        ]
+    left = room.memory_bytes - room.other_processes_bytes
+    there = (
+        f"of {megabytes(room.memory_bytes)} {'given' if room.given else 'available here'}, server, "
+        f"allocator and forkserver take about {megabytes(room.other_processes_bytes)}"
+    )
+    each, instances = _count(load.max_num_seqs, "sequence"), _count(load.num_instances, "instance")
+    if room.fits_at_full_load:
+        spare = megabytes(left - device.total_bytes_at_full_load)
+        return [
+            f"Fits: {spare} are left at full load ({there}).",
+            f"At full load up to {_count(room.max_instances, 'instance')} with {each} each would "
+            f"fit, or {instances} with {_count(room.max_num_seqs, 'sequence')} each, "
+            f"or {_idle(room)}.",
+        ]
+    if not room.fits_at_start:
+        lines = [
+            f"Does not fit: {megabytes(device.total_bytes_at_start - left)} are missing already at "
+            f"the start ({there})."
+        ]
+        if room.max_instances_at_start:
+            lines.append(f"What would fit: {_idle(room)}.")
+        return lines
+    options = {
+        "--instances": room.max_instances,
+        "--max-num-seqs": room.max_num_seqs,
+        "--max-model-len": room.max_model_len,
+    }
+    fitting = " or ".join(f"{option} {number}" for option, number in options.items() if number)
+    fitting += ", else as planned; " if fitting else ""
+    return [
+        f"Fits at the start, but {megabytes(device.total_bytes_at_full_load - left)} are missing "
+        f"at full load ({there}).",
+        f"What would fit: {fitting}{room.max_kv_tokens:,} tokens in all of {instances}; "
+        f"or {_idle(room)}.",
+    ]
+
+
+def _idle(room: Room) -> str:
+    """How many instances fit as long as nobody asks them anything."""
+    most = " (serve's limit)" if room.max_instances_at_start == MAX_INSTANCES else ""
+    return f"{_count(room.max_instances_at_start, 'idle instance')}{most}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -17,7 +17,8 @@ from typing import Final
 
 from allocator import AllocatorError, AllocatorGone, ProcessIdentity, RuntimeDir, connect
 
-_START_TIMEOUT_S: Final = 20.0
+_START_TIMEOUT_S: Final = 300.0
+"""One that takes over from a killed one reads all weights before it answers."""
 _STOP_TIMEOUT_S: Final = 10.0
 _RETRY_S: Final = 1.0
 
@@ -27,10 +28,13 @@ log = logging.getLogger("onecopy.server")
 class AllocatorProcess:
     """An allocator that answers, once `find_or_start` has returned."""
 
-    def __init__(self, runtime_dir: RuntimeDir, memory_limit: int | None):
+    def __init__(
+        self, runtime_dir: RuntimeDir, memory_limit: int | None = None, device: str = "host"
+    ):
         self._runtime_dir = runtime_dir
         self._command = [sys.executable, "-m", "allocator", "--runtime-dir", str(runtime_dir.path)]
         self._command.append("--quiet")  # the server's log tells what matters of its weights
+        self._command += ["--device", device]
         if memory_limit is not None:
             self._command += ["--memory-limit", str(memory_limit)]
         self._process: subprocess.Popen[bytes] | None = None

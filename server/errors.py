@@ -57,6 +57,12 @@ class NotReady(ServerError):
     code = "not_ready"
 
 
+class Asleep(NotReady):
+    """The model was put to sleep; somebody has to wake it."""
+
+    code = "asleep"
+
+
 class InstanceFailed(ServerError):
     """An instance could not finish the request, and neither could another."""
 

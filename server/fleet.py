@@ -7,6 +7,7 @@ Knows nothing of what the requests are.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -98,6 +99,10 @@ class Fleet:
         self._changed = asyncio.Event()
         self._start_error: str | None = None
         self.num_wanted = settings.num_instances
+        self.asleep = False
+        """No instance runs, and none is to be started, until `wake`."""
+        self.weight_set: str | None = None
+        """The key under which the allocator knows the served weights."""
         self.facts: ModelFacts | None = None
         self.num_replaced = 0
 
@@ -168,9 +173,29 @@ class Fleet:
             await self._drain_instance(instance)
         self._fill_up()
 
+    async def sleep(self, timeout_s: float) -> bool:
+        """End all instances after their requests, and start none until `wake`. False where some
+        were still busy after `timeout_s`; then all is as before."""
+        self.asleep = True
+        await self._drain_all(timeout_s)
+        if self.instances:
+            self.wake()
+            return False
+        return True
+
+    def wake(self) -> None:
+        """Start as many instances as are wanted; returns before they are ready."""
+        self.asleep = False
+        self._fill_up()
+
     async def drain(self, timeout_s: float) -> None:
         """Let every instance finish its requests and end; kill what is left after `timeout_s`."""
         self._draining = True
+        await self._drain_all(timeout_s)
+        if self.instances:
+            log.warning("killing %d instances that are still busy", len(self.instances))
+
+    async def _drain_all(self, timeout_s: float) -> None:
         if self._retry is not None:
             self._retry.cancel()
         for instance in self.instances:
@@ -178,10 +203,8 @@ class Fleet:
                 await self._drain_instance(instance)
         deadline = time.monotonic() + timeout_s
         while self.instances and (left_s := deadline - time.monotonic()) > 0:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.change(), left_s)
-            except TimeoutError:
-                log.warning("killing %d instances that are still busy", len(self.instances))
 
     async def close(self) -> None:
         """End every process and remove the sockets."""
@@ -263,6 +286,7 @@ class Fleet:
         instance.ready = message
         instance.pid = message.pid
         self.facts = message.facts
+        self.weight_set = message.weight_set
         self._num_failures = 0
         self._start_error = None
         if instance.state != "draining":
@@ -308,7 +332,7 @@ class Fleet:
     # --- doing
 
     def _fill_up(self) -> None:
-        if self._draining or self._forkserver is None:
+        if self._draining or self.asleep or self._forkserver is None:
             return
         # The first one alone: it loads the weights, or shows that they can't be served; the others
         # then attach, instead of waiting for it on the same cores.
@@ -332,12 +356,15 @@ class Fleet:
             runtime_dir=str(self._runtime_dir.path),
             engines=self._runtime_dir.engines,
             model=str(settings.model),
+            served_model_name=settings.served_model_name,
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             token_budget=settings.token_budget,
             num_threads=settings.num_threads,
             requested_at=instance.requested_at,
+            device=settings.device,
+            map_files=settings.map_files,
         )
 
     async def _drain_instance(self, instance: Instance) -> None:

@@ -57,5 +57,9 @@ class Generator(Protocol):
         """Instances that answer requests now."""
 
     @property
+    def asleep(self) -> bool:
+        """Whether somebody put the model to sleep."""
+
+    @property
     def facts(self) -> ModelFacts:
         """Of the served model. Raises `NotReady` before the first instance was ready."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Final
 
 SEGMENT_PREFIX: Final = "/dev/shm/onecopy-"  # noqa: S108 - a name that the kernel shows
+FILE_SUFFIXES: Final = (".weights", ".safetensors")
+"""Files that are mapped, shared and read-only, as segments: images, and checkpoints as they are."""
 KV_NAME: Final = "/memfd:onecopy-kv"
 
 
@@ -55,7 +57,7 @@ def read(pid: int) -> ProcessMemory | None:
     kv_bytes = private_bytes = pss_bytes = 0
     for permissions, inode, path, size, figures in _mappings(text):
         pss_bytes += figures["Pss"]
-        if path.startswith(SEGMENT_PREFIX):
+        if _is_segment(permissions, path):
             segments[inode].append((path, permissions, size, figures))
         elif path.startswith(KV_NAME):
             kv_bytes += figures["Rss"]
@@ -68,6 +70,13 @@ def read(pid: int) -> ProcessMemory | None:
         private_bytes,
         pss_bytes,
     )
+
+
+def _is_segment(permissions: str, path: str) -> bool:
+    if path.startswith(SEGMENT_PREFIX):
+        return True
+    name = path.removesuffix(" (deleted)")
+    return permissions == "r--s" and name.startswith("/") and name.endswith(FILE_SUFFIXES)
 
 
 def _segment(inode: str, parts: list[tuple[str, str, int, dict[str, int]]]) -> SegmentMapping:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
-from server.errors import InstanceFailed, NotReady, Overloaded
+from server.errors import Asleep, InstanceFailed, NotReady, Overloaded
 from server.fleet import Fleet, Instance, Listeners
 from server.generation import Chunk
 from server.settings import Settings
@@ -22,6 +22,7 @@ log = logging.getLogger("onecopy.server")
 _MAX_MOVES: Final = 3
 """A request that outlived so many instances may be what kills them."""
 _RETRY_AFTER_S: Final = 2
+_ASLEEP_S: Final = 30
 _PATIENCE_S: Final = 2.0
 """How long a request whose instance ended waits for the replacement before it joins a busy one."""
 _HOMELESS_S: Final = 60.0
@@ -88,6 +89,11 @@ class Router:
         return len(self._instances())
 
     @property
+    def asleep(self) -> bool:
+        """Whether the model sleeps."""
+        return self._fleet is not None and self._fleet.asleep
+
+    @property
     def num_streams(self) -> int:
         """Requests that have not ended."""
         return len(self._streams)
@@ -105,6 +111,8 @@ class Router:
         """Start a sequence on the least loaded instance. Raises NotReady or Overloaded."""
         if self.draining:
             raise NotReady("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
+        if self.asleep:
+            raise Asleep("the model sleeps: wake it with `onecopy wake`", retry_after_s=_ASLEEP_S)
         instances = self._instances()
         if not instances:
             raise NotReady("no instance is ready at the moment", retry_after_s=_RETRY_AFTER_S)

@@ -24,8 +24,10 @@ from server.admin import create_admin_app
 from server.app import Serving, create_app
 from server.daemons import AllocatorProcess
 from server.fleet import Fleet
+from server.metrics import scrape
 from server.router import Router
 from server.settings import Settings
+from server.sleep import Sleeper
 from server.text import Text
 from server.tokenizer_files import tokenizer_folder
 
@@ -51,7 +53,7 @@ async def serve(settings: Settings) -> None:
         stack.callback(_unbind, http_socket, settings.uds)
         stop = _Stop()
         stack.enter_context(stop.on_signals())
-        allocator = AllocatorProcess(runtime_dir, settings.memory_limit)
+        allocator = AllocatorProcess(runtime_dir, settings.memory_limit, settings.device)
         stack.push_async_callback(allocator.stop_if_unused)
         await allocator.find_or_start()
 
@@ -60,7 +62,8 @@ async def serve(settings: Settings) -> None:
         router.bind(fleet)
         stack.push_async_callback(fleet.close)
         fleet.launch()
-        admin_app = create_admin_app(fleet, router, allocator, settings, url)
+        sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s)
+        admin_app = create_admin_app(fleet, router, sleeper, allocator, settings, url)
         admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
@@ -79,7 +82,8 @@ async def serve(settings: Settings) -> None:
                 model_name=settings.served_model_name,
                 created=int(time.time()),
                 sampling_defaults=settings.sampling_defaults,
-            )
+            ),
+            metrics=lambda: scrape(runtime_dir),
         )
         http = _HTTPServer(app, http_socket)
         stack.push_async_callback(http.close)

@@ -34,5 +34,9 @@ class Settings(BaseModel):
     max_queued: int = Field(default=256, ge=1)
     """Requests beyond those that run; one more is refused with 503."""
     drain_timeout_s: float = Field(default=30.0, gt=0)
+    device: str = "host"
+    """What the weights are on, as `onecopy allocator --device` names it."""
+    map_files: bool = False
+    """Whether checkpoint files that need no conversion are mapped instead of copied."""
     memory_limit: int | None = Field(default=None, ge=1)
     """Of the allocator, in bytes, where this server has to start one."""

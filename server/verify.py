@@ -4,7 +4,7 @@ Owns the criteria. Invariant: a criterion that can't be judged does not hold. Kn
 figures are read (`process_memory`) nor how they are shown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from pydantic import BaseModel
@@ -42,6 +42,22 @@ class Verdict(BaseModel):
     unshared_bytes: int
     """What as many processes with a copy each would take."""
     problems: list[str]
+
+
+def judge_all(
+    segments: Mapping[str, int],
+    instances: Sequence[tuple[str, ProcessMemory | None]],
+    max_private_bytes: int = MAX_PRIVATE_BYTES,
+) -> Verdict:
+    """Judge weights that lie in several segments (name → bytes): the verdict on the largest, with
+    the problems of all."""
+    verdicts = {
+        name: judge(name, num_bytes, instances, max_private_bytes)
+        for name, num_bytes in segments.items()
+    }
+    largest = verdicts[max(segments, key=lambda name: segments[name])]
+    problems = list(dict.fromkeys(p for verdict in verdicts.values() for p in verdict.problems))
+    return largest.model_copy(update={"holds": not problems, "problems": problems})
 
 
 def judge(

@@ -50,6 +50,7 @@ class EchoModel:
 
     def reset(self) -> None:
         self.num_ready = 1
+        self.asleep = False
         self.refusals: list[Exception | None] = []  # of the next submits, in order
         self.hold_after: int | None = None  # tokens, after which a sequence waits until closed
         self.fail_after: int | None = None

@@ -143,7 +143,11 @@ def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
     second = directory.owner("allocator")
     assert second is not None
     assert second.pid != first.pid
-    server.remember()
+    # It adopted what its predecessor held: nothing was loaded again, there still is one copy.
+    instances = server.remember()["instances"]
+    assert [one["loaded"] for one in instances] == [True, False, False]
+    verified = server.onecopy("verify")
+    assert verified.status == 0, verified.stdout + verified.stderr
     server.stop()
 
 

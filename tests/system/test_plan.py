@@ -1,0 +1,225 @@
+"""`onecopy plan` as a person calls it, and what it says against what a real server then takes."""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server import process_memory
+from server.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
+from tests.system.running_server import Outcome, Server, onecopy
+from tests.system.test_errors import assert_refused
+from tests.workers.tiny_models import write_checkpoint
+
+PAGE = 4096
+DEMO_SETTINGS = ("--instances", "2", "--max-num-seqs", "2", "--max-model-len", "1024")
+
+
+def plan(*arguments: object) -> dict[str, Any]:
+    """The JSON document, and nothing beside it."""
+    outcome = onecopy("plan", *map(str, arguments), "--json")
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.stderr == ""
+    document: dict[str, Any] = json.loads(outcome.stdout)
+    return document
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "llama")
+
+
+# --- against a real server
+
+
+@pytest.fixture(scope="module")
+def small_demo(make_server: Callable[..., Server]) -> Iterator[Server]:
+    server = make_server("demo", *DEMO_SETTINGS)
+    yield server
+    server.remember()
+    server.stop()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one instance takes by the kernel's count, in bytes; of the weights its proportional
+    share, so that one copy counts once over all instances."""
+
+    weights: int
+    private: int
+    kv: int
+
+
+def taken(server: Server) -> list[Taken]:
+    """Of each instance, as `onecopy verify` counts."""
+    found = [process_memory.read(one["pid"]) for one in server.status()["instances"]]
+    return [
+        Taken(sum(part.pss_bytes for part in one.segments), one.private_bytes, one.kv_bytes)
+        for one in found
+        if one is not None
+    ]
+
+
+def test_at_the_start_the_demo_takes_what_was_planned(small_demo: Server) -> None:
+    """Compared: the plan's total at the start, and what two idle instances take by the kernel's
+    count. That is the weights once (6/7 of the sum, exact but for page rounding) and the instances'
+    private memory, an estimate. The weights alone would all but pass within 3 %, so the private
+    part has an assertion of its own, as wide as it may vary between machines and versions of the
+    libraries. Not compared: server, allocator and forkserver, which the plan counts apart."""
+    planned = plan("demo", *DEMO_SETTINGS)["device"]
+    found = taken(small_demo)
+    assert len(found) == 2
+    assert abs(sum(one.weights for one in found) - planned["weights_bytes"]) < 3 * PAGE
+    assert [one.kv for one in found] == [0, 0]
+    private = sum(one.private for one in found)
+    assert private == pytest.approx(planned["private_bytes_at_start"], rel=0.25)
+    total = sum(one.weights + one.private for one in found)
+    assert total == pytest.approx(planned["total_bytes_at_start"], rel=0.03)
+    verified = json.loads(small_demo.onecopy("verify", "--json").stdout)
+    assert verified["weights_bytes"] == planned["weights_bytes"]
+    assert verified["total_bytes"] == pytest.approx(planned["total_bytes_at_start"], rel=0.03)
+
+
+def test_at_full_load_the_demo_takes_what_was_planned(small_demo: Server) -> None:
+    """All sequences of all instances run up to their full length. Compared: the most that each
+    instance was seen to take. Its KV cache is then what was planned,
+    to the byte. The sum may be up to a tenth less than the plan, which is an upper bound and whose
+    private part is an estimate, but hardly more."""
+    planned = plan("demo", *DEMO_SETTINGS)["device"]
+    ended, samples = threading.Event(), list[list[Taken]]()
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            samples.append(taken(small_demo))
+
+    def complete(number: int) -> int:
+        body = {
+            "model": small_demo.model,
+            "prompt": [1000 + number, *range(2000, 2983)],
+            "max_tokens": 40,
+            "ignore_eos": True,
+        }
+        answer = httpx.post(f"{small_demo.url}/v1/completions", json=body, timeout=120)
+        total: int = answer.json()["usage"]["total_tokens"]
+        return total
+
+    with ThreadPoolExecutor(5) as pool:
+        watching = pool.submit(watch)
+        try:
+            assert list(pool.map(complete, range(4))) == [1024] * 4
+        finally:
+            ended.set()
+        watching.result()
+    instances = list(zip(*samples, strict=True))
+    kv_bytes = [max(one.kv for one in seen) for seen in instances]
+    assert sum(kv_bytes) == planned["kv_bytes_at_full_load"]
+    most = sum(max(one.weights + one.private + one.kv for one in seen) for seen in instances)
+    assert 0.9 < most / planned["total_bytes_at_full_load"] < 1.03
+
+
+# --- on the command line
+
+
+def test_a_person_reads_what_it_takes_and_whether_it_fits(tiny: Path) -> None:
+    outcome = onecopy("plan", str(tiny), "--instances", "3", "--max-num-seqs", "4")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    lines = outcome.stdout.splitlines()
+    assert lines[0].startswith("tiny: LlamaForCausalLM, 0.1 million parameters in float32")
+    assert lines[1] == "3 instances, each with up to 4 sequences of up to 256 tokens"
+    assert lines[3].split() == ["AT", "THE", "START", "AT", "FULL", "LOAD"]
+    assert [line.split("  ")[0] for line in lines[4:8]] == [
+        "weights, held once",
+        "KV cache, 12 sequences",
+        "private memory, about",
+        "together",
+    ]
+    assert "A token takes 768 bytes of KV cache" in outcome.stdout
+    assert re.search(r"^Fits: .* are left at full load", outcome.stdout, re.MULTILINE)
+    assert max(map(len, lines[:8])) <= 80
+
+
+def test_the_document_holds_what_the_person_reads(tiny: Path) -> None:
+    document = plan(tiny, "--dtype", "bfloat16", "--max-model-len", 128, "--max-num-seqs", 4)
+    assert (document["model"], document["path"]) == ("tiny", str(tiny))
+    assert document["dtype"] == "bfloat16"
+    assert document["load"] == {
+        "num_instances": 2,
+        "max_num_seqs": 4,
+        "max_model_len": 128,
+        "tensor_parallel_size": 1,
+    }
+    device, room = document["device"], document["room"]
+    token_bytes = 3 * 2 * 2 * 16 * 2  # layers, keys and values, heads, width, bfloat16
+    assert device["kv_bytes_per_token"] == token_bytes
+    assert device["kv_bytes_at_full_load"] == 2 * 4 * 128 * token_bytes
+    assert device["private_bytes_at_start"] == LOADING_PRIVATE_BYTES + ATTACHED_PRIVATE_BYTES
+    for moment in ("at_start", "at_full_load"):
+        kv_bytes = device["kv_bytes_at_full_load"] if moment == "at_full_load" else 0
+        private = device[f"private_bytes_{moment}"]
+        assert device[f"total_bytes_{moment}"] == device["weights_bytes"] + private + kv_bytes
+    assert room["fits_at_full_load"] is True
+    assert room["given"] is False
+    assert document["rank_device"] is document["split"] is None
+
+
+def test_ranks_and_a_machine_that_was_given(tiny: Path) -> None:
+    arguments = ["--tensor-parallel-size", "2", "--memory", "430000000"]
+    document = plan(tiny, *arguments)
+    whole, rank = document["device"], document["rank_device"]
+    assert rank["kv_bytes_per_token"] * 2 == whole["kv_bytes_per_token"]
+    assert rank["weights_bytes"] < whole["weights_bytes"]
+    assert document["room"]["memory_bytes"] == 430_000_000
+    assert document["room"]["fits_at_start"] is False  # four processes
+    assert document["rank_room"]["fits_at_start"] is True  # two on each device
+    text = onecopy("plan", str(tiny), *arguments).stdout
+    assert "2 instances of 2 ranks" in text
+    assert "EACH OF 2," in text
+    assert re.search(r"All 2 ranks on one device.*\nDoes not fit", text)
+    assert re.search(r"Each rank on one of 2 devices:\nFits", text)
+
+
+def test_weights_beyond_the_memory_limit_do_not_fit(tiny: Path) -> None:
+    document = plan(tiny, "--memory-limit", 100_000)
+    assert document["device"]["weights_bytes"] > 100_000
+    assert document["room"]["weights_fit"] is False
+    outcome = onecopy("plan", str(tiny), "--memory-limit", "100000")
+    assert (outcome.status, outcome.stderr) == (0, "")
+    assert "Does not fit: the weights need" in outcome.stdout
+    assert "--memory-limit" in outcome.stdout
+
+
+def refused(*arguments: object) -> Outcome:
+    outcome = onecopy("plan", *map(str, arguments))
+    assert len(outcome.stderr.splitlines()) == 1
+    return outcome
+
+
+def test_missing_model() -> None:
+    assert_refused(refused("/no/such/model"), "/no/such/model does not exist", "give a")
+
+
+def test_unsupported_dtype(tiny: Path) -> None:
+    assert_refused(refused(tiny, "--dtype", "int3"), "'int3'", "auto, bfloat16, float16, float32")
+
+
+def test_ranks_that_do_not_divide_the_heads(tiny: Path) -> None:
+    outcome = refused(tiny, "--tensor-parallel-size", 3)
+    assert_refused(outcome, "--tensor-parallel-size is 3", "4 attention heads", "possible are 1, 2")
+
+
+def test_a_length_beyond_the_models(tiny: Path) -> None:
+    assert_refused(refused(tiny, "--max-model-len", 300), "--max-model-len is 300", "256 tokens")
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "short", "llama")
+    with (path / "model.safetensors").open("r+b") as stream:
+        stream.truncate(1000)
+    assert_refused(refused(path), "model.safetensors", "truncated", "Download it again")
