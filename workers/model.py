@@ -7,9 +7,7 @@ memory, scheduling or sampling, and never runs code that came with a checkpoint.
 """
 
 import copy
-import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +16,14 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.initialization import no_init_weights
 
 from workers.attention import NAME, Batch
-from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
-from workers.kv_cache import KVCache, KVLayer, KVLayout
+from workers.binding import bind, compute_buffers, move_buffers
+from workers.errors import UnsupportedCheckpoint
+from workers.kv.layout import KVLayer, KVLayout
+from workers.kv.source import PrivateSource
+from workers.kv.table import BlockTable
 from workers.messages import ModelFacts
 
-logger = logging.getLogger(__name__)
-
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +66,8 @@ class Model:
     def __init__(self, module: Any, geometry: Geometry) -> None:
         self._module = module
         self.geometry = geometry
+        self.workspace_bytes = DEFAULT_WORKSPACE_BYTES
+        """What attention may take for itself."""
 
     @property
     def module(self) -> torch.nn.Module:
@@ -76,26 +76,28 @@ class Model:
         return module
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Compute the batch's tokens, which then belong to their caches.
+        """Compute the batch's tokens, which then belong to their tables.
 
-        Returns the logits [num_logit_rows, vocab_size] in the model's dtype. If it raises, no cache
-        has changed.
+        Returns the logits [num_logit_rows, vocab_size] in the model's dtype, on its device. If it
+        raises, no table has changed.
         """
+        device = self.device
         inputs = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
+            "input_ids": torch.from_numpy(batch.token_ids).long()[None].to(device),
+            "position_ids": torch.from_numpy(batch.positions).long()[None].to(device),
             "use_cache": False,
             "batch": batch,
+            "workspace_bytes": self.workspace_bytes,
         }
         with torch.inference_mode():
-            if batch.logit_rows.numel():
-                output = self._module(**inputs, logits_to_keep=batch.logit_rows)
+            if len(batch.logit_rows):
+                rows = torch.from_numpy(batch.logit_rows).long().to(device)
+                output = self._module(**inputs, logits_to_keep=rows)
                 logits: torch.Tensor = output.logits[0]
             else:
                 self._module.base_model(**inputs)
                 logits = torch.empty(0, self.geometry.vocab_size, dtype=self._module.dtype)
-        for span in batch.spans:
-            span.cache.commit(span.stop - span.start)
+        batch.commit()
         return logits
 
     @property
@@ -106,9 +108,9 @@ class Model:
     def warm_up(self) -> None:
         """Compute one token and forget it, so that what is slow the first time, or not supported
         by this architecture after all (`UnsupportedCheckpoint`), shows before a request does."""
-        cache = KVCache(self.geometry.kv_layout, 1, self.device)
-        self.forward(Batch.of([(cache, [0], True)], self.device))
-        cache.close()
+        layout = self.geometry.kv_layout
+        table = BlockTable(layout, PrivateSource(layout, self.device).lease(1))
+        self.forward(Batch.of([Part(table, [0], 1)]))
 
 
 def preload(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -130,8 +132,8 @@ def build_model(
     Raises `UnsupportedCheckpoint` and `CheckpointMismatch`.
     """
     module = _skeleton(config, dtype)
-    _bind(module, tensors, dtype)
-    _move_buffers(module)
+    bind(module, tensors, dtype)
+    move_buffers(module)
     module.requires_grad_(False)
     module.eval()
     return Model(module, _geometry(module, dtype, generation_config or {}))
@@ -159,7 +161,7 @@ def _skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     # Initial values would only be overwritten. Ties are made when the tensors are known.
     with no_init_weights(), torch.device("meta"):
         module = model_class._from_config(config, dtype=dtype, attn_implementation=NAME)
-    _compute_buffers(module)
+    compute_buffers(module)
     return module
 
 
@@ -181,133 +183,6 @@ def _check_config(config: Any) -> None:
             raise UnsupportedCheckpoint(
                 f"model_type {name!r} with {attribute} is not computed here"
             )
-
-
-def _compute_buffers(module: Any) -> None:
-    """Give buffers that no checkpoint holds their values, in private memory.
-
-    Only the model's own initialisation knows the values, and it would also fill parameters: so it
-    runs while those are still on meta. NaN shows a buffer that it has left alone.
-    """
-    owners: dict[str, torch.nn.Module] = {}
-    for name, owner in module.named_modules():
-        derived = owner._buffers.keys() & owner._non_persistent_buffers_set
-        for buffer_name in derived:
-            buffer = owner._buffers[buffer_name]
-            if buffer is None or not buffer.is_meta:
-                continue
-            if not buffer.is_floating_point():
-                raise UnsupportedCheckpoint(
-                    f"can't tell the values of the buffer {name}.{buffer_name}"
-                )
-            owner._buffers[buffer_name] = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype)
-            owners[name] = owner
-    for name, owner in owners.items():
-        module._init_weights(owner)
-        for buffer_name in owner._buffers.keys() & owner._non_persistent_buffers_set:
-            buffer = owner._buffers[buffer_name]
-            if buffer is not None and bool(buffer.isnan().any()):
-                raise UnsupportedCheckpoint(
-                    f"can't tell the values of the buffer {name}.{buffer_name}"
-                )
-
-
-def _move_buffers(module: Any) -> None:
-    """Private buffers go where the weights are."""
-    device = next(module.parameters()).device
-    if device.type in ("cpu", "meta"):
-        return
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = buffer.to(device)
-
-
-def _bind(module: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Put each tensor in its parameter's place; a tied parameter without one shares its twin's."""
-    ties = _ties(module)
-    keeps_fp32 = _pattern(module._keep_in_fp32_modules | module._keep_in_fp32_modules_strict)
-    bound: dict[int, torch.nn.Parameter] = {}  # one parameter for one tensor keeps ties visible
-    known: set[str] = set()
-    missing: list[str] = []
-    wrong: list[str] = []
-    for prefix, owner in module.named_modules():
-        for kind in (owner._parameters, owner._buffers):
-            for short_name, slot in kind.items():
-                name = f"{prefix}.{short_name}" if prefix else short_name
-                if slot is None or short_name in owner._non_persistent_buffers_set:
-                    continue
-                known.add(name)
-                source = next((n for n in (name, *ties.get(name, ())) if n in tensors), None)
-                if source is None:
-                    missing.append(name)
-                    continue
-                tensor = tensors[source]
-                fits_dtype = (
-                    tensor.dtype == slot.dtype
-                    or (tensor.dtype == torch.float32 and keeps_fp32.search(name) is not None)
-                    or (kind is owner._buffers)
-                )
-                if tensor.shape != slot.shape or not fits_dtype:
-                    wrong.append(
-                        f"{name} is {_shown(tensor.shape, tensor.dtype)}, "
-                        f"the config says {_shown(slot.shape, slot.dtype)}"
-                    )
-                elif kind is owner._buffers:
-                    # A forward pass may write to a buffer.
-                    kind[short_name] = tensor.to(slot.dtype, copy=True)
-                else:
-                    kind[short_name] = bound.setdefault(
-                        id(tensor), torch.nn.Parameter(tensor, requires_grad=False)
-                    )
-    surplus = sorted(tensors.keys() - known)
-    unplaced = _would_change_results(module, surplus)
-    problems = [
-        f"{len(names)} {what} ({_first(names)})"
-        for what, names in (
-            ("missing", missing),
-            ("of another shape or dtype", wrong),
-            ("that this architecture has no place for", unplaced),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointMismatch(
-            f"the checkpoint's tensors don't fit {type(module).__name__} in {dtype}: "
-            + "; ".join(problems)
-        )
-    if surplus:
-        logger.warning("%d tensors are not used: %s", len(surplus), _first(surplus))
-
-
-def _ties(module: Any) -> dict[str, list[str]]:
-    """Of each tied parameter, its twins: whichever the checkpoint has stands for all."""
-    groups: dict[str, list[str]] = {}
-    for target, source in module.all_tied_weights_keys.items():
-        groups.setdefault(source, [source]).append(target)
-    return {name: group for group in groups.values() for name in group}
-
-
-def _would_change_results(module: Any, surplus: Sequence[str]) -> list[str]:
-    """Those of the `surplus` tensors that a module of ours would use if only it had a place for
-    them (a bias, say, that the config denies), or that make up a further layer: leaving them out
-    would compute another model. Copies of derived buffers and unknown side heads may go."""
-    ignored = _pattern(module._keys_to_ignore_on_load_unexpected)
-    modules = dict(module.named_modules())
-    lists = [name for name, part in modules.items() if isinstance(part, torch.nn.ModuleList)]
-    unplaced = []
-    for name in surplus:
-        owner_name, _, short_name = name.rpartition(".")
-        owner = modules.get(owner_name)
-        if ignored.search(name) or (owner is not None and short_name in owner._buffers):
-            continue
-        further_layer = any(
-            name.startswith(f"{prefix}.") and name[len(prefix) + 1 :].split(".")[0].isdecimal()
-            for prefix in lists
-        )
-        if owner is not None or further_layer:
-            unplaced.append(name)
-    return unplaced
 
 
 def _geometry(module: Any, dtype: torch.dtype, generation_config: Mapping[str, Any]) -> Geometry:
@@ -366,15 +241,3 @@ def _eos_token_ids(config: Any, generation_config: Mapping[str, Any]) -> tuple[i
     if eos is None:
         return ()
     return (eos,) if isinstance(eos, int) else tuple(eos)
-
-
-def _pattern(patterns: set[str]) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{part})" for part in sorted(patterns)) or r"(?!)")
-
-
-def _shown(shape: Sequence[int], dtype: torch.dtype) -> str:
-    return f"{list(shape)} {str(dtype).removeprefix('torch.')}"
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
