@@ -9,36 +9,75 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Task = Literal["generate", "embed"]
+"""What a model is for: tokens that follow, or one vector for each text."""
 Bounded = Annotated[str, msgspec.Meta(max_length=4096)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
+MAX_LOGPROBS: Final = 20
+"""The most tokens for which a request may ask the log probabilities at each position."""
+MAX_GRAMMAR_BYTES: Final = 1 << 16
+MAX_TOKEN_RULES: Final = 1024
+"""The most entries of `logit_bias` and of `allowed_token_ids`."""
+MAX_EMBED_INPUTS: Final = 256
+"""The most texts of one `Embed`, so that its vectors fit into a frame."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of everything on the wire."""
 
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
+
+
+class GrammarSpec(Message, frozen=True):
+    """What the generated text must match. `source` is a JSON schema, a regular expression, a JSON
+    array of strings (choice) or a grammar in Lark's notation; nothing for `json_object`."""
+
+    kind: GrammarKind
+    source: Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)] = ""
+
+
 class SamplingParams(Message, frozen=True):
-    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
+    """How the next token is chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0, a
+    `repetition_penalty` of 1 and other penalties of 0 are off.
 
     The random number of the i-th generated token depends on (`seed`, i) alone, so that the same
     seed gives the same text whatever else is in the batch, and on whichever instance: as far as
     rounding, which differs with the batch's size and after a move, does not decide between two
     tokens. In float32 that is rare, in bfloat16 it is not.
+
+    `logprobs` None asks for none, 0 for those of the chosen tokens alone; `prompt_logprobs`
+    likewise for the prompt's. No end token is chosen before `min_tokens` have been generated.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1)]
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Count = 0
+    min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] = 1.0
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)] = 0.0
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]],
+        msgspec.Meta(max_length=MAX_TOKEN_RULES),
+    ] = {}
+    allowed_token_ids: Annotated[
+        tuple[TokenId, ...], msgspec.Meta(min_length=1, max_length=MAX_TOKEN_RULES)
+    ] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
     stop_token_ids: tuple[TokenId, ...] = ()
+    min_tokens: Count = 0
     ignore_eos: bool = False
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    grammar: GrammarSpec | None = None
 
 
 # --- server → instance
@@ -54,6 +93,18 @@ class Generate(Message, tag="generate", frozen=True):
     num_generated: Count = 0
 
 
+class Embed(Message, tag="embed", frozen=True):
+    """Compute a vector for each of `inputs`, which hold the special tokens already. `dimensions`
+    keeps so many of its first numbers; 0 keeps all."""
+
+    request_id: Bounded
+    inputs: Annotated[
+        tuple[Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1)], ...],
+        msgspec.Meta(min_length=1, max_length=MAX_EMBED_INPUTS),
+    ]
+    dimensions: Count = 0
+
+
 class Abort(Message, tag="abort", frozen=True):
     """Stop a sequence and free its memory. Answered by nothing; unknown ids are ignored."""
 
@@ -64,7 +115,7 @@ class Drain(Message, tag="drain", frozen=True):
     """Finish what runs, take nothing new, then exit with status 0."""
 
 
-ToInstance = Generate | Abort | Drain
+ToInstance = Generate | Embed | Abort | Drain
 
 
 # --- instance → server
@@ -89,6 +140,9 @@ class ModelFacts(Message, frozen=True):
     num_parameters: Count
     weights_bytes: Count
     kv_bytes_per_token: Count
+    task: Task = "generate"
+    embedding_size: Count = 0
+    """Numbers of a vector, where the task is to embed."""
 
 
 class Ready(Message, tag="ready", frozen=True):
@@ -113,20 +167,52 @@ class StartFailed(Message, tag="start_failed", frozen=True):
     message: Annotated[str, msgspec.Meta(max_length=65536)]
 
 
-class Output(Message, frozen=True):
+class TokenLogprobs(Message, frozen=True):
+    """The natural logarithms of probabilities at one position: of the token that is there, and of
+    the likeliest ones, in falling order. `rank` 1 is the likeliest token.
+
+    They are the model's own: before temperature, penalties, biases and grammars.
+    """
+
+    logprob: float
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+    top_ids: tuple[TokenId, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+class Output(Message, tag="tokens", frozen=True):
     """New tokens of one sequence. The token that ended it (end of sequence, or one of
-    `stop_token_ids`) is the last of `token_ids` when `finish_reason` is "stop"."""
+    `stop_token_ids`) is the last of `token_ids` when `finish_reason` is "stop".
+
+    `logprobs` has an entry for each of `token_ids` if the request asked for them, else none.
+    `prompt_logprobs` comes piece by piece as the prompt is computed, before the first token or
+    with it: an entry for each token of the prompt but the first. `invalid` says of an error that
+    the request is to blame, not the instance."""
 
     request_id: Bounded
     token_ids: tuple[TokenId, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    invalid: bool = False
+    error: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+
+
+class Embedded(Message, tag="embedded", frozen=True):
+    """All vectors of one `Embed`, in the order of its inputs, or why there are none.
+
+    `vectors` holds num_inputs * size float32, little-endian. `invalid` as in `Output`."""
+
+    request_id: Bounded
+    vectors: bytes = b""
+    invalid: bool = False
     error: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
 class StepOutput(Message, tag="step", frozen=True):
     """All that one engine step gave, and the load after it."""
 
-    outputs: tuple[Output, ...]
+    outputs: tuple[Output | Embedded, ...]
     num_running: Count
     num_waiting: Count
     kv_bytes: Count
@@ -141,7 +227,8 @@ FromInstance = Loading | Ready | StartFailed | StepOutput
 class InstanceSpec(Message, frozen=True):
     """All that an instance is told at its start. `requested_at` is CLOCK_MONOTONIC, in seconds, at
     the moment somebody wanted it; `max_model_len` None is the model's own, `device` "" the
-    allocator's first."""
+    allocator's first. `tokenizer` is the tokenizer.json that grammars need, "" where there is
+    none; it is not read before the first of them comes."""
 
     name: Bounded
     runtime_dir: Bounded
@@ -156,6 +243,7 @@ class InstanceSpec(Message, frozen=True):
     requested_at: float
     device: Bounded = ""
     map_files: bool = False
+    tokenizer: Bounded = ""
 
 
 class Start(Message, tag="start", frozen=True):
