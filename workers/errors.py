@@ -58,3 +58,15 @@ class InvalidLogits(WorkerError):
     """The model gave no usable distribution: NaN, or nothing finite."""
 
     code = "invalid_logits"
+
+
+class GrammarFailed(WorkerError):
+    """A grammar can't be compiled, or could not be followed within its limits."""
+
+    code = "grammar_failed"
+
+
+class InvalidEmbedding(WorkerError):
+    """The model gave no usable vector: NaN, or something infinite."""
+
+    code = "invalid_embedding"

@@ -1,5 +1,6 @@
 """The choice of a token: its distribution, and what it may depend on."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -9,13 +10,29 @@ from hypothesis import strategies as st
 
 from workers.errors import InvalidLogits
 from workers.messages import SamplingParams
-from workers.sampling import sample, uniform
+from workers.sampling import SequenceSampler
+from workers.sampling import sample as sample_batch
+from workers.sampling.random_number import uniform
 
 VOCAB_SIZE = 50
 
 
 def params(**changes: Any) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 1, **changes})
+
+
+def sample(
+    logits: torch.Tensor, params: Sequence[SamplingParams], indices: Iterable[int]
+) -> list[int | InvalidLogits]:
+    """Tokens of sequences that have generated `indices[i]` tokens, of which nothing depends."""
+    samplers = [
+        SequenceSampler(one, [0], [0] * index, logits.shape[-1], ())
+        for one, index in zip(params, indices, strict=True)
+    ]
+    return [
+        one if isinstance(one, InvalidLogits) else one.token
+        for one in sample_batch(logits, samplers)
+    ]
 
 
 def some_logits(num_rows: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,110 @@
+"""What a sequence carries from token to token for the choice of the next.
+
+Owns its parameters in the form in which rows of logits take them, its counts and its grammar.
+Invariant: it is a function of the parameters, the prompt and the generated tokens, so that any
+instance can make it anew. Does not know logits.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from workers.messages import SamplingParams
+from workers.sampling.counts import TokenCounts
+from workers.sampling.grammar import Grammar
+
+
+class SequenceSampler:
+    """State of one sequence; made when it is admitted."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        generated_token_ids: Sequence[int],
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        grammar: Grammar | None = None,
+    ) -> None:
+        """`params` must be such that `invalid_params` finds nothing in them. `grammar` has taken
+        no token yet; it takes `generated_token_ids` here. Raises `GrammarFailed`."""
+        self.params = params
+        self.num_generated = len(generated_token_ids)
+        self.grammar = grammar
+        self.end_ids = end_token_ids(params, vocab_size, eos_token_ids)
+        self.counts = _counts(params, prompt_token_ids, generated_token_ids)
+        self.bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+        self.bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+        self.allowed = _packed(params.allowed_token_ids, vocab_size)
+        self._has_rules = (
+            self.counts is not None
+            or self.allowed is not None
+            or grammar is not None
+            or bool(params.logit_bias)
+        )
+        if grammar is not None:
+            for token in generated_token_ids:
+                grammar.accept(token)
+
+    def accept(self, token: int) -> None:
+        """The sequence goes on with `token`. Raises `GrammarFailed`."""
+        self.num_generated += 1
+        if self.counts is not None:
+            self.counts.add(token)
+        if self.grammar is not None:
+            self.grammar.accept(token)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the grammar allows nothing more: its end token was the last one accepted."""
+        return self.grammar is not None and self.grammar.finished
+
+    @property
+    def ends_too_early(self) -> bool:
+        """Whether the next token may not be an end token yet."""
+        return self.num_generated < self.params.min_tokens and self.end_ids.numel() > 0
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything but the logits and the filters decides on the next token."""
+        return self._has_rules or self.ends_too_early
+
+
+def invalid_params(params: SamplingParams, vocab_size: int) -> str | None:
+    """What these parameters ask for that a model with this vocabulary can't do, if anything."""
+    for name in ("logit_bias", "allowed_token_ids"):
+        largest = max(getattr(params, name) or (0,))
+        if largest >= vocab_size:
+            return f"{name} names the token {largest}; the model has {vocab_size}"
+    return None
+
+
+def end_token_ids(
+    params: SamplingParams, vocab_size: int, eos_token_ids: Collection[int]
+) -> torch.Tensor:
+    """The tokens that end a sequence, without those that the model can't generate."""
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    return torch.tensor(sorted(one for one in ends if one < vocab_size), dtype=torch.int64)
+
+
+def _counts(
+    params: SamplingParams, prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]
+) -> TokenCounts | None:
+    repetition = params.repetition_penalty != 1
+    if not (repetition or params.presence_penalty or params.frequency_penalty):
+        return None
+    counts = TokenCounts(prompt_token_ids if repetition else ())
+    for token in generated_token_ids:
+        counts.add(token)
+    return counts
+
+
+def _packed(token_ids: Sequence[int] | None, vocab_size: int) -> NDArray[np.uint8] | None:
+    """A bit for each token of the vocabulary, set for these."""
+    if token_ids is None:
+        return None
+    bits = np.zeros(vocab_size, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little")
