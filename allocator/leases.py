@@ -38,6 +38,15 @@ class _Mapped:
     epoch: int
     users: Counter[int] = field(default_factory=Counter)
     """By offset, how many Leases and Blocks."""
+    _bytes: "torch.Tensor | None" = None
+
+    def as_bytes(self) -> "torch.Tensor":
+        """The whole window as uint8, one tensor however often it is asked for."""
+        if self._bytes is None:
+            from allocator.tensor import as_bytes
+
+            self._bytes = as_bytes(self.window)
+        return self._bytes
 
     def map(self, extent: Extent, *, writable: bool, descriptor: int | None = None) -> None:
         if not self.users[extent.offset]:
@@ -62,6 +71,11 @@ class Lease:
     _held: bool = True
 
     @property
+    def is_held(self) -> bool:
+        """Whether it has not ended: by a release, a put, or an allocator that died during one."""
+        return self._held
+
+    @property
     def buffer(self) -> memoryview:
         """Its bytes, zeros at first. Not to be touched after the release."""
         self._check()
@@ -69,11 +83,15 @@ class Lease:
 
     def tensor(self) -> "torch.Tensor":
         """Its bytes as uint8 # [num_bytes], to be viewed as another dtype. As for `buffer`."""
-        self._check()
-        from allocator.tensor import as_bytes
-
         begin = self.extent.offset
-        return as_bytes(self._mapped.window)[begin : begin + self.extent.num_bytes]
+        return self.window()[begin : begin + self.extent.num_bytes]
+
+    def window(self) -> "torch.Tensor":
+        """The whole pool as this session sees it, uint8 # [num_bytes of the pool]: the lease's
+        bytes are at `extent.offset`, what is not mapped can't be touched. The same tensor for all
+        leases and blocks of one pool."""
+        self._check()
+        return self._mapped.as_bytes()
 
     def release(self) -> None:
         """Its memory goes back to the device. Raises DoubleFree for the second time."""
@@ -95,10 +113,20 @@ class Block:
     _held: bool = True
 
     @property
+    def is_held(self) -> bool:
+        """Whether it was not released yet."""
+        return self._held
+
+    @property
     def buffer(self) -> memoryview:
         """Its bytes; writing to them ends the process."""
         self._check()
         return _buffer(self)
+
+    def window(self) -> "torch.Tensor":
+        """As `Lease.window`; writing to the block's bytes ends the process."""
+        self._check()
+        return self._mapped.as_bytes()
 
     def release(self) -> None:
         """This session maps it no longer. Raises DoubleFree for the second time."""

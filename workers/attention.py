@@ -1,76 +1,25 @@
 """Attention of a ragged batch: each sequence's queries against that sequence's keys, exactly.
 
-Owns the batch that a forward pass takes, and the function that transformers' models call under the
-name `onecopy`. Invariant: a sequence's queries meet its own keys only, and for a sequence alone the
-call is the one that transformers' own `sdpa` makes, so that the bits agree. Does not know weights,
-scheduling or sampling.
-
-    rows of the batch  | sequence 0: 5 tokens | 1: one | 2: 3 tokens |
-                       [start             stop)[   )    [         stop)
+Owns the function that transformers' models call under the name `onecopy`. Invariants: a sequence's
+queries meet its own keys only; what a call takes beyond its arguments and result, scores and copied
+keys included, stays within the workspace, however long the sequence; for a sequence alone that fits
+the workspace the call is the one that transformers' own `sdpa` makes, so that the bits agree. Does
+not know weights, scheduling or sampling.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from workers.batch import Batch, Span
 from workers.errors import UnsupportedCheckpoint
-from workers.kv_cache import KVCache
 
 NAME: Final = "onecopy"
-SOFTCAP_SCORES_BYTES: Final = 64 << 20
-"""The most that the scores of one soft-capped attention call may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Rows [start, stop) of a batch: the tokens of one sequence that follow those in `cache`."""
-
-    cache: KVCache
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one forward pass computes: tokens of several sequences, one after the other."""
-
-    input_ids: torch.Tensor  # [1, num_tokens] int64
-    position_ids: torch.Tensor  # [1, num_tokens] int64
-    spans: tuple[Span, ...]
-    logit_rows: torch.Tensor  # [num_logit_rows] int64
-    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
-    """Masks already made in this pass: all layers of a kind share them."""
-
-    @classmethod
-    def of(
-        cls,
-        parts: Sequence[tuple[KVCache, Sequence[int], bool]],
-        device: torch.device | None = None,
-    ) -> "Batch":
-        """Each part: a sequence's cache, its next tokens, and whether the logits of the last of
-        them are wanted. A cache may occur once, and a part has at least one token. `device` is the
-        model's."""
-        input_ids: list[int] = []
-        position_ids: list[int] = []
-        spans: list[Span] = []
-        logit_rows: list[int] = []
-        for cache, token_ids, wants_logits in parts:
-            start, past = len(input_ids), cache.num_tokens
-            input_ids.extend(token_ids)
-            position_ids.extend(range(past, past + len(token_ids)))
-            spans.append(Span(cache, start, len(input_ids)))
-            if wants_logits:
-                logit_rows.append(len(input_ids) - 1)
-        return cls(
-            input_ids=torch.tensor([input_ids], device=device),
-            position_ids=torch.tensor([position_ids], device=device),
-            spans=tuple(spans),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        )
+DEFAULT_WORKSPACE_BYTES: Final = 256 << 20
+_FP32_BYTES: Final = 4
+_KEY_CHUNK: Final = 1024
 
 
 def attend(
@@ -83,9 +32,10 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     batch: Batch | None = None,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Append the new keys and values to each sequence's cache, then attend to all that is in it.
+    """Write the new keys and values to each sequence's blocks, then attend to all that is in them.
 
     Returns [1, num_tokens, num_heads, head_dim]. Raises `UnsupportedCheckpoint` for what the plain
     formula does not cover, and `OutOfKVMemory`.
@@ -100,38 +50,19 @@ def attend(
     results: list[torch.Tensor] = []
     for span in batch.spans:
         rows = slice(span.start, span.stop)
-        keys, values = span.cache.append(layer, key[:, :, rows], value[:, :, rows])
+        span.table.write(layer, key[:, :, rows], value[:, :, rows])
         queries = query[:, :, rows]
-        num_queries, num_keys = queries.shape[2], keys.shape[2]
-        window = None
-        if sliding_window is not None and num_keys >= sliding_window:
-            # Older keys are out of every query's sight. At exactly the window's length the mask
-            # hides nothing, but transformers makes one, and a mask selects another kernel.
-            window = sliding_window
-            num_keys = min(num_keys, sliding_window - 1 + num_queries)
-            keys, values = keys[:, :, -num_keys:], values[:, :, -num_keys:]
-        mask = None
-        if window is not None or 1 < num_queries < num_keys:
-            mask = _mask(batch, num_queries, num_keys, window)
-        if softcap is not None:
-            if mask is None and num_queries > 1:
-                mask = _mask(batch, num_queries, num_keys, None)
-            results.append(_soft_capped(queries, keys, values, mask, scaling, softcap))
-        else:
-            result, _ = sdpa_attention_forward(
-                module, queries, keys, values, mask, scaling=scaling, is_causal=True
+        if softcap is None and _copied_bytes(key, span, sliding_window) <= workspace_bytes // 2:
+            results += _by_queries(
+                module, batch, span, layer, queries, scaling, sliding_window, workspace_bytes
             )
-            results.append(result)
+        else:
+            results.append(
+                _by_queries_and_keys(
+                    span, layer, queries, key, scaling, sliding_window, softcap, workspace_bytes
+                )
+            )
     return (results[0] if len(results) == 1 else torch.cat(results, dim=1)), None
-
-
-def _mask(batch: Batch, num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
-    shape = (num_queries, num_keys, window)
-    mask = batch.masks.get(shape)
-    if mask is None:
-        mask = causal_mask(num_queries, num_keys, window).to(batch.input_ids.device)
-        batch.masks[shape] = mask
-    return mask
 
 
 def causal_mask(num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
@@ -148,37 +79,158 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None) -> torch.Te
     return mask[None, None]
 
 
-def _soft_capped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float,
-) -> torch.Tensor:
-    """softmax(softcap * tanh(q k^T * scaling / softcap)) v in fp32 (Gemma 2, arXiv:2408.00118 §2),
-    some queries at a time, so that the scores stay within `SOFTCAP_SCORES_BYTES`.
+# --- all keys at once, some queries at a time
 
-    Returns [1, num_queries, num_heads, head_dim] in the dtype of `query`.
-    """
-    _, num_heads, num_queries, head_dim = query.shape
-    num_kv_heads, num_keys = key.shape[1], key.shape[2]
-    scale = head_dim**-0.5 if scaling is None else scaling
-    grouped = query.float().view(num_kv_heads, num_heads // num_kv_heads, num_queries, head_dim)
-    keys, values = key.float().transpose(2, 3)[0], value.float()[0]
-    out = query.new_empty(1, num_queries, num_heads, head_dim)
-    step = max(1, SOFTCAP_SCORES_BYTES // (num_heads * num_keys * 4))
+
+def _by_queries(
+    module: torch.nn.Module,
+    batch: Batch,
+    span: Span,
+    layer: int,
+    queries: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    workspace_bytes: int,
+) -> list[torch.Tensor]:
+    """Parts [1, some queries, num_heads, head_dim] of the result, in order."""
+    _, num_heads, num_queries, _ = queries.shape
+    past = span.table.num_tokens
+    seen_from = _first_key(past, window)
+    keys, values = span.table.read(layer, seen_from, past + num_queries)
+    # A score in fp32, the mask, and the mask as numbers, which is what a kernel makes of it.
+    per_query = keys.shape[2] * (num_heads * _FP32_BYTES + 1 + queries.element_size())
+    left = workspace_bytes - keys.nbytes - values.nbytes
+    step = max(1, left // per_query)
+    results = []
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
-        part = grouped[:, :, start:stop].flatten(1, 2)  # [num_kv_heads, group * queries, head_dim]
-        scores = (part @ keys).mul_(scale / softcap).tanh_().mul_(softcap)
-        if mask is not None:
-            by_query = scores.view(num_kv_heads, -1, stop - start, num_keys)
-            by_query.masked_fill_(~mask[:, :, start:stop], float("-inf"))
-        result = scores.softmax(dim=-1) @ values
-        result = result.view(num_heads, stop - start, head_dim)
-        out[0, start:stop] = result.transpose(0, 1).to(query.dtype)
+        first = _first_key(past + start, window) - seen_from
+        last = past + stop - seen_from
+        num_keys = last - first
+        mask = None
+        # At exactly the window's length the mask hides nothing, but transformers makes one, and a
+        # mask selects another kernel.
+        hides = window if window is not None and past + stop >= window else None
+        if hides is not None or 1 < stop - start < num_keys:
+            mask = _mask(batch, stop - start, num_keys, hides, queries.device)
+        result, _ = sdpa_attention_forward(
+            module,
+            queries[:, :, start:stop],
+            keys[:, :, first:last],
+            values[:, :, first:last],
+            mask,
+            scaling=scaling,
+            is_causal=True,
+        )
+        results.append(result)
+    return results
+
+
+def _mask(
+    batch: Batch, num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    shape = (num_queries, num_keys, window)
+    mask = batch.masks.get(shape)
+    if mask is None:
+        batch.masks.clear()  # one at a time is within the workspace
+        mask = causal_mask(num_queries, num_keys, window).to(device)
+        batch.masks[shape] = mask
+    return mask
+
+
+# --- some queries against some keys at a time
+
+
+def _by_queries_and_keys(
+    span: Span,
+    layer: int,
+    queries: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    workspace_bytes: int,
+) -> torch.Tensor:
+    """softmax(cap(q k^T * scaling)) v in fp32, where a soft cap is cap(x) = softcap *
+    tanh(x / softcap) (Gemma 2, arXiv:2408.00118 §2). The softmax is gathered over chunks of keys
+    with its running maximum and sum (M. Milakov and N. Gimelshein, "Online normalizer calculation
+    for softmax", arXiv:1805.02867).
+
+    Returns [1, num_queries, num_heads, head_dim] in the dtype of `queries`.
+    """
+    _, num_heads, num_queries, head_dim = queries.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    scale = head_dim**-0.5 if scaling is None else scaling
+    past = span.table.num_tokens
+    key_chunk, query_chunk = _chunks(num_heads, num_kv_heads, head_dim, workspace_bytes)
+    out = queries.new_empty(1, num_queries, num_heads, head_dim)
+    for start in range(0, num_queries, query_chunk):
+        stop = min(start + query_chunk, num_queries)
+        count = stop - start
+        part = queries[0, :, start:stop].float().reshape(num_kv_heads, group * count, head_dim)
+        highest = part.new_full((num_kv_heads, group * count, 1), float("-inf"))
+        total = torch.zeros_like(highest)
+        gathered = torch.zeros_like(part)
+        end = past + stop
+        for first in range(_first_key(past + start, window), end, key_chunk):
+            last = min(first + key_chunk, end)
+            keys, values = span.table.read(layer, first, last)
+            scores = part @ keys[0].float().transpose(1, 2)
+            if softcap is None:
+                scores.mul_(scale)
+            else:
+                scores.mul_(scale / softcap).tanh_().mul_(softcap)
+            hidden = ~_visible(past + start, count, first, last, window, queries.device)
+            scores.view(num_kv_heads, group, count, -1).masked_fill_(hidden, float("-inf"))
+            new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
+            # A query that has met no key of its own yet has no maximum: nothing is gathered.
+            base = new_highest.nan_to_num(neginf=0.0)
+            scores.sub_(base).exp_()
+            shrink = (highest - base).exp_()
+            total = total * shrink + scores.sum(-1, keepdim=True)
+            gathered = gathered * shrink + scores @ values[0].float()
+            highest = new_highest
+        result = (gathered / total).view(num_heads, count, head_dim)
+        out[0, start:stop] = result.transpose(0, 1).to(out.dtype)
     return out
+
+
+def _chunks(
+    num_heads: int, num_kv_heads: int, head_dim: int, workspace_bytes: int
+) -> tuple[int, int]:
+    """How many keys and how many queries to take at a time: half the workspace for keys, values and
+    their fp32 copies, half for scores, queries and what is gathered."""
+    half = workspace_bytes // 2
+    per_key = 2 * num_kv_heads * head_dim * 3 * _FP32_BYTES
+    num_keys = max(1, min(_KEY_CHUNK, half // per_key))
+    per_query = num_heads * (2 * num_keys + 4 * head_dim + 8) * _FP32_BYTES + num_keys
+    return num_keys, max(1, half // per_query)
+
+
+def _visible(
+    position: int, count: int, first: int, last: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """bool [count, last - first]: which of the keys each query may see."""
+    query_positions = torch.arange(position, position + count, device=device)[:, None]
+    key_positions = torch.arange(first, last, device=device)[None, :]
+    mask = key_positions <= query_positions
+    if window is not None:
+        mask &= key_positions > query_positions - window
+    return mask
+
+
+def _first_key(position: int, window: int | None) -> int:
+    """The first key that the query at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def _copied_bytes(key: torch.Tensor, span: Span, window: int | None) -> int:
+    """Bytes of all keys and values that the queries of this span see."""
+    past = span.table.num_tokens
+    num_keys = past + span.stop - span.start - _first_key(past, window)
+    _, num_kv_heads, _, head_dim = key.shape
+    return 2 * num_keys * num_kv_heads * head_dim * key.element_size()
 
 
 AttentionInterface.register(NAME, attend)

@@ -1,27 +1,46 @@
 """The step loop's body: schedule → forward → sample → emit.
 
-Owns the sequences' life on this instance and their caches. Invariants: every request ends with
-exactly one finish reason unless it is aborted; a cache lives exactly as long as its running
-sequence; what goes wrong with one sequence ends that one. Does not know sockets, text or where the
-weights are.
+Owns the sequences' life on this instance. Invariants: every request ends with exactly one finish
+reason unless it is aborted; what goes wrong with one sequence ends that one; a token depends on its
+own sequence alone. Does not know sockets, text, blocks or where the weights are.
 """
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 
-from workers.attention import Batch
-from workers.errors import InvalidLogits, OutOfKVMemory, WorkerError
-from workers.kv_cache import KVCache
-from workers.messages import FinishReason, Generate, Output
+from workers.batch import Batch, Part
+from workers.drafts import propose
+from workers.errors import InvalidLogits, WorkerError
+from workers.kv.cache import KVCache
+from workers.kv.layout import KVLayout
+from workers.messages import FinishReason, Generate, Output, StepOutput, TokenLogprobs
 from workers.model import Model
-from workers.sampling import sample
+from workers.room import KVRoom
+from workers.sampling import Sampled, SequenceSampler, invalid_params, prompt_logprobs, sample
 from workers.scheduler import Chunk, GenerationSequence, Scheduler
 
 logger = logging.getLogger(__name__)
 
-_MAX_ERROR_LENGTH = 4096
+_MAX_ERROR_LENGTH: Final = 4096
+_LOGITS_BYTES: Final = 64 << 20
+"""What the logits of one prompt may take at a time, where a request asks for them."""
+NO_ROOM_PATIENCE_S: Final = 15.0
+"""How long the first of the waiting waits for KV memory while nothing runs here."""
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the engine keeps of a sequence beside its place in the schedule."""
+
+    sampler: SequenceSampler
+    expires_at: float | None
+    num_cached: int | None = None
+    """Tokens of the prompt that were found, until somebody was told."""
 
 
 class Engine:
@@ -32,27 +51,41 @@ class Engine:
         model: Model,
         max_model_len: int,
         max_num_seqs: int = 32,
-        token_budget: int = 512,
-        max_kv_bytes: int | None = None,
+        token_budget: int = 256,
+        kv: KVCache | None = None,
+        num_speculative_tokens: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_model_len` bounds prompt and generated tokens together, `max_num_seqs` the sequences
-        that run at once, `token_budget` the prompt tokens of a step, `max_kv_bytes` the memory of
-        all caches together (None: the machine's). Raises `ValueError` beyond the model's reach."""
+        that run at once, `token_budget` the prompt tokens of a step. `kv` None keeps keys and
+        values in memory of this process, without a limit. `num_speculative_tokens` is the longest
+        guess at a sequence's next tokens. Raises `ValueError` beyond the model's reach."""
         limit = model.geometry.max_model_len
         if not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 2 to {limit}")
         self._model = model
         self._max_model_len = max_model_len
-        self._max_kv_bytes = max_kv_bytes
+        self._num_speculative_tokens = num_speculative_tokens
         self._eos_token_ids = frozenset(model.geometry.eos_token_ids)
         self._scheduler = Scheduler(max_num_seqs, token_budget)
-        self._caches: dict[str, KVCache] = {}
+        layout = model.geometry.kv_layout
+        self._room = KVRoom(kv or _unlimited(layout, max_model_len, max_num_seqs, model.device))
+        self._requests: dict[str, _Request] = {}
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
+        self._clock = clock
+        self._stalled_since: float | None = None
+        self._drafted_tokens = self._accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
         return bool(self.num_running or self.num_waiting or self._answered)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the last step could do nothing: all wait, and there is no room for any. Another
+        step makes sense after a while."""
+        return self._stalled_since is not None and not self._answered
 
     @property
     def num_running(self) -> int:
@@ -65,7 +98,22 @@ class Engine:
     @property
     def kv_bytes(self) -> int:
         """Memory that keys and values hold now."""
-        return sum(cache.num_bytes for cache in self._caches.values())
+        return self._room.kv.num_bytes
+
+    def report(self, outputs: tuple[Output, ...]) -> StepOutput:
+        """What a step gave, with the load after it."""
+        cache = self._room.kv.statistics()
+        return StepOutput(
+            outputs=outputs,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            kv_bytes=self.kv_bytes,
+            num_preempted=self._scheduler.num_preempted,
+            prompt_tokens=cache.prompt_tokens,
+            cached_tokens=cache.hit_tokens,
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
+        )
 
     def add(self, request: Generate) -> None:
         """Take a request. It never raises: what can't be served is answered by the next `step`."""
@@ -78,65 +126,71 @@ class Engine:
         if problem is not None:
             self._refuse(request, problem)
             return
+        num_prompt = len(request.token_ids) - request.num_generated
+        sampler = SequenceSampler(
+            request.sampling,
+            request.token_ids[:num_prompt],
+            request.token_ids[num_prompt:],
+            self._model.geometry.vocab_size,
+            self._eos_token_ids,
+        )
+        wants_prompt = request.sampling.prompt_logprobs is not None
         sequence = GenerationSequence(
             request_id=request.request_id,
             token_ids=list(request.token_ids),
             sampling=request.sampling,
             num_generated=request.num_generated,
-            num_initial=len(request.token_ids),
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            may_skip=not wants_prompt,
+            most_per_step=self._most_logits if wants_prompt else None,
         )
-        reason = self._finish_reason(sequence) if sequence.num_generated else None
-        if reason is None:
-            self._scheduler.add(sequence)
-        else:
+        reason = self._finish_reason(sequence, sampler) if sequence.num_generated else None
+        if reason is not None:
             self._answered.append(
                 Output(request_id=request.request_id, token_ids=(), finish_reason=reason)
             )
+            return
+        expires_at = None if request.deadline_s is None else self._clock() + request.deadline_s
+        self._requests[request.request_id] = _Request(sampler, expires_at)
+        self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its memory now. Unknown ids are ignored."""
-        self._scheduler.remove(request_id)
-        self._free(request_id)
+        sequence = self._scheduler.get(request_id)
+        if sequence is not None:
+            self._forget(sequence)
         self._answered = [one for one in self._answered if one.request_id != request_id]
 
     def step(self) -> tuple[Output, ...]:
-        """Compute one batch. Returns what is new: a token of each sequence that gained one, and the
-        end of those that ended. Raises nothing that a request can cause."""
+        """Compute one batch. Returns what is new: the tokens of each sequence that gained some, and
+        the end of those that ended. Raises nothing that a request can cause."""
         outputs, self._answered = self._answered, []
-        chunks = self._with_room(self._scheduler.schedule(), outputs)
-        if not chunks:
-            return tuple(outputs)
-        batch = Batch.of(
-            [
-                (
-                    self._caches[chunk.sequence.request_id],
-                    chunk.sequence.token_ids[chunk.start : chunk.stop],
-                    chunk.samples,
-                )
-                for chunk in chunks
-            ],
-            self._model.device,
-        )
-        try:
-            logits = self._model.forward(batch)
-        except (RuntimeError, MemoryError, WorkerError) as error:
-            logger.exception("a forward pass over %d sequences failed", len(chunks))
-            for chunk in chunks:
-                outputs.append(self._fail(chunk.sequence, f"the forward pass failed: {error}"))
-            return tuple(outputs)
-        for chunk in chunks:
-            self._scheduler.computed(chunk)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        outputs.extend(self._sample(sequences, logits))
+        now = self._clock()
+        outputs += self._expired(now)
+        self._draft()
+        chunks = self._scheduler.schedule(self._room)
+        if chunks:
+            self._stalled_since = None
+            outputs += self._compute(chunks)
+        elif self.num_waiting:
+            outputs += self._out_of_room(now)
+        if not self._scheduler.num_running:
+            self._room.kv.trim()
         return tuple(outputs)
 
     def check(self) -> None:
         """Raise `AssertionError` unless caches and sequences match. For tests and idle moments."""
         self._scheduler.check()
-        computed = {one.request_id: one.num_computed for one in self._scheduler if one.num_computed}
-        cached = {name: cache.num_tokens for name, cache in self._caches.items()}
-        if computed != cached:
-            raise AssertionError(f"sequences computed {computed}, caches hold {cached}")
+        self._room.check()
+        names = {sequence.request_id for sequence in self._scheduler}
+        if names != self._requests.keys():
+            raise AssertionError(f"requests {self._requests.keys()} for sequences {names}")
+        held = {sequence for sequence, _ in self._room}
+        if held != set(self._scheduler.running):
+            raise AssertionError("the sequences that hold memory are not those that run")
+
+    # --- admission
 
     def _problem(self, request: Generate) -> str | None:
         """Why a request can't be served, if so."""
@@ -153,71 +207,184 @@ class Engine:
         largest = max(request.token_ids)
         if largest >= vocab_size:
             return f"token id {largest} is outside the model's vocabulary of {vocab_size}"
-        return None
+        return invalid_params(request.sampling, vocab_size)
 
-    def _with_room(self, chunks: Sequence[Chunk], outputs: list[Output]) -> list[Chunk]:
-        """Those of the chunks whose keys and values have a place. The others' sequences end."""
-        layout = self._model.geometry.kv_layout
-        limit = self._max_kv_bytes
-        roomy = []
-        num_bytes = self.kv_bytes
-        for chunk in chunks:
-            held = layout.num_bytes(chunk.start)
-            needed = layout.num_bytes(chunk.stop)
-            if limit is not None and num_bytes - held + needed > limit:
-                problem = (
-                    f"the keys and values of {chunk.stop} tokens take {needed} bytes; the other "
-                    f"sequences leave {limit - num_bytes + held} of {limit}"
-                )
-                outputs.append(self._fail(chunk.sequence, problem))
-                num_bytes -= held
-            elif self._opened(chunk.sequence, outputs):
-                roomy.append(chunk)
-                num_bytes += needed - held
-        return roomy
-
-    def _opened(self, sequence: GenerationSequence, outputs: list[Output]) -> bool:
-        """Whether the sequence has a cache, made now if this is its first chunk."""
-        if sequence.request_id not in self._caches:
-            try:
-                cache = KVCache(
-                    self._model.geometry.kv_layout, self._max_model_len, self._model.device
-                )
-            except OutOfKVMemory as error:
-                outputs.append(self._fail(sequence, str(error)))
-                return False
-            self._caches[sequence.request_id] = cache
-        return True
-
-    def _sample(self, sequences: list[GenerationSequence], logits: torch.Tensor) -> list[Output]:
-        """Add one token to each sequence. Row i of `logits` is that of sequence i."""
-        tokens = sample(
-            logits.cpu(),
-            [one.sampling for one in sequences],
-            [one.num_generated for one in sequences],
-        )
-        outputs = []
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if isinstance(token, InvalidLogits):
-                outputs.append(self._fail(sequence, str(token)))
+    def _draft(self) -> None:
+        """Let every sequence that decodes guess what may follow."""
+        if not self._num_speculative_tokens:
+            return
+        for sequence in self._scheduler.running:
+            if not sequence.is_decoding:
                 continue
-            sequence.token_ids.append(token)
-            sequence.num_generated += 1
-            reason = self._finish_reason(sequence)
-            if reason is not None:
-                self._forget(sequence)
-            outputs.append(
-                Output(request_id=sequence.request_id, token_ids=(token,), finish_reason=reason)
+            left = min(
+                self._max_model_len - len(sequence.token_ids),
+                sequence.sampling.max_tokens - sequence.num_generated,
             )
+            most = min(self._num_speculative_tokens, left - 1)
+            sequence.draft = propose(sequence.token_ids, most) if most > 0 else ()
+
+    def _out_of_room(self, now: float) -> list[Output]:
+        """Nothing runs, and there is no room for those that wait: for a while they wait for other
+        instances to give some back."""
+        if self._stalled_since is None:
+            self._stalled_since = now
+        if now - self._stalled_since < NO_ROOM_PATIENCE_S:
+            return []
+        self._stalled_since = None
+        first = self._scheduler.next_waiting
+        if first is None:
+            return []
+        problem = f"there is no room for its keys and values: {self._room.kv.problem}"
+        return [self._fail(first, problem)]
+
+    @property
+    def _most_logits(self) -> int:
+        """Tokens of a prompt whose logits may be there at once."""
+        return max(1, _LOGITS_BYTES // (4 * self._model.geometry.vocab_size))
+
+    def _expired(self, now: float) -> list[Output]:
+        late = [
+            sequence
+            for sequence in self._scheduler
+            if (expires_at := self._requests[sequence.request_id].expires_at) is not None
+            and now >= expires_at
+        ]
+        return [self._fail(sequence, "the request's deadline has passed") for sequence in late]
+
+    # --- one step
+
+    def _compute(self, chunks: Sequence[Chunk]) -> list[Output]:
+        parts = [self._part(chunk) for chunk in chunks]
+        try:
+            logits = self._model.forward(Batch.of(parts))
+        except (RuntimeError, MemoryError, WorkerError) as error:
+            logger.exception("a forward pass over %d sequences failed", len(chunks))
+            problem = f"the forward pass failed: {error}"
+            return [self._fail(chunk.sequence, problem, keep=False) for chunk in chunks]
+        logits = logits.cpu()
+        outputs: list[Output] = []
+        sampling: list[tuple[Chunk, torch.Tensor]] = []
+        row = 0
+        for chunk, part in zip(chunks, parts, strict=True):
+            rows = logits[row : row + part.num_logits]
+            row += part.num_logits
+            outputs += self._computed(chunk, rows)
+            if chunk.samples and chunk.sequence.request_id in self._requests:
+                sampling.append((chunk, rows[-1 - len(chunk.draft) :]))
+        outputs += self._sample(sampling)
         return outputs
 
-    def _finish_reason(self, sequence: GenerationSequence) -> FinishReason | None:
+    def _part(self, chunk: Chunk) -> Part:
+        sequence = chunk.sequence
+        tokens = [*sequence.token_ids[chunk.start : chunk.stop], *chunk.draft]
+        num_logits = 1 + len(chunk.draft) if chunk.samples else 0
+        if sequence.sampling.prompt_logprobs is not None and chunk.start < sequence.num_prompt:
+            num_logits = len(tokens)
+        self._drafted_tokens += len(chunk.draft)
+        return Part(self._room[sequence].table, tokens, num_logits)
+
+    def _computed(self, chunk: Chunk, rows: torch.Tensor) -> list[Output]:
+        """Note that the chunk's tokens are there, and tell what is to be told of the prompt."""
+        sequence = chunk.sequence
+        table = self._room[sequence].table
+        if chunk.draft:
+            table.rewind(chunk.stop)
+        request = self._requests[sequence.request_id]
+        if request.num_cached is None:
+            request.num_cached = min(chunk.start, sequence.num_prompt)
+        self._scheduler.computed(chunk)
+        if chunk.samples and not self._settle(chunk):
+            return []
+        count = sequence.sampling.prompt_logprobs
+        if count is None or chunk.start + 1 >= sequence.num_prompt:
+            return []
+        following = sequence.token_ids[chunk.start + 1 : min(chunk.stop + 1, sequence.num_prompt)]
+        try:
+            found = prompt_logprobs(rows[: len(following)], following, count)
+        except InvalidLogits as error:
+            return [self._fail(sequence, str(error), keep=False)]
+        return [Output(request_id=sequence.request_id, token_ids=(), prompt_logprobs=found)]
+
+    def _settle(self, chunk: Chunk) -> bool:
+        """A sequence has caught up: its prompt is for everybody to find. False where its blocks
+        were lost over that, and it begins anew."""
+        sequence = chunk.sequence
+        if chunk.stop != sequence.num_known or self._room.seal(sequence):
+            return True
+        self._scheduler.preempt(sequence, self._room)
+        return False
+
+    def _sample(self, sampling: Sequence[tuple[Chunk, torch.Tensor]]) -> list[Output]:
+        """Add a token to each sequence, and further ones where its draft was right."""
+        emitted: dict[str, list[Sampled]] = {}
+        outputs: list[Output] = []
+        going_on = [
+            (chunk, rows) for chunk, rows in sampling if chunk.sequence in self._scheduler.running
+        ]
+        position = 0
+        while going_on:
+            rows = torch.stack([rows[position] for _, rows in going_on])
+            samplers = [self._requests[chunk.sequence.request_id].sampler for chunk, _ in going_on]
+            further = []
+            for (chunk, rows_of_it), token in zip(going_on, sample(rows, samplers), strict=True):
+                name = chunk.sequence.request_id
+                if isinstance(token, InvalidLogits):
+                    outputs += self._emit(chunk.sequence, emitted.pop(name, []), None)
+                    outputs.append(self._fail(chunk.sequence, str(token), keep=False))
+                    continue
+                emitted.setdefault(name, []).append(token)
+                reason = self._accept(chunk.sequence, token.token)
+                right = position < len(chunk.draft) and token.token == chunk.draft[position]
+                if reason is None and right:
+                    self._accepted_tokens += 1
+                    chunk.sequence.num_computed += 1
+                    self._room[chunk.sequence].table.commit(1)
+                    further.append((chunk, rows_of_it))
+                else:
+                    outputs += self._emit(chunk.sequence, emitted.pop(name), reason)
+            going_on = further
+            position += 1
+        return outputs
+
+    def _accept(self, sequence: GenerationSequence, token: int) -> FinishReason | None:
+        sampler = self._requests[sequence.request_id].sampler
+        sampler.accept(token)
+        sequence.token_ids.append(token)
+        sequence.num_generated += 1
+        return self._finish_reason(sequence, sampler)
+
+    def _emit(
+        self, sequence: GenerationSequence, tokens: list[Sampled], reason: FinishReason | None
+    ) -> list[Output]:
+        if not tokens:
+            return []
+        request = self._requests[sequence.request_id]
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if sequence.sampling.logprobs is not None:
+            logprobs = tuple(one.logprobs for one in tokens if one.logprobs is not None)
+        output = Output(
+            request_id=sequence.request_id,
+            token_ids=tuple(one.token for one in tokens),
+            finish_reason=reason,
+            logprobs=logprobs,
+            num_cached=request.num_cached or 0,
+        )
+        request.num_cached = 0
+        if reason is not None:
+            self._forget(sequence)
+        return [output]
+
+    def _finish_reason(
+        self, sequence: GenerationSequence, sampler: SequenceSampler
+    ) -> FinishReason | None:
         """Whether the last generated token was the last one."""
         sampling = sequence.sampling
         token = sequence.token_ids[-1]
-        if token in sampling.stop_token_ids:
+        if token in sampling.stop_token_ids and sequence.num_generated > sampling.min_tokens:
             return "stop"
         if token in self._eos_token_ids and not sampling.ignore_eos:
+            return "stop"
+        if sampler.finished:
             return "stop"
         if sequence.num_generated >= sampling.max_tokens:
             return "length"
@@ -225,21 +392,26 @@ class Engine:
             return "length"
         return None
 
+    # --- ends
+
     def _refuse(self, request: Generate, problem: str) -> None:
         self._answered.append(_error(request.request_id, problem))
 
-    def _fail(self, sequence: GenerationSequence, problem: str) -> Output:
-        self._forget(sequence)
+    def _fail(self, sequence: GenerationSequence, problem: str, *, keep: bool = True) -> Output:
+        self._forget(sequence, keep=keep)
         return _error(sequence.request_id, problem)
 
-    def _forget(self, sequence: GenerationSequence) -> None:
+    def _forget(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
         self._scheduler.remove(sequence.request_id)
-        self._free(sequence.request_id)
+        self._room.end(sequence, keep=keep)
+        del self._requests[sequence.request_id]
 
-    def _free(self, request_id: str) -> None:
-        cache = self._caches.pop(request_id, None)
-        if cache is not None:
-            cache.close()
+
+def _unlimited(
+    layout: KVLayout, max_model_len: int, max_num_seqs: int, device: torch.device
+) -> KVCache:
+    num_bytes = max_num_seqs * layout.num_blocks(max_model_len) * layout.block_bytes
+    return KVCache(layout, device=device, private_limit_bytes=num_bytes)
 
 
 def _error(request_id: str, problem: str) -> Output:

@@ -28,12 +28,12 @@ from typing import Any, Final, Literal
 import msgspec
 import torch
 
-from workers.attention import SOFTCAP_SCORES_BYTES
+from workers.attention import DEFAULT_WORKSPACE_BYTES
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.plan import make_plan
 from workers.checkpoint.source import SourceTensor
 from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
-from workers.kv_cache import KVLayer, KVLayout
+from workers.kv.layout import KVLayer, KVLayout
 from workers.messages import Estimate, RankEstimate
 from workers.model import Model, build_model
 from workers.process import float_dtype
@@ -137,8 +137,9 @@ def estimate(
 
 def _prefill_bytes(model: Model, num_tokens: int, max_model_len: int) -> int:
     """What a step of `num_tokens` prompt tokens keeps at its height: four rows a token of the
-    residual stream's width and three of the widest layer's; the mask, a byte and a float for each
-    pair of query and key; two copies of soft-capped scores. Within a fifth of what seven random
+    residual stream's width and three of the widest layer's; of attention, as far as its workspace
+    allows, one layer's keys and values, the mask, a byte and a float for each pair of query and
+    key, and two copies of soft-capped scores. Within a fifth of what seven random
     Llamas and three Gemmas 2 were seen to take (hidden sizes of 576 to 2,048, contexts of 1,024 and
     4,096 tokens), once 10 MB are added for the heap's own growth."""
     config = _config(model)
@@ -147,13 +148,15 @@ def _prefill_bytes(model: Model, num_tokens: int, max_model_len: int) -> int:
         for one in model.module.parameters()
         if one.ndim > 1 and one.shape[-2] != config.vocab_size
     ]
-    itemsize = model.geometry.kv_layout.dtype.itemsize
+    layout = model.geometry.kv_layout
+    itemsize = layout.dtype.itemsize
     rows = num_tokens * (4 * int(config.hidden_size) + 3 * max(widths, default=0)) * itemsize
     pairs = num_tokens * max_model_len
-    scores = 0
+    copied = max(2 * layer.num_heads * layer.head_dim for layer in layout.layers)
+    attention = pairs * 5 + max_model_len * copied * itemsize
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        scores = min(SOFTCAP_SCORES_BYTES, int(config.num_attention_heads) * pairs * 4)
-    return rows + pairs * 5 + 2 * scores
+        attention += 2 * int(config.num_attention_heads) * pairs * 4
+    return rows + min(attention, DEFAULT_WORKSPACE_BYTES)
 
 
 # --- tensor parallelism

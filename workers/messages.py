@@ -85,12 +85,19 @@ class SamplingParams(Message, frozen=True):
 
 class Generate(Message, tag="generate", frozen=True):
     """Start a sequence. The last `num_generated` of `token_ids` were generated before, by an
-    instance that is gone; `sampling.max_tokens` still counts all generated tokens."""
+    instance that is gone; `sampling.max_tokens` still counts all generated tokens.
+
+    Of the waiting, the lowest `priority` goes first. What is not finished `deadline_s` seconds
+    after it came ends with an error. Only requests of the same `cache_salt` share what was computed
+    of a common beginning."""
 
     request_id: Bounded
     token_ids: tuple[TokenId, ...]
     sampling: SamplingParams
     num_generated: Count = 0
+    priority: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)] = 0
+    deadline_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    cache_salt: Bounded = ""
 
 
 class Embed(Message, tag="embed", frozen=True):
@@ -195,6 +202,8 @@ class Output(Message, tag="tokens", frozen=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     invalid: bool = False
+    num_cached: Count = 0
+    """Tokens of the prompt that were not computed but found, said with the first new token."""
     error: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
@@ -206,16 +215,27 @@ class Embedded(Message, tag="embedded", frozen=True):
     request_id: Bounded
     vectors: bytes = b""
     invalid: bool = False
+    num_cached: Count = 0
+    """Tokens of the prompt that were not computed but found, said with the first new token."""
     error: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
 class StepOutput(Message, tag="step", frozen=True):
-    """All that one engine step gave, and the load after it."""
+    """All that one engine step gave, the load after it, and counts since the start."""
 
     outputs: tuple[Output | Embedded, ...]
     num_running: Count
     num_waiting: Count
     kv_bytes: Count
+    num_preempted: Count = 0
+    prompt_tokens: Count = 0
+    """Of all prompts that were looked up in the prefix cache."""
+    cached_tokens: Count = 0
+    """Those of them that were found there."""
+    drafted_tokens: Count = 0
+    """That were computed on trial."""
+    accepted_tokens: Count = 0
+    """Those of them that were right."""
 
 
 FromInstance = Loading | Ready | StartFailed | StepOutput
@@ -244,6 +264,9 @@ class InstanceSpec(Message, frozen=True):
     device: Bounded = ""
     map_files: bool = False
     tokenizer: Bounded = ""
+    attention_workspace_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 256 << 20
+    num_speculative_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
+    prefix_caching: bool = True
 
 
 class Start(Message, tag="start", frozen=True):

@@ -15,7 +15,8 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.initialization import no_init_weights
 
-from workers.attention import NAME, Batch
+from workers.attention import DEFAULT_WORKSPACE_BYTES, NAME
+from workers.batch import Batch, Part
 from workers.binding import bind, compute_buffers, move_buffers
 from workers.errors import UnsupportedCheckpoint
 from workers.kv.layout import KVLayer, KVLayout
@@ -116,7 +117,7 @@ class Model:
 def preload(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
     """Import and warm up all that `build_model` will need for `config`, so that processes forked
     from here need not. Starts no threads and keeps no memory. Raises `UnsupportedCheckpoint`."""
-    _skeleton(config, dtype)
+    skeleton(config, dtype)
 
 
 def build_model(
@@ -131,7 +132,7 @@ def build_model(
     must stay mapped as long as the model lives. Of tied parameters, one is enough.
     Raises `UnsupportedCheckpoint` and `CheckpointMismatch`.
     """
-    module = _skeleton(config, dtype)
+    module = skeleton(config, dtype)
     bind(module, tensors, dtype)
     move_buffers(module)
     module.requires_grad_(False)
@@ -139,7 +140,7 @@ def build_model(
     return Model(module, _geometry(module, dtype, generation_config or {}))
 
 
-def _skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The architecture with its parameters on meta and its derived buffers computed."""
     model_type = raw_config.get("model_type")
     if model_type not in CONFIG_MAPPING:

@@ -5,6 +5,7 @@ as ready or as failed; while requests run, messages are read between steps and n
 after a drain every accepted request has ended. Does not know text.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ from workers import kernel
 from workers.checkpoint import AttachedWeights, attach, open_checkpoint
 from workers.engine import Engine
 from workers.errors import InvalidSetting, WorkerError
+from workers.kv.cache import KVCache
+from workers.kv.source import PoolSource
 from workers.messages import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -36,7 +39,6 @@ from workers.messages import (
     Output,
     Ready,
     StartFailed,
-    StepOutput,
     decode_to_instance,
     encode,
 )
@@ -46,6 +48,8 @@ log = logging.getLogger("onecopy.instance")
 
 _LINGER_MS: Final = 2000
 """How long the last outputs may take to leave at the end."""
+_STALLED_MS: Final = 20
+"""How long to wait before asking again for KV memory where there was none."""
 
 
 def run(spec: InstanceSpec) -> int:
@@ -125,7 +129,23 @@ class _Instance:
             raise InvalidSetting(
                 f"--max-model-len is {max_model_len}, but this model was made for {limit} tokens"
             )
-        engine = Engine(model, max_model_len, spec.max_num_seqs, spec.token_budget)
+        model.workspace_bytes = spec.attention_workspace_bytes
+        layout = model.geometry.kv_layout
+        kv = KVCache(
+            layout,
+            PoolSource(memory, layout),
+            weights=_identity(weights),
+            device=model.device,
+            prefix_caching=spec.prefix_caching,
+        )
+        engine = Engine(
+            model,
+            max_model_len,
+            spec.max_num_seqs,
+            spec.token_budget,
+            kv,
+            spec.num_speculative_tokens,
+        )
         self._announce(model.geometry.facts(max_model_len), weights)
         # A first pass touches every weight, so its length grows with the model: an instance that
         # attached is ready before it, and makes it only if no request is there to do so.
@@ -176,7 +196,8 @@ class _Instance:
     def _loop(self, engine: Engine, poller: zmq.Poller, wake: socket.socket) -> None:
         while engine.has_work or not self._draining:
             had_work = engine.has_work
-            events = dict(poller.poll(0 if had_work else None))
+            wait_ms = _STALLED_MS if engine.is_stalled else 0
+            events = dict(poller.poll(wait_ms if had_work else None))
             if wake.fileno() in events:
                 wake.recv(4096)
             if self._server in events:
@@ -187,14 +208,7 @@ class _Instance:
                 self._report(engine, ())
 
     def _report(self, engine: Engine, outputs: tuple[Output, ...]) -> None:
-        self._send(
-            StepOutput(
-                outputs=outputs,
-                num_running=engine.num_running,
-                num_waiting=engine.num_waiting,
-                kv_bytes=engine.kv_bytes,
-            )
-        )
+        self._send(engine.report(outputs))
         if not engine.has_work:
             kernel.trim_heap()
 
@@ -222,6 +236,14 @@ class _Instance:
 
     def _send(self, message: FromInstance) -> None:
         self._server.send(encode(message))
+
+
+def _identity(weights: AttachedWeights) -> str:
+    """What tells these weights from all others: their bytes, as far as they have digests."""
+    known = hashlib.sha256(weights.reader.key.encode())
+    for name, entry in sorted(weights.reader.manifest.tensors.items()):
+        known.update(f"{name} {entry.digest} ".encode())
+    return known.hexdigest()
 
 
 def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:

@@ -1,19 +1,25 @@
 """Which tokens of which sequences the next step computes.
 
-Owns the order: who waits, who runs, how far each has come. Invariants: a sequence is in exactly one
-place, each of its tokens is computed once and in order, and they are admitted first come, first
-served. Does not know tensors, memory, time or what a token means.
+Owns the order: who waits, who runs, how far each has come, who gives way. Invariants: a sequence is
+in exactly one place, each of its tokens is computed once and in order since it last began, and of
+equal priority the earlier goes first. Does not know tensors, blocks, time or what a token means:
+whether there is room for tokens it asks `Room`.
 
           add              room among the running          finish, abort
     ──────────► waiting ─────────────────────────► running ─────────────► (forgotten)
-                (FIFO)          prefill in chunks, then one token a step
+          (priority, arrival)  ◄───────────────────┘  prefill in chunks, then a token a step
+                                 preempted: no room
 """
 
-from collections import deque
+import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from workers.messages import SamplingParams
+
+_RETRY_STEPS: Final = 8
+"""Steps after which a sequence for which there was no room is tried again, if nobody left."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +27,7 @@ class GenerationSequence:
     """One request on its way: all its tokens, and how many of them have been computed.
 
     token_ids  |    prompt    | generated earlier | generated here |
-               0     num_initial (as it came here) ^                ^ len(token_ids)
+               0              ^ num_prompt                         ^ len(token_ids)
     """
 
     request_id: str
@@ -29,9 +35,30 @@ class GenerationSequence:
     sampling: SamplingParams
     num_generated: int
     """Tokens at the end of `token_ids` that were generated, here or by an earlier instance."""
-    num_initial: int
+    priority: int = 0
+    """The lower goes first."""
+    most_per_step: int | None = None
+    """The most tokens of it that one step may compute, where something limits that."""
+    may_skip: bool = True
+    """Whether tokens whose keys and values are known need not be computed again."""
+    cache_salt: str = ""
+    """Only sequences of the same salt share what was computed."""
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in its cache."""
+    num_known: int = field(init=False)
+    """Tokens that it had when it last began: they are computed in chunks, later ones as they come.
+    """
+    draft: tuple[int, ...] = ()
+    """Tokens that may come next, to be computed along with the last one on trial."""
+    arrival: int = field(init=False, default=-1)
+
+    def __post_init__(self) -> None:
+        self.num_known = len(self.token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens that it came with, but for those generated before."""
+        return len(self.token_ids) - self.num_generated
 
     @property
     def num_pending(self) -> int:
@@ -40,37 +67,66 @@ class GenerationSequence:
 
     @property
     def is_decoding(self) -> bool:
-        """All that it came with is computed: it now needs one token a step."""
-        return self.num_computed >= self.num_initial
+        """All that it began with is computed: it now needs one token a step."""
+        return self.num_computed >= self.num_known
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute the tokens [start, stop) of `sequence` in this step."""
+    """Compute the tokens [start, stop) of `sequence` in this step, and `draft` behind them."""
 
     sequence: GenerationSequence
     start: int
     stop: int
+    draft: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether a new token follows from it."""
         return self.stop == len(self.sequence.token_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it computes."""
+        return self.stop - self.start + len(self.draft)
+
+
+class Room(Protocol):
+    """What the scheduler must know of memory."""
+
+    def admit(self, sequence: GenerationSequence) -> None:
+        """It begins. May set `num_computed`: its first tokens are known already."""
+
+    def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
+        """Hold room for so many tokens of it in all; False where there is none."""
+
+    def give_up(self, sequence: GenerationSequence) -> None:
+        """It gave way: its room is free again."""
+
 
 class Scheduler:
     """Continuous batching: a step decodes one token for every sequence that is past its prompt, and
-    spends up to `token_budget` tokens on prompts, the earliest admitted first. So a step is at most
-    `max_num_seqs + token_budget` tokens long, however long a prompt is."""
+    spends up to `token_budget` tokens on prompts. So a step is at most `max_num_seqs +
+    token_budget` tokens long (and drafts), however long a prompt is.
+
+    Of several prompts the first in order gets half the budget at least, the others what is left,
+    the shortest first: a short prompt does not wait for a long one, and a long one comes on however
+    many short ones arrive. Where room for tokens ends, the last in order gives way: it waits at its
+    old place, and is computed again when there is room.
+    """
 
     def __init__(self, max_num_seqs: int, token_budget: int) -> None:
         if max_num_seqs < 1 or token_budget < 1:
             raise ValueError("max_num_seqs and token_budget must be at least 1")
         self._max_num_seqs = max_num_seqs
         self._token_budget = token_budget
-        self._waiting: deque[GenerationSequence] = deque()
-        self._running: dict[str, GenerationSequence] = {}  # in the order of admission
+        self._waiting: list[GenerationSequence] = []  # in order
+        self._running: list[GenerationSequence] = []  # in order
         self._by_id: dict[str, GenerationSequence] = {}
+        self._num_arrived = 0
+        self._num_until_retry = 0
+        """Steps for which nobody is admitted, because there was no room."""
+        self.num_preempted = 0
 
     @property
     def num_waiting(self) -> int:
@@ -80,41 +136,49 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def next_waiting(self) -> GenerationSequence | None:
+        """The first in order of those that wait."""
+        return self._waiting[0] if self._waiting else None
+
+    @property
+    def running(self) -> Sequence[GenerationSequence]:
+        """Those that hold room, in order."""
+        return tuple(self._running)
+
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
     def __iter__(self) -> Iterator[GenerationSequence]:
-        """All sequences, running and waiting, in the order in which they came."""
+        """All sequences, running and waiting, as they came."""
         return iter(self._by_id.values())
+
+    def get(self, request_id: str) -> GenerationSequence | None:
+        """The sequence of this name, if it is here."""
+        return self._by_id.get(request_id)
 
     def add(self, sequence: GenerationSequence) -> None:
         """Let a sequence wait for its turn. Its request id must not be here already."""
         if sequence.request_id in self._by_id:
             raise ValueError(f"request {sequence.request_id!r} is here already")
+        sequence.arrival = self._num_arrived
+        self._num_arrived += 1
         self._by_id[sequence.request_id] = sequence
-        self._waiting.append(sequence)
+        bisect.insort(self._waiting, sequence, key=_order)
 
-    def schedule(self) -> tuple[Chunk, ...]:
-        """The next step: all decodes, then prompts, of the running first and then of those that
-        there is room to admit. Each chunk must be followed by `computed` or `remove`."""
-        decodes = []
-        prefills = []
-        budget = self._token_budget
-        for sequence in self._running.values():
-            if sequence.is_decoding:
-                decodes.append(_chunk(sequence, 1))
-            elif budget > 0:
-                prefills.append(_chunk(sequence, budget))
-                budget -= prefills[-1].stop - prefills[-1].start
-        while budget > 0 and self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting.popleft()
-            self._running[sequence.request_id] = sequence
-            prefills.append(_chunk(sequence, budget))
-            budget -= prefills[-1].stop - prefills[-1].start
-        return (*decodes, *prefills)
+    def schedule(self, room: Room) -> tuple[Chunk, ...]:
+        """The next step: all decodes, then prompts. Each chunk must be followed by `computed` or
+        `remove`. Nothing at all while sequences wait means that there is no room for any."""
+        self._make_way(room)
+        decodes, gave_way = self._decodes(room)
+        chunks = (*decodes, *self._prefills(room, admitting=not gave_way))
+        if not chunks and self._running:  # those that have begun are in each other's way
+            self.preempt(self._running[-1], room)
+            self._num_until_retry = 0
+        return chunks
 
     def computed(self, chunk: Chunk) -> None:
-        """The chunk's tokens are in the sequence's cache."""
+        """The keys and values of the chunk's own tokens are in the cache."""
         sequence = chunk.sequence
         if sequence.num_computed != chunk.start:
             raise ValueError(
@@ -123,21 +187,37 @@ class Scheduler:
             )
         sequence.num_computed = chunk.stop
 
+    def preempt(self, sequence: GenerationSequence, room: Room) -> None:
+        """Let a running sequence give up its room and wait at its place in the order."""
+        self._running.remove(sequence)
+        room.give_up(sequence)
+        sequence.num_computed = 0
+        sequence.num_known = len(sequence.token_ids)
+        sequence.draft = ()
+        bisect.insort(self._waiting, sequence, key=_order)
+        self.num_preempted += 1
+
     def remove(self, request_id: str) -> GenerationSequence | None:
         """Forget a sequence, finished or aborted. None if it is not here."""
         sequence = self._by_id.pop(request_id, None)
-        if sequence is not None and self._running.pop(request_id, None) is None:
+        if sequence is None:
+            return None
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._num_until_retry = 0
+        else:
             self._waiting.remove(sequence)
         return sequence
 
     def check(self) -> None:
         """Raise `AssertionError` unless every sequence is in exactly one place, in order, with
         something left to compute. For tests and idle moments."""
-        waiting = [sequence.request_id for sequence in self._waiting]
-        running = list(self._running)
-        order = list(self._by_id)
-        _assert(len(running) <= self._max_num_seqs, "more run than may")
-        _assert(running + waiting == order, "a sequence is lost, in two places or out of order")
+        _assert(len(self._running) <= self._max_num_seqs, "more run than may")
+        for part in (self._running, self._waiting):
+            _assert(sorted(part, key=_order) == part, "sequences are out of order")
+        held = [id(one) for one in (*self._running, *self._waiting)]
+        _assert(len(held) == len(set(held)), "a sequence is in two places")
+        _assert({id(one) for one in self} == set(held), "a sequence is lost")
         for sequence in self._waiting:
             _assert(sequence.num_computed == 0, "a waiting sequence holds memory")
         for sequence in self:
@@ -147,15 +227,96 @@ class Scheduler:
                 "a decoding sequence has fallen behind",
             )
 
+    # --- steps
+
+    def _decodes(self, room: Room) -> tuple[list[Chunk], bool]:
+        """A chunk of each sequence that decodes and has room, and whether any gave way."""
+        chunks: list[Chunk] = []
+        gave_way = False
+        for sequence in tuple(self._running):
+            # The last in order gives way first, so it may have done so by the time of its turn.
+            if not sequence.is_decoding or sequence not in self._running:
+                continue
+            length = len(sequence.token_ids)
+            if sequence.draft and not room.grow(sequence, length + len(sequence.draft)):
+                sequence.draft = ()  # a trial is no reason for anybody to give way
+            while not room.grow(sequence, length):
+                victim = self._running[-1]
+                self.preempt(victim, room)
+                gave_way = True
+                if victim is sequence:
+                    break
+            else:
+                chunks.append(Chunk(sequence, length - 1, length, sequence.draft))
+        return chunks, gave_way
+
+    def _prefills(self, room: Room, *, admitting: bool) -> list[Chunk]:
+        begun = [one for one in self._running if not one.is_decoding]
+        self._num_until_retry = max(0, self._num_until_retry - 1) if self._running else 0
+        free_places = self._max_num_seqs - len(self._running)
+        if not admitting or self._num_until_retry:
+            free_places = 0
+        chunks: list[Chunk] = []
+        for sequence, budget in self._shares([*begun, *self._waiting[:free_places]]):
+            newcomer = sequence not in begun
+            if newcomer and self._num_until_retry:
+                continue
+            if newcomer:
+                room.admit(sequence)
+            stop = sequence.num_computed + _most(sequence, budget)
+            if room.grow(sequence, stop):
+                chunks.append(Chunk(sequence, sequence.num_computed, stop))
+                if newcomer:
+                    self._waiting.remove(sequence)
+                    bisect.insort(self._running, sequence, key=_order)
+            elif newcomer:
+                room.give_up(sequence)
+                sequence.num_computed = 0
+                self._num_until_retry = _RETRY_STEPS
+        return chunks
+
+    def _shares(
+        self, candidates: Sequence[GenerationSequence]
+    ) -> list[tuple[GenerationSequence, int]]:
+        """The budget that each of these gets, in the order in which they may take room."""
+        if not candidates:
+            return []
+        first, *others = candidates
+        left = self._token_budget
+        wanted = _most(first, left)
+        if not others:
+            return [(first, wanted)]
+        reserved = min(wanted, left - left // 2)
+        left -= reserved
+        shares: dict[int, int] = {}
+        for sequence in sorted(others, key=lambda one: (one.priority, one.num_pending)):
+            shares[id(sequence)] = _most(sequence, left) if left else 0
+            left -= shares[id(sequence)]
+        shares[id(first)] = min(wanted, reserved + left)
+        return [(one, shares[id(one)]) for one in candidates if shares[id(one)]]
+
+    def _make_way(self, room: Room) -> None:
+        """Let the last of those that run give way to one that is more urgent."""
+        if not self._waiting or not self._running:
+            return
+        if self._waiting[0].priority >= self._running[-1].priority:
+            return
+        if len(self._running) == self._max_num_seqs or self._num_until_retry:
+            self.preempt(self._running[-1], room)
+            self._num_until_retry = 0
+
 
 def total_tokens(chunks: Sequence[Chunk]) -> int:
     """How many tokens a step computes."""
-    return sum(chunk.stop - chunk.start for chunk in chunks)
+    return sum(chunk.num_tokens for chunk in chunks)
 
 
-def _chunk(sequence: GenerationSequence, most: int) -> Chunk:
-    start = sequence.num_computed
-    return Chunk(sequence, start, start + min(most, sequence.num_pending))
+def _most(sequence: GenerationSequence, budget: int) -> int:
+    return min(budget, sequence.num_pending, sequence.most_per_step or budget)
+
+
+def _order(sequence: GenerationSequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival
 
 
 def _assert(holds: bool, message: str) -> None:

@@ -1,0 +1,79 @@
+"""What one forward pass computes: tokens of several sequences, one after the other.
+
+    rows of the batch  | sequence 0: 5 tokens | 1: one | 2: 3 tokens |
+                       [start             stop)[   )    [         stop)
+
+Plain numbers and references to each sequence's keys and values. Knows nothing of models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.kv.table import BlockTable
+
+Int32s = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The next tokens of one sequence, and of how many of the last of them logits are wanted."""
+
+    table: BlockTable
+    token_ids: Sequence[int]
+    num_logits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [start, stop) of a batch: the tokens of one sequence that follow those in `table`."""
+
+    table: BlockTable
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of all parts. Made by `Batch.of`."""
+
+    token_ids: Int32s  # [num_rows]
+    positions: Int32s  # [num_rows]
+    spans: tuple[Span, ...]
+    logit_rows: Int32s  # [num_logit_rows], in the order of the parts
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    """Masks already made in this pass: all layers of a kind share them."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> "Batch":
+        """A table may occur once, and a part has at least one token."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        logit_rows: list[int] = []
+        for part in parts:
+            start, past = len(token_ids), part.table.num_tokens
+            token_ids.extend(part.token_ids)
+            stop = len(token_ids)
+            positions.extend(range(past, past + stop - start))
+            spans.append(Span(part.table, start, stop))
+            logit_rows.extend(range(stop - part.num_logits, stop))
+        return cls(
+            token_ids=np.array(token_ids, dtype=np.int32),
+            positions=np.array(positions, dtype=np.int32),
+            spans=tuple(spans),
+            logit_rows=np.array(logit_rows, dtype=np.int32),
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that are computed."""
+        return len(self.token_ids)
+
+    def commit(self) -> None:
+        """The pass has happened: its tokens belong to their sequences."""
+        for span in self.spans:
+            span.table.commit(span.stop - span.start)

@@ -1,0 +1,243 @@
+"""All keys and values of one instance: which sequence holds which blocks, and what others share.
+
+    open ──► SequenceCache ── grow ──► (forward passes) ── seal ──► close
+      ▲ blocks that some instance has sealed                │ full blocks, for every instance
+      └─────────────────── the allocator's index ◄──────────┘
+
+Owns the account of this instance's blocks. Invariants: a writable block belongs to exactly one
+sequence or is free; free + used = leased; a sealed block is pinned as long as a sequence here maps
+it. Does not know models, scheduling or the wire.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from allocator import WaitTimeout
+from workers.errors import OutOfKVMemory
+from workers.kv.block import KVBlock
+from workers.kv.layout import KVLayout
+from workers.kv.prefix import extend_chain, root_digest
+from workers.kv.source import PoolGone, PoolSource, PrivateSource
+from workers.kv.table import BlockTable
+
+log = logging.getLogger("onecopy.instance")
+
+_LEASED_AHEAD: Final = 8
+"""Blocks that are leased at once where fewer are needed: a request to the allocator costs more than
+a block, and what is idle goes back."""
+_KEPT_FREE: Final = 32
+"""Free blocks that are kept while sequences run."""
+
+
+@dataclass(eq=False, slots=True)
+class SequenceCache:
+    """What one sequence holds. Made by `KVCache.open`, ended by `KVCache.close`."""
+
+    table: BlockTable
+    root: bytes
+    num_cached: int
+    """Tokens at the start whose keys and values some instance had computed before."""
+    chain: list[bytes] = field(default_factory=list)
+    """Digests of the full blocks from the first on, as far as they were needed."""
+    num_sealed: int = 0
+    """Blocks from the first on that were offered to the index, or came from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """Of one instance, in blocks and tokens."""
+
+    num_free: int
+    num_used: int
+    num_private: int
+    """Those of the used and free that are this process's own memory."""
+    prompt_tokens: int
+    """Tokens of all prompts that were looked up."""
+    hit_tokens: int
+    """Those of them that were found."""
+
+
+class KVCache:
+    """The instance's part of the pool. One thread calls it."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        pool: PoolSource | None = None,
+        *,
+        weights: str = "",
+        device: torch.device | None = None,
+        prefix_caching: bool = True,
+        private_limit_bytes: int | None = None,
+    ) -> None:
+        """`weights` identifies the bytes of the weights, for the index. Without a `pool` all memory
+        is this process's own, `private_limit_bytes` at most (None: a default for emergencies)."""
+        self.layout = layout
+        self._pool = pool
+        if private_limit_bytes is None:
+            self._private = PrivateSource(layout, device)
+        else:
+            self._private = PrivateSource(layout, device, private_limit_bytes)
+        self._weights = weights
+        self._prefix_caching = prefix_caching and pool is not None
+        self._free: list[KVBlock] = []
+        self._open: dict[int, SequenceCache] = {}
+        self._prompt_tokens = self._hit_tokens = 0
+        self.problem = ""
+        """Why the last `grow` was refused."""
+
+    # --- one sequence
+
+    def open(self, token_ids: Sequence[int], salt: str = "") -> SequenceCache:
+        """Begin a sequence with what is known of `token_ids`, all but the last of them at most: the
+        last must be computed, for something to follow from it."""
+        root = root_digest(self._weights, self.layout, salt)
+        chain: list[bytes] = []
+        blocks: list[KVBlock] = []
+        size = self.layout.block_size
+        if self._prefix_caching and self._pool is not None:
+            extend_chain(chain, root, token_ids[:-1], size)
+            if chain:
+                blocks = self._pool.look_up(chain)
+            self._prompt_tokens += len(token_ids)
+            self._hit_tokens += len(blocks) * size
+        num_cached = len(blocks) * size
+        table = BlockTable(self.layout, blocks, num_cached)
+        cache = SequenceCache(table, root, num_cached, chain, len(blocks))
+        self._open[id(cache)] = cache
+        return cache
+
+    def grow(self, cache: SequenceCache, num_tokens: int) -> bool:
+        """Have room for `num_tokens` tokens in all. False, and nothing changed, where there is
+        none; `problem` says why."""
+        short = self.layout.num_blocks(num_tokens) - len(cache.table.blocks)
+        if short > len(self._free):
+            try:
+                self._free += self._lease(short - len(self._free))
+            except OutOfKVMemory as error:
+                self.problem = str(error)
+                return False
+        for _ in range(short):
+            cache.table.blocks.append(self._free.pop())
+        return True
+
+    def seal(self, cache: SequenceCache, token_ids: Sequence[int]) -> bool:
+        """Offer every full block to the index. `token_ids` are the sequence's. False where an
+        allocator that ended meanwhile took blocks with it: the sequence must be closed as `lost`
+        and computed again."""
+        if not self._prefix_caching or self._pool is None:
+            return True
+        num_full = cache.table.num_tokens // self.layout.block_size
+        if num_full <= cache.num_sealed:
+            return True
+        size = self.layout.block_size
+        extend_chain(cache.chain, cache.root, token_ids[: num_full * size], size)
+        offered = [
+            (digest, block)
+            for digest, block in zip(
+                cache.chain[cache.num_sealed : num_full],
+                cache.table.blocks[cache.num_sealed : num_full],
+                strict=True,
+            )
+            if not block.is_private
+        ]
+        try:
+            if offered:
+                self._pool.seal(offered)
+        except PoolGone:
+            return all(block.is_usable for block in cache.table.blocks)
+        cache.num_sealed = num_full
+        return True
+
+    def close(self, cache: SequenceCache, token_ids: Sequence[int] | None = None) -> None:
+        """End a sequence. With its `token_ids`, what it computed stays for others to find, as long
+        as nobody needs the room."""
+        if token_ids is not None:
+            self.seal(cache, token_ids)
+        del self._open[id(cache)]
+        blocks, cache.table.blocks = cache.table.blocks, []
+        usable = [block for block in blocks if block.is_usable]
+        self._release([block for block in usable if block.is_sealed])
+        self._free += [block for block in usable if not block.is_sealed]
+        self._trim(_KEPT_FREE if self._open else 0)
+
+    # --- the instance
+
+    def trim(self) -> None:
+        """Give back every block that no sequence holds."""
+        self._trim(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all blocks that this instance holds, shared ones too."""
+        return (self.num_used + len(self._free)) * self.layout.block_bytes
+
+    @property
+    def num_used(self) -> int:
+        """Blocks of all sequences."""
+        return sum(len(cache.table.blocks) for cache in self._open.values())
+
+    def statistics(self) -> CacheStatistics:
+        """All in one picture."""
+        return CacheStatistics(
+            num_free=len(self._free),
+            num_used=self.num_used,
+            num_private=self._private.num_blocks,
+            prompt_tokens=self._prompt_tokens,
+            hit_tokens=self._hit_tokens,
+        )
+
+    def check(self) -> None:
+        """Raise `AssertionError` where an invariant does not hold. For tests and idle moments."""
+        writable = list(self._free)
+        private = sum(block.is_private for block in self._free)
+        for cache in self._open.values():
+            table = cache.table
+            if table.num_tokens > table.capacity:
+                raise AssertionError(f"{table.num_tokens} tokens in room for {table.capacity}")
+            writable += [block for block in table.blocks if not block.is_sealed]
+            private += sum(block.is_private for block in table.blocks)
+        if len({id(block) for block in writable}) != len(writable):
+            raise AssertionError("a writable block is in two places")
+        if len({block.address for block in writable}) != len(writable):
+            raise AssertionError("two writable blocks are at one address")
+        if private != self._private.num_blocks:
+            raise AssertionError(
+                f"{private} private blocks, but {self._private.num_blocks} are out"
+            )
+
+    # --- steps
+
+    def _lease(self, count: int) -> list[KVBlock]:
+        if self._pool is None:
+            return self._private.lease(count)
+        try:
+            try:
+                return self._pool.lease(max(count, _LEASED_AHEAD))
+            except PoolGone:
+                raise
+            except OutOfKVMemory:
+                if count >= _LEASED_AHEAD:
+                    raise
+                return self._pool.lease(count)
+        except PoolGone as gone:
+            log.warning("KV blocks come from this process's own memory: %s", gone)
+            return self._private.lease(count)
+
+    def _trim(self, keep: int) -> None:
+        surplus, self._free = self._free[keep:], self._free[:keep]
+        self._release(surplus)
+
+    def _release(self, blocks: Sequence[KVBlock]) -> None:
+        private = [block for block in blocks if block.is_private]
+        if private:
+            self._private.release(private)
+        if self._pool is not None and len(private) < len(blocks):
+            try:
+                self._pool.release([block for block in blocks if not block.is_private])
+            except WaitTimeout as error:  # it is released here, and the next request says so
+                log.warning("the allocator did not confirm what was given back: %s", error)

@@ -1,0 +1,77 @@
+"""How keys and values lie in a block: the sizes and offsets that everything else counts with.
+
+    one block, `block_size` tokens of every layer:
+
+    | layer 0                                   | layer 1 ...
+    | keys   [num_heads, block_size, head_dim]  |
+    | values [num_heads, block_size, head_dim]  |
+    ^ layer_offsets[0], a multiple of 64 bytes  ^ layer_offsets[1]
+
+Pure numbers. Knows nothing of memory, sequences or models.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import torch
+
+BLOCK_SIZE: Final = 16
+"""Tokens of a block. Fewer waste less at a sequence's end, more cost less to find and to lease."""
+
+_LAYER_ALIGNMENT: Final = 64
+_BLOCK_ALIGNMENT: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """What one layer keeps of a token: `num_heads` keys and as many values of `head_dim`."""
+
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What all layers keep of `block_size` tokens."""
+
+    layers: tuple[KVLayer, ...]
+    dtype: torch.dtype
+    block_size: int = BLOCK_SIZE
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token adds in the long run."""
+        itemsize = self.dtype.itemsize
+        return sum(2 * layer.num_heads * layer.head_dim * itemsize for layer in self.layers)
+
+    @cached_property
+    def layer_offsets(self) -> tuple[int, ...]:
+        """Where in a block each layer's keys begin, in bytes. Its values follow at once."""
+        offsets, end = [], 0
+        for layer in self.layers:
+            offsets.append(end)
+            end = _up(end + 2 * self.plane_bytes(layer), _LAYER_ALIGNMENT)
+        return tuple(offsets)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes of a block, in whole pages, so that each can be shared on its own."""
+        last = self.layers[-1]
+        return _up(self.layer_offsets[-1] + 2 * self.plane_bytes(last), _BLOCK_ALIGNMENT)
+
+    def plane_bytes(self, layer: KVLayer) -> int:
+        """Bytes of a block's keys, or values, of one layer."""
+        return layer.num_heads * self.block_size * layer.head_dim * self.dtype.itemsize
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Bytes of the blocks that so many tokens take."""
+        return self.num_blocks(num_tokens) * self.block_bytes
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,128 @@
+"""Where blocks come from: the allocator's pool, and this process's own memory while none answers.
+
+Owns the translation between the allocator's words and blocks. Invariants: what the pool refuses is
+`OutOfKVMemory`, and nothing changed then; an allocator that is gone is `PoolGone`, and what is held
+stays usable. Does not know sequences.
+"""
+
+import mmap
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from allocator import (
+    AllocatorGone,
+    Block,
+    Client,
+    Lease,
+    OutOfDeviceMemory,
+    QuotaExceeded,
+    WaitTimeout,
+)
+from workers.errors import OutOfKVMemory
+from workers.kv.block import KVBlock
+from workers.kv.layout import KVLayout
+
+PRIVATE_LIMIT_BYTES: Final = 256 << 20
+"""What blocks of this process alone may take while no allocator answers."""
+
+
+class PoolGone(OutOfKVMemory):
+    """No allocator answers, for now."""
+
+
+class PoolSource:
+    """Blocks of the common pool."""
+
+    def __init__(self, client: Client, layout: KVLayout) -> None:
+        self._client = client
+        self._layout = layout
+
+    def lease(self, count: int) -> list[KVBlock]:
+        """`count` writable blocks: all, or none. Raises `OutOfKVMemory`, `PoolGone`."""
+        try:
+            leases = self._client.lease_many(self._layout.block_bytes, count)
+        except (OutOfDeviceMemory, QuotaExceeded) as error:
+            raise OutOfKVMemory(str(error)) from error
+        except (AllocatorGone, WaitTimeout) as error:
+            raise PoolGone(str(error)) from error
+        return [_block(lease) for lease in leases]
+
+    def release(self, blocks: Sequence[KVBlock]) -> None:
+        """Give back what was leased, let go what is sealed."""
+        leases = [block.held for block in blocks if isinstance(block.held, Lease)]
+        sealed = [block.held for block in blocks if isinstance(block.held, Block)]
+        if leases:
+            self._client.release_many(leases)
+        if sealed:
+            self._client.release_blocks(sealed)
+
+    def seal(self, blocks: Sequence[tuple[bytes, KVBlock]]) -> None:
+        """Let every instance map these full blocks; those that the pool has already stay writable,
+        and ours. Raises `PoolGone`."""
+        leases = [(digest, block.held) for digest, block in blocks if isinstance(block.held, Lease)]
+        owners = [block for _, block in blocks if isinstance(block.held, Lease)]
+        try:
+            put = self._client.put_blocks(leases)
+        except (AllocatorGone, WaitTimeout) as error:
+            raise PoolGone(str(error)) from error
+        for block, sealed in zip(owners, put, strict=True):
+            if sealed is not None:
+                block.held = sealed
+
+    def look_up(self, digests: Sequence[bytes]) -> list[KVBlock]:
+        """The blocks from the first on that some instance has sealed. [] where no allocator
+        answers: then they are computed."""
+        try:
+            found = self._client.look_up_blocks(digests)
+        except (AllocatorGone, WaitTimeout, OutOfDeviceMemory):
+            return []
+        return [_block(block) for block in found]
+
+
+class PrivateSource:
+    """Blocks of this process's own memory."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        device: torch.device | None = None,
+        limit_bytes: int = PRIVATE_LIMIT_BYTES,
+    ) -> None:
+        self._layout = layout
+        self._device = device
+        self._limit = max(1, limit_bytes // layout.block_bytes)
+        self._count = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are out."""
+        return self._count
+
+    def lease(self, count: int) -> list[KVBlock]:
+        """`count` blocks: all, or none. Raises `OutOfKVMemory`."""
+        if self._count + count > self._limit:
+            raise OutOfKVMemory(
+                f"no allocator answers, and this instance holds {self._count} KV blocks of its own "
+                f"of at most {self._limit}: start an allocator in its runtime directory"
+            )
+        num_bytes = self._layout.block_bytes
+        blocks = []
+        for _ in range(count):
+            if self._device is None or self._device.type == "cpu":
+                memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                storage = torch.frombuffer(memory, dtype=torch.uint8)
+            else:
+                storage = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+            blocks.append(KVBlock(storage, 0, None))
+        self._count += count
+        return blocks
+
+    def release(self, blocks: Sequence[KVBlock]) -> None:
+        """The memory goes with the last view of it."""
+        self._count -= len(blocks)
+
+
+def _block(held: Lease | Block) -> KVBlock:
+    return KVBlock(held.window(), held.extent.offset, held)

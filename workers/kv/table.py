@@ -1,0 +1,108 @@
+"""One sequence's keys and values: its blocks in order, and the tensors that are views or copies of
+them.
+
+Owns where in which block a token lies. Invariant: committed tokens are never rewritten. Does not
+know where blocks come from, and when they are shared.
+
+    blocks     | 0: tokens 0..15 | 1: 16..31 | 2: 32..47 |
+    num_tokens ───────────────────────────────► 37
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from workers.errors import OutOfKVMemory
+from workers.kv.block import KVBlock
+from workers.kv.layout import KVLayout
+
+
+class BlockTable:
+    """A forward pass writes all layers of the next tokens, then calls `commit` once. Without the
+    commit the pass has not happened: the next one writes to the same place."""
+
+    def __init__(self, layout: KVLayout, blocks: Sequence[KVBlock] = (), num_tokens: int = 0):
+        """`blocks` hold the first `num_tokens` tokens already."""
+        self.layout = layout
+        self.blocks: list[KVBlock] = list(blocks)
+        self.num_tokens = num_tokens
+        """Tokens whose keys and values are here, in every layer."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the blocks have room for."""
+        return len(self.blocks) * self.layout.block_size
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put `keys` and `values` [1, num_heads, num_new, head_dim] behind the committed ones.
+        Raises `OutOfKVMemory` beyond the capacity."""
+        end = self.num_tokens + keys.shape[2]
+        if end > self.capacity:
+            raise OutOfKVMemory(f"{end} tokens do not fit into blocks for {self.capacity}")
+        self._write(layer, 0, keys[0])
+        self._write(layer, 1, values[0])
+
+    def read(self, layer: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the keys and values of the tokens [start, stop), committed or just written,
+        each [1, num_heads, stop - start, head_dim]."""
+        return self._read(layer, 0, start, stop), self._read(layer, 1, start, stop)
+
+    def commit(self, num_new: int) -> None:
+        """Every layer has `num_new` more tokens: they now belong to the sequence."""
+        self.num_tokens += num_new
+
+    def rewind(self, num_tokens: int) -> None:
+        """Only the first `num_tokens` tokens belong to the sequence: those behind were a trial."""
+        self.num_tokens = num_tokens
+
+    def _write(self, layer: int, which: int, rows: torch.Tensor) -> None:
+        """`rows` [num_heads, num_new, head_dim] go behind the committed tokens."""
+        size = self.layout.block_size
+        done, position = 0, self.num_tokens
+        while done < rows.shape[1]:
+            block, inside = divmod(position, size)
+            count = min(size - inside, rows.shape[1] - done)
+            run = self._planes(layer, which, block, 1)[0]
+            run[:, inside : inside + count] = rows[:, done : done + count]
+            done, position = done + count, position + count
+
+    def _read(self, layer: int, which: int, start: int, stop: int) -> torch.Tensor:
+        first = start // self.layout.block_size
+        parts = [
+            self._planes(layer, which, begin, count).permute(1, 0, 2, 3).flatten(1, 2)
+            for begin, count in self._runs(first, self.layout.num_blocks(stop))
+        ]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        skipped = first * self.layout.block_size
+        return whole[None, :, start - skipped : stop - skipped]
+
+    def _planes(self, layer: int, which: int, first: int, count: int) -> torch.Tensor:
+        """Keys (0) or values (1) of `count` blocks that lie behind one another, as a view
+        [count, num_heads, block_size, head_dim]."""
+        layout, shape = self.layout, self.layout.layers[layer]
+        block = self.blocks[first]
+        start = block.offset + layout.layer_offsets[layer] + which * layout.plane_bytes(shape)
+        itemsize = layout.dtype.itemsize
+        return torch.as_strided(
+            block.storage.view(layout.dtype),
+            (count, shape.num_heads, layout.block_size, shape.head_dim),
+            (
+                layout.block_bytes // itemsize,
+                layout.block_size * shape.head_dim,
+                shape.head_dim,
+                1,
+            ),
+            start // itemsize,
+        )
+
+    def _runs(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of blocks [first, end) that lie behind one another: most do, for they are
+        leased so."""
+        for index in range(first + 1, end + 1):
+            if index < end:
+                before, block = self.blocks[index - 1], self.blocks[index]
+                adjacent = block.offset == before.offset + self.layout.block_bytes
+                if adjacent and block.storage is before.storage:
+                    continue
+            yield first, index - first
+            first = index

@@ -1,0 +1,59 @@
+"""Joins the scheduler's sequences with the blocks of their keys and values.
+
+Owns which cache is whose. Invariant: a cache lives exactly as long as its sequence runs. Knows
+nothing of models and of what a step computes.
+"""
+
+from collections.abc import Iterator
+
+from workers.kv.cache import KVCache, SequenceCache
+from workers.scheduler import GenerationSequence
+
+
+class KVRoom:
+    """See `workers.scheduler.Room`."""
+
+    def __init__(self, kv: KVCache) -> None:
+        self.kv = kv
+        self._caches: dict[GenerationSequence, SequenceCache] = {}
+
+    def __getitem__(self, sequence: GenerationSequence) -> SequenceCache:
+        return self._caches[sequence]
+
+    def __iter__(self) -> Iterator[tuple[GenerationSequence, SequenceCache]]:
+        return iter(self._caches.items())
+
+    def admit(self, sequence: GenerationSequence) -> None:
+        """Begin with what is known of its tokens."""
+        known = sequence.token_ids if sequence.may_skip else ()
+        cache = self.kv.open(known, sequence.cache_salt)
+        self._caches[sequence] = cache
+        sequence.num_computed = cache.num_cached
+
+    def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
+        """Blocks for so many tokens of it in all; False where there is no room."""
+        return self.kv.grow(self._caches[sequence], num_tokens)
+
+    def give_up(self, sequence: GenerationSequence) -> None:
+        """Its blocks are free; what it has computed can be found again while nobody needs the
+        room."""
+        self.kv.close(self._caches.pop(sequence), sequence.token_ids)
+
+    def seal(self, sequence: GenerationSequence) -> bool:
+        """See `KVCache.seal`."""
+        return self.kv.seal(self._caches[sequence], sequence.token_ids)
+
+    def end(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
+        """It has ended, or never begun. `keep` what it has computed for others to find."""
+        cache = self._caches.pop(sequence, None)
+        if cache is not None:
+            self.kv.close(cache, sequence.token_ids if keep else None)
+
+    def check(self) -> None:
+        """Raise `AssertionError` unless caches and sequences match."""
+        self.kv.check()
+        for sequence, cache in self:
+            computed, held = sequence.num_computed, cache.table.num_tokens
+            if computed != held:
+                name = sequence.request_id
+                raise AssertionError(f"{name!r} computed {computed} tokens, its blocks hold {held}")
