@@ -106,10 +106,10 @@ def weight_set_key(path: Path, fingerprint: dict[str, str]) -> str:
 
 
 def can_be_mapped(checkpoint: Checkpoint) -> bool:
-    """Whether every tensor lies in a file as it would be laid out."""
+    """Whether every tensor lies in one piece in a file as it would be laid out."""
     for tensor in checkpoint.tensors():
-        stored = checkpoint.stored_bytes(tensor.name)
-        if tensor.num_bytes and (stored is None or stored.begin % tensor.dtype.itemsize):
+        runs = checkpoint.stored_runs(tensor.name)
+        if tensor.num_bytes and (len(runs) != 1 or runs[0].begin % tensor.dtype.itemsize):
             return False
     return True
 
@@ -121,10 +121,11 @@ def _map(writer: WeightSetWriter, checkpoint: Checkpoint) -> WeightSetReader:
         paths: dict[Path, int] = {}
         entries: dict[str, TensorEntry] = {}
         for name, entry in plan.manifest.tensors.items():
-            stored = checkpoint.stored_bytes(name)
-            if stored is None:
+            runs = checkpoint.stored_runs(name)
+            if not runs:
                 entries[name] = msgspec.structs.replace(entry, offset=0)
                 continue
+            [stored] = runs
             segment = paths.setdefault(stored.file.resolve(), len(paths) + 1)
             entries[name] = msgspec.structs.replace(entry, offset=stored.begin, segment=segment)
         manifest = msgspec.structs.replace(plan.manifest, tensors=entries)

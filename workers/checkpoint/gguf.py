@@ -24,6 +24,7 @@ from workers.checkpoint.source import (
     SCRATCH_BYTES,
     OnCopied,
     SourceTensor,
+    StoredBytes,
     file_identity,
     unreadable,
 )
@@ -98,8 +99,9 @@ class GGUFCheckpoint:
             if tensor.name in self._names
         ]
 
-    def stored_bytes(self, name: str) -> None:
+    def stored_runs(self, name: str) -> tuple[StoredBytes, ...]:
         """Every tensor is converted: blocks are dequantized, rows of some projections move."""
+        return ()
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
         """Dequantize to fp32 and cast, rows at a time where no rows are reordered."""

@@ -41,7 +41,7 @@ def fill(
     stored: deque[str] = deque()
     converted: list[str] = []
     for name, entry in plan.manifest.tensors.items():
-        if checkpoint.stored_bytes(name) is not None:
+        if checkpoint.stored_runs(name):
             stored.append(name)
         elif entry.num_bytes:
             converted.append(name)
@@ -106,20 +106,20 @@ class _Copier:
             digests[name] = self._copy(name, scratch)
 
     def _copy(self, name: str, scratch: memoryview) -> str:
-        stored = self._checkpoint.stored_bytes(name)
-        assert stored is not None  # noqa: S101 - only such are in the queue
         target = self._plan.manifest.tensors[name].offset
         digest = Digest()
-        try:
-            with stored.file.open("rb", buffering=0) as file:
-                for start in range(0, stored.num_bytes, _PIECE_BYTES):
-                    part = scratch[: min(_PIECE_BYTES, stored.num_bytes - start)]
-                    _read(file.fileno(), stored, start, part)
-                    digest.update(part)
-                    self._mapping.write(target + start, part)
-                    self._count(len(part))
-        except OSError as error:
-            raise unreadable(stored.file, error) from error
+        for run in self._checkpoint.stored_runs(name):
+            try:
+                with run.file.open("rb", buffering=0) as file:
+                    for start in range(0, run.num_bytes, _PIECE_BYTES):
+                        part = scratch[: min(_PIECE_BYTES, run.num_bytes - start)]
+                        _read(file.fileno(), run, start, part)
+                        digest.update(part)
+                        self._mapping.write(target + start, part)
+                        self._count(len(part))
+            except OSError as error:
+                raise unreadable(run.file, error) from error
+            target += run.num_bytes
         return digest.hexdigest()
 
 

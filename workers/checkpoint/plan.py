@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from allocator import ALIGNMENT, Manifest, TensorEntry, manifest_bytes
 from workers.checkpoint.source import SourceTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Goes up whenever the same checkpoint would be laid out differently."""
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from workers.checkpoint.parameters import Parameter, Run, parameters_of
 from workers.checkpoint.source import (
     SCRATCH_BYTES,
     OnCopied,
@@ -25,7 +26,12 @@ from workers.checkpoint.source import (
     read_json,
     unreadable,
 )
-from workers.errors import CheckpointCorrupt, CheckpointNotFound, UnsupportedCheckpoint
+from workers.errors import (
+    CheckpointCorrupt,
+    CheckpointMismatch,
+    CheckpointNotFound,
+    UnsupportedCheckpoint,
+)
 
 MAX_HEADER_BYTES: Final = 100_000_000
 MAX_ELEMENTS: Final = 1 << 60
@@ -103,39 +109,69 @@ class SafetensorsCheckpoint:
         return found
 
     def tensors(self) -> list[SourceTensor]:
-        """In file order. Raises CheckpointCorrupt where a header and its file do not agree."""
+        """In file order, under the names of transformers. Raises CheckpointCorrupt where a header
+        and its file do not agree, CheckpointMismatch where tensors do not fit together."""
         return [
-            SourceTensor(name, stored.shape, self._laid_out(stored.dtype))
-            for name, stored in self._stored().items()
+            SourceTensor(one.name, one.shape, self._laid_out(one))
+            for one in self._parameters().values()
         ]
 
-    def stored_bytes(self, name: str) -> StoredBytes | None:
+    def stored_runs(self, name: str) -> tuple[StoredBytes, ...]:
         """See `Checkpoint`."""
-        stored = self._stored()[name]
-        if stored.end == stored.begin or stored.dtype != self._laid_out(stored.dtype):
-            return None
-        return StoredBytes(stored.file, stored.begin, stored.end - stored.begin)
+        parameter = self._parameters()[name]
+        dtype = self._laid_out(parameter)
+        runs = []
+        for run in parameter.runs:
+            stored = self._stored()[run.source]
+            if stored.dtype != dtype:
+                return ()
+            if run.end > run.begin:
+                begin = stored.begin + run.begin * dtype.itemsize
+                runs.append(StoredBytes(stored.file, begin, (run.end - run.begin) * dtype.itemsize))
+        return tuple(runs)
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
-        """Bytes go from the file into `out`; a cast goes through a small scratch buffer."""
-        stored = self._stored()[name]
-        flat = out.view(-1)
+        """Bytes go from the files into `out`; a cast goes through a small scratch buffer."""
+        flat, start = out.view(-1), 0
+        for run in self._parameters()[name].runs:
+            length = run.end - run.begin
+            self._copy_run(run, flat[start : start + length], on_copied)
+            start += length
+
+    def _copy_run(self, run: Run, out: torch.Tensor, on_copied: OnCopied) -> None:
+        stored = self._stored()[run.source]
+        begin = stored.begin + run.begin * stored.dtype.itemsize
         if stored.dtype == out.dtype:
-            _read_into(stored.file, stored.begin, flat.view(torch.uint8), on_copied)
+            _read_into(stored.file, begin, out.view(torch.uint8), on_copied)
             return
         step = SCRATCH_BYTES // stored.dtype.itemsize
-        scratch = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
-        for start in range(0, flat.numel(), step):
-            part = scratch[: min(step, flat.numel() - start)]
-            begin = stored.begin + start * stored.dtype.itemsize
-            _read_into(stored.file, begin, part.view(torch.uint8), _ignore)
-            flat[start : start + part.numel()].copy_(part)
+        scratch = torch.empty(min(step, out.numel()), dtype=stored.dtype)
+        for start in range(0, out.numel(), step):
+            part = scratch[: min(step, out.numel() - start)]
+            part_begin = begin + start * stored.dtype.itemsize
+            _read_into(stored.file, part_begin, part.view(torch.uint8), _ignore)
+            out[start : start + part.numel()].copy_(part)
             on_copied(part.numel() * out.dtype.itemsize)
 
-    def _laid_out(self, stored: torch.dtype) -> torch.dtype:
-        if self.dtype is not None and stored.is_floating_point and stored.itemsize > 1:
-            return self.dtype
-        return stored
+    def _laid_out(self, parameter: Parameter) -> torch.dtype:
+        stored = {self._stored()[run.source].dtype for run in parameter.runs}
+        if all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in stored):
+            if parameter.keeps_fp32:
+                return torch.float32
+            if self.dtype is not None:
+                return self.dtype
+        if len(stored) != 1:
+            raise CheckpointMismatch(
+                f"{self.path}: the tensors that make up {parameter.name} are of different dtypes"
+            )
+        return stored.pop()
+
+    def _parameters(self) -> dict[str, Parameter]:
+        if not hasattr(self, "_named"):
+            shapes = {name: stored.shape for name, stored in self._stored().items()}
+            found = parameters_of(self._config, shapes, self.dtype)
+            self._named = {one.name: one for one in found}
+        return self._named
 
     def _stored(self) -> dict[str, _Stored]:
         if not hasattr(self, "_tensors"):

@@ -67,9 +67,9 @@ class Checkpoint(Protocol):
     def tensors(self) -> list[SourceTensor]:
         """All tensors, in the order in which they should lie."""
 
-    def stored_bytes(self, name: str) -> StoredBytes | None:
-        """Where the tensor lies in a file exactly as it is laid out; None where it must be
-        converted, or is empty."""
+    def stored_runs(self, name: str) -> tuple[StoredBytes, ...]:
+        """Where the bytes lie in files that, one run after the other, are the tensor exactly as it
+        is laid out; none where it must be converted, or is empty."""
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
         """Fill `out`, which has the shape and dtype that `tensors` announced."""
