@@ -23,7 +23,7 @@ def compute_buffers(module: Any) -> None:
     """Give buffers that no checkpoint holds their values, in private memory.
 
     Only the model's own initialisation knows the values, and it would also fill parameters: so it
-    runs while those are still on meta. NaN shows a buffer that it has left alone.
+    runs while those are still on meta. A value that no model has shows a buffer left alone.
     """
     owners: dict[str, torch.nn.Module] = {}
     for name, owner in module.named_modules():
@@ -32,20 +32,29 @@ def compute_buffers(module: Any) -> None:
             buffer = owner._buffers[buffer_name]
             if buffer is None or not buffer.is_meta:
                 continue
-            if not buffer.is_floating_point():
-                raise UnsupportedCheckpoint(
-                    f"can't tell the values of the buffer {name}.{buffer_name}"
-                )
-            owner._buffers[buffer_name] = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype)
+            owner._buffers[buffer_name] = torch.full(
+                buffer.shape, _unset(buffer.dtype), dtype=buffer.dtype
+            )
             owners[name] = owner
     for name, owner in owners.items():
         module._init_weights(owner)
         for buffer_name in owner._buffers.keys() & owner._non_persistent_buffers_set:
             buffer = owner._buffers[buffer_name]
-            if buffer is not None and bool(buffer.isnan().any()):
+            if buffer is not None and _has_unset(buffer):
                 raise UnsupportedCheckpoint(
                     f"can't tell the values of the buffer {name}.{buffer_name}"
                 )
+
+
+def _unset(dtype: torch.dtype) -> float:
+    """The value that shows an element nobody has set."""
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _has_unset(buffer: torch.Tensor) -> bool:
+    if buffer.is_floating_point():
+        return bool(buffer.isnan().any())
+    return bool((buffer == _unset(buffer.dtype)).any())
 
 
 def move_buffers(module: Any) -> None:

@@ -102,7 +102,7 @@ class Generate(Message, tag="generate", frozen=True):
 
 class Embed(Message, tag="embed", frozen=True):
     """Compute a vector for each of `inputs`, which hold the special tokens already. `dimensions`
-    keeps so many of its first numbers; 0 keeps all."""
+    keeps so many of its first numbers; 0 keeps all. `deadline_s` as in `Generate`."""
 
     request_id: Bounded
     inputs: Annotated[
@@ -110,6 +110,7 @@ class Embed(Message, tag="embed", frozen=True):
         msgspec.Meta(min_length=1, max_length=MAX_EMBED_INPUTS),
     ]
     dimensions: Count = 0
+    deadline_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
 
 
 class Abort(Message, tag="abort", frozen=True):
@@ -215,8 +216,6 @@ class Embedded(Message, tag="embedded", frozen=True):
     request_id: Bounded
     vectors: bytes = b""
     invalid: bool = False
-    num_cached: Count = 0
-    """Tokens of the prompt that were not computed but found, said with the first new token."""
     error: Annotated[str, msgspec.Meta(max_length=4096)] = ""
 
 
