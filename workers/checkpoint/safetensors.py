@@ -15,7 +15,8 @@ from typing import Any, Final
 import msgspec
 import torch
 
-from workers.checkpoint.parameters import Parameter, Run, parameters_of
+from workers.checkpoint.parameters import Parameter, Run, as_stored, parameters_of
+from workers.checkpoint.sentence_files import sentence_files
 from workers.checkpoint.source import (
     SCRATCH_BYTES,
     OnCopied,
@@ -87,6 +88,7 @@ class SafetensorsCheckpoint:
             )
         self.dtype = dtype or _configured_dtype(self._config)
         self._files = _weight_files(path)
+        self._sentence = sentence_files(path)
 
     def fingerprint(self) -> dict[str, str]:
         """File identities and headers; the weights themselves are not read."""
@@ -96,17 +98,24 @@ class SafetensorsCheckpoint:
         ]
         return {
             "kind": "safetensors",
-            "config": digest(msgspec.json.encode(self._config, order="sorted").decode()),
+            "config": digest(*self._settings()),
             "files": digest(*files),
         }
 
     def metadata(self) -> dict[str, str]:
-        """config.json and generation_config.json."""
+        """config.json, generation_config.json, and what sentence-transformers wrote."""
         found = {"config": msgspec.json.encode(self._config).decode()}
+        if self._sentence is not None:
+            found["sentence"] = msgspec.json.encode(self._sentence).decode()
         generation = self.path / "generation_config.json"
         if generation.exists():
             found["generation_config"] = msgspec.json.encode(read_json(generation)).decode()
         return found
+
+    def _settings(self) -> list[str]:
+        """What changes the results of the same tensors."""
+        known = [self._config] if self._sentence is None else [self._config, self._sentence]
+        return [msgspec.json.encode(one, order="sorted").decode() for one in known]
 
     def tensors(self) -> list[SourceTensor]:
         """In file order, under the names of transformers. Raises CheckpointCorrupt where a header
@@ -169,7 +178,10 @@ class SafetensorsCheckpoint:
     def _parameters(self) -> dict[str, Parameter]:
         if not hasattr(self, "_named"):
             shapes = {name: stored.shape for name, stored in self._stored().items()}
-            found = parameters_of(self._config, shapes, self.dtype)
+            if self._sentence is None:
+                found = parameters_of(self._config, shapes, self.dtype)
+            else:  # not for generation, and bound as they are
+                found = [as_stored(name, shape) for name, shape in shapes.items()]
             self._named = {one.name: one for one in found}
         return self._named
 

@@ -62,7 +62,8 @@ class Checkpoint(Protocol):
         """What distinguishes this checkpoint in this layout. Cheap: reads headers at most."""
 
     def metadata(self) -> dict[str, str]:
-        """JSON texts under "config" and, where the checkpoint has one, "generation_config"."""
+        """JSON texts under "config" and, where the checkpoint has such, "generation_config" and
+        "sentence" (see `sentence_files`)."""
 
     def tensors(self) -> list[SourceTensor]:
         """All tensors, in the order in which they should lie."""
