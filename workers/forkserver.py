@@ -44,14 +44,19 @@ def _preload(model: str, dtype: str) -> None:
     instance will say what is wrong with it."""
     import torch
 
-    from workers import process
+    from workers import embedding, process
     from workers.checkpoint import open_checkpoint
     from workers.errors import CheckpointError
     from workers.model import preload
 
     try:
         checkpoint = open_checkpoint(model, dtype)
-        preload(json.loads(checkpoint.metadata()["config"]), checkpoint.dtype or torch.float32)
+        metadata = checkpoint.metadata()
+        config, chosen = json.loads(metadata["config"]), checkpoint.dtype or torch.float32
+        if embedding.task_of(metadata) == "embed":
+            embedding.preload(config, chosen)
+        else:
+            preload(config, chosen)
     except CheckpointError as error:
         logging.getLogger(process.__name__).debug("nothing preloaded: %s", error)
     # Objects that will never be freed leave the collector's lists, so that a collection in a child
