@@ -23,6 +23,7 @@ from allocator.messages import (
     Hello,
     LowerTier,
     Regions,
+    Share,
     Statistics,
 )
 from allocator.runtime_dir import RuntimeDir
@@ -171,6 +172,11 @@ class Client:
     def release_many(self, leases: Sequence[Lease]) -> None:
         """Release them in one round trip."""
         self._pool.release(leases)
+
+    def pool_share(self) -> Share:
+        """What this session holds of the pool, and how much it should while others lack room: who
+        leases for long asks now and then."""
+        return self._pool.share()
 
     def put_blocks(self, blocks: Sequence[tuple[bytes, Lease]]) -> list[Block | None]:
         """Seal leases into the index of blocks under their digests; see `PoolClient.put`."""

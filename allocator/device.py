@@ -28,6 +28,7 @@ from allocator.messages import (
     Evict,
     GetEvents,
     GetHoldings,
+    GetShare,
     GetRegions,
     GetStatistics,
     Handle,
@@ -147,7 +148,7 @@ class Device:
                 return self._load(session, reply_to, request, now)
             case Evict() | Pin() | Sleep() | Moved():
                 return self._move(session, reply_to, request, now)
-            case Lease() | Return() | PutBlocks() | LookUpBlocks() | UnpinBlocks():
+            case Lease() | Return() | PutBlocks() | LookUpBlocks() | UnpinBlocks() | GetShare():
                 return self._pool.dispatch(session.number, request, now)
             case SetQuota(kind=kind, name=name, num_bytes=num_bytes):
                 self.memory.set_quota((kind, name), num_bytes)

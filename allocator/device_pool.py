@@ -8,14 +8,16 @@ leaves. Knows nothing of weight sets, but that giving one up may make room.
 from collections.abc import Callable, Iterable, Iterator
 
 from allocator.backends import Backend
-from allocator.device_memory import AnyEffect, DeviceMemory
+from allocator.device_memory import AnyEffect, DeviceMemory, size
 from allocator.errors import OutOfDeviceMemory
+from allocator.fair_share import FairShare
 from allocator.messages import (
     MAX_BATCH,
     Blocks,
     BlocksPut,
     Done,
     Extent,
+    GetShare,
     Handle,
     Lease,
     Leased,
@@ -25,12 +27,13 @@ from allocator.messages import (
     PutBlocks,
     Reply,
     Return,
+    Share,
     UnpinBlocks,
 )
 from allocator.records import BlocksKept, LeasesEnded, LeasesMade, Note, PinsChanged, PoolMade
 from allocator.weight_set import SessionId
 
-PoolRequest = Lease | Return | PutBlocks | LookUpBlocks | UnpinBlocks
+PoolRequest = Lease | Return | PutBlocks | LookUpBlocks | UnpinBlocks | GetShare
 
 
 class DevicePool:
@@ -52,13 +55,14 @@ class DevicePool:
         self._apply = apply
         self._note = note
         self._handle = adopted
+        self._shares = FairShare()
 
     def dispatch(self, session: SessionId, request: PoolRequest, now: float) -> Reply:
         """Do it. Raises AllocatorError."""
         device, pool = self._backend.device, self._memory.pool
         match request:
             case Lease(num_bytes=num_bytes, count=count):
-                return self._lease(session, num_bytes, count)
+                return self._within_share(session, num_bytes, count, now)
             case Return(leases=leases):
                 self._apply(self._memory.give_back(session, leases))
                 offsets = tuple(lease.offset for lease in leases)
@@ -75,6 +79,8 @@ class DevicePool:
                 if found:
                     self._note_pins(session, digests[: len(found)], pinned=True)
                 return Blocks(pool=self._made(), extents=tuple(found))
+            case GetShare():
+                return self._share(session, now)
             case UnpinBlocks(digests=digests):
                 pool.unpin(session, digests, now)
                 self._note_pins(session, digests, pinned=False)
@@ -108,6 +114,37 @@ class DevicePool:
                 yield PinsChanged(device=device, session=session, digests=digests, pinned=True)
 
     # --- steps
+
+    def _within_share(self, session: SessionId, num_bytes: int, count: int, now: float) -> Leased:
+        """Lease, unless others lack what this session would hold beyond its share."""
+        share = self._share(session, now)
+        entitled = share.held_bytes + num_bytes * count <= share.fair_bytes
+        try:
+            if share.wanted and not entitled:
+                raise OutOfDeviceMemory(
+                    f"other sessions lack room: this one holds {size(share.held_bytes)} of the KV "
+                    f"pool, an equal part is {size(share.fair_bytes)}"
+                )
+            leased = self._lease(session, num_bytes, count)
+        except OutOfDeviceMemory:
+            if entitled:
+                self._shares.refused(session, now)
+            raise
+        self._shares.served(session)
+        return leased
+
+    def _share(self, session: SessionId, now: float) -> Share:
+        memory, pool = self._memory, self._memory.pool
+        total_bytes = pool.total_bytes
+        if memory.limit_bytes is not None:
+            rest = memory.limit_bytes - memory.sets.num_bytes("device")
+            total_bytes = max(0, min(total_bytes, rest))
+        held = pool.held_by_session()
+        return Share(
+            held_bytes=held[session],
+            fair_bytes=self._shares.bytes_for(session, total_bytes, held, now),
+            wanted=self._shares.is_wanted(session, now),
+        )
 
     def _lease(self, session: SessionId, num_bytes: int, count: int) -> Leased:
         handle, pool = self._made(), self._memory.pool

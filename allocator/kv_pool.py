@@ -48,6 +48,7 @@ class KVPool:
         self._leases: dict[int, _Lease] = {}  # by offset
         self._held: defaultdict[SessionId, set[int]] = defaultdict(set)  # offsets
         self._held_bytes: Counter[SessionId] = Counter()
+        self._pinned_bytes: Counter[SessionId] = Counter()
         self._blocks: dict[bytes, _Block] = {}
         self._pins: defaultdict[SessionId, Counter[bytes]] = defaultdict(Counter)
         self._unpinned: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
@@ -212,6 +213,7 @@ class KVPool:
         freed = [self._let_go(offset, free=True) for offset in sorted(self._held[session])]
         del self._pins[session], self._held[session]
         self._held_bytes.pop(session, None)
+        self._pinned_bytes.pop(session, None)
         return freed
 
     def held(self, session: SessionId) -> tuple[int, int, int]:
@@ -222,6 +224,10 @@ class KVPool:
             len(self._held.get(session, ())),
             sum(pins.values()) if pins else 0,
         )
+
+    def held_by_session(self) -> Counter[SessionId]:
+        """Bytes that each session leases or pins; a block that several pin counts for each."""
+        return self._held_bytes + self._pinned_bytes
 
     def leases_of(self, session: SessionId) -> list[LeaseId]:
         """By offset."""
@@ -341,6 +347,9 @@ class KVPool:
             _assert(block.num_pins == pins[digest], "a block's pins do not add up")
             _assert((digest in self._unpinned) == (block.num_pins == 0), "an unpinned block hides")
         _assert(pins.keys() <= self._blocks.keys(), "a block that is gone is pinned")
+        for session, counts in self._pins.items():
+            num_bytes = sum(self._blocks[digest].num_bytes for digest in counts)
+            _assert(num_bytes == self._pinned_bytes[session], "pinned bytes do not add up")
         cached = sum(block.num_bytes for block in self._blocks.values())
         _assert(cached == self._cached_bytes, "cached bytes do not add up")
         evictable = sum(self._blocks[digest].num_bytes for digest in self._unpinned)
@@ -387,6 +396,8 @@ class KVPool:
             self._evictable_bytes -= block.num_bytes
         block.num_pins += 1
         block.last_used = now
+        if not self._pins[session][digest]:
+            self._pinned_bytes[session] += block.num_bytes
         self._pins[session][digest] += 1
 
     def _unpin(self, session: SessionId, digest: bytes, now: float) -> None:
@@ -399,6 +410,7 @@ class KVPool:
         self._pins[session][digest] -= 1
         if not self._pins[session][digest]:
             del self._pins[session][digest]
+            self._pinned_bytes[session] -= block.num_bytes
 
 
 def _assert(holds: object, message: str) -> None:

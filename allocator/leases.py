@@ -214,6 +214,11 @@ class PoolClient:
                 block._mapped.unmap(block.extent, discard=False)
             self._unpin([block.digest for block in blocks if block._mapped is self._current])
 
+    def share(self) -> messages.Share:
+        """What this session holds of the pool, and how much it should while others lack room."""
+        with self._turn():
+            return self._connection.request(messages.GetShare(), messages.Share)
+
     def close(self) -> None:
         """Unmap everything; the session's end gives it back. A forked child keeps what it has
         inherited mapped: it may have inherited the lock from a thread that is lost, too."""

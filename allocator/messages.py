@@ -16,7 +16,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_FRAME_BYTES: Final = 1 << 20
 TOKEN_BYTES: Final = 16
 REQUEST_ID_BYTES: Final = 8
@@ -254,6 +254,10 @@ class UnpinBlocks(Message, tag="unpin_blocks", frozen=True):
     digests: Annotated[tuple[BlockDigest, ...], msgspec.Meta(max_length=MAX_BATCH)]
 
 
+class GetShare(Message, tag="get_share", frozen=True):
+    """How much of the pool may this session hold? Answered by Share."""
+
+
 # --- client → daemon: looking
 
 
@@ -307,6 +311,7 @@ Request = (
     | PutBlocks
     | LookUpBlocks
     | UnpinBlocks
+    | GetShare
     | SetQuota
     | GetStatistics
     | GetRegions
@@ -467,6 +472,16 @@ class SessionStatistics(Message, frozen=True):
     adopted: bool
 
 
+class Share(Message, tag="share", frozen=True):
+    """What a session holds of the pool, leased and pinned, and an equal part of it for everybody
+    who holds or wants some. `wanted`: another session lacks room, and what is held beyond the equal
+    part should be given back."""
+
+    held_bytes: Bytes
+    fair_bytes: Bytes
+    wanted: bool
+
+
 class PoolStatistics(Message, frozen=True):
     """Extents for KV blocks. total = leased + cached + free, in bytes; cached blocks that nobody
     pins are evicted when room is needed."""
@@ -560,6 +575,7 @@ Reply = (
     | Leased
     | BlocksPut
     | Blocks
+    | Share
     | Failed
     | Statistics
     | Regions

@@ -18,7 +18,7 @@ from workers.drafts import propose
 from workers.errors import InvalidLogits, WorkerError
 from workers.kv.cache import KVCache
 from workers.kv.layout import KVLayout
-from workers.messages import FinishReason, Generate, Output, StepOutput, TokenLogprobs
+from workers.messages import Embedded, FinishReason, Generate, Output, StepOutput, TokenLogprobs
 from workers.model import Model
 from workers.room import KVRoom
 from workers.sampling import Sampled, SequenceSampler, invalid_params, prompt_logprobs, sample
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _MAX_ERROR_LENGTH: Final = 4096
 _LOGITS_BYTES: Final = 64 << 20
 """What the logits of one prompt may take at a time, where a request asks for them."""
+_SHARE_EVERY_S: Final = 0.1
+"""How often to ask whether other instances lack room."""
 NO_ROOM_PATIENCE_S: Final = 15.0
 """How long the first of the waiting waits for KV memory while nothing runs here."""
 
@@ -74,6 +76,7 @@ class Engine:
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
         self._stalled_since: float | None = None
+        self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
 
     @property
@@ -100,7 +103,7 @@ class Engine:
         """Memory that keys and values hold now."""
         return self._room.kv.num_bytes
 
-    def report(self, outputs: tuple[Output, ...]) -> StepOutput:
+    def report(self, outputs: tuple[Output | Embedded, ...]) -> StepOutput:
         """What a step gave, with the load after it."""
         cache = self._room.kv.statistics()
         return StepOutput(
@@ -168,6 +171,7 @@ class Engine:
         outputs, self._answered = self._answered, []
         now = self._clock()
         outputs += self._expired(now)
+        self._share(now)
         self._draft()
         chunks = self._scheduler.schedule(self._room)
         if chunks:
@@ -208,6 +212,17 @@ class Engine:
         if largest >= vocab_size:
             return f"token id {largest} is outside the model's vocabulary of {vocab_size}"
         return invalid_params(request.sampling, vocab_size)
+
+    def _share(self, now: float) -> None:
+        """Give up room that other instances lack, those that came last first."""
+        if now < self._share_again_at or not self._scheduler.num_running:
+            return
+        self._share_again_at = now + _SHARE_EVERY_S
+        surplus = self._room.kv.surplus()
+        while surplus > 0 and self._scheduler.num_running > 1:
+            last = self._scheduler.running[-1]
+            surplus -= len(self._room[last].table.blocks)
+            self._scheduler.preempt(last, self._room)
 
     def _draft(self) -> None:
         """Let every sequence that decodes guess what may follow."""

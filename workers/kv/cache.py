@@ -171,6 +171,15 @@ class KVCache:
         """Give back every block that no sequence holds."""
         self._trim(0)
 
+    def surplus(self) -> int:
+        """Blocks of sequences that should be given up, because another instance lacks its part of
+        the pool. Blocks that no sequence holds are given back first."""
+        num_bytes = self._pool.surplus_bytes() if self._pool is not None else 0
+        surplus = -(-num_bytes // self.layout.block_bytes) - len(self._free)
+        if num_bytes:
+            self.trim()
+        return max(0, surplus)
+
     @property
     def num_bytes(self) -> int:
         """Memory of all blocks that this instance holds, shared ones too."""

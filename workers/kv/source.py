@@ -80,6 +80,15 @@ class PoolSource:
             return []
         return [_block(block) for block in found]
 
+    def surplus_bytes(self) -> int:
+        """What this instance holds beyond its equal part of the pool while another session lacks
+        room; 0 where none does."""
+        try:
+            share = self._client.pool_share()
+        except (AllocatorGone, WaitTimeout):
+            return 0
+        return max(0, share.held_bytes - share.fair_bytes) if share.wanted else 0
+
 
 class PrivateSource:
     """Blocks of this process's own memory."""

@@ -1,0 +1,61 @@
+"""Who may hold how much of the pool while somebody lacks room: the arithmetic, and two sessions."""
+
+import pytest
+
+from allocator import OutOfDeviceMemory
+from allocator.fair_share import PATIENCE_S, FairShare
+from tests.daemon_process import DaemonProcess
+
+MB = 1 << 20
+
+
+def test_equal_parts_for_all_who_hold_or_want_some() -> None:
+    shares = FairShare()
+    assert shares.bytes_for(1, 120, {}, now=0.0) == 120
+    assert shares.bytes_for(1, 120, {1: 100, 2: 20, 3: 0}, now=0.0) == 60
+    shares.refused(3, now=0.0)
+    assert shares.bytes_for(1, 120, {1: 100, 2: 20, 3: 0}, now=0.0) == 40
+    assert shares.is_wanted(1, now=0.0)
+    assert not shares.is_wanted(3, now=0.0)
+
+
+def test_who_was_served_or_stopped_asking_lacks_nothing() -> None:
+    shares = FairShare()
+    shares.refused(1, now=0.0)
+    shares.refused(2, now=1.0)
+    shares.served(2)
+    assert not shares.is_wanted(3, now=PATIENCE_S + 0.1)
+    assert shares.bytes_for(3, 10, {}, now=PATIENCE_S + 0.1) == 10
+
+
+def test_a_late_session_gets_its_share_and_the_first_no_more_than_its_own(start_daemon) -> None:  # type: ignore[no-untyped-def]
+    daemon: DaemonProcess = start_daemon("--memory-limit", "16MiB")
+    with daemon.connect() as first, daemon.connect() as second:
+        held = first.lease_many(MB, 16)
+        assert not first.pool_share().wanted
+        with pytest.raises(OutOfDeviceMemory):
+            second.lease(MB)
+        share = first.pool_share()
+        assert share.wanted
+        assert (share.held_bytes, share.fair_bytes) == (16 * MB, 8 * MB)
+        first.release_many([held.pop() for _ in range(8)])
+        with pytest.raises(OutOfDeviceMemory, match="other sessions lack room"):
+            first.lease(MB)
+        assert len(second.lease_many(MB, 7)) == 7
+        held.append(first.lease(MB))  # nobody lacks anything now: the rest is for who asks first
+        assert not first.pool_share().wanted
+        assert second.pool_share().held_bytes == 7 * MB
+
+
+def test_sealed_blocks_count_for_everybody_who_pins_them(start_daemon) -> None:  # type: ignore[no-untyped-def]
+    daemon: DaemonProcess = start_daemon("--memory-limit", "4MiB")
+    digest = bytes(32)
+    with daemon.connect() as first, daemon.connect() as second:
+        [block] = first.put_blocks([(digest, first.lease(MB))])
+        assert block is not None
+        [same] = second.look_up_blocks([digest])
+        assert first.pool_share().held_bytes == second.pool_share().held_bytes == MB
+        first.release_blocks([block])
+        assert first.pool_share().held_bytes == 0
+        same.release()
+        assert second.pool_share().held_bytes == 0
