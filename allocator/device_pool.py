@@ -119,12 +119,12 @@ class DevicePool:
         """Lease, unless others lack what this session would hold beyond its share."""
         share = self._share(session, now)
         entitled = share.held_bytes + num_bytes * count <= share.fair_bytes
+        if share.wanted and not entitled:
+            raise OutOfDeviceMemory(
+                f"other sessions lack room: this one holds {size(share.held_bytes)} of the KV "
+                f"pool, an equal part is {size(share.fair_bytes)}"
+            )
         try:
-            if share.wanted and not entitled:
-                raise OutOfDeviceMemory(
-                    f"other sessions lack room: this one holds {size(share.held_bytes)} of the KV "
-                    f"pool, an equal part is {size(share.fair_bytes)}"
-                )
             leased = self._lease(session, num_bytes, count)
         except OutOfDeviceMemory:
             if entitled:

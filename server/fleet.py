@@ -365,6 +365,9 @@ class Fleet:
             requested_at=instance.requested_at,
             device=settings.device,
             map_files=settings.map_files,
+            attention_workspace_bytes=settings.attention_workspace,
+            num_speculative_tokens=settings.num_speculative_tokens,
+            prefix_caching=settings.prefix_caching,
         )
 
     async def _drain_instance(self, instance: Instance) -> None:

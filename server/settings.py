@@ -29,7 +29,15 @@ class Settings(BaseModel):
     sampling_defaults: SamplingDefaults = NO_ADVICE
     max_model_len: int | None = Field(default=None, ge=2)
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
-    token_budget: int = Field(default=512, ge=1, le=1 << 20)
+    token_budget: int = Field(default=256, ge=1, le=1 << 20)
+    """Prompt tokens that one step computes: more take in prompts faster, fewer hold up running
+    streams less."""
+    attention_workspace: int = Field(default=256 << 20, ge=1 << 20)
+    """What attention may take for itself in a step, in bytes."""
+    num_speculative_tokens: int = Field(default=0, ge=0, le=16)
+    """The longest guess at a sequence's next tokens, looked up in what it has said; 0 for none."""
+    prefix_caching: bool = True
+    """Whether instances find what any of them has computed of a common beginning."""
     num_threads: int = Field(default=1, ge=1, le=1024)
     max_queued: int = Field(default=256, ge=1)
     """Requests beyond those that run; one more is refused with 503."""

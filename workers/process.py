@@ -22,6 +22,7 @@ import zmq
 from allocator import AllocatorError, Client, RuntimeDir, connect
 from workers import kernel
 from workers.checkpoint import AttachedWeights, attach, open_checkpoint
+from workers.embedding import EmbeddingEngine, build_embedding_model, task_of
 from workers.engine import Engine
 from workers.errors import InvalidSetting, WorkerError
 from workers.kv.cache import KVCache
@@ -31,6 +32,8 @@ from workers.messages import (
     PROTOCOL_VERSION,
     Abort,
     Drain,
+    Embed,
+    Embedded,
     FromInstance,
     Generate,
     InstanceSpec,
@@ -45,6 +48,8 @@ from workers.messages import (
 from workers.model import build_model
 
 log = logging.getLogger("onecopy.instance")
+
+AnyEngine = Engine | EmbeddingEngine
 
 _LINGER_MS: Final = 2000
 """How long the last outputs may take to leave at the end."""
@@ -109,12 +114,14 @@ class _Instance:
 
     # --- start
 
-    def _start(self, memory: Client) -> Engine:
+    def _start(self, memory: Client) -> AnyEngine:
         spec = self._spec
         torch.set_num_threads(spec.num_threads)
         checkpoint = open_checkpoint(spec.model, spec.dtype)
         weights = attach(memory, checkpoint, self._loading, map_files=spec.map_files)
         self._ended("weights")
+        if task_of(weights.metadata) == "embed":
+            return self._start_embedding(weights, checkpoint.dtype)
         config = json.loads(weights.metadata["config"])
         generation_config = json.loads(weights.metadata.get("generation_config", "{}"))
         dtype = checkpoint.dtype or float_dtype(weights.tensors)
@@ -124,11 +131,7 @@ class _Instance:
             model.warm_up()
             self._ended("first_forward")
         limit = model.geometry.max_model_len
-        max_model_len = spec.max_model_len or limit
-        if max_model_len > limit:
-            raise InvalidSetting(
-                f"--max-model-len is {max_model_len}, but this model was made for {limit} tokens"
-            )
+        max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes
         layout = model.geometry.kv_layout
         kv = KVCache(
@@ -154,6 +157,29 @@ class _Instance:
             kernel.trim_heap()
         return engine
 
+    def _start_embedding(
+        self, weights: AttachedWeights, dtype: torch.dtype | None
+    ) -> EmbeddingEngine:
+        dtype = dtype or float_dtype(weights.tensors)
+        model = build_embedding_model(weights.metadata, weights.tensors, dtype)
+        self._ended("model")
+        if weights.loaded:
+            model.warm_up()
+            self._ended("first_forward")
+        max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
+        engine = EmbeddingEngine(model, max_model_len, self._spec.token_budget)
+        self._announce(model.facts(max_model_len), weights)
+        return engine
+
+    def _max_model_len(self, limit: int, default: int) -> int:
+        """As it was asked for. Raises InvalidSetting beyond the model's `limit`."""
+        asked = self._spec.max_model_len or default
+        if asked > limit:
+            raise InvalidSetting(
+                f"--max-model-len is {asked}, but this model was made for {limit} tokens"
+            )
+        return asked
+
     def _announce(self, facts: ModelFacts, weights: AttachedWeights) -> None:
         kernel.trim_heap()
         self._phases["total"] = (time.monotonic() - self._spec.requested_at) * 1000
@@ -178,7 +204,7 @@ class _Instance:
 
     # --- serve
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self, engine: AnyEngine) -> None:
         poller = zmq.Poller()
         poller.register(self._server, zmq.POLLIN)
         wake_read, wake_write = socket.socketpair()
@@ -193,7 +219,7 @@ class _Instance:
             finally:
                 signal.set_wakeup_fd(-1)
 
-    def _loop(self, engine: Engine, poller: zmq.Poller, wake: socket.socket) -> None:
+    def _loop(self, engine: AnyEngine, poller: zmq.Poller, wake: socket.socket) -> None:
         while engine.has_work or not self._draining:
             had_work = engine.has_work
             wait_ms = _STALLED_MS if engine.is_stalled else 0
@@ -207,12 +233,22 @@ class _Instance:
             elif had_work:  # the last was aborted: no step says so
                 self._report(engine, ())
 
-    def _report(self, engine: Engine, outputs: tuple[Output, ...]) -> None:
+    def _report(self, engine: AnyEngine, outputs: tuple[Output | Embedded, ...]) -> None:
         self._send(engine.report(outputs))
         if not engine.has_work:
             kernel.trim_heap()
+            if isinstance(engine, Engine):
+                self._check(engine)
 
-    def _read(self, engine: Engine) -> None:
+    def _check(self, engine: Engine) -> None:
+        """An idle moment: see that what is held is what is used. A leak is for the log, not a
+        reason to end the streams that come next."""
+        try:
+            engine.check()
+        except AssertionError:
+            log.exception("the engine's books do not add up")
+
+    def _read(self, engine: AnyEngine) -> None:
         while True:
             try:
                 frame = self._server.recv(zmq.NOBLOCK)
@@ -224,8 +260,12 @@ class _Instance:
                 log.exception("dropped a message that is not one of the protocol's")
                 continue
             match message:
-                case Generate():
+                case Generate() if isinstance(engine, Engine):
                     engine.add(message)
+                case Embed() if isinstance(engine, EmbeddingEngine):
+                    engine.add(message)
+                case Generate() | Embed():
+                    log.error("dropped a request of the kind that this model does not serve")
                 case Abort(request_id=request_id):
                     engine.abort(request_id)
                 case Drain():

@@ -59,6 +59,32 @@ def serve(
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Sequences that run at once in one instance.")
     ] = 16,
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Prompt tokens that one step computes: more take in prompts faster, fewer hold up "
+            "running streams less.",
+        ),
+    ] = 256,
+    attention_workspace: Annotated[
+        str, typer.Option(help="What attention may take for itself in a step, as 256MiB.")
+    ] = "256MiB",
+    num_speculative_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=16,
+            help="Guess up to so many tokens ahead by looking up what the text has said before, "
+            "and check them in one step. The text is the same.",
+        ),
+    ] = 0,
+    prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            help="Let instances find what any of them has computed of a common beginning."
+        ),
+    ] = True,
     dtype: Annotated[
         str,
         typer.Option(
@@ -113,6 +139,10 @@ def serve(
             dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            token_budget=max_num_batched_tokens,
+            attention_workspace=parse_bytes(attention_workspace),
+            num_speculative_tokens=num_speculative_tokens,
+            prefix_caching=prefix_caching,
             num_threads=threads or default_threads(instances),
             drain_timeout_s=drain_timeout,
             memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
