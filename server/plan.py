@@ -101,7 +101,7 @@ class Room(BaseModel, frozen=True):
     max_model_len: int
     """At full load, of as many sequences; at most the one that was planned for."""
     max_kv_tokens: int
-    """Of all sequences of as many instances together."""
+    """Of all sequences of as many instances together; 0 for a model that keeps none."""
 
 
 class Split(BaseModel, frozen=True):
@@ -209,8 +209,12 @@ class _Device:
 
         kv_bytes = instances * sequences * self.kv_bytes_per_sequence
         for_kv = left - self.at_full_load(instances, sequences) + kv_bytes
-        kv_tokens = max(0, for_kv // self.kv_bytes_per_token) if weights_fit else 0
-        longest = kv_tokens // (instances * sequences) // _FULL_PAGES * _FULL_PAGES
+        kv_tokens = longest = 0
+        if self.kv_bytes_per_token:
+            kv_tokens = max(0, for_kv // self.kv_bytes_per_token) if weights_fit else 0
+            longest = kv_tokens // (instances * sequences) // _FULL_PAGES * _FULL_PAGES
+        elif holds(instances, sequences):  # nothing is kept, so that length is no matter
+            longest = load.max_model_len
         return Room(
             given=machine.given,
             memory_bytes=machine.memory_bytes,

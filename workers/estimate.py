@@ -32,6 +32,8 @@ from workers.attention import DEFAULT_WORKSPACE_BYTES
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.checkpoint.plan import make_plan
 from workers.checkpoint.source import SourceTensor
+from workers.embedding import task_of
+from workers.embedding.estimate import embedding_estimate
 from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
 from workers.kv.layout import KVLayer, KVLayout
 from workers.messages import Estimate, RankEstimate
@@ -109,6 +111,10 @@ def estimate(
     metadata = checkpoint.metadata()
     shapes = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in tensors}
     dtype = checkpoint.dtype or float_dtype(shapes)
+    if task_of(metadata) == "embed":
+        if tensor_parallel_size > 1:
+            raise InvalidSetting("a model that embeds is not split: --tensor-parallel-size is 1")
+        return embedding_estimate(metadata, tensors, dtype, max_model_len, token_budget)
     model = build_model(json.loads(metadata["config"]), shapes, dtype)
     limit = model.geometry.max_model_len
     max_model_len = max_model_len or limit
