@@ -136,16 +136,22 @@ def ready_lines(
 
 
 def curl_line(url: str, uds: str | None, model: str, chat: bool) -> str:
-    """A request to copy."""
+    """A request to copy. Greedy, so that a small model answers it as well as it can, every time."""
     if chat:
         path = "/v1/chat/completions"
         body: dict[str, object] = {
             "model": model,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,
         }
     else:
         path = "/v1/completions"
-        body = {"model": model, "prompt": "The capital of France is", "max_tokens": 16}
+        body = {
+            "model": model,
+            "prompt": "The capital of France is",
+            "max_tokens": 16,
+            "temperature": 0,
+        }
     base = f"--unix-socket {uds} http://localhost" if uds else url
     return f"curl {base}{path} -H 'content-type: application/json' -d '{json.dumps(body)}'"
 
@@ -301,12 +307,14 @@ def plan_table(plan: Plan) -> Table:
 def plan_lines(plan: Plan) -> str:
     """What the table means, and whether it fits."""
     device, load, size = plan.device, plan.load, plan.load.tensor_parallel_size
-    lines = [
-        "",
+    cache = (
         f"A token takes {device.kv_bytes_per_token:,} bytes of KV cache, a sequence of "
         f"{load.max_model_len:,} tokens {megabytes(device.kv_bytes_per_sequence)}. At full load "
-        "every sequence is at its full length.",
-    ]
+        "every sequence is at its full length."
+    )
+    if not device.kv_bytes_per_token:
+        cache = "It embeds texts, and keeps nothing of them between its steps."
+    lines = ["", cache]
     if plan.split is None:
         return "\n".join(lines + _room_lines(load, device, plan.room))
     lines += [
@@ -363,11 +371,11 @@ def _room_lines(load: Load, device: DevicePlan, room: Room) -> list[str]:
     }
     fitting = " or ".join(f"{option} {number}" for option, number in options.items() if number)
     fitting += ", else as planned; " if fitting else ""
+    tokens = f"{room.max_kv_tokens:,} tokens in all of {instances}; " * bool(room.max_kv_tokens)
     return [
         f"Fits at the start, but {megabytes(device.total_bytes_at_full_load - left)} are missing "
         f"at full load ({there}).",
-        f"What would fit: {fitting}{room.max_kv_tokens:,} tokens in all of {instances}; "
-        f"or {_idle(room)}.",
+        f"What would fit: {fitting}{tokens}or {_idle(room)}.",
     ]
 
 

@@ -64,6 +64,7 @@ class Server:
     runtime_dir: Path
     log: Path
     url: str = ""
+    try_line: str = ""
     identities: set[ProcessIdentity] = field(default_factory=set)
 
     @property
@@ -75,9 +76,18 @@ class Server:
         for line in self.process.stdout:
             if found := re.search(r"is ready: .* on (\S+)$", line.strip()):
                 self.url = found[1]
+                self.try_line = self._line_after("try")
                 self.remember()
                 return
         pytest.fail(f"the server did not become ready:\n{self.log.read_text()}")
+
+    def _line_after(self, word: str) -> str:
+        """The rest of that one of the ready lines."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := re.match(rf" +{word} +(.+)", line):
+                return found[1]
+        pytest.fail(f"the server printed no line with '{word}'")
 
     def status(self) -> dict:
         """What the server says of itself, by way of its admin socket."""
