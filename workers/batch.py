@@ -73,6 +73,16 @@ class Batch:
         """Tokens that are computed."""
         return len(self.token_ids)
 
+    def tables(self) -> tuple[Int32s, npt.NDArray[np.int64]]:
+        """Of each row its sequence's index [num_rows], and of each sequence the addresses of its
+        blocks [num_sequences, the most blocks of any], 0 where it has fewer."""
+        counts = [span.stop - span.start for span in self.spans]
+        most = max(len(span.table.blocks) for span in self.spans)
+        addresses = np.zeros((len(self.spans), most), dtype=np.int64)
+        for row, span in zip(addresses, self.spans, strict=True):
+            row[: len(span.table.blocks)] = span.table.addresses
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts), addresses
+
     def commit(self) -> None:
         """The pass has happened: its tokens belong to their sequences."""
         for span in self.spans:

@@ -278,15 +278,14 @@ class Engine:
             return [self._fail(chunk.sequence, problem, keep=False) for chunk in chunks]
         logits = logits.cpu()
         outputs: list[Output] = []
-        sampling: list[tuple[Chunk, torch.Tensor]] = []
+        sampling: list[tuple[Chunk, int]] = []
         row = 0
         for chunk, part in zip(chunks, parts, strict=True):
-            rows = logits[row : row + part.num_logits]
+            outputs += self._computed(chunk, logits[row : row + part.num_logits])
             row += part.num_logits
-            outputs += self._computed(chunk, rows)
             if chunk.samples and chunk.sequence.request_id in self._requests:
-                sampling.append((chunk, rows[-1 - len(chunk.draft) :]))
-        outputs += self._sample(sampling)
+                sampling.append((chunk, row - 1 - len(chunk.draft)))
+        outputs += self._sample(sampling, logits)
         return outputs
 
     def _part(self, chunk: Chunk) -> Part:
@@ -329,19 +328,20 @@ class Engine:
         self._scheduler.preempt(sequence, self._room)
         return False
 
-    def _sample(self, sampling: Sequence[tuple[Chunk, torch.Tensor]]) -> list[Output]:
-        """Add a token to each sequence, and further ones where its draft was right."""
+    def _sample(self, sampling: Sequence[tuple[Chunk, int]], logits: torch.Tensor) -> list[Output]:
+        """Add a token to each sequence, and further ones where its draft was right. Each comes with
+        the row of `logits` that its first token follows from."""
         emitted: dict[str, list[Sampled]] = {}
         outputs: list[Output] = []
-        going_on = [
-            (chunk, rows) for chunk, rows in sampling if chunk.sequence in self._scheduler.running
-        ]
+        running = set(self._scheduler.running)
+        going_on = [(chunk, row) for chunk, row in sampling if chunk.sequence in running]
         position = 0
         while going_on:
-            rows = torch.stack([rows[position] for _, rows in going_on])
+            wanted = [row + position for _, row in going_on]
+            rows = logits if wanted == list(range(len(logits))) else logits[wanted]
             samplers = [self._requests[chunk.sequence.request_id].sampler for chunk, _ in going_on]
             further = []
-            for (chunk, rows_of_it), token in zip(going_on, sample(rows, samplers), strict=True):
+            for (chunk, row), token in zip(going_on, sample(rows, samplers), strict=True):
                 name = chunk.sequence.request_id
                 if isinstance(token, InvalidLogits):
                     outputs += self._emit(chunk.sequence, emitted.pop(name, []), None)
@@ -354,7 +354,7 @@ class Engine:
                     self._accepted_tokens += 1
                     chunk.sequence.num_computed += 1
                     self._room[chunk.sequence].table.commit(1)
-                    further.append((chunk, rows_of_it))
+                    further.append((chunk, row))
                 else:
                     outputs += self._emit(chunk.sequence, emitted.pop(name), reason)
             going_on = further

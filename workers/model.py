@@ -23,6 +23,7 @@ from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.messages import ModelFacts
+from workers.native import NativeDecoder, NotNative, supports
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -69,6 +70,7 @@ class Model:
         self.geometry = geometry
         self.workspace_bytes = DEFAULT_WORKSPACE_BYTES
         """What attention may take for itself."""
+        self._native: NativeDecoder | None = None
 
     @property
     def module(self) -> torch.nn.Module:
@@ -79,9 +81,35 @@ class Model:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Compute the batch's tokens, which then belong to their tables.
 
-        Returns the logits [num_logit_rows, vocab_size] in the model's dtype, on its device. If it
-        raises, no table has changed.
+        Returns the logits [num_logit_rows, vocab_size], in the model's dtype and on its device or
+        float32 on the processor. If it raises, no table has changed.
         """
+        if self._native is not None and batch.num_rows <= self._native.max_rows:
+            logits = torch.empty(len(batch.logit_rows), self.geometry.vocab_size)
+            tables, addresses = batch.tables()
+            self._native.forward(
+                batch.token_ids, batch.positions, tables, addresses, batch.logit_rows, logits
+            )
+        else:
+            logits = self._forward_module(batch)
+        batch.commit()
+        return logits
+
+    def accelerate(self, max_rows: int, max_model_len: int, num_threads: int) -> str | None:
+        """From now on compute batches of up to `max_rows` rows by the native decoder, on the same
+        weights. Returns why not, where it does not know this model or this machine."""
+        reason = supports(self._module, self.geometry.kv_layout.dtype)
+        if reason is None:
+            layout = self.geometry.kv_layout
+            try:
+                self._native = NativeDecoder(
+                    self._module, layout, max_rows, max_model_len, num_threads
+                )
+            except (NotNative, MemoryError) as error:
+                reason = str(error)
+        return reason
+
+    def _forward_module(self, batch: Batch) -> torch.Tensor:
         device = self.device
         inputs = {
             "input_ids": torch.from_numpy(batch.token_ids).long()[None].to(device),
@@ -98,7 +126,6 @@ class Model:
             else:
                 self._module.base_model(**inputs)
                 logits = torch.empty(0, self.geometry.vocab_size, dtype=self._module.dtype)
-        batch.commit()
         return logits
 
     @property

@@ -126,13 +126,17 @@ class _Instance:
         generation_config = json.loads(weights.metadata.get("generation_config", "{}"))
         dtype = checkpoint.dtype or float_dtype(weights.tensors)
         model = build_model(config, weights.tensors, dtype, generation_config)
-        self._ended("model")
-        if weights.loaded:  # who loads a model finds out whether it can be computed at all
-            model.warm_up()
-            self._ended("first_forward")
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes
+        most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
+        reason = model.accelerate(most_rows, max_model_len, spec.num_threads)
+        self._ended("model")
+        if weights.loaded:  # who loads a model finds out whether it can be computed at all
+            how = "by the native decoder" if reason is None else f"by transformers: {reason}"
+            log.info("%s is computed %s", model.geometry.architecture, how)
+            model.warm_up()
+            self._ended("first_forward")
         layout = model.geometry.kv_layout
         kv = KVCache(
             layout,

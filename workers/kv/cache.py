@@ -121,8 +121,8 @@ class KVCache:
             except OutOfKVMemory as error:
                 self.problem = str(error)
                 return False
-        for _ in range(short):
-            cache.table.blocks.append(self._free.pop())
+        if short > 0:
+            cache.table.extend([self._free.pop() for _ in range(short)])
         return True
 
     def seal(self, cache: SequenceCache, token_ids: Sequence[int]) -> bool:
@@ -159,7 +159,7 @@ class KVCache:
         if token_ids is not None:
             self.seal(cache, token_ids)
         del self._open[id(cache)]
-        blocks, cache.table.blocks = cache.table.blocks, []
+        blocks = cache.table.clear()
         usable = [block for block in blocks if block.is_usable]
         self._release([block for block in usable if block.is_sealed])
         self._free += [block for block in usable if not block.is_sealed]

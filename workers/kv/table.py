@@ -8,8 +8,11 @@ know where blocks come from, and when they are shared.
     num_tokens ───────────────────────────────► 37
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from workers.errors import OutOfKVMemory
@@ -24,9 +27,28 @@ class BlockTable:
     def __init__(self, layout: KVLayout, blocks: Sequence[KVBlock] = (), num_tokens: int = 0):
         """`blocks` hold the first `num_tokens` tokens already."""
         self.layout = layout
-        self.blocks: list[KVBlock] = list(blocks)
+        self.blocks: list[KVBlock] = []
+        self._addresses = array("q")
+        self.extend(blocks)
         self.num_tokens = num_tokens
         """Tokens whose keys and values are here, in every layer."""
+
+    @property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Where each block begins [num_blocks]; to be dropped before the table grows."""
+        return np.frombuffer(self._addresses, dtype=np.int64)
+
+    def extend(self, blocks: Sequence[KVBlock]) -> None:
+        """Room for further tokens."""
+        self.blocks += blocks
+        self._addresses.extend(block.address for block in blocks)
+
+    def clear(self) -> list[KVBlock]:
+        """Hold nothing any more. Returns the blocks, the caller's to release."""
+        blocks, self.blocks = self.blocks, []
+        self._addresses = array("q")
+        self.num_tokens = 0
+        return blocks
 
     @property
     def capacity(self) -> int:
