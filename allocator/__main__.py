@@ -23,6 +23,9 @@ def main() -> int:
     parser.add_argument("--device", action="append", help="host, cuda:N or cuda:GPU-UUID")
     parser.add_argument("--memory-limit", metavar="SIZE", help="of each device, as 800M or 20GiB")
     parser.add_argument("--host-tier-limit", metavar="SIZE", help="of what sleeps in host memory")
+    parser.add_argument(
+        "--prefix-cache-limit", metavar="SIZE", help="of sealed KV blocks that nobody maps"
+    )
     parser.add_argument("--image-dir", type=Path, help="where weight sets sleep on disk")
     parser.add_argument("--placement", default="", help="of host memory: huge, interleave:0+1 ...")
     parser.add_argument("--quota", action="append", default=[], metavar="KIND:NAME=SIZE")
@@ -41,6 +44,7 @@ def main() -> int:
                 devices=tuple(arguments.device or ["host"]),
                 memory_limit=_size(arguments.memory_limit),
                 host_tier_limit=_size(arguments.host_tier_limit),
+                prefix_cache_limit=_size(arguments.prefix_cache_limit),
                 image_folder=(arguments.image_dir or default_image_folder()).absolute(),
                 placement=arguments.placement,
                 quotas=parse_quotas(arguments.quota),

@@ -160,6 +160,7 @@ class Daemon:
                 self._history,
                 image_folder=settings.image_folder,
                 host_tier_limit=settings.host_tier_limit,
+                prefix_cache_limit=settings.prefix_cache_limit,
                 pool=adopted.pool,
             )
             device.num_adopted_sets = adopted.num_sets

@@ -36,6 +36,7 @@ class DaemonSettings:
     devices: tuple[str, ...] = ("host",)
     memory_limit: int | None = None
     host_tier_limit: int | None = None
+    prefix_cache_limit: int | None = None
     image_folder: Path = field(default_factory=default_image_folder)
     placement: str = ""
     quotas: dict[tuple[str, str], int] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from allocator.backends import Backend, for_handle
 from allocator.device_memory import AnyEffect, DeviceMemory, Evicted, FreeExtent, Holder, size
@@ -60,6 +61,9 @@ from allocator.weight_set import Answer, Discard, Free, ReplyTo, Waiter, WeightS
 
 log = logging.getLogger("onecopy.allocator")
 
+_PREFIX_CACHE_PART: Final = 8
+"""Unless told otherwise, blocks that nobody pins take an eighth of host memory at most."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -86,9 +90,12 @@ class Device:
         *,
         image_folder: Path,
         host_tier_limit: int | None,
+        prefix_cache_limit: int | None = None,
         pool: Handle | None = None,
     ) -> None:
-        """`names` gives segment names that never repeat; `pool` is one that was adopted."""
+        """`names` gives segment names that never repeat; `pool` is one that was adopted. Blocks
+        that nobody pins may take `prefix_cache_limit` bytes; None is all that the memory limit
+        leaves, or where there is none, a part of host memory, which others need as well."""
         self.backend = backend
         self.host_tier = host_tier
         self.memory = memory
@@ -97,6 +104,9 @@ class Device:
         self._history = history
         self._images = ImageFolder(image_folder)
         self.host_tier_limit = host_tier_limit
+        self._prefix_cache_limit = prefix_cache_limit
+        if prefix_cache_limit is None and memory.limit_bytes is None and backend.device == "host":
+            self._prefix_cache_limit = backend.limit_bytes() // _PREFIX_CACHE_PART
         self._pool = DevicePool(
             backend,
             memory,
@@ -134,6 +144,7 @@ class Device:
         for key in changed:
             self._note_set(key)
         self._apply(effects)
+        self._shed()
         if writing_image:
             self._images.remove_leftovers(session.process)
 
@@ -149,7 +160,10 @@ class Device:
             case Evict() | Pin() | Sleep() | Moved():
                 return self._move(session, reply_to, request, now)
             case Lease() | Return() | PutBlocks() | LookUpBlocks() | UnpinBlocks() | GetShare():
-                return self._pool.dispatch(session.number, request, now)
+                reply = self._pool.dispatch(session.number, request, now)
+                if isinstance(request, UnpinBlocks):
+                    self._shed()
+                return reply
             case SetQuota(kind=kind, name=name, num_bytes=num_bytes):
                 self.memory.set_quota((kind, name), num_bytes)
                 self._note(
@@ -171,6 +185,11 @@ class Device:
             num_bytes=weight_set.written_bytes,
             total_bytes=total.num_bytes if total is not None else 0,
         )
+
+    def _shed(self) -> None:
+        """Nobody needs more unpinned blocks than the prefix cache may hold."""
+        if self._prefix_cache_limit is not None:
+            self._apply(self.memory.evict_blocks(self._prefix_cache_limit))
 
     # --- weight sets
 

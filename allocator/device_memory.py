@@ -120,6 +120,13 @@ class DeviceMemory:
             return [Evicted(idle.key, b"", num_bytes), *self.sets.evict(idle.key)]
         return self._evict_block()
 
+    def evict_blocks(self, most_bytes: int) -> list[AnyEffect]:
+        """Give up unpinned blocks, least recently used first, until they take `most_bytes`."""
+        effects: list[AnyEffect] = []
+        while self.pool.evictable_bytes > most_bytes:
+            effects += self._evict_block()
+        return effects
+
     def lease(
         self, session: SessionId, num_bytes: int, count: int
     ) -> tuple[list[Extent], list[AnyEffect]]:

@@ -32,6 +32,13 @@ def allocator(
     host_tier_limit: Annotated[
         str | None, typer.Option(help="What may sleep in host memory. Default: all of /dev/shm.")
     ] = None,
+    prefix_cache_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="What KV blocks that nobody maps may take. Default: what --memory-limit leaves; "
+            "without one, an eighth of host memory."
+        ),
+    ] = None,
     image_dir: Annotated[
         Path | None,
         typer.Option(
@@ -55,6 +62,7 @@ def allocator(
         "--runtime-dir": runtime_dir,
         "--memory-limit": memory_limit,
         "--host-tier-limit": host_tier_limit,
+        "--prefix-cache-limit": prefix_cache_limit,
         "--image-dir": image_dir,
         "--placement": placement,
     }

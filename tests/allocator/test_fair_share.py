@@ -59,3 +59,19 @@ def test_sealed_blocks_count_for_everybody_who_pins_them(start_daemon) -> None: 
         assert first.pool_share().held_bytes == 0
         same.release()
         assert second.pool_share().held_bytes == 0
+
+
+def test_blocks_that_nobody_maps_stay_within_their_limit_the_latest_of_them(start_daemon) -> None:  # type: ignore[no-untyped-def]
+    daemon: DaemonProcess = start_daemon("--prefix-cache-limit", "2MiB")
+    digests = [bytes([number]) * 32 for number in range(4)]
+    with daemon.connect() as client:
+        leases = client.lease_many(MB, 4)
+        blocks = client.put_blocks(list(zip(digests, leases, strict=True)))
+        assert client.statistics().pool.cached_bytes == 4 * MB  # mapped ones are in use
+        for block in blocks:
+            assert block is not None
+            block.release()
+        pool = client.statistics().pool
+        assert pool.cached_bytes == pool.evictable_bytes == 2 * MB
+        assert client.look_up_blocks(digests[:1]) == []
+        assert len(client.look_up_blocks(digests[2:])) == 2
