@@ -19,6 +19,7 @@ from server.settings import Settings
 from workers.client import Engines, Forkserver, ForkserverEnded
 from workers.messages import (
     Drain,
+    Embedded,
     Exited,
     InstanceSpec,
     Loading,
@@ -74,7 +75,7 @@ class Instance:
 class Listeners:
     """Who is told what. All are called on the event loop and return at once."""
 
-    output: Callable[[str, Output], None]
+    output: Callable[[str, Output | Embedded], None]
     """(instance, output)"""
     ready: Callable[[Instance], None]
     ended: Callable[[Instance], None]
@@ -110,8 +111,8 @@ class Fleet:
 
     @property
     def instances(self) -> list[Instance]:
-        """All that have not ended, oldest first."""
-        return [one for one in self._instances.values() if one.state != "ended"]
+        """All that have not ended, oldest first. May be asked from any thread."""
+        return [one for one in list(self._instances.values()) if one.state != "ended"]
 
     @property
     def ready_instances(self) -> list[Instance]:

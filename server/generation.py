@@ -52,6 +52,14 @@ class Generator(Protocol):
     ) -> TokenStream:
         """Starts a sequence. Raises `Overloaded` or `NotReady`, then nothing was started."""
 
+    async def embed(
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
+    ) -> list[bytes]:
+        """The vector of each input: its first `dimensions` numbers (0: all), float32 little-endian.
+
+        Raises `Overloaded`, `NotReady`, `InvalidRequest` or `InstanceFailed`. Cancelling it aborts
+        what was started."""
+
     @property
     def num_ready(self) -> int:
         """Instances that answer requests now."""

@@ -8,14 +8,16 @@ nothing of text or HTTP.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
+from server import embedding
 from server.errors import Asleep, InstanceFailed, NotReady, Overloaded
 from server.fleet import Fleet, Instance, Listeners
-from server.generation import Chunk
+from server.requests import Embedding, Request, Stream
 from server.settings import Settings
-from workers.messages import Abort, Generate, ModelFacts, Output, SamplingParams
+from workers.messages import Abort, Embedded, ModelFacts, Output, SamplingParams
 
 log = logging.getLogger("onecopy.server")
 
@@ -29,47 +31,14 @@ _HOMELESS_S: Final = 60.0
 """How long a request waits for a new instance when there is none left."""
 
 
-class Stream:
-    """One request's tokens. See `server.generation.TokenStream`."""
-
-    def __init__(
-        self, router: "Router", request_id: str, prompt: tuple[int, ...], sampling: SamplingParams
-    ):
-        self._router = router
-        self._chunks: asyncio.Queue[Chunk | InstanceFailed] = asyncio.Queue()
-        self.request_id = request_id
-        self.prompt = prompt
-        self.sampling = sampling
-        self.generated: list[int] = []
-        self.instance: Instance | None = None
-        self.num_moves = 0
-        self.ended = False
-
-    def put(self, chunk: Chunk | InstanceFailed) -> None:
-        """The router's side: the next chunk, or why there is none."""
-        self._chunks.put_nowait(chunk)
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        while True:
-            chunk = await self._chunks.get()
-            if isinstance(chunk, InstanceFailed):
-                raise chunk
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
-
-    async def aclose(self) -> None:
-        """Abort the request if it has not ended. Idempotent."""
-        await self._router.abort(self)
-
-
 class Router:
     """Admission, least-loaded choice, and moving requests off instances that ended."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._streams: dict[str, Stream] = {}
-        self._homeless: list[Stream] = []
+        self._streams: dict[str, Request] = {}
+        self._homeless: list[Request] = []
+        self._num_spread = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._fleet: Fleet | None = None
         self._idle = asyncio.Event()
@@ -109,6 +78,34 @@ class Router:
         self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
     ) -> Stream:
         """Start a sequence on the least loaded instance. Raises NotReady or Overloaded."""
+        self._admit()
+        stream = Stream(self, request_id, tuple(token_ids), sampling)
+        await self._start(stream)
+        return stream
+
+    async def embed(
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
+    ) -> list[bytes]:
+        """The vectors of all `inputs`, spread over the instances. Raises ServerError; if cancelled,
+        all is aborted."""
+        self._admit()
+        with self._spread():
+            return await embedding.embed(self, request_id, inputs, dimensions)
+
+    async def place_embedding(
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int
+    ) -> Embedding:
+        """Start a part of a request that was admitted."""
+        part = Embedding(self, request_id, inputs, dimensions)
+        try:
+            await self._start(part)
+        except BaseException:  # whoever asked is gone
+            await self.abort(part)
+            raise
+        return part
+
+    def _admit(self) -> None:
+        """Raises NotReady or Overloaded."""
         if self.draining:
             raise NotReady("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
         if self.asleep:
@@ -123,13 +120,28 @@ class Router:
                 "server takes: try again, or start it with more --instances",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        stream = Stream(self, request_id, tuple(token_ids), sampling)
-        self._streams[request_id] = stream
+
+    @contextmanager
+    def _spread(self) -> Iterator[None]:
+        """Between a request's parts, the router is not idle."""
+        self._num_spread += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_spread -= 1
+            self._rest()
+
+    def _rest(self) -> None:
+        if not self._streams and not self._num_spread:
+            self._idle.set()
+
+    async def _start(self, stream: Request) -> None:
+        self._streams[stream.request_id] = stream
         self._idle.clear()
         await self._place(stream)
-        return stream
 
-    async def abort(self, stream: Stream) -> None:
+    async def abort(self, stream: Request) -> None:
         """Forget a stream; its instance frees its memory."""
         if stream.ended:
             return
@@ -149,7 +161,7 @@ class Router:
     def give_up_all(self) -> None:
         """End what still runs, with an error that its client sees: nobody will go on with it."""
         for stream in list(self._streams.values()):
-            stream.put(InstanceFailed("the server was stopped before the answer was complete"))
+            stream.fail(InstanceFailed("the server was stopped before the answer was complete"))
             self._end(stream)
 
     # --- placing
@@ -157,19 +169,13 @@ class Router:
     def _instances(self) -> list[Instance]:
         return self._fleet.ready_instances if self._fleet is not None else []
 
-    async def _place(self, stream: Stream) -> None:
+    async def _place(self, stream: Request) -> None:
         while not stream.ended and (instances := self._instances()):
             instance = min(instances, key=lambda one: len(one.requests))
             stream.instance = instance
             instance.requests.add(stream.request_id)
-            message = Generate(
-                request_id=stream.request_id,
-                token_ids=(*stream.prompt, *stream.generated),
-                sampling=stream.sampling,
-                num_generated=len(stream.generated),
-            )
             assert self._fleet is not None  # noqa: S101 - there are instances
-            if await self._fleet.send(instance, message):
+            if await self._fleet.send(instance, stream.message()):
                 return
             # Ended a moment ago: its end moves the stream, unless that has happened already.
             instance.requests.discard(stream.request_id)
@@ -183,24 +189,18 @@ class Router:
             loop = asyncio.get_running_loop()
             loop.call_later(_HOMELESS_S, self._give_up, stream, stream.num_moves)
 
-    def _give_up(self, stream: Stream, num_moves: int) -> None:
+    def _give_up(self, stream: Request, num_moves: int) -> None:
         if stream in self._homeless and stream.num_moves == num_moves:
-            stream.put(InstanceFailed("its instance ended, and none took its place in time"))
+            stream.fail(InstanceFailed("its instance ended, and none took its place in time"))
             self._end(stream)
 
     # --- told by the fleet
 
-    def _on_output(self, name: str, output: Output) -> None:
+    def _on_output(self, name: str, output: Output | Embedded) -> None:
         stream = self._streams.get(output.request_id)
         if stream is None or stream.instance is None or stream.instance.name != name:
             return
-        stream.generated += output.token_ids
-        if output.finish_reason == "error":
-            stream.put(InstanceFailed(output.error or "the instance could not go on"))
-            self._end(stream)
-            return
-        stream.put(Chunk(output.token_ids, output.finish_reason))
-        if output.finish_reason is not None:
+        if stream.take(output):
             self._end(stream)
 
     def _on_ready(self, _instance: Instance) -> None:
@@ -216,7 +216,7 @@ class Router:
             stream.instance = None
             stream.num_moves += 1
             if stream.num_moves > _MAX_MOVES:
-                stream.put(
+                stream.fail(
                     InstanceFailed(
                         f"{stream.num_moves} instances ended while they served this request"
                     )
@@ -225,7 +225,7 @@ class Router:
             else:
                 self._rehouse(stream)
 
-    def _rehouse(self, stream: Stream) -> None:
+    def _rehouse(self, stream: Request) -> None:
         """An idle instance takes it at once. Else it waits for the one that replaces its own, which
         takes a fraction of a second: joining a busy instance would slow that one's streams, change
         how their sums are rounded, and queue behind them if it is full."""
@@ -238,22 +238,21 @@ class Router:
         loop = asyncio.get_running_loop()
         loop.call_later(_PATIENCE_S, self._lose_patience, stream)
 
-    def _lose_patience(self, stream: Stream) -> None:
+    def _lose_patience(self, stream: Request) -> None:
         if stream in self._homeless:
             self._homeless.remove(stream)
             self._move(stream)
 
-    def _move(self, stream: Stream) -> None:
+    def _move(self, stream: Request) -> None:
         task = asyncio.get_running_loop().create_task(self._place(stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _end(self, stream: Stream) -> None:
+    def _end(self, stream: Request) -> None:
         stream.ended = True
         self._streams.pop(stream.request_id, None)
         if stream.instance is not None:
             stream.instance.requests.discard(stream.request_id)
         if stream in self._homeless:
             self._homeless.remove(stream)
-        if not self._streams:
-            self._idle.set()
+        self._rest()

@@ -1,0 +1,139 @@
+"""One request on its way between the HTTP side and an instance, whatever it asks for.
+
+Owns what differs between requests: what an instance is told, and what becomes of its answers.
+Invariant: after `take` returned true, or `fail`, the one who waits has been told the end. Does not
+know how instances are chosen.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from server.errors import InstanceFailed, InvalidRequest, ServerError
+from server.fleet import Instance
+from server.generation import Chunk
+from workers.messages import Embed, Embedded, Generate, Output, SamplingParams, ToInstance
+
+
+class Aborter(Protocol):
+    """The router, as a request knows it."""
+
+    async def abort(self, request: "Request") -> None:
+        """Forget a request; its instance frees its memory."""
+
+
+class Request:
+    """What the router places on an instance, and moves to another when that one ends."""
+
+    def __init__(self, router: Aborter, request_id: str) -> None:
+        self._router = router
+        self.request_id = request_id
+        self.instance: Instance | None = None
+        self.num_moves = 0
+        self.ended = False
+
+    def message(self) -> ToInstance:
+        """What an instance must be told to go on from here."""
+        raise NotImplementedError
+
+    def take(self, output: Output | Embedded) -> bool:
+        """An instance's answer. True if it is the last."""
+        raise NotImplementedError
+
+    def fail(self, error: ServerError) -> None:
+        """There will be no further answer."""
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        """Abort the request if it has not ended. Idempotent."""
+        await self._router.abort(self)
+
+
+class Stream(Request):
+    """One sequence's tokens. See `server.generation.TokenStream`."""
+
+    def __init__(
+        self, router: Aborter, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams
+    ) -> None:
+        super().__init__(router, request_id)
+        self._chunks: asyncio.Queue[Chunk | ServerError] = asyncio.Queue()
+        self.prompt = prompt
+        self.sampling = sampling
+        self.generated: list[int] = []
+
+    def message(self) -> ToInstance:
+        """The prompt, and what was generated elsewhere."""
+        return Generate(
+            request_id=self.request_id,
+            token_ids=(*self.prompt, *self.generated),
+            sampling=self.sampling,
+            num_generated=len(self.generated),
+        )
+
+    def take(self, output: Output | Embedded) -> bool:
+        """New tokens."""
+        if isinstance(output, Embedded):
+            self.fail(InstanceFailed("the instance answered with a vector"))
+            return True
+        self.generated += output.token_ids
+        if output.finish_reason == "error":
+            self.fail(InstanceFailed(output.error or "the instance could not go on"))
+            return True
+        self._chunks.put_nowait(Chunk(output.token_ids, output.finish_reason))
+        return output.finish_reason is not None
+
+    def fail(self, error: ServerError) -> None:
+        """Raised where the tokens are read."""
+        self._chunks.put_nowait(error)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        while True:
+            chunk = await self._chunks.get()
+            if isinstance(chunk, ServerError):
+                raise chunk
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+
+
+class Embedding(Request):
+    """The vectors of some texts, which come all at once."""
+
+    def __init__(
+        self,
+        router: Aborter,
+        request_id: str,
+        inputs: Sequence[Sequence[int]],
+        dimensions: int,
+    ) -> None:
+        super().__init__(router, request_id)
+        self._inputs = tuple(map(tuple, inputs))
+        self._dimensions = dimensions
+        self._vectors: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def message(self) -> ToInstance:
+        """All of it: nothing that an instance computed is kept if it ends."""
+        return Embed(request_id=self.request_id, inputs=self._inputs, dimensions=self._dimensions)
+
+    def take(self, output: Output | Embedded) -> bool:
+        """The vectors, or why there are none."""
+        if not isinstance(output, Embedded):
+            self.fail(InstanceFailed("the instance answered with tokens"))
+        elif output.error:
+            failed = InvalidRequest if output.invalid else InstanceFailed
+            self.fail(failed(output.error))
+        elif not self._vectors.done():
+            self._vectors.set_result(output.vectors)
+        return True
+
+    def fail(self, error: ServerError) -> None:
+        """Raised where the vectors are waited for."""
+        if not self._vectors.done():
+            self._vectors.set_exception(error)
+            self._vectors.exception()  # whoever waited may have gone, which is no error
+
+    async def vectors(self) -> list[bytes]:
+        """Of each input, float32, little-endian. Raises what the request failed with."""
+        together = await self._vectors
+        size = len(together) // len(self._inputs)
+        return [together[start : start + size] for start in range(0, len(together), size)]
