@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 
 from allocator import RuntimeDir
 from server.daemons import AllocatorProcess
+from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet, Instance, State
 from server.metrics import CONTENT_TYPE, scrape
 from server.router import Router
@@ -134,7 +135,8 @@ def create_admin_app(
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = await asyncio.to_thread(scrape, RuntimeDir(settings.runtime_dir))
+        figures = InstanceFigures(lambda: fleet.instances)
+        text = await asyncio.to_thread(scrape, RuntimeDir(settings.runtime_dir), figures)
         return Response(text, media_type=CONTENT_TYPE)
 
     app.state.status = status

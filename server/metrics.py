@@ -31,14 +31,16 @@ def read_devices(runtime_dir: RuntimeDir) -> list[Statistics]:
     return found
 
 
-def scrape(runtime_dir: RuntimeDir) -> bytes:
-    """All metrics in Prometheus' text format. Blocks; at most a few seconds."""
+def scrape(runtime_dir: RuntimeDir, *others: Collector) -> bytes:
+    """All metrics in Prometheus' text format, and those of `others`. Blocks; at most a few seconds."""
     try:
         devices = read_devices(runtime_dir)
     except AllocatorError:
         devices = []
     registry = CollectorRegistry()
     registry.register(_Figures(devices))
+    for collector in others:
+        registry.register(collector)
     return generate_latest(registry)
 
 

@@ -23,6 +23,7 @@ from server import console, process_memory
 from server.admin import create_admin_app
 from server.app import Serving, create_app
 from server.daemons import AllocatorProcess
+from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet
 from server.metrics import scrape
 from server.router import Router
@@ -83,7 +84,7 @@ async def serve(settings: Settings) -> None:
                 created=int(time.time()),
                 sampling_defaults=settings.sampling_defaults,
             ),
-            metrics=lambda: scrape(runtime_dir),
+            metrics=lambda: scrape(runtime_dir, InstanceFigures(lambda: fleet.instances)),
         )
         http = _HTTPServer(app, http_socket)
         stack.push_async_callback(http.close)

@@ -110,6 +110,18 @@ def test_metrics_tell_the_same(server: Server) -> None:
     assert "onecopy_allocator_up 1.0" in text
 
 
+def test_metrics_tell_what_the_prefix_cache_found(server: Server) -> None:
+    prompt = "Once upon a time, in a land far away, there lived " * 8
+    body = {"model": server.model, "prompt": prompt, "max_tokens": 2}
+    for _ in range(2):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    text = httpx.get(f"{server.url}/metrics").text
+    found = re.findall(r"^onecopy_instance_prefix_cache_hits_total\{.*\} (\S+)$", text, re.M)
+    assert sum(float(one) for one in found) >= 64
+    held = re.findall(r"^onecopy_instance_kv_bytes\{.*\} (\S+)$", text, re.M)
+    assert [float(one) for one in held] == [0.0] * len(held)
+
+
 def test_pins_and_names(server: Server) -> None:
     assert server.onecopy("pin", server.model).status == 0
     assert memory_of(server)["weight_sets"][0]["pinned"]
