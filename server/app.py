@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from server.metrics import CONTENT_TYPE
-from server.openai import chat, completions, errors, models
+from server.openai import chat, completions, embeddings, errors, models
 from server.openai.admission import Serving
 from server.openai.body_limit import BodyLimit
 
@@ -40,7 +40,7 @@ def create_app(
     )
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     errors.install(app)
-    for routes in (completions.routes, chat.routes, models.routes):
+    for routes in (completions.routes, chat.routes, embeddings.routes, models.routes):
         app.include_router(routes(serving))
 
     @app.get("/health")

@@ -135,11 +135,15 @@ def ready_lines(
     )
 
 
-def curl_line(url: str, uds: str | None, model: str, chat: bool) -> str:
+def curl_line(url: str, uds: str | None, model: str, chat: bool, embeds: bool = False) -> str:
     """A request to copy. Greedy, so that a small model answers it as well as it can, every time."""
-    if chat:
+    body: dict[str, object]
+    if embeds:
+        path = "/v1/embeddings"
+        body = {"model": model, "input": "What is the capital of France?"}
+    elif chat:
         path = "/v1/chat/completions"
-        body: dict[str, object] = {
+        body = {
             "model": model,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
             "temperature": 0,

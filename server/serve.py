@@ -31,6 +31,7 @@ from server.settings import Settings
 from server.sleep import Sleeper
 from server.text import Text
 from server.tokenizer_files import tokenizer_folder
+from workers.messages import Task
 
 log = logging.getLogger("onecopy.server")
 
@@ -91,7 +92,7 @@ async def serve(settings: Settings) -> None:
         stack.callback(router.give_up_all)
         await http.start()
         lock.announce(url)
-        await _print_ready(admin_app, settings, url, text)
+        await _print_ready(admin_app, settings, url, text, router.facts.task)
         watching = asyncio.create_task(allocator.watch())
         await stop.unless_stopped(fleet.run())
 
@@ -131,11 +132,14 @@ def _load_text(settings: Settings) -> Text:
     return Text.load(tokenizer_folder(settings.model))
 
 
-async def _print_ready(admin_app: FastAPI, settings: Settings, url: str, text: Text) -> None:
+async def _print_ready(
+    admin_app: FastAPI, settings: Settings, url: str, text: Text, task: Task
+) -> None:
     status = await admin_app.state.status()
     memories = [process_memory.read(one.pid) if one.pid else None for one in status.instances]
     uds = str(settings.uds) if settings.uds else None
-    curl = console.curl_line(url, uds, settings.served_model_name, text.has_chat_template)
+    name, chat = settings.served_model_name, text.has_chat_template
+    curl = console.curl_line(url, uds, name, chat, task == "embed")
     version = importlib.metadata.version("onecopy")
     chosen = RuntimeDir.default_path() != settings.runtime_dir
     runtime_dir = str(settings.runtime_dir) if chosen else None

@@ -45,12 +45,15 @@ class Text:
         *,
         chat_template: ChatTemplate | None = None,
         stop_token_ids: Sequence[int] = (),
+        lowers_inputs: bool = False,
     ):
-        """`stop_token_ids`: the tokens that end an answer, as the tokenizer's files say."""
+        """`stop_token_ids`: the tokens that end an answer, as the tokenizer's files say.
+        `lowers_inputs`: whether a model that embeds was trained on lower-case text alone."""
         # A prompt is never cut or filled up in silence, whatever tokenizer.json was saved with.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._lowers_inputs = lowers_inputs
         self._chat_template = chat_template
         self._render_thread = ThreadPoolExecutor(1, "chat-template")
         self._special_ids = frozenset(
@@ -77,6 +80,7 @@ class Text:
             tokenizer,
             chat_template=ChatTemplate(source, names) if source is not None else None,
             stop_token_ids=_stop_token_ids(folder, tokenizer, names),
+            lowers_inputs=_lowers_inputs(folder),
         )
 
     def close(self) -> None:
@@ -109,6 +113,44 @@ class Text:
         """As `encode`; the event loop goes on meanwhile if the prompt is long."""
         self._check_length(prompt, context_tokens)
         return await self._encode_async(prompt, True)
+
+    async def encode_inputs_async(
+        self, inputs: Sequence[str], *, context_tokens: int, truncate_to: int | None = None
+    ) -> list[list[int]]:
+        """Ids of texts to embed, with the special tokens. With `truncate_to`, of a text that has
+        more the first so many, special ones included, are kept; else raises as `encode` does.
+        The event loop goes on meanwhile if there is much to do."""
+        if truncate_to is None:
+            for text in inputs:
+                self._check_num_chars(len(text), context_tokens, "input")
+        elif truncate_to <= self._num_special:
+            raise InvalidRequest(
+                f"'truncate_prompt_tokens' is {truncate_to}, which leaves no room for the text "
+                f"beside {self._num_special} special tokens.",
+                param="truncate_prompt_tokens",
+            )
+        else:
+            inputs = [text[: self._max_chars(truncate_to)] for text in inputs]
+        if sum(map(len, inputs)) <= INLINE_CHARS:
+            return self._encode_inputs(inputs, truncate_to)
+        return await asyncio.to_thread(self._encode_inputs, inputs, truncate_to)
+
+    def _encode_inputs(self, inputs: Sequence[str], truncate_to: int | None) -> list[list[int]]:
+        if self._lowers_inputs:
+            inputs = [text.lower() for text in inputs]
+        try:
+            batch = self._tokenizer.encode_batch_fast(list(inputs), add_special_tokens=False)
+        except TypeError as error:
+            raise _half_a_pair("input") from error
+        for encoding in batch:
+            if truncate_to is not None:
+                encoding.truncate(truncate_to - self._num_special)
+        return [self._tokenizer.post_process(encoding).ids for encoding in batch]
+
+    @cached_property
+    def _num_special(self) -> int:
+        """Tokens that are put around a text."""
+        return int(self._tokenizer.num_special_tokens_to_add(False))
 
     def encode_chat(
         self,
@@ -173,10 +215,7 @@ class Text:
                 [prompt], add_special_tokens=add_special_tokens
             )
         except TypeError as error:  # a string that isn't Unicode text is no string to it
-            raise InvalidRequest(
-                "The prompt holds half of a surrogate pair, which is no text.",
-                param="prompt" if add_special_tokens else "messages",
-            ) from error
+            raise _half_a_pair("prompt" if add_special_tokens else "messages") from error
         ids: list[int] = batch[0].ids
         return ids
 
@@ -205,10 +244,11 @@ class Text:
     def _check_num_chars(self, num_chars: int, context_tokens: int, param: str) -> None:
         if num_chars <= context_tokens or num_chars <= self._max_chars(context_tokens):
             return
+        noun = "input" if param == "input" else "prompt"
         least = num_chars * context_tokens // self._max_chars(context_tokens)
         raise ContextLengthExceeded(
-            f"The prompt has {num_chars} characters, which is at least {least} tokens; the "
-            f"model's context holds {context_tokens}. Shorten the prompt.",
+            f"The {noun} has {num_chars} characters, which is at least {least} tokens; the "
+            f"model's context holds {context_tokens}. Shorten the {noun}.",
             param=param,
         )
 
@@ -221,6 +261,14 @@ class Text:
     def detokenizer(self) -> Detokenizer:
         """A new one, for one sequence."""
         return Detokenizer(self.decode, self._special_ids)
+
+
+def _half_a_pair(param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The {'input' if param == 'input' else 'prompt'} holds half of a surrogate pair, which is "
+        "no text.",
+        param=param,
+    )
 
 
 # --- what is in the files
@@ -237,6 +285,12 @@ def _json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerMissing(f"{file} is not a JSON object. Copy it anew.")
     return value
+
+
+def _lowers_inputs(folder: Path) -> bool:
+    """As sentence-transformers says, where it saved the model."""
+    files = folder.glob("sentence_*_config.json")
+    return any(_json_object(file).get("do_lower_case") is True for file in files)
 
 
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:

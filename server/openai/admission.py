@@ -5,7 +5,7 @@ prompts become tokens nor what becomes of the answer.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 from uuid import uuid4
@@ -15,9 +15,14 @@ from server.generation import NO_ADVICE, Generator, SamplingDefaults
 from server.openai.schemas import GenerationRequest
 from server.openai.sequence import TextSequence
 from server.text import Text
-from workers.messages import ModelFacts, SamplingParams
+from workers.messages import ModelFacts, SamplingParams, Task
 
 _SEED_BITS: Final = 63
+_OTHER_TASK: Final[Mapping[Task, str]] = {
+    "generate": "The model {!r} generates text, and makes no embeddings. Serve a model that does.",
+    "embed": "The model {!r} makes embeddings, and generates no text. Use /v1/embeddings.",
+}
+"""By what the model is for."""
 Number = TypeVar("Number", int, float)
 
 
@@ -37,9 +42,17 @@ def new_id(prefix: str) -> str:
 
 
 def check_request(serving: Serving, request: GenerationRequest) -> None:
-    """Raises `UnknownModel` or `InvalidRequest`."""
+    """Raises `UnknownModel`, `InvalidRequest` or `NotReady`."""
     check_model(serving, request.model)
     request.check_supported()
+    check_task(serving, "generate")
+
+
+def check_task(serving: Serving, task: Task) -> None:
+    """Raises `InvalidRequest` where the model is for something else, or `NotReady`."""
+    own = serving.generator.facts.task
+    if own != task:
+        raise InvalidRequest(_OTHER_TASK[own].format(serving.model_name), param="model")
 
 
 def check_model(serving: Serving, name: str) -> None:
@@ -94,12 +107,12 @@ def _or(asked: Number | None, default: Number) -> Number:
     return default if asked is None else asked
 
 
-def check_token_ids(token_ids: Sequence[int], facts: ModelFacts) -> None:
+def check_token_ids(token_ids: Sequence[int], facts: ModelFacts, param: str = "prompt") -> None:
     """Raises `InvalidRequest` for an id that the model doesn't have."""
     if token_ids and max(token_ids) >= facts.vocab_size:
         raise InvalidRequest(
             f"The token id {max(token_ids)} is too large: the model has {facts.vocab_size}.",
-            param="prompt",
+            param=param,
         )
 
 

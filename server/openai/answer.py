@@ -43,7 +43,7 @@ async def collect(request: Request, sequences: Sequence[TextSequence]) -> list[A
     """Waits for the ends of all sequences. Raises `ClientDisconnect` if the client goes first, and
     what a sequence raises; all are closed afterwards."""
     try:
-        return await _while_connected(request, _collect(sequences))
+        return await while_connected(request, _collect(sequences))
     finally:
         with anyio.CancelScope(shield=True):
             await close_all(sequences)
@@ -64,7 +64,7 @@ def _joined(deltas: Sequence[Delta]) -> Answer:
     return Answer("".join(delta.text for delta in deltas), token_ids, reason)
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`, which is cancelled if the client disconnects."""
 
     async def gone() -> None:

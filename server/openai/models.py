@@ -11,11 +11,12 @@ def routes(serving: Serving) -> APIRouter:
     router = APIRouter()
 
     def served() -> Model:
+        model = Model(id=serving.model_name, created=serving.created)
         try:
-            max_model_len = serving.generator.facts.max_model_len
+            facts = serving.generator.facts
         except NotReady:  # it is served all the same, as soon as an instance has loaded it
-            max_model_len = None
-        return Model(id=serving.model_name, created=serving.created, max_model_len=max_model_len)
+            return model
+        return model.model_copy(update={"max_model_len": facts.max_model_len, "task": facts.task})
 
     @router.get("/v1/models")
     async def models() -> ModelList:

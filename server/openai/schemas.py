@@ -275,6 +275,7 @@ class Model(BaseModel):
     created: int
     owned_by: str = "onecopy"
     max_model_len: int | None = None
+    task: Literal["generate", "embed"] | None = None
 
 
 class ModelList(BaseModel):
