@@ -16,7 +16,6 @@ from typing import Final
 
 import torch
 
-from allocator import WaitTimeout
 from workers.errors import OutOfKVMemory
 from workers.kv.block import KVBlock
 from workers.kv.layout import KVLayout
@@ -246,7 +245,4 @@ class KVCache:
         if private:
             self._private.release(private)
         if self._pool is not None and len(private) < len(blocks):
-            try:
-                self._pool.release([block for block in blocks if not block.is_private])
-            except WaitTimeout as error:  # it is released here, and the next request says so
-                log.warning("the allocator did not confirm what was given back: %s", error)
+            self._pool.release([block for block in blocks if not block.is_private])

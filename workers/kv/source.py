@@ -5,24 +5,19 @@ Owns the translation between the allocator's words and blocks. Invariants: what 
 stays usable. Does not know sequences.
 """
 
+import logging
 import mmap
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 
-from allocator import (
-    AllocatorGone,
-    Block,
-    Client,
-    Lease,
-    OutOfDeviceMemory,
-    QuotaExceeded,
-    WaitTimeout,
-)
+from allocator import AllocatorError, Block, Client, Lease, OutOfDeviceMemory, QuotaExceeded
 from workers.errors import OutOfKVMemory
 from workers.kv.block import KVBlock
 from workers.kv.layout import KVLayout
+
+log = logging.getLogger("onecopy.instance")
 
 PRIVATE_LIMIT_BYTES: Final = 256 << 20
 """What blocks of this process alone may take while no allocator answers."""
@@ -45,18 +40,25 @@ class PoolSource:
             leases = self._client.lease_many(self._layout.block_bytes, count)
         except (OutOfDeviceMemory, QuotaExceeded) as error:
             raise OutOfKVMemory(str(error)) from error
-        except (AllocatorGone, WaitTimeout) as error:
+        except AllocatorError as error:
             raise PoolGone(str(error)) from error
         return [_block(lease) for lease in leases]
 
     def release(self, blocks: Sequence[KVBlock]) -> None:
-        """Give back what was leased, let go what is sealed."""
+        """Give back what was leased, let go what is sealed. Never raises: they are given up here in
+        any case, and an allocator that did not hear of it is told with the next request."""
         leases = [block.held for block in blocks if isinstance(block.held, Lease)]
         sealed = [block.held for block in blocks if isinstance(block.held, Block)]
-        if leases:
-            self._client.release_many(leases)
-        if sealed:
-            self._client.release_blocks(sealed)
+        try:
+            if leases:
+                self._client.release_many(leases)
+        except AllocatorError as error:  # another allocator may never have known of them
+            log.warning("%d leases were given up, but not accepted: %s", len(leases), error)
+        try:
+            if sealed:
+                self._client.release_blocks(sealed)
+        except AllocatorError as error:
+            log.warning("%d blocks were let go, but not accepted: %s", len(sealed), error)
 
     def seal(self, blocks: Sequence[tuple[bytes, KVBlock]]) -> None:
         """Let every instance map these full blocks; those that the pool has already stay writable,
@@ -65,7 +67,7 @@ class PoolSource:
         owners = [block for _, block in blocks if isinstance(block.held, Lease)]
         try:
             put = self._client.put_blocks(leases)
-        except (AllocatorGone, WaitTimeout) as error:
+        except AllocatorError as error:
             raise PoolGone(str(error)) from error
         for block, sealed in zip(owners, put, strict=True):
             if sealed is not None:
@@ -76,7 +78,8 @@ class PoolSource:
         answers: then they are computed."""
         try:
             found = self._client.look_up_blocks(digests)
-        except (AllocatorGone, WaitTimeout, OutOfDeviceMemory):
+        except AllocatorError as error:
+            log.debug("the prefix cache was not asked: %s", error)
             return []
         return [_block(block) for block in found]
 
@@ -85,7 +88,7 @@ class PoolSource:
         room; 0 where none does."""
         try:
             share = self._client.pool_share()
-        except (AllocatorGone, WaitTimeout):
+        except AllocatorError:
             return 0
         return max(0, share.held_bytes - share.fair_bytes) if share.wanted else 0
 
