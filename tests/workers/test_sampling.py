@@ -105,19 +105,34 @@ def test_filters_keep_just_the_likeliest() -> None:
 
 
 def by_sorting_all(row: torch.Tensor, one: SamplingParams, index: int) -> int:
-    """The filters as their definition says, on the whole vocabulary in order."""
+    """Temperature and filters as their definitions say, on the whole vocabulary in order."""
     order = sorted(range(row.numel()), key=lambda token: (-float(row[token]), token))
-    weights = ((row.double() - row.max()) / one.temperature).exp()[order]
-    if one.top_k:
-        weights = weights[: one.top_k]
+    weights = (row.double() / one.temperature).softmax(0)[order]
+    kept = int((weights >= one.min_p * weights[0]).sum())
+    kept = min(kept, one.top_k or kept)
+    weights = weights[:kept]
     before = weights.cumsum(0) - weights
-    weights = weights[before < one.top_p * weights.sum()]
+    kept = int((before < one.top_p * weights.sum()).sum())
+    chosen = torch.tensor(sorted(order[:kept]))
+    weights = (row.double() / one.temperature).softmax(0)[chosen]
     passed = weights.cumsum(0) <= uniform(one.seed, index) * weights.sum()
-    return order[int(passed.sum())]
+    return int(chosen[int(passed.sum())])
 
 
 @pytest.mark.parametrize("spread", [0.5, 5.0])  # top_p among the first tokens, and beyond them
-@pytest.mark.parametrize("changes", [{"top_p": 0.9}, {"top_k": 700}, {"top_k": 90, "top_p": 0.7}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"top_k": 3},
+        {"top_k": 700},
+        {"top_k": 90, "top_p": 0.7},
+        {"min_p": 0.02},
+        {"min_p": 1e-6, "top_k": 4600, "top_p": 0.95, "temperature": 2.0},
+    ],
+)
 def test_filters_on_a_large_vocabulary(spread: float, changes: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     row = spread * torch.randn(5000, generator=generator).to(torch.bfloat16)  # with many ties

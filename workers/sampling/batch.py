@@ -1,7 +1,7 @@
 """One step's tokens: which rows need what, and the choice.
 
 Owns the order of a step's work. Invariants: a row whose logits can't be used gives an error in its
-place and leaves the others alone; a batch that is greedy throughout costs one pass over its logits.
+place and leaves the others alone; a row that is greedy and has no rules costs one pass over it.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,16 @@ import torch
 
 from workers.errors import InvalidLogits
 from workers.messages import TokenLogprobs
-from workers.sampling.draw import draw
+from workers.sampling.blocks import largest
+from workers.sampling.draw import LEAST_TEMPERATURE, draw
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.random_number import uniform
 from workers.sampling.rules import apply_rules
+from workers.sampling.scratch import groups
 from workers.sampling.state import SequenceSampler
+
+_NOT_FINITE = "the model's logits are not finite"
+_NOTHING_LEFT = "the request's rules leave no token to choose"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,38 +36,84 @@ def sample(
 ) -> list[Sampled | InvalidLogits]:
     """The next token of each sequence. Row i of `logits` [n, vocab_size] (any float dtype, never
     written to) is that of sampler i; none may occur twice. Accepts nothing: that is the caller's,
-    who may yet drop a token."""
+    who may yet drop a token. One thread at a time may call it with any of these samplers."""
     if not samplers:
         return []
-    best, greedy = logits.max(dim=-1)  # NaN wins, so that one number a row tells all
+    best, greedy = largest(logits)  # NaN wins, so that one number a row tells all
     tokens: list[int | InvalidLogits] = [
-        token if usable else InvalidLogits("the model's logits are not finite")
+        token if usable else InvalidLogits(_NOT_FINITE)
         for token, usable in zip(greedy.tolist(), best.isfinite().tolist(), strict=True)
     ]
-    usable = [row for row, token in enumerate(tokens) if isinstance(token, int)]
-    ruled = [row for row in usable if samplers[row].has_rules]
-    changed = dict[int, torch.Tensor]()
+    laborious = [
+        row
+        for row, one in enumerate(samplers)
+        if isinstance(tokens[row], int) and (one.has_rules or _is_random(one))
+    ]
+    for start, rows in groups(logits, laborious):
+        indices = laborious[start : start + len(rows)]
+        chosen = _choose(rows, best[indices], [samplers[index] for index in indices])
+        for index, token in zip(indices, chosen, strict=True):
+            tokens[index] = token
+    return _with_logprobs(logits, tokens, samplers)
+
+
+def _is_random(sampler: SequenceSampler) -> bool:
+    return sampler.params.temperature >= LEAST_TEMPERATURE
+
+
+def _choose(
+    rows: torch.Tensor, best: torch.Tensor, samplers: Sequence[SequenceSampler]
+) -> list[int | InvalidLogits]:
+    """Tokens of rows that have rules or are random, or both. `best`: the rows' maxima. The rows are
+    overwritten."""
+    tokens: list[int | InvalidLogits] = [0] * len(samplers)
+    best = best.float()
+    ruled = [index for index, one in enumerate(samplers) if one.has_rules]
     if ruled:
-        rows = logits[ruled].float()
-        apply_rules(rows, [samplers[row] for row in ruled])
-        changed = dict(zip(ruled, rows, strict=True))
-        best, greedy = rows.max(dim=-1)
-        for row, token, left in zip(ruled, greedy.tolist(), best.isfinite().tolist(), strict=True):
-            tokens[row] = (
-                token if left else InvalidLogits("the request's rules leave no token to choose")
-            )
-    for row in usable:
-        params = samplers[row].params
-        if params.temperature and isinstance(tokens[row], int):
-            own = changed[row] if row in changed else logits[row].float()
-            number = uniform(params.seed, samplers[row].num_generated)
-            tokens[row] = draw(own, params, number)
+        problems = apply_rules([rows[index] for index in ruled], [samplers[one] for one in ruled])
+        best, greedy = largest(rows)
+        usable, chosen = best.isfinite().tolist(), greedy.tolist()
+        for index, problem in zip(ruled, problems, strict=True):
+            if problem is not None:
+                tokens[index] = InvalidLogits(str(problem))
+            elif usable[index]:
+                tokens[index] = chosen[index]
+            else:
+                tokens[index] = InvalidLogits(_NOTHING_LEFT)
+    random = [
+        index
+        for index, one in enumerate(samplers)
+        if _is_random(one) and isinstance(tokens[index], int)
+    ]
+    if random:
+        all_of_them = len(random) == len(samplers)
+        drawn = draw(
+            rows if all_of_them else rows[random],
+            best if all_of_them else best[random],
+            [samplers[index].params for index in random],
+            [uniform(samplers[one].params.seed, samplers[one].num_generated) for one in random],
+        )
+        for index, token in zip(random, drawn, strict=True):
+            tokens[index] = token
+    return tokens
+
+
+def _with_logprobs(
+    logits: torch.Tensor,
+    tokens: Sequence[int | InvalidLogits],
+    samplers: Sequence[SequenceSampler],
+) -> list[Sampled | InvalidLogits]:
+    found: dict[int, TokenLogprobs] = {}
+    wanted = [
+        (row, token, count)
+        for row, (token, one) in enumerate(zip(tokens, samplers, strict=True))
+        if isinstance(token, int) and (count := one.params.logprobs) is not None
+    ]
+    if wanted:
+        indices, chosen, counts = zip(*wanted, strict=True)
+        own = logits if len(indices) == len(logits) else logits[list(indices)]
+        found = dict(zip(indices, token_logprobs(own, chosen, counts), strict=True))
     return [
-        token if isinstance(token, InvalidLogits) else _sampled(logits[row], token, samplers[row])
+        token if isinstance(token, InvalidLogits) else Sampled(token, found.get(row))
         for row, token in enumerate(tokens)
     ]
-
-
-def _sampled(row: torch.Tensor, token: int, sampler: SequenceSampler) -> Sampled:
-    count = sampler.params.logprobs
-    return Sampled(token, None if count is None else token_logprobs(row.float(), token, count))

@@ -11,27 +11,51 @@ import torch
 
 from workers.errors import InvalidLogits
 from workers.messages import TokenLogprobs
-from workers.sampling.draw import likeliest
+from workers.sampling.blocks import block_maxima, falling, top
+from workers.sampling.scratch import groups
 
 LEAST: Final = -9999.0
 """What stands for the logarithm of nothing, as in OpenAI's API: JSON has no infinity."""
-_PIECE_BYTES: Final = 32 << 20
-"""A prompt's logits are converted so many bytes at a time."""
 
 
-def token_logprobs(row: torch.Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of `token` and of the `count` likeliest tokens. `row`: float32 logits of one position."""
-    own = row[token]
-    normalizer = row.logsumexp(0)
-    top = likeliest(row, count) if count else None
-    return TokenLogprobs(
-        logprob=max(float(own - normalizer), LEAST),
-        rank=int((row > own).sum()) + 1,
-        top_ids=tuple(top.tolist()) if top is not None else (),
-        top_logprobs=(
-            tuple((row[top] - normalizer).clamp(min=LEAST).tolist()) if top is not None else ()
-        ),
-    )
+def token_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Of `token_ids[i]`, and of the `counts[i]` likeliest tokens, in the distribution of row i of
+    `logits` [n, vocab_size]. Raises `InvalidLogits` if a row has no finite maximum."""
+    found: list[TokenLogprobs] = []
+    for start, rows in groups(logits):
+        maxima = block_maxima(rows)
+        best = maxima.amax(dim=1)
+        if not bool(best.isfinite().all()):
+            raise InvalidLogits("the model's logits are not finite")
+        ids, asked = token_ids[start : start + len(rows)], counts[start : start + len(rows)]
+        own = rows.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        ranks = [
+            1 if is_best else int((row > logit).count_nonzero()) + 1
+            for row, logit, is_best in zip(rows, own, (own == best).tolist(), strict=True)
+        ]
+        top_ids = [
+            falling(row, top(row, count, of_row)) if count else torch.empty(0, dtype=torch.int64)
+            for row, of_row, count in zip(rows, maxima, asked, strict=True)
+        ]
+        top_logits = [row[of_row] for row, of_row in zip(rows, top_ids, strict=True)]
+        # The likeliest token's probability is exp(best - normalizer).
+        torch.softmax(rows, dim=-1, out=rows)
+        normalizers = best - block_maxima(rows).amax(dim=1).log()
+        own_logprobs = (own - normalizers).clamp(min=LEAST).tolist()
+        found += (
+            TokenLogprobs(
+                logprob=own_logprobs[index],
+                rank=ranks[index],
+                top_ids=tuple(top_ids[index].tolist()),
+                top_logprobs=tuple(
+                    (top_logits[index] - normalizers[index]).clamp(min=LEAST).tolist()
+                ),
+            )
+            for index in range(len(rows))
+        )
+    return found
 
 
 def prompt_logprobs(
@@ -40,14 +64,4 @@ def prompt_logprobs(
     """Of the tokens of a prompt: row i of `logits` [n, vocab_size] is the distribution that
     `token_ids[i]` was chosen from, so it belongs to the position before that token. Raises
     `InvalidLogits`."""
-    rows_at_once = max(1, _PIECE_BYTES // (4 * logits.shape[-1]))
-    found: list[TokenLogprobs] = []
-    for start in range(0, len(token_ids), rows_at_once):
-        rows = logits[start : start + rows_at_once].float()
-        if not bool(rows.amax(dim=-1).isfinite().all()):
-            raise InvalidLogits("the model's logits for the prompt are not finite")
-        found += (
-            token_logprobs(row, token, count)
-            for row, token in zip(rows, token_ids[start : start + rows_at_once], strict=True)
-        )
-    return tuple(found)
+    return tuple(token_logprobs(logits, token_ids, [count] * len(token_ids)))

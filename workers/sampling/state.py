@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from workers.messages import SamplingParams
+from workers.sampling.bitmask import packed
 from workers.sampling.counts import TokenCounts
 from workers.sampling.grammar import Grammar
 
@@ -29,15 +29,24 @@ class SequenceSampler:
         grammar: Grammar | None = None,
     ) -> None:
         """`params` must be such that `invalid_params` finds nothing in them. `grammar` has taken
-        no token yet; it takes `generated_token_ids` here. Raises `GrammarFailed`."""
+        no token yet; it takes `generated_token_ids` here."""
         self.params = params
         self.num_generated = len(generated_token_ids)
         self.grammar = grammar
         self.end_ids = end_token_ids(params, vocab_size, eos_token_ids)
+        self._ends = frozenset({*eos_token_ids, *params.stop_token_ids})
+        self.text_end_ids = np.array(
+            sorted(one for one in self._ends if one < vocab_size), dtype=np.int64
+        )
+        """What ends a text that a grammar says is complete, even if `ignore_eos` is set."""
         self.counts = _counts(params, prompt_token_ids, generated_token_ids)
         self.bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self.bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self.allowed = _packed(params.allowed_token_ids, vocab_size)
+        self.allowed = (
+            None
+            if params.allowed_token_ids is None
+            else packed(params.allowed_token_ids, vocab_size)
+        )
         self._has_rules = (
             self.counts is not None
             or self.allowed is not None
@@ -46,19 +55,19 @@ class SequenceSampler:
         )
         if grammar is not None:
             for token in generated_token_ids:
-                grammar.accept(token)
+                grammar.accept(token, ends=token in self._ends)
 
     def accept(self, token: int) -> None:
-        """The sequence goes on with `token`. Raises `GrammarFailed`."""
+        """The sequence goes on with `token`."""
         self.num_generated += 1
         if self.counts is not None:
             self.counts.add(token)
         if self.grammar is not None:
-            self.grammar.accept(token)
+            self.grammar.accept(token, ends=token in self._ends)
 
     @property
     def finished(self) -> bool:
-        """Whether the grammar allows nothing more: its end token was the last one accepted."""
+        """Whether the grammar allows nothing more: the last token accepted was its end."""
         return self.grammar is not None and self.grammar.finished
 
     @property
@@ -99,12 +108,3 @@ def _counts(
     for token in generated_token_ids:
         counts.add(token)
     return counts
-
-
-def _packed(token_ids: Sequence[int] | None, vocab_size: int) -> NDArray[np.uint8] | None:
-    """A bit for each token of the vocabulary, set for these."""
-    if token_ids is None:
-        return None
-    bits = np.zeros(vocab_size, dtype=np.uint8)
-    bits[list(token_ids)] = 1
-    return np.packbits(bits, bitorder="little")

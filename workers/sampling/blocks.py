@@ -1,0 +1,78 @@
+"""Finding a few elements of long rows without looking at all of them more than once.
+
+Owns the maxima of blocks of a row, from which it can be seen where its largest elements are.
+Invariant: results depend on each row alone, and of equal elements the one with the lower index is
+the larger.
+"""
+
+from typing import Final
+
+import torch
+
+BLOCK: Final = 128
+
+
+def block_maxima(rows: torch.Tensor) -> torch.Tensor:
+    """[n, num_blocks] of rows [n, length]; the last block may be shorter. NaN is the largest."""
+    whole = rows.shape[1] // BLOCK * BLOCK
+    maxima = rows[:, :whole].view(len(rows), -1, BLOCK).amax(dim=-1) if whole else None
+    if whole == rows.shape[1] and maxima is not None:
+        return maxima
+    rest = rows[:, whole:].amax(dim=-1, keepdim=True)
+    return rest if maxima is None else torch.cat((maxima, rest), dim=1)
+
+
+def block_sums(rows: torch.Tensor) -> torch.Tensor:
+    """As `block_maxima`, but the sums, in float64."""
+    whole = rows.shape[1] // BLOCK * BLOCK
+    sums = rows[:, :whole].view(len(rows), -1, BLOCK).sum(dim=-1) if whole else None
+    if whole == rows.shape[1] and sums is not None:
+        return sums.double()
+    rest = rows[:, whole:].sum(dim=-1, keepdim=True)
+    return (rest if sums is None else torch.cat((sums, rest), dim=1)).double()
+
+
+def block_of(rows: torch.Tensor, blocks: torch.Tensor, missing: float) -> torch.Tensor:
+    """Block `blocks[i]` of each row i, [n, BLOCK]; what a short block lacks is `missing`."""
+    indices = blocks[:, None] * BLOCK + torch.arange(BLOCK)
+    found = rows.gather(1, indices.clamp(max=rows.shape[1] - 1))
+    if rows.shape[1] % BLOCK:
+        found = found.masked_fill(indices >= rows.shape[1], missing)
+    return found
+
+
+def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's maximum and where it is first, [n] and [n]. NaN is the largest."""
+    best, blocks = block_maxima(rows).max(dim=1)
+    return best, blocks * BLOCK + block_of(rows, blocks, float("-inf")).argmax(dim=1)
+
+
+def at_least(row: torch.Tensor, maxima: torch.Tensor, bound: float) -> torch.Tensor:
+    """The indices of a row's elements from `bound` up, rising. `maxima`: those of its blocks."""
+    blocks = (maxima >= bound).nonzero()[:, 0]
+    whole = row.numel() // BLOCK
+    if blocks.numel() * 4 > maxima.numel() or int(blocks.max()) == whole:
+        return (row >= bound).nonzero()[:, 0]
+    found = (row[: whole * BLOCK].view(-1, BLOCK)[blocks] >= bound).nonzero()
+    return blocks[found[:, 0]] * BLOCK + found[:, 1]
+
+
+def top(row: torch.Tensor, count: int, maxima: torch.Tensor | None = None) -> torch.Tensor:
+    """The indices of a row's `count` largest elements, rising. `maxima`: those of its blocks, if
+    they are known."""
+    if count >= row.numel():
+        return torch.arange(row.numel())
+    if maxima is not None and count < maxima.numel():
+        # So many blocks have an element as large as that: no smaller one can be wanted.
+        candidates = at_least(row, maxima, float(maxima.topk(count).values.min()))
+        return candidates[top(row[candidates], count)]
+    least = row.topk(count, sorted=False).values.min()
+    above = row > least
+    equal = (row == least).nonzero()[:, 0]
+    above[equal[: count - int(above.sum())]] = True
+    return above.nonzero()[:, 0]
+
+
+def falling(row: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rising indices by their elements, the largest first."""
+    return indices[row[indices].argsort(descending=True, stable=True)]
