@@ -172,9 +172,10 @@ class Scheduler:
         self._make_way(room)
         decodes, gave_way = self._decodes(room)
         chunks = (*decodes, *self._prefills(room, admitting=not gave_way))
-        if not chunks and self._running:  # those that have begun are in each other's way
+        while not chunks and self._running:  # those that have begun are in each other's way
             self.preempt(self._running[-1], room)
             self._num_until_retry = 0
+            chunks = tuple(self._prefills(room, admitting=False))
         return chunks
 
     def computed(self, chunk: Chunk) -> None:
@@ -231,23 +232,27 @@ class Scheduler:
 
     def _decodes(self, room: Room) -> tuple[list[Chunk], bool]:
         """A chunk of each sequence that decodes and has room, and whether any gave way."""
-        chunks: list[Chunk] = []
+        decoding: list[GenerationSequence] = []
         gave_way = False
         for sequence in tuple(self._running):
             # The last in order gives way first, so it may have done so by the time of its turn.
             if not sequence.is_decoding or sequence not in self._running:
                 continue
-            length = len(sequence.token_ids)
-            if sequence.draft and not room.grow(sequence, length + len(sequence.draft)):
-                sequence.draft = ()  # a trial is no reason for anybody to give way
-            while not room.grow(sequence, length):
+            while not room.grow(sequence, len(sequence.token_ids)):
                 victim = self._running[-1]
                 self.preempt(victim, room)
                 gave_way = True
                 if victim is sequence:
                     break
             else:
-                chunks.append(Chunk(sequence, length - 1, length, sequence.draft))
+                decoding.append(sequence)
+        chunks: list[Chunk] = []
+        for sequence in decoding:
+            length = len(sequence.token_ids)
+            # A trial is no reason for anybody to give way: what is left is enough, or it is off.
+            if sequence.draft and not room.grow(sequence, length + len(sequence.draft)):
+                sequence.draft = ()
+            chunks.append(Chunk(sequence, length - 1, length, sequence.draft))
         return chunks, gave_way
 
     def _prefills(self, room: Room, *, admitting: bool) -> list[Chunk]:

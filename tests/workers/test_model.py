@@ -19,9 +19,11 @@ from tests.workers.tiny_models import (
     reference_model,
     tensors_of,
 )
-from workers.attention import Batch
+from workers.batch import Batch, Part
 from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
-from workers.kv_cache import KVCache, KVLayer
+from workers.kv.layout import KVLayer
+from workers.kv.source import PrivateSource
+from workers.kv.table import BlockTable
 from workers.model import Model, build_model, preload
 
 reference = cache(reference_model)
@@ -32,13 +34,24 @@ def built(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Mo
     return build_model(config_of(family, **changes), tensors, dtype)
 
 
+def table_of(model: Model, num_tokens: int) -> BlockTable:
+    """Room for so many tokens of one sequence."""
+    layout = model.geometry.kv_layout
+    return BlockTable(layout, PrivateSource(layout).lease(layout.num_blocks(num_tokens)))
+
+
+def logits_of(model: Model, table: BlockTable, token_ids: list[int]) -> torch.Tensor:
+    """Those of the last of the next tokens: [1, vocab_size]."""
+    return model.forward(Batch.of([Part(table, token_ids, 1)]))
+
+
 def logits_in_chunks(model: Model, token_ids: list[int], sizes: Iterator[int]) -> torch.Tensor:
     """Logits of every token that ends a chunk: [num_chunks, vocab_size]."""
-    own = KVCache(model.geometry.kv_layout, model.geometry.max_model_len)
+    own = table_of(model, len(token_ids))
     rows, start = [], 0
     while start < len(token_ids):
         stop = start + next(sizes)
-        rows.append(model.forward(Batch.of([(own, token_ids[start:stop], True)])))
+        rows.append(logits_of(model, own, token_ids[start:stop]))
         start = stop
     return torch.cat(rows)
 
@@ -237,15 +250,25 @@ def test_preloading_starts_no_threads() -> None:
 
 def test_a_failed_pass_changes_no_cache() -> None:
     model = built("llama")
-    own = KVCache(model.geometry.kv_layout, 64)
-    first = model.forward(Batch.of([(own, prompt(6), True)]))
-    other = KVCache(model.geometry.kv_layout, 64)
+    own, other, fresh = (table_of(model, 16) for _ in range(3))
+    first = logits_of(model, own, prompt(6))
     with pytest.raises(IndexError):
-        model.forward(Batch.of([(own, [5], True), (other, [VOCAB_SIZE], True)]))
+        model.forward(Batch.of([Part(own, [5], 1), Part(other, [VOCAB_SIZE], 1)]))
     assert (own.num_tokens, other.num_tokens) == (6, 0)
-    model.forward(Batch.of([(other, prompt(6), False)]))
-    fresh = KVCache(model.geometry.kv_layout, 64)
-    assert torch.equal(model.forward(Batch.of([(fresh, prompt(6), True)])), first)
-    after = [model.forward(Batch.of([(one, [7], True)])) for one in (own, other, fresh)]
+    assert len(model.forward(Batch.of([Part(other, prompt(6), 0)]))) == 0
+    assert torch.equal(logits_of(model, fresh, prompt(6)), first)
+    after = [logits_of(model, one, [7]) for one in (own, other, fresh)]
     assert torch.equal(after[0], after[1])
     assert torch.equal(after[0], after[2])
+
+
+def test_logits_of_as_many_of_the_last_tokens_as_are_wanted() -> None:
+    model = built("llama")
+    parts = [([4, 5, 6], 3), ([7], 0), ([8, 9], 1)]
+    tables = [table_of(model, 16) for _ in parts]
+    batch = [Part(own, ids, count) for own, (ids, count) in zip(tables, parts, strict=True)]
+    rows = model.forward(Batch.of(batch))
+    assert rows.shape == (4, VOCAB_SIZE)
+    alone = [logits_in_chunks(model, ids, iter([1] * 3)) for ids, _ in parts]
+    expected = torch.cat([alone[0], alone[2][-1:]])
+    assert float((rows - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

@@ -120,8 +120,9 @@ class KVCache:
             except OutOfKVMemory as error:
                 self.problem = str(error)
                 return False
-        if short > 0:
-            cache.table.extend([self._free.pop() for _ in range(short)])
+        if short > 0:  # in the order in which they were leased, most of which lie in a row
+            cache.table.extend(self._free[:short])
+            del self._free[:short]
         return True
 
     def seal(self, cache: SequenceCache, token_ids: Sequence[int]) -> bool:

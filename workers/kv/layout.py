@@ -20,7 +20,8 @@ BLOCK_SIZE: Final = 16
 """Tokens of a block. Fewer waste less at a sequence's end, more cost less to find and to lease."""
 
 _LAYER_ALIGNMENT: Final = 64
-_BLOCK_ALIGNMENT: Final = 4096
+_BLOCK_ALIGNMENT: Final = 64 << 10
+"""What host memory is leased in, so that what is counted here is what is held there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class KVLayout:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Bytes of a block, in whole pages, so that each can be shared on its own."""
+        """Bytes of a block, in whole granules of the pool: each is leased, and shared, on its own."""
         last = self.layers[-1]
         return _up(self.layer_offsets[-1] + 2 * self.plane_bytes(last), _BLOCK_ALIGNMENT)
 

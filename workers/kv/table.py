@@ -84,23 +84,23 @@ class BlockTable:
         while done < rows.shape[1]:
             block, inside = divmod(position, size)
             count = min(size - inside, rows.shape[1] - done)
-            run = self._planes(layer, which, block, 1)[0]
+            run = self._planes(layer, which, block, 1, 0)[0]
             run[:, inside : inside + count] = rows[:, done : done + count]
             done, position = done + count, position + count
 
     def _read(self, layer: int, which: int, start: int, stop: int) -> torch.Tensor:
         first = start // self.layout.block_size
         parts = [
-            self._planes(layer, which, begin, count).permute(1, 0, 2, 3).flatten(1, 2)
-            for begin, count in self._runs(first, self.layout.num_blocks(stop))
+            self._planes(layer, which, begin, count, step).permute(1, 0, 2, 3).flatten(1, 2)
+            for begin, count, step in self._runs(first, self.layout.num_blocks(stop))
         ]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         skipped = first * self.layout.block_size
         return whole[None, :, start - skipped : stop - skipped]
 
-    def _planes(self, layer: int, which: int, first: int, count: int) -> torch.Tensor:
-        """Keys (0) or values (1) of `count` blocks that lie behind one another, as a view
-        [count, num_heads, block_size, head_dim]."""
+    def _planes(self, layer: int, which: int, first: int, count: int, step: int) -> torch.Tensor:
+        """Keys (0) or values (1) of `count` blocks that begin `step` bytes behind one another, as a
+        view [count, num_heads, block_size, head_dim]."""
         layout, shape = self.layout, self.layout.layers[layer]
         block = self.blocks[first]
         start = block.offset + layout.layer_offsets[layer] + which * layout.plane_bytes(shape)
@@ -109,7 +109,7 @@ class BlockTable:
             block.storage.view(layout.dtype),
             (count, shape.num_heads, layout.block_size, shape.head_dim),
             (
-                layout.block_bytes // itemsize,
+                step // itemsize,
                 layout.block_size * shape.head_dim,
                 shape.head_dim,
                 1,
@@ -117,14 +117,18 @@ class BlockTable:
             start // itemsize,
         )
 
-    def _runs(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """(first, count) of blocks [first, end) that lie behind one another: most do, for they are
-        leased so."""
-        for index in range(first + 1, end + 1):
-            if index < end:
-                before, block = self.blocks[index - 1], self.blocks[index]
-                adjacent = block.offset == before.offset + self.layout.block_bytes
-                if adjacent and block.storage is before.storage:
-                    continue
-            yield first, index - first
+    def _runs(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(first, count, step) of blocks [first, end) that begin `step` bytes behind one another:
+        most do, for they are leased so."""
+        while first < end:
+            before, index, step = self.blocks[first], first + 1, 0
+            while index < end:
+                block = self.blocks[index]
+                distance = block.offset - before.offset
+                if block.storage is not before.storage or distance <= 0:
+                    break
+                if step not in (0, distance):
+                    break
+                before, index, step = block, index + 1, distance
+            yield first, index - first, step
             first = index
