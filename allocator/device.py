@@ -61,6 +61,8 @@ from allocator.weight_set import Answer, Discard, Free, ReplyTo, Waiter, WeightS
 
 log = logging.getLogger("onecopy.allocator")
 
+_POOL_SUFFIX: Final = "-pool"
+"""Tells the pool's segment from those of weights where the kernel shows its name."""
 _PREFIX_CACHE_PART: Final = 8
 """Unless told otherwise, blocks that nobody pins take an eighth of host memory at most."""
 
@@ -110,7 +112,7 @@ class Device:
         self._pool = DevicePool(
             backend,
             memory,
-            lambda num_bytes: self._handle(backend, num_bytes, 0),
+            lambda num_bytes: self._handle(backend, num_bytes, 0, _POOL_SUFFIX),
             self._apply,
             self._note,
             pool,
@@ -429,11 +431,13 @@ class Device:
         elif handle.backend == self.host_tier.name:
             self.host_tier.free(handle.segment)
 
-    def _handle(self, backend: Backend, num_bytes: int, generation: int) -> Handle:
+    def _handle(
+        self, backend: Backend, num_bytes: int, generation: int, suffix: str = ""
+    ) -> Handle:
         return Handle(
             backend=backend.name,
             device=backend.device,
-            segment=next(self._names),
+            segment=next(self._names) + suffix,
             num_bytes=num_bytes,
             generation=generation,
             placement=backend.placement,

@@ -1,6 +1,6 @@
 """What the kernel says of a process's memory: /proc/PID/smaps (proc(5)). Nothing is counted by us.
 
-Owns the sorting of mappings into shared weights, KV cache and the rest. Invariants: a segment is
+Owns the sorting of mappings into shared weights, KV blocks and the rest. Invariants: a segment is
 known by its inode, so two processes that show the same inode map the same bytes; private memory is
 what only this process has and the kernel could not read again from a file. Knows nothing of models.
 """
@@ -13,7 +13,8 @@ from typing import Final
 SEGMENT_PREFIX: Final = "/dev/shm/onecopy-"  # noqa: S108 - a name that the kernel shows
 FILE_SUFFIXES: Final = (".weights", ".safetensors")
 """Files that are mapped, shared and read-only, as segments: images, and checkpoints as they are."""
-KV_NAME: Final = "/memfd:onecopy-kv"
+POOL_SUFFIX: Final = "-pool"
+"""How the name of a pool's segment ends (allocator/device.py)."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class ProcessMemory:
     pid: int
     segments: tuple[SegmentMapping, ...]
     kv_bytes: int
+    """Resident bytes of the pool: leased blocks, and sealed ones that others may map as well."""
     private_bytes: int
-    """Private, dirty or swapped, segments and KV cache aside."""
+    """Private, dirty or swapped, segments and pools aside."""
     pss_bytes: int
     """All mappings, each page divided by the number of processes that map it."""
 
@@ -57,10 +59,10 @@ def read(pid: int) -> ProcessMemory | None:
     kv_bytes = private_bytes = pss_bytes = 0
     for permissions, inode, path, size, figures in _mappings(text):
         pss_bytes += figures["Pss"]
-        if _is_segment(permissions, path):
-            segments[inode].append((path, permissions, size, figures))
-        elif path.startswith(KV_NAME):
+        if _is_pool(path):
             kv_bytes += figures["Rss"]
+        elif _is_segment(permissions, path):
+            segments[inode].append((path, permissions, size, figures))
         else:
             private_bytes += figures["Private_Dirty"] + figures["Swap"]
     return ProcessMemory(
@@ -70,6 +72,11 @@ def read(pid: int) -> ProcessMemory | None:
         private_bytes,
         pss_bytes,
     )
+
+
+def _is_pool(path: str) -> bool:
+    name = path.removesuffix(" (deleted)")
+    return name.startswith(SEGMENT_PREFIX) and name.endswith(POOL_SUFFIX)
 
 
 def _is_segment(permissions: str, path: str) -> bool:

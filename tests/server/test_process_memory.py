@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from server.process_memory import KV_NAME, SEGMENT_PREFIX, ProcessMemory, SegmentMapping, read
+from server.process_memory import (
+    POOL_SUFFIX,
+    SEGMENT_PREFIX,
+    ProcessMemory,
+    SegmentMapping,
+    read,
+)
+from tests.daemon_process import DaemonProcess
 
 NUM_BYTES = 4 << 20
 FOREIGN = "/dev/shm/foreign-"
@@ -25,11 +32,7 @@ for order in sys.stdin:
         mapping = mmap.mmap(-1, int(touched), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapping.write(b"x" * int(touched))
     else:
-        if path == "kv":
-            fd = os.memfd_create("onecopy-kv")
-            os.ftruncate(fd, 1 << 22)
-        else:
-            fd = os.open(path, os.O_RDWR if how != "read" else os.O_RDONLY)
+        fd = os.open(path, os.O_RDWR if how != "read" else os.O_RDONLY)
         flags = mmap.MAP_PRIVATE if how == "private" else mmap.MAP_SHARED
         prot = mmap.PROT_READ | (mmap.PROT_WRITE if how != "read" else 0)
         mapping = mmap.mmap(fd, 0, flags, prot)
@@ -84,11 +87,11 @@ def process() -> Iterator[Callable[[], Process]]:
 
 
 @pytest.fixture
-def make_segment() -> Iterator[Callable[[str], Path]]:
+def make_segment() -> Iterator[Callable[..., Path]]:
     made: list[Path] = []
 
-    def make(prefix: str) -> Path:
-        path = Path(f"{prefix}{secrets.token_hex(4)}")
+    def make(prefix: str, suffix: str = "") -> Path:
+        path = Path(f"{prefix}{secrets.token_hex(4)}{suffix}")
         made.append(path)
         path.write_bytes(bytes(NUM_BYTES))
         return path
@@ -99,7 +102,7 @@ def make_segment() -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.fixture
-def segment(make_segment: Callable[[str], Path]) -> Path:
+def segment(make_segment: Callable[..., Path]) -> Path:
     return make_segment(SEGMENT_PREFIX)
 
 
@@ -163,15 +166,16 @@ def test_two_segments_of_one_name_are_two(segment: Path, process: Callable[[], P
 
 
 def test_each_kind_of_memory_goes_where_it_belongs(
-    segment: Path, make_segment: Callable[[str], Path], process: Callable[[], Process]
+    segment: Path, make_segment: Callable[..., Path], process: Callable[[], Process]
 ) -> None:
     one = process()
     foreign = make_segment(FOREIGN)
+    pool = make_segment(SEGMENT_PREFIX, POOL_SUFFIX)
     start = one.map(segment, touched=0)
     weights = one.map(segment)
     assert weights.private_bytes - start.private_bytes < 1 << 20
     assert weights.pss_bytes - start.pss_bytes > NUM_BYTES - (1 << 20)
-    kv = one.map("kv", "write", touched=1 << 20)
+    kv = one.map(pool, "write", touched=1 << 20)
     assert (start.kv_bytes, kv.kv_bytes) == (0, 1 << 20)
     assert kv.private_bytes - weights.private_bytes < 1 << 20
     copied = one.map("anonymous", "write")
@@ -187,10 +191,13 @@ def test_each_kind_of_memory_goes_where_it_belongs(
     assert {found.name for found in after.segments} == {f"/{segment.name}"}
 
 
-def test_the_name_of_a_cache_is_the_one_that_is_looked_for() -> None:
-    from workers.kv_cache import MAPPING_NAME
-
-    assert f"/memfd:{MAPPING_NAME}" == KV_NAME
+def test_the_name_of_a_pool_is_the_one_that_is_looked_for(daemon: DaemonProcess) -> None:
+    with daemon.connect() as client:
+        lease = client.lease(1 << 20)
+        lease.buffer[:] = b"x" * (1 << 20)
+        memory = read(os.getpid())
+        assert memory is not None
+        assert memory.kv_bytes == 1 << 20
 
 
 def test_the_prefix_of_segments_is_the_one_that_is_looked_for(tmp_path: Path) -> None:
