@@ -88,11 +88,8 @@ def bind(module: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -
                     missing.append(name)
                     continue
                 tensor = tensors[source]
-                fits_dtype = (
-                    tensor.dtype == slot.dtype
-                    or (tensor.dtype == torch.float32 and keeps_fp32.search(name) is not None)
-                    or (kind is owner._buffers)
-                )
+                is_fp32 = tensor.dtype == torch.float32 and keeps_fp32.search(name) is not None
+                fits_dtype = tensor.dtype == slot.dtype or is_fp32 or kind is owner._buffers
                 if tensor.shape != slot.shape or not fits_dtype:
                     wrong.append(
                         f"{name} is {_shown(tensor.shape, tensor.dtype)}, "
@@ -100,7 +97,9 @@ def bind(module: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -
                     )
                 elif kind is owner._buffers:
                     # A forward pass may write to a buffer.
-                    kind[short_name] = tensor.to(slot.dtype, copy=True)
+                    kind[short_name] = tensor.to(
+                        torch.float32 if is_fp32 else slot.dtype, copy=True
+                    )
                 else:
                     kind[short_name] = bound.setdefault(
                         id(tensor), torch.nn.Parameter(tensor, requires_grad=False)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from workers.attention import DEFAULT_WORKSPACE_BYTES, NAME
+from workers.attention import DEFAULT_WORKSPACE_BYTES
+from workers.attention_pass import NAME, attention_pass
 from workers.batch import Batch, Part
 from workers.binding import bind, compute_buffers, move_buffers
 from workers.errors import UnsupportedCheckpoint
@@ -115,10 +117,15 @@ class Model:
             "input_ids": torch.from_numpy(batch.token_ids).long()[None].to(device),
             "position_ids": torch.from_numpy(batch.positions).long()[None].to(device),
             "use_cache": False,
-            "batch": batch,
-            "workspace_bytes": self.workspace_bytes,
         }
-        with torch.inference_mode():
+        own_pass = attention_pass(
+            batch,
+            self.geometry.kv_layout,
+            self.geometry.sliding_windows,
+            self.geometry.max_model_len,
+            self.workspace_bytes,
+        )
+        with torch.inference_mode(), own_pass:
             if len(batch.logit_rows):
                 rows = torch.from_numpy(batch.logit_rows).long().to(device)
                 output = self._module(**inputs, logits_to_keep=rows)
@@ -179,18 +186,38 @@ def skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
                 else ""
             )
         )
-    config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(raw_config)))
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(_decoded(raw_config))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsupportedCheckpoint(
+            f"config.json is none of model_type {model_type!r}: {error}"
+        ) from error
     _check_config(config)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not model_class._supports_attention_backend:
-        raise UnsupportedCheckpoint(
-            f"{model_class.__name__} does not take another attention function"
-        )
+    no_interface = f"{model_class.__name__} does not take another attention function"
+    if not model_class._supports_sdpa and not model_class._supports_attention_backend:
+        raise UnsupportedCheckpoint(no_interface)
     # Initial values would only be overwritten. Ties are made when the tensors are known.
-    with no_init_weights(), torch.device("meta"):
-        module = model_class._from_config(config, dtype=dtype, attn_implementation=NAME)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            module = model_class._from_config(config, dtype=dtype, attn_implementation=NAME)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if error.args == (NAME,):  # it looked for a class of that name
+            raise UnsupportedCheckpoint(no_interface) from error
+        raise UnsupportedCheckpoint(
+            f"{model_class.__name__} can't be built from this config.json: {error}"
+        ) from error
+    _attentions(module)
     compute_buffers(module)
     return module
+
+
+def _decoded(raw_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which infinity is a number again: JSON has no word for it."""
+    decoded: dict[str, Any] = PreTrainedConfig._decode_special_floats(
+        copy.deepcopy(dict(raw_config))
+    )
+    return decoded
 
 
 def _check_config(config: Any) -> None:
@@ -213,21 +240,37 @@ def _check_config(config: Any) -> None:
             )
 
 
+def _attentions(module: Any) -> list[Any]:
+    """The attention module of each layer. Raises UnsupportedCheckpoint."""
+    found: dict[int, Any] = {}
+    for part in module.modules():
+        index = getattr(part, "layer_idx", None)
+        if isinstance(index, int) and hasattr(part, "is_causal") and _head_dim(part):
+            if index in found:
+                raise UnsupportedCheckpoint(
+                    f"{type(module).__name__} has several attentions in layer {index}"
+                )
+            found[index] = part
+    indices = range(module.config.num_hidden_layers)
+    if sorted(found) != list(indices):
+        raise UnsupportedCheckpoint(f"{type(module).__name__} has layers without a known attention")
+    for index in indices:
+        if not found[index].is_causal:
+            raise UnsupportedCheckpoint(f"{type(module).__name__} is not causal in layer {index}")
+    return [found[index] for index in indices]
+
+
+def _head_dim(attention: Any) -> int | None:
+    """Each family's word for it."""
+    return getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+
+
 def _geometry(module: Any, dtype: torch.dtype, generation_config: Mapping[str, Any]) -> Geometry:
     config = module.config
-    attentions = {}
-    for part in module.modules():
-        if hasattr(part, "layer_idx") and hasattr(part, "head_dim") and hasattr(part, "is_causal"):
-            attentions[part.layer_idx] = part
-    if sorted(attentions) != list(range(config.num_hidden_layers)):
-        raise UnsupportedCheckpoint(f"{type(module).__name__} has layers without a known attention")
     layers = []
-    for index in range(config.num_hidden_layers):
-        part = attentions[index]
-        if not part.is_causal:
-            raise UnsupportedCheckpoint(f"{type(module).__name__} is not causal in layer {index}")
+    for part in _attentions(module):
         groups = getattr(part, "num_key_value_groups", 1)
-        layers.append(KVLayer(config.num_attention_heads // groups, part.head_dim))
+        layers.append(KVLayer(config.num_attention_heads // groups, _head_dim(part) or 0))
     parameters = {part.data_ptr(): part for part in module.parameters()}.values()
     return Geometry(
         architecture=type(module).__name__,

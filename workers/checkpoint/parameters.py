@@ -1,8 +1,8 @@
 """Which stored elements make up each parameter of an architecture. Pure.
 
-Owns the step from the names and layouts that checkpoints have to those of `transformers`, by its own
-tables (`conversion_mapping`): names change, experts stored one by one become rows of one tensor,
-fused tensors are cut. Invariant: a parameter is a sequence of runs of stored elements, so that it
+Owns the step from a checkpoint's names and layouts to those of `transformers`, by its own tables
+(`conversion_mapping`): names change, experts stored one by one become rows of one tensor, fused
+tensors are cut. Invariant: a parameter is a sequence of runs of stored elements, so that it
 can be written where it will lie, a piece at a time, and nothing is computed; what takes more (a
 transposition) is refused by name. Does not know files.
 
@@ -54,18 +54,15 @@ def parameters_of(
     """All that a checkpoint with these tensors holds, in the order of its files.
 
     `dtype` is the one that most parameters are cast to. Tensors that the architecture has no place
-    for are left as they are, but for those that transformers ignores; so are all tensors of what is
-    no decoder. Raises UnsupportedCheckpoint, CheckpointMismatch.
+    for are left as they are, but for those that transformers ignores. Raises UnsupportedCheckpoint,
+    so that what can't be computed is not loaded at all, and CheckpointMismatch.
     """
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from workers.model import skeleton
 
-    try:
-        module = skeleton(config, dtype or torch.float32)
-    except UnsupportedCheckpoint:  # as a decoder; who binds the tensors knows what else it may be
-        return [as_stored(name, shape) for name, shape in stored.items()]
+    module = skeleton(config, dtype or torch.float32)
     slots = module.state_dict()
     transforms = get_model_conversion_mapping(module)
     renamings = [one for one in transforms if isinstance(one, loading.WeightRenaming)]

@@ -27,6 +27,7 @@ from workers.checkpoint.source import (
     read_json,
     unreadable,
 )
+from workers.embedding.settings import task_of
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -178,9 +179,9 @@ class SafetensorsCheckpoint:
     def _parameters(self) -> dict[str, Parameter]:
         if not hasattr(self, "_named"):
             shapes = {name: stored.shape for name, stored in self._stored().items()}
-            if self._sentence is None:
+            if task_of(self.metadata()) == "generate":
                 found = parameters_of(self._config, shapes, self.dtype)
-            else:  # not for generation, and bound as they are
+            else:  # who binds them knows how
                 found = [as_stored(name, shape) for name, shape in shapes.items()]
             self._named = {one.name: one for one in found}
         return self._named
