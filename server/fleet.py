@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 from allocator import RuntimeDir
 from server.settings import Settings
+from server.tokenizer_files import tokenizer_file
 from workers.client import Engines, Forkserver, ForkserverEnded
 from workers.messages import (
     Drain,
@@ -366,6 +367,7 @@ class Fleet:
             requested_at=instance.requested_at,
             device=settings.device,
             map_files=settings.map_files,
+            tokenizer=str(tokenizer_file(settings.model)),
             attention_workspace_bytes=settings.attention_workspace,
             num_speculative_tokens=settings.num_speculative_tokens,
             prefix_caching=settings.prefix_caching,

@@ -78,6 +78,15 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
     return folder
 
 
+def tokenizer_file(model_path: Path, cache_dir: Path | None = None) -> Path:
+    """Where `tokenizer_folder` has, or will have, the model's tokenizer.json. Builds nothing."""
+    if model_path.suffix.lower() == ".gguf" and model_path.is_file():
+        folder = _final_folder(model_path.resolve(), cache_dir or default_cache_dir())
+    else:
+        folder = model_path if model_path.is_dir() else model_path.parent
+    return folder / "tokenizer.json"
+
+
 def _what_is_missing(folder: Path) -> str:
     others = ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model")
     found = [name for name in others if (folder / name).is_file()]
@@ -107,10 +116,14 @@ def _key(file: Path) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _built_folder(file: Path, cache_dir: Path) -> Path:
+def _final_folder(file: Path, cache_dir: Path) -> Path:
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem)[:64]
-    home = cache_dir / "tokenizers"
-    final = home / f"{stem}-{_key(file)}"
+    return cache_dir / "tokenizers" / f"{stem}-{_key(file)}"
+
+
+def _built_folder(file: Path, cache_dir: Path) -> Path:
+    final = _final_folder(file, cache_dir)
+    home = final.parent
     if (final / "tokenizer.json").is_file():
         return final
     try:

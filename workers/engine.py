@@ -9,19 +9,27 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
 
 from workers.batch import Batch, Part
 from workers.drafts import propose
-from workers.errors import InvalidLogits, WorkerError
+from workers.errors import GrammarFailed, InvalidLogits, NoTokenLeft, WorkerError
 from workers.kv.cache import KVCache
 from workers.kv.layout import KVLayout
 from workers.messages import Embedded, FinishReason, Generate, Output, StepOutput, TokenLogprobs
 from workers.model import Model
 from workers.room import KVRoom
-from workers.sampling import Sampled, SequenceSampler, invalid_params, prompt_logprobs, sample
+from workers.sampling import (
+    GrammarCompiler,
+    Sampled,
+    SequenceSampler,
+    invalid_params,
+    prompt_logprobs,
+    sample,
+)
 from workers.scheduler import Chunk, GenerationSequence, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -56,12 +64,14 @@ class Engine:
         token_budget: int = 256,
         kv: KVCache | None = None,
         num_speculative_tokens: int = 0,
+        tokenizer: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_model_len` bounds prompt and generated tokens together, `max_num_seqs` the sequences
         that run at once, `token_budget` the prompt tokens of a step. `kv` None keeps keys and
         values in memory of this process, without a limit. `num_speculative_tokens` is the longest
-        guess at a sequence's next tokens. Raises `ValueError` beyond the model's reach."""
+        guess at a sequence's next tokens. `tokenizer` is the tokenizer.json for requests with a
+        grammar. Raises `ValueError` beyond the model's reach."""
         limit = model.geometry.max_model_len
         if not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 2 to {limit}")
@@ -69,6 +79,8 @@ class Engine:
         self._max_model_len = max_model_len
         self._num_speculative_tokens = num_speculative_tokens
         self._eos_token_ids = frozenset(model.geometry.eos_token_ids)
+        vocab_size = model.geometry.vocab_size
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_token_ids)
         self._scheduler = Scheduler(max_num_seqs, token_budget)
         layout = model.geometry.kv_layout
         self._room = KVRoom(kv or _unlimited(layout, max_model_len, max_num_seqs, model.device))
@@ -127,7 +139,12 @@ class Engine:
             return
         problem = self._problem(request)
         if problem is not None:
-            self._refuse(request, problem)
+            self._refuse(request, problem, invalid=True)
+            return
+        try:
+            grammar = self._grammars.compile(request.sampling)
+        except GrammarFailed as error:
+            self._refuse(request, f"the grammar can't be used: {error}", invalid=True)
             return
         num_prompt = len(request.token_ids) - request.num_generated
         sampler = SequenceSampler(
@@ -136,6 +153,7 @@ class Engine:
             request.token_ids[num_prompt:],
             self._model.geometry.vocab_size,
             self._eos_token_ids,
+            grammar,
         )
         wants_prompt = request.sampling.prompt_logprobs is not None
         sequence = GenerationSequence(
@@ -345,7 +363,9 @@ class Engine:
                 name = chunk.sequence.request_id
                 if isinstance(token, InvalidLogits):
                     outputs += self._emit(chunk.sequence, emitted.pop(name, []), None)
-                    outputs.append(self._fail(chunk.sequence, str(token), keep=False))
+                    invalid = isinstance(token, NoTokenLeft)
+                    failed = self._fail(chunk.sequence, str(token), keep=False, invalid=invalid)
+                    outputs.append(failed)
                     continue
                 emitted.setdefault(name, []).append(token)
                 reason = self._accept(chunk.sequence, token.token)
@@ -409,12 +429,19 @@ class Engine:
 
     # --- ends
 
-    def _refuse(self, request: Generate, problem: str) -> None:
-        self._answered.append(_error(request.request_id, problem))
+    def _refuse(self, request: Generate, problem: str, *, invalid: bool = False) -> None:
+        self._answered.append(_error(request.request_id, problem, invalid=invalid))
 
-    def _fail(self, sequence: GenerationSequence, problem: str, *, keep: bool = True) -> Output:
+    def _fail(
+        self,
+        sequence: GenerationSequence,
+        problem: str,
+        *,
+        keep: bool = True,
+        invalid: bool = False,
+    ) -> Output:
         self._forget(sequence, keep=keep)
-        return _error(sequence.request_id, problem)
+        return _error(sequence.request_id, problem, invalid=invalid)
 
     def _forget(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
         self._scheduler.remove(sequence.request_id)
@@ -429,10 +456,11 @@ def _unlimited(
     return KVCache(layout, device=device, private_limit_bytes=num_bytes)
 
 
-def _error(request_id: str, problem: str) -> Output:
+def _error(request_id: str, problem: str, *, invalid: bool) -> Output:
     return Output(
         request_id=request_id,
         token_ids=(),
         finish_reason="error",
+        invalid=invalid,
         error=problem[:_MAX_ERROR_LENGTH],
     )

@@ -60,6 +60,12 @@ class InvalidLogits(WorkerError):
     code = "invalid_logits"
 
 
+class NoTokenLeft(InvalidLogits):
+    """What the request demands forbids every token that could come next."""
+
+    code = "no_token_left"
+
+
 class GrammarFailed(WorkerError):
     """A grammar can't be compiled, or could not be followed within its limits."""
 

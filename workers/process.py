@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -152,6 +153,7 @@ class _Instance:
             spec.token_budget,
             kv,
             spec.num_speculative_tokens,
+            Path(spec.tokenizer) if spec.tokenizer else None,
         )
         self._announce(model.geometry.facts(max_model_len), weights)
         # A first pass touches every weight, so its length grows with the model: an instance that
@@ -173,6 +175,9 @@ class _Instance:
         max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
         engine = EmbeddingEngine(model, max_model_len, self._spec.token_budget)
         self._announce(model.facts(max_model_len), weights)
+        if not weights.loaded and not self._server.poll(0):
+            model.warm_up()
+            kernel.trim_heap()
         return engine
 
     def _max_model_len(self, limit: int, default: int) -> int:

@@ -11,7 +11,15 @@ sequence. Knows neither models nor when a sequence ends.
 """
 
 from workers.sampling.batch import Sampled, sample
+from workers.sampling.grammar import GrammarCompiler
 from workers.sampling.logprobs import prompt_logprobs
 from workers.sampling.state import SequenceSampler, invalid_params
 
-__all__ = ["Sampled", "SequenceSampler", "invalid_params", "prompt_logprobs", "sample"]
+__all__ = [
+    "GrammarCompiler",
+    "Sampled",
+    "SequenceSampler",
+    "invalid_params",
+    "prompt_logprobs",
+    "sample",
+]

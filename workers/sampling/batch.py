@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.errors import InvalidLogits
+from workers.errors import InvalidLogits, NoTokenLeft
 from workers.messages import TokenLogprobs
 from workers.sampling.blocks import largest
 from workers.sampling.draw import LEAST_TEMPERATURE, draw
@@ -75,11 +75,11 @@ def _choose(
         usable, chosen = best.isfinite().tolist(), greedy.tolist()
         for index, problem in zip(ruled, problems, strict=True):
             if problem is not None:
-                tokens[index] = InvalidLogits(str(problem))
+                tokens[index] = NoTokenLeft(str(problem))
             elif usable[index]:
                 tokens[index] = chosen[index]
             else:
-                tokens[index] = InvalidLogits(_NOTHING_LEFT)
+                tokens[index] = NoTokenLeft(_NOTHING_LEFT)
     random = [
         index
         for index, one in enumerate(samplers)

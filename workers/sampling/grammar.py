@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from workers.errors import GrammarFailed
 from workers.grammar_source import shortened, started, tokens_of
-from workers.messages import GrammarSpec
+from workers.messages import SamplingParams
 from workers.sampling.bitmask import set_bits
 from workers.sampling.vocabulary import read_vocabulary
 
@@ -69,11 +69,16 @@ class GrammarCompiler:
         self._eos_token_ids = eos_token_ids
         self._tokens: LLTokenizer | None = None
 
-    def compile(self, spec: GrammarSpec) -> Grammar:
-        """A grammar that has taken no token yet. Raises `GrammarFailed`."""
+    def compile(self, params: SamplingParams) -> Grammar | None:
+        """The grammar that these ask for, if any; it has taken no token yet. Raises
+        `GrammarFailed`."""
+        if params.grammar is None:
+            return None
+        if not self._eos_token_ids and not params.stop_token_ids:
+            raise GrammarFailed("the model has no end token; give one in stop_token_ids")
         if self._tokens is None:
             self._tokens = self._load()
-        return Grammar(started(spec, self._tokens))
+        return Grammar(started(params.grammar, self._tokens))
 
     def _load(self) -> "LLTokenizer":
         if self._file is None:
