@@ -110,9 +110,10 @@ class Scheduler:
     token_budget` tokens long (and drafts), however long a prompt is.
 
     Of several prompts the first in order gets half the budget at least, the others what is left,
-    the shortest first: a short prompt does not wait for a long one, and a long one comes on however
-    many short ones arrive. Where room for tokens ends, the last in order gives way: it waits at its
-    old place, and is computed again when there is room.
+    the shortest first; and if those others are short, the first sits out every other step, so that
+    theirs is a short one. So a short prompt does not wait for a long one, and a long one comes on
+    however many short ones arrive. Where room for tokens ends, the last in order gives way: it
+    waits at its old place, and is computed again when there is room.
     """
 
     def __init__(self, max_num_seqs: int, token_budget: int) -> None:
@@ -124,6 +125,8 @@ class Scheduler:
         self._running: list[GenerationSequence] = []  # in order
         self._by_id: dict[str, GenerationSequence] = {}
         self._num_arrived = 0
+        self._served_last: GenerationSequence | None = None
+        """The first of the prompts of the last step, unless it sat out."""
         self._num_until_retry = 0
         """Steps for which nobody is admitted, because there was no room."""
         self.num_preempted = 0
@@ -289,8 +292,12 @@ class Scheduler:
         first, *others = candidates
         left = self._token_budget
         wanted = _most(first, left)
+        was_served, self._served_last = self._served_last is first, first
         if not others:
             return [(first, wanted)]
+        if was_served and sum(one.num_pending for one in others) <= left // 2:
+            self._served_last = None
+            return [(one, _most(one, left)) for one in others]
         reserved = min(wanted, left - left // 2)
         left -= reserved
         shares: dict[int, int] = {}
