@@ -2,23 +2,30 @@
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from _processes import environment
+
 
 @contextlib.contextmanager
-def running_server(model: str, runtime_dir: Path, *, num_instances: int) -> Iterator[float]:
+def running_server(
+    model: str, runtime_dir: Path, *, num_instances: int, options: Sequence[str] = ()
+) -> Iterator[float]:
     """Serve `model`; gives the milliseconds from the process's start to its ready line."""
     wanted = time.monotonic()
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "server.cli", "serve", model, "--port", "0"),
             *("--instances", str(num_instances), "--runtime-dir", str(runtime_dir)),
+            *options,
         ],
+        env=environment(own=True),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -56,3 +63,10 @@ def wait_ready(runtime_dir: Path, count: int) -> dict[str, Any]:
         if [one["state"] for one in status["instances"]] == ["ready"] * count:
             return status
     raise TimeoutError(f"{count} instances did not become ready")
+
+
+def free_port() -> int:
+    """One that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,42 @@
+"""OpenVINO GenAI's continuous batching, driven through pipes; see `_peers.py` for the protocol.
+
+Run by its Python: `python openvino_peer.py MODEL.gguf NUM_THREADS`. The precisions of
+activations and of the KV cache are OpenVINO's own choice for the machine.
+"""
+
+import json
+import sys
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+
+model, num_threads = sys.argv[1], int(sys.argv[2])
+scheduler = genai.SchedulerConfig()
+scheduler.cache_size = 1  # GB
+scheduler.enable_prefix_caching = False
+properties = {"INFERENCE_NUM_THREADS": num_threads}
+pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
+print(json.dumps({"ready": True}), flush=True)
+num_requests = 0
+for line in sys.stdin:
+    request = json.loads(line)
+    config = genai.GenerationConfig()
+    config.max_new_tokens = request["max_tokens"]
+    config.ignore_eos = True
+    config.do_sample = False
+    handles = []
+    for prompt in request["prompts"]:
+        num_requests += 1
+        ids = ov.Tensor(np.array([prompt], dtype=np.int64))
+        handles.append(pipeline.add_request(num_requests, ids, config))
+    while pipeline.has_non_finished_requests():
+        pipeline.step()
+        events = []
+        for index, handle in enumerate(handles):
+            while handle.can_read():
+                count = sum(len(output.generated_ids) for output in handle.read().values())
+                events.append(f"{index} {count}\n")
+        sys.stdout.write("".join(events))
+        sys.stdout.flush()
+    print("end", flush=True)
