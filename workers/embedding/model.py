@@ -178,29 +178,29 @@ def _skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 def _named_for(module: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors under the names that `module` gives them, by transformers' own rules: older
     names, a prefix of the model with a head, and matrices that were saved as one and are views of
-    it here. Heads are left out. Raises UnsupportedCheckpoint."""
+    it here. Heads and saved positions are left out. Raises UnsupportedCheckpoint."""
     rules = get_model_conversion_mapping(module)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = module.base_model_prefix
     known = dict.fromkeys(module.state_dict(), True)
+    derived = {name for name, _ in module.named_buffers()} - known.keys()
     has_prefix = any(name.startswith(f"{prefix}.") for name in tensors)
     found: dict[str, torch.Tensor] = {}
     for source, tensor in tensors.items():
         name, pattern = rename_source_key(source, renamings, converters, prefix, known)
         if pattern is not None:
             converter = next(one for one in converters if pattern in one.source_patterns)
-            found.update(_parts(name, tensor, converter, known))
-        elif name in known or not (
-            name.startswith("pooler.") or _is_head(source, prefix, has_prefix)
-        ):
+            found.update(_parts(name, tensor, converter))
+            continue
+        own = name.removeprefix(f"{prefix}.")
+        surplus = own in derived or own.startswith("pooler.")
+        if name in known or not (surplus or _is_head(source, prefix, has_prefix)):
             found[name] = tensor
     return found
 
 
-def _parts(
-    name: str, tensor: torch.Tensor, converter: WeightConverter, known: Mapping[str, bool]
-) -> dict[str, torch.Tensor]:
+def _parts(name: str, tensor: torch.Tensor, converter: WeightConverter) -> dict[str, torch.Tensor]:
     """Equal parts of `tensor`, which the checkpoint holds as one, as views."""
     [operation, *others] = converter.operations
     if others or not isinstance(operation, Chunk) or operation.dim != 0:
