@@ -7,9 +7,7 @@
 // A call of up to 16 rows is one block: each thread then norms and arranges it for itself, which
 // costs less than passing it around. More rows are shared out, 16 to a block.
 #include <cerrno>
-#include <cmath>
 #include <new>
-#include <cmath>
 
 #include "attention.h"
 #include "threads.h"
@@ -21,7 +19,7 @@ enum Activation { kSilu = 0, kGeluTanh = 1 };
 // Operations whose time is counted.
 enum Timed { kNorm, kQkv, kRotate, kAttend, kOutput, kGateUp, kDown, kLogits, kWait, kNumTimed };
 
-constexpr int kMinTasks = 4;  // a thread: below, long contexts are split
+constexpr int kTasksEach = 4;  // of attention, that a thread should have to choose from
 
 }  // namespace
 
@@ -98,11 +96,13 @@ class Decoder {
       own.scratch = aligned<AttentionScratch>(1, workspace_bytes_);
       memset((void*)own.scratch, 0, sizeof(AttentionScratch));
     }
-    // Split tasks have one tile. There are at most `limit` unsplit ones, each of some partitions.
-    const int limit = kMinTasks * spec.num_threads;
-    const int partitions = (spec.max_model_len + kPartition - 1) / kPartition;
-    max_partials_ = limit * partitions;
-    partials_ = aligned<Partial>(max_partials_, workspace_bytes_);
+    // Only a run with more than 1 / max_split_runs() of all keys is split.
+    const int64_t partitions = (spec.max_model_len + kPartition - 1) / kPartition;
+    int64_t floats = 0;
+    for (const LayerSpec& layer : layers_)
+      floats = std::max(floats, max_split_runs() * partitions * layer.attention.num_kv_heads *
+                                    partial_size(layer.attention.head_dim));
+    partials_ = aligned<float>(floats, workspace_bytes_);
     threads_ = new Threads(spec.num_threads);
   }
 
@@ -182,41 +182,63 @@ class Decoder {
   struct Kind {  // layers with the same tasks
     int window, num_heads, num_kv_heads;
     std::vector<Task> tasks;
-    std::vector<Task> merges;  // one for the partitions of a split task, which start at its slot
+    std::vector<Task> merges;  // one for a split task, with the number of its partitions
   };
+
+  int max_split_runs() const { return 2 * spec_.num_threads; }
 
   void plan_kind(Kind& kind) {
     const int group = kind.num_heads / kind.num_kv_heads;
-    int num_tiles = 0;
-    for (const Run& run : runs_)
-      num_tiles += (run.num_rows * group + kRows - 1) / kRows * kind.num_kv_heads;
-    const bool splits = num_tiles < kMinTasks * threads_->count() && threads_->count() > 1;
-    const int columns = splits ? kRows : kRows * kTiles;
+    const auto first_key = [&](int position) {
+      return kind.window ? std::max(0, position - kind.window + 1) : 0;
+    };
+    int64_t num_keys = 0, num_tiles = 0;
+    for (const Run& run : runs_) {
+      num_keys += run.position + 1 - first_key(run.position);
+      num_tiles += (run.num_rows * group + kRows - 1) / kRows * int64_t(kind.num_kv_heads);
+    }
+    const int64_t wanted = kTasksEach * int64_t(threads_->count());
+    const int most = int(std::clamp<int64_t>(num_tiles / wanted, 1, kTiles));
     int slot = 0;
-    for (int r = int(runs_.size()) - 1; r >= 0; r--) {
+    for (int r = 0; r < int(runs_.size()); r++) {
       const Run& run = runs_[r];
-      // The last columns have the most keys: they go first.
       const int count = run.num_rows * group;
-      for (int column = (count - 1) / columns * columns; column >= 0; column -= columns)
-        for (int head = 0; head < kind.num_kv_heads; head++) {
-          const int num_columns = std::min(columns, count - column);
-          const int last = run.position + (column + num_columns - 1) / group;
-          int first = 0;
-          if (kind.window) first = std::max(0, run.position + column / group - kind.window + 1);
-          Task task{r, head, column, num_columns, -1, slot};
-          if (!splits || first / kPartition == last / kPartition) {
+      const int tiles = std::min((count + kRows - 1) / kRows, most);
+      // Heads lie beside each other: reading several together goes faster.
+      const int heads = tiles > 1 ? 1 : std::min(kind.num_kv_heads, kTiles);
+      for (int column = 0; column < count; column += tiles * kRows)
+        for (int head = 0; head < kind.num_kv_heads; head += heads) {
+          const int num_columns = std::min(tiles * kRows, count - column);
+          const int num_heads = std::min(heads, kind.num_kv_heads - head);
+          Task task{r, head, num_heads, column, num_columns, -1, slot};
+          const int first = first_key(run.position + column / group) / kPartition;
+          const int last = (run.position + (column + num_columns - 1) / group) / kPartition;
+          const int64_t own = run.position + 1 - first_key(run.position);
+          if (count > kRows || first == last || own * max_split_runs() < num_keys ||
+              threads_->count() == 1) {
             kind.tasks.push_back(task);
             continue;
           }
+          task.partition = last - first + 1;
           kind.merges.push_back(task);
-          for (int p = first / kPartition; p <= last / kPartition; p++) {
+          for (int p = first; p <= last; p++, slot += num_heads) {
             task.partition = p;
-            task.slot = slot++;
+            task.slot = slot;
             kind.tasks.push_back(task);
           }
-          kind.merges.back().partition = last / kPartition - first / kPartition + 1;
         }
     }
+    // The longest first.
+    const auto cost = [&](const Task& task) {
+      const Run& run = runs_[task.run];
+      const int last = run.position + (task.column + task.num_columns - 1) / group;
+      const int64_t keys = task.partition < 0
+                               ? last + 1 - first_key(last)
+                               : std::min(kPartition, last + 1 - task.partition * kPartition);
+      return keys * ((task.num_columns + kRows - 1) / kRows) * task.num_kv_heads;
+    };
+    std::stable_sort(kind.tasks.begin(), kind.tasks.end(),
+                     [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
   }
 
   // Thread 0's time since the last call goes to `operation`.
@@ -382,7 +404,7 @@ class Decoder {
   void attend(int thread, const LayerSpec& layer, const Kind& kind) {
     const Attention& a = layer.attention;
     Own& own = own_[thread];
-    for (int i; (i = threads_->take(thread, int(kind.tasks.size()))) >= 0;) {
+    for (int i; (i = threads_->take_in_order(int(kind.tasks.size()))) >= 0;) {
       const Task& task = kind.tasks[i];
       AttentionTask(a, runs_[task.run], task, *own.scratch)
           .compute(projected_, layer.qkv.num_outputs, partials_, attended_);
@@ -390,13 +412,19 @@ class Decoder {
     count(thread, kAttend);
     if (kind.merges.empty()) return;
     barrier(thread);
-    for (int i; (i = threads_->take(thread, int(kind.merges.size()))) >= 0;) {
+    for (int i; (i = threads_->take_in_order(int(kind.merges.size()))) >= 0;) {
       const Task& task = kind.merges[i];
-      Partial& total = own.scratch->total[0];
-      clear(total, task.num_columns, a.head_dim);
-      for (int p = 0; p < task.partition; p++)
-        merge(total, partials_[task.slot + p], task.num_columns, a.head_dim);
-      finish(a, runs_[task.run], task.kv_head, task.column, task.num_columns, total, attended_);
+      float* total = own.scratch->total[0];
+      for (int head = 0; head < task.num_kv_heads; head++) {
+        clear_partial(total, a.head_dim);
+        for (int p = 0; p < task.partition; p++) {
+          const int slot = task.slot + p * task.num_kv_heads + head;
+          const float* part = partials_ + slot * partial_size(a.head_dim);
+          merge_partial(total, part, part + 16, part + 32, task.num_columns, a.head_dim);
+        }
+        finish(a, runs_[task.run], task.kv_head + head, task.column, task.num_columns, total,
+               attended_);
+      }
     }
     count(thread, kAttend);
   }
@@ -463,7 +491,6 @@ class Decoder {
     for (int i = 0; i < count_rows; i++) own.best[i] = {-INFINITY, 0};
     if (!each_alone) barrier(thread);
     const int64_t vocab = spec_.head.num_outputs;
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     multiply(thread, spec_.head, num_chunks(spec_.head), x, blocks, chunk_of,
              [&](const Chunk& chunk, int block, const float(*out)[256]) {
                by_rows(chunk, out, std::min(kRows, count_rows - block * kRows),
@@ -471,7 +498,7 @@ class Decoder {
                          const int64_t row = int64_t(block) * kRows + m;
                          values = final_logits(values);
                          const __mmask16 mine =
-                             _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(chunk.first[i]));
+                             _mm512_cmpge_epi32_mask(lane_index(), _mm512_set1_epi32(chunk.first[i]));
                          if (call_->logits)
                            _mm512_mask_storeu_ps(call_->logits + row * vocab + chunk.outputs[i],
                                                  mine, values);
@@ -524,8 +551,8 @@ class Decoder {
   bf16 *hidden_, *normed_, *sublayer_, *attended_paired_;  // paired blocks
   bf16 *projected_, *attended_;                            // rows
   bf16* gated_;                                            // paired blocks
-  Partial* partials_;
-  int max_outputs_ = 0, attention_size_ = 0, max_partials_ = 0;
+  float* partials_;
+  int max_outputs_ = 0, attention_size_ = 0;
   size_t workspace_bytes_ = 0;
   // Of the present call.
   const Call* call_ = nullptr;

@@ -184,11 +184,8 @@ inline void by_rows(const Chunk& chunk, const float out[2][256], int num_rows, R
     __m512 bias = _mm512_setzero_ps();
     if (chunk.biases[i]) bias = load16(chunk.biases[i]);
     if (num_rows <= 4) {
-      const __m512i lanes =
-          _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                             _mm512_set1_epi32(16));
       for (int m = 0; m < num_rows; m++)
-        row(i, m, _mm512_add_ps(_mm512_i32gather_ps(lanes, out[i] + m, 4), bias));
+        row(i, m, _mm512_add_ps(_mm512_i32gather_ps(column_index(), out[i] + m, 4), bias));
     } else {
       __m512i r[16];
       for (int n = 0; n < 16; n++) r[n] = _mm512_load_si512(out[i] + n * 16);

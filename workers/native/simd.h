@@ -39,6 +39,12 @@ inline __m512i interleave_index() {
   return _mm512_load_si512(index);
 }
 
+inline __m512i lane_index() {
+  return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+// Of the elements of one column in a row-major matrix of 16 columns.
+inline __m512i column_index() { return _mm512_slli_epi32(lane_index(), 4); }
+
 // Round both to bf16, `low` into the lower halves of the dwords.
 inline __m512i join(__m512 low, __m512 high) {
   return _mm512_permutexvar_epi16(interleave_index(), (__m512i)_mm512_cvtne2ps_pbh(high, low));

@@ -84,6 +84,12 @@ class Threads {
     }
     return -1;
   }
+  // The next of `num_chunks`, or -1: in order, whoever comes.
+  int take_in_order(int num_chunks) {
+    if (next_[0].value.load(std::memory_order_relaxed) >= num_chunks) return -1;
+    const int chunk = next_[0].value.fetch_add(1, std::memory_order_relaxed);
+    return chunk < num_chunks ? chunk : -1;
+  }
   int share(int thread, int num_chunks) const {
     return int(int64_t(num_chunks) * thread / count_);
   }
