@@ -32,6 +32,10 @@ def compute_buffers(module: Any) -> None:
             buffer = owner._buffers[buffer_name]
             if buffer is None or not buffer.is_meta:
                 continue
+            if buffer.dtype == torch.bool:  # no value would show that nobody has set it
+                raise UnsupportedCheckpoint(
+                    f"can't tell the values of the buffer {name}.{buffer_name}"
+                )
             owner._buffers[buffer_name] = torch.full(
                 buffer.shape, _unset(buffer.dtype), dtype=buffer.dtype
             )

@@ -257,6 +257,8 @@ def _attentions(module: Any) -> list[Any]:
     for index in indices:
         if not found[index].is_causal:
             raise UnsupportedCheckpoint(f"{type(module).__name__} is not causal in layer {index}")
+        if hasattr(found[index], "sinks"):
+            raise UnsupportedCheckpoint(f"{type(module).__name__} has attention sinks")
     return [found[index] for index in indices]
 
 

@@ -90,20 +90,26 @@ def reference_model(family: str, dtype: torch.dtype = torch.float32, **changes: 
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
     attention = "eager" if raw.get("attn_logit_softcapping") else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            is_norm = "norm" in name
-            spread = 0.2 if is_norm or name.endswith("bias") else 0.25
-            if "gemma" in raw["model_type"] and "embed" in name:
-                spread = 0.04  # scaled up by the model; a larger one would repeat its own token
-            values = torch.randn(parameter.shape, generator=generator) * spread
-            centre = 0.0 if "gemma" in raw["model_type"] or not is_norm else 1.0
-            parameter.copy_(values + centre)
+    fill_at_random(model)
     # Buffers keep the dtype that they were computed in, as from_pretrained has it.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
+
+
+def fill_at_random(model: Any) -> None:
+    """Give every parameter values so large that the logits are far apart."""
+    is_gemma = "gemma" in model.config.model_type
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            is_norm = "norm" in name or ".ln_" in name
+            spread = 0.2 if is_norm or name.endswith("bias") else 0.25
+            if is_gemma and "embed" in name:
+                spread = 0.04  # scaled up by the model; a larger one would repeat its own token
+            values = torch.randn(parameter.shape, generator=generator) * spread
+            centre = 1.0 if is_norm and name.endswith("weight") and not is_gemma else 0.0
+            parameter.copy_(values + centre)
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:

@@ -1,10 +1,10 @@
 """Which stored elements make up each parameter of an architecture. Pure.
 
 Owns the step from a checkpoint's names and layouts to those of `transformers`, by its own tables
-(`conversion_mapping`): names change, experts stored one by one become rows of one tensor, fused
-tensors are cut. Invariant: a parameter is a sequence of runs of stored elements, so that it
-can be written where it will lie, a piece at a time, and nothing is computed; what takes more (a
-transposition) is refused by name. Does not know files.
+(`conversion_mapping`): names change, and experts stored one by one become rows of one tensor.
+Invariant: a parameter is a sequence of runs of stored elements, so that it can be written where it
+will lie, a piece at a time, and nothing is computed; what takes more (a transposition) is refused
+by name. Does not know files.
 
     stored    experts.0.gate_proj [I, H]   experts.0.up_proj [I, H]   experts.1.gate_proj [I, H] …
     laid out  experts.gate_up_proj [num_experts, 2 I, H]: these runs, in this order
@@ -89,29 +89,22 @@ def parameters_of(
             group.sources.setdefault(pattern, []).append(source)
 
     keeps_fp32 = _fp32_names(module, dtype)
-    made: dict[str, list[Parameter]] = {
-        source: [_whole(name, source, stored[source], keeps_fp32(name))]
+    made: dict[str, Parameter | None] = {  # each at its first tensor's place
+        source: _whole(name, source, stored[source], keeps_fp32(name))
         for name, source in plain.items()
     }
     position = {source: index for index, source in enumerate(stored)}
     for name, group in fused.items():
-        used = sorted(
-            (one for part in group.sources.values() for one in part), key=position.__getitem__
-        )
-        made |= {source: [] for source in used}
-        made[used[0]] = [
-            Parameter(target, rows.shape, rows.runs, keeps_fp32(target))
-            for target, rows in _convert(name, group, stored).items()
-        ]
+        used = [source for part in group.sources.values() for source in part]
+        made |= dict.fromkeys(used)
+        rows = _convert(name, group, stored)
+        first = min(used, key=position.__getitem__)
+        made[first] = Parameter(name, rows.shape, rows.runs, keeps_fp32(name))
     ignored = re.compile("|".join(module._keys_to_ignore_on_load_unexpected) or r"(?!)")
-    parameters = []
     for source, shape in stored.items():
-        if source in made:
-            parameters += made[source]
-        elif ignored.search(source) is None:
-            parameters.append(as_stored(source, shape))
-    _check_unique(parameters)
-    return parameters
+        if source not in made and ignored.search(source) is None:
+            made[source] = as_stored(source, shape)
+    return [one for source in stored if (one := made.get(source)) is not None]
 
 
 def as_stored(name: str, shape: Shape) -> Parameter:
@@ -151,34 +144,25 @@ def _whole(name: str, source: str, shape: Shape, keeps_fp32: bool) -> Parameter:
     return Parameter(name, shape, (Run(source, 0, math.prod(shape)),), keeps_fp32)
 
 
-def _convert(name: str, group: _Fused, stored: Mapping[str, Shape]) -> dict[str, _Rows]:
-    """Name → tensor, as `WeightConverter.convert` of transformers makes them."""
+def _convert(name: str, group: _Fused, stored: Mapping[str, Shape]) -> _Rows:
+    """What `WeightConverter.convert` of transformers makes of these tensors: a stack of each
+    pattern's, and where there are several patterns, their stacks side by side."""
     patterns: Sequence[str] = group.converter.source_patterns
-    targets: Sequence[str] = group.converter.target_patterns
-    tensors = [
-        [_Rows(stored[one], [Run(one, 0, math.prod(stored[one]))]) for one in sources]
+    stacks = [
+        _stacked(name, [_Rows(stored[one], [Run(one, 0, math.prod(stored[one]))]) for one in part])
         for pattern in patterns
-        if (sources := group.sources.get(pattern))
+        if (part := group.sources.get(pattern))
     ]
-    operations = [type(one).__name__ for one in group.converter.operations]
-    dimensions = [getattr(one, "dim", None) for one in group.converter.operations]
-    match list(zip(operations, dimensions, strict=True)):
-        case [("MergeModulelist", 0)] if len(tensors) == 1:
-            return {name: _stacked(name, tensors[0])}
+    operations = [
+        (type(one).__name__, getattr(one, "dim", None)) for one in group.converter.operations
+    ]
+    match operations:
+        case [("MergeModulelist", 0)] if len(stacks) == 1:
+            return stacks[0]
         case [("MergeModulelist", 0), ("Concatenate", int(dim))]:
-            return {name: _concatenated(name, [_stacked(name, one) for one in tensors], dim)}
-        case [("Concatenate", int(dim))]:
-            return {name: _concatenated(name, [one for part in tensors for one in part], dim)}
-        case [("Chunk", 0)] if (
-            len(tensors) == len(tensors[0]) == 1
-            and group.converter.operations[0].num_shards_attribute is None
-        ):
-            before, _, after = name.partition(targets[0])
-            names = [f"{before}{target}{after}" for target in targets]
-            return dict(zip(names, _chunks(name, tensors[0][0], len(names)), strict=True))
+            return _concatenated(name, stacks, dim)
     raise UnsupportedCheckpoint(
-        f"{name} is made of {', '.join(patterns)} by {' and '.join(operations)}, which is not done "
-        "here"
+        f"{name} is made of {', '.join(patterns)} by {operations}, which is not done here"
     )
 
 
@@ -208,25 +192,8 @@ def _concatenated(name: str, parts: Sequence[_Rows], dim: int) -> _Rows:
     return _Rows((*parts[0].shape[:dim], length, *parts[0].shape[dim + 1 :]), runs)
 
 
-def _chunks(name: str, tensor: _Rows, number: int) -> list[_Rows]:
-    """`torch.chunk(tensor, number, dim=0)`, where it divides evenly."""
-    if not tensor.shape or tensor.shape[0] % number:
-        raise CheckpointMismatch(f"{name} can't be cut into {number}: it is {list(tensor.shape)}")
-    shape = (tensor.shape[0] // number, *tensor.shape[1:])
-    step = math.prod(shape)
-    return [_Rows(shape, tensor.cut(index * step, (index + 1) * step)) for index in range(number)]
-
-
 def _fp32_names(module: Any, dtype: torch.dtype | None) -> Callable[[str], bool]:
     """Which parameters transformers keeps in fp32 where the others are cast to `dtype`."""
     globs = module._get_dtype_plan(dtype) if dtype is not None else {}
     pattern = re.compile("|".join(glob.replace("*", ".*") for glob in globs) or r"(?!)")
     return lambda name: pattern.search(name) is not None
-
-
-def _check_unique(parameters: Sequence[Parameter]) -> None:
-    names: set[str] = set()
-    for one in parameters:
-        if one.name in names:
-            raise CheckpointMismatch(f"the checkpoint's tensors make up {one.name!r} twice")
-        names.add(one.name)

@@ -1,0 +1,24 @@
+"""Greedy generation by the engine: the one place of these tests that knows how it is driven."""
+
+from collections.abc import Sequence
+
+from workers.engine import Engine
+from workers.messages import Generate, SamplingParams
+from workers.model import Model
+
+
+def generated(
+    model: Model, prompts: Sequence[Sequence[int]], num_new: int, *, token_budget: int = 256
+) -> list[list[int]]:
+    """The `num_new` tokens behind each prompt, all computed in company; ends are ignored."""
+    longest = max(map(len, prompts)) + num_new
+    engine = Engine(model, max_model_len=longest, token_budget=token_budget)
+    sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
+    for index, prompt in enumerate(prompts):
+        engine.add(Generate(request_id=str(index), token_ids=tuple(prompt), sampling=sampling))
+    new: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for output in engine.step():
+            assert not output.error, output.error
+            new[int(output.request_id)] += output.token_ids
+    return new
