@@ -46,6 +46,15 @@ def steal_ticks() -> int:
     return int(Path("/proc/stat").read_text().splitlines()[0].split()[8])
 
 
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Median, 95th and 99th percentile and the largest of many measurements."""
+    ordered = sorted(values)
+    ranks = {f"p{rank}": ordered[(len(ordered) - 1) * rank // 100] for rank in (50, 95, 99)}
+    return {name: round(value, 1) for name, value in {**ranks, "max": ordered[-1]}.items()} | {
+        "num": len(ordered)
+    }
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median and extremes of repeated measurements."""
     ordered = sorted(values)

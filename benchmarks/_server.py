@@ -34,9 +34,12 @@ def running_server(
         for line in server.stdout:
             if "is ready" in line:
                 break
+        else:
+            raise RuntimeError("the server ended before it was ready; its messages say why")
         yield (time.monotonic() - wanted) * 1000
     finally:
-        onecopy(runtime_dir, "stop")
+        if server.poll() is None:
+            onecopy(runtime_dir, "stop")
         server.wait(timeout=60)
 
 
