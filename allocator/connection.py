@@ -75,14 +75,19 @@ class Connection:
         """What the daemon said of itself."""
         return self._lifeline.welcome
 
-    def request(self, message: messages.Request, expected: type[R]) -> R:
-        """One round trip. Raises what the allocator answered with, AllocatorGone or WaitTimeout."""
-        answer, descriptors = self.exchange(message)
+    def request(
+        self, message: messages.Request, expected: type[R], *, epoch: int | None = None
+    ) -> R:
+        """One round trip. Raises what the allocator answered with, AllocatorGone or WaitTimeout;
+        AllocatorGone also where something is meant for another `epoch` than this one."""
+        answer, descriptors = self.exchange(message, epoch)
         for descriptor in descriptors:
             os.close(descriptor)
         return expect(answer, expected)
 
-    def exchange(self, message: messages.Request) -> tuple[messages.Reply, list[int]]:
+    def exchange(
+        self, message: messages.Request, epoch: int | None = None
+    ) -> tuple[messages.Reply, list[int]]:
         """One round trip: the reply, and the descriptors of its handles, the caller's to close.
         Raises as `request` does."""
         self.check_owner()  # before the lock, which a lost thread may hold
@@ -96,6 +101,8 @@ class Connection:
             if self._closed:
                 raise AllocatorGone("this session is closed")
             self._catch_up()
+            if epoch not in (None, self.epoch):
+                raise AllocatorGone("the allocator that knew of this ended; its successor does not")
             self._is_behind, missed = True, self._num_missed
             request_id = self._send(frame)
             reply = self._await(request_id)

@@ -38,7 +38,7 @@ class _Mapped:
     epoch: int
     users: Counter[int] = field(default_factory=Counter)
     """By offset, how many Leases and Blocks."""
-    _bytes: "torch.Tensor | None" = None
+    _bytes: "torch.Tensor | None" = field(default=None, repr=False)  # most can't be touched
 
     def as_bytes(self) -> "torch.Tensor":
         """The whole window as uint8, one tensor however often it is asked for."""
@@ -178,8 +178,9 @@ class PoolClient:
 
     def put(self, blocks: Sequence[tuple[bytes, Lease]]) -> list[Block | None]:
         """Seal leased extents under their digests and go on with them read-only. None where the
-        index had that digest already: the lease goes on, to be released. Where this raises
-        Unanswered or WaitTimeout the leases that were on their way have ended."""
+        index had that digest already, or the lease is of a pool before this one: the lease goes on,
+        to be released. Where this raises Unanswered or WaitTimeout the leases that were on their
+        way have ended."""
         with self._turn():
             put: list[Block | None] = []
             for start in range(0, len(blocks), MAX_BATCH):
@@ -258,23 +259,30 @@ class PoolClient:
     def _put(self, blocks: Sequence[tuple[bytes, Lease]]) -> list[Block | None]:
         for _, lease in blocks:
             lease._check()
+        current = self._current
+        own = [(digest, lease) for digest, lease in blocks if lease._mapped is current]
+        if current is None or not own:
+            return [None] * len(blocks)
         request = messages.PutBlocks(
             blocks=tuple(
-                BlockToPut(digest, lease.extent.offset, lease.generation)
-                for digest, lease in blocks
+                BlockToPut(digest, lease.extent.offset, lease.generation) for digest, lease in own
             )
         )
         try:
-            answer = self._connection.request(request, messages.BlocksPut)
+            # In another pool the same offset and generation may be another lease of ours.
+            answer = self._connection.request(request, messages.BlocksPut, epoch=current.epoch)
         except (Unanswered, WaitTimeout):
-            self._give_up([lease for _, lease in blocks])
+            self._give_up([lease for _, lease in own])
             raise
+        stored = {id(lease) for (_, lease), new in zip(own, answer.stored, strict=True) if new}
         put: list[Block | None] = []
-        for (digest, lease), stored in zip(blocks, answer.stored, strict=True):
-            if stored:
+        for digest, lease in blocks:
+            if id(lease) in stored:
                 lease._held = False
                 lease._mapped.window.map(lease.extent, writable=False)
-            put.append(Block(digest, lease.extent, self, lease._mapped) if stored else None)
+            put.append(
+                Block(digest, lease.extent, self, lease._mapped) if id(lease) in stored else None
+            )
         return put
 
     def _give_up(self, leases: Sequence[Lease]) -> None:

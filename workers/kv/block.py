@@ -14,7 +14,8 @@ from allocator import Block, Lease
 class KVBlock:
     """Memory for `block_size` tokens of one sequence, or of several that begin alike."""
 
-    storage: torch.Tensor  # uint8 [num_bytes of all that this memory was cut from]
+    storage: torch.Tensor = field(repr=False)
+    """uint8 [num_bytes of all that this memory was cut from], most of which may not be touched."""
     offset: int
     """Where in `storage` the block begins, in bytes."""
     held: Lease | Block | None

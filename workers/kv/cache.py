@@ -175,7 +175,8 @@ class KVCache:
         """Blocks of sequences that should be given up, because another instance lacks its part of
         the pool. Blocks that no sequence holds are given back first."""
         num_bytes = self._pool.surplus_bytes() if self._pool is not None else 0
-        surplus = -(-num_bytes // self.layout.block_bytes) - len(self._free)
+        num_free = sum(not block.is_private for block in self._free)
+        surplus = -(-num_bytes // self.layout.block_bytes) - num_free
         if num_bytes:
             self.trim()
         return max(0, surplus)

@@ -57,7 +57,7 @@ class KVLayout:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Bytes of a block, in whole granules of the pool: each is leased, and shared, on its own."""
+        """Bytes of a block, in whole granules of the pool: each is leased on its own."""
         last = self.layers[-1]
         return _up(self.layer_offsets[-1] + 2 * self.plane_bytes(last), _BLOCK_ALIGNMENT)
 
