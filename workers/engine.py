@@ -51,6 +51,11 @@ class _Request:
     expires_at: float | None
     num_cached: int | None = None
     """Tokens of the prompt that were found, until somebody was told."""
+    num_told: int = 1
+    """Tokens of the prompt, from the first on, whose log probabilities need not be told any more.
+    """
+    num_reached: int = 0
+    """The most of its tokens that were ever computed at once."""
 
 
 class Engine:
@@ -87,7 +92,8 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
-        self._stalled_since: float | None = None
+        self._is_idle = False
+        self._stalled: tuple[GenerationSequence, float] | None = None
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
 
@@ -100,7 +106,7 @@ class Engine:
     def is_stalled(self) -> bool:
         """Whether the last step could do nothing: all wait, and there is no room for any. Another
         step makes sense after a while."""
-        return self._stalled_since is not None and not self._answered
+        return self._is_idle and not self._answered
 
     @property
     def num_running(self) -> int:
@@ -192,8 +198,10 @@ class Engine:
         self._share(now)
         self._draft()
         chunks = self._scheduler.schedule(self._room)
+        self._is_idle = not chunks
         if chunks:
-            self._stalled_since = None
+            if self._come_on(chunks):
+                self._stalled = None
             outputs += self._compute(chunks)
         elif self.num_waiting:
             outputs += self._out_of_room(now)
@@ -241,6 +249,7 @@ class Engine:
             last = self._scheduler.running[-1]
             surplus -= len(self._room[last].table.blocks)
             self._scheduler.preempt(last, self._room)
+            self._room.kv.trim()  # or it would begin again with the same blocks
 
     def _draft(self) -> None:
         """Let every sequence that decodes guess what may follow."""
@@ -256,17 +265,28 @@ class Engine:
             most = min(self._num_speculative_tokens, left - 1)
             sequence.draft = propose(sequence.token_ids, most) if most > 0 else ()
 
+    def _come_on(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether anything is computed that was not computed before: what gives way and begins
+        again for ever does not come on."""
+        come_on = False
+        for chunk in chunks:
+            request = self._requests[chunk.sequence.request_id]
+            if chunk.stop > request.num_reached:
+                request.num_reached = chunk.stop
+                come_on = True
+        return come_on
+
     def _out_of_room(self, now: float) -> list[Output]:
         """Nothing runs, and there is no room for those that wait: for a while they wait for other
         instances to give some back."""
-        if self._stalled_since is None:
-            self._stalled_since = now
-        if now - self._stalled_since < NO_ROOM_PATIENCE_S:
-            return []
-        self._stalled_since = None
         first = self._scheduler.next_waiting
         if first is None:
             return []
+        if self._stalled is None or self._stalled[0] is not first:
+            self._stalled = (first, now)
+        if now - self._stalled[1] < NO_ROOM_PATIENCE_S:
+            return []
+        self._stalled = None
         problem = f"there is no room for its keys and values: {self._room.kv.problem}"
         return [self._fail(first, problem)]
 
@@ -325,23 +345,29 @@ class Engine:
         if request.num_cached is None:
             request.num_cached = min(chunk.start, sequence.num_prompt)
         self._scheduler.computed(chunk)
-        if chunk.samples and not self._settle(chunk):
+        if chunk.samples and not self._settle(chunk, rows[-1]):
             return []
         count = sequence.sampling.prompt_logprobs
-        if count is None or chunk.start + 1 >= sequence.num_prompt:
+        begin = max(chunk.start + 1, request.num_told)  # more than once where it gave way
+        end = min(chunk.stop + 1, sequence.num_prompt)
+        if count is None or begin >= end:
             return []
-        following = sequence.token_ids[chunk.start + 1 : min(chunk.stop + 1, sequence.num_prompt)]
+        own = rows[begin - chunk.start - 1 : end - chunk.start - 1]
         try:
-            found = prompt_logprobs(rows[: len(following)], following, count)
+            found = prompt_logprobs(own, sequence.token_ids[begin:end], count)
         except InvalidLogits as error:
             return [self._fail(sequence, str(error), keep=False)]
+        request.num_told = end
         return [Output(request_id=sequence.request_id, token_ids=(), prompt_logprobs=found)]
 
-    def _settle(self, chunk: Chunk) -> bool:
-        """A sequence has caught up: its prompt is for everybody to find. False where its blocks
-        were lost over that, and it begins anew."""
+    def _settle(self, chunk: Chunk, row: torch.Tensor) -> bool:
+        """A sequence has caught up: its prompt is for everybody to find, unless its logits show
+        that something went wrong. False where its blocks were lost over that, and it begins anew.
+        """
         sequence = chunk.sequence
-        if chunk.stop != sequence.num_known or self._room.seal(sequence):
+        if chunk.stop != sequence.num_known or bool(row.isnan().any()):
+            return True
+        if self._room.seal(sequence):
             return True
         self._scheduler.preempt(sequence, self._room)
         return False
