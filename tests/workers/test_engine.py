@@ -4,85 +4,35 @@ Greedy comparisons across batches need the best token to be clearly the best: th
 logits are spread wide, and `test_the_models_leave_no_doubt` measures how far.
 """
 
-import gc
-from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from tests.workers.test_kv_cache import mappings
+from tests.workers.engines import (
+    NUM_NEW,
+    PROMPTS,
+    engine_of,
+    expected,
+    model_of,
+    only,
+    reference,
+    request,
+    run,
+    tokens,
+)
 from tests.workers.tiny_models import (
     CONFIGS,
     EOS_TOKEN_ID,
     VOCAB_SIZE,
     config_of,
-    generate,
     prompt,
-    reference_model,
     smallest_gap,
     tensors_of,
 )
 from workers.engine import Engine
-from workers.messages import Generate, Output, SamplingParams
-from workers.model import Model, build_model
-
-NUM_NEW = 16
-PROMPTS = [prompt(length, seed=length) for length in (1, 5, 8, 13, 40)]
-
-reference = cache(reference_model)
-
-
-@cache
-def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
-    return build_model(config_of(family), tensors_of(reference(family, dtype)), dtype)
-
-
-@cache
-def expected(family: str, dtype: torch.dtype = torch.float32) -> list[list[int]]:
-    return [generate(reference(family, dtype), one, NUM_NEW) for one in PROMPTS]
-
-
-def request(
-    name: str, token_ids: Sequence[int], num_generated: int = 0, **changes: Any
-) -> Generate:
-    sampling = {"max_tokens": NUM_NEW, "temperature": 0.0, "ignore_eos": True, **changes}
-    return Generate(
-        request_id=name,
-        token_ids=tuple(token_ids),
-        sampling=SamplingParams(**sampling),
-        num_generated=num_generated,
-    )
-
-
-def engine_of(family: str = "llama", **changes: Any) -> Engine:
-    return Engine(model_of(family), **{"max_model_len": 128, **changes})
-
-
-def run(engine: Engine, *requests: Generate) -> dict[str, list[Output]]:
-    """All outputs of each request, until the engine has nothing left to do."""
-    outputs: dict[str, list[Output]] = {}
-    for one in requests:
-        engine.add(one)
-    while engine.has_work:
-        for output in engine.step():
-            outputs.setdefault(output.request_id, []).append(output)
-        engine.check()
-    assert engine.kv_bytes == 0
-    return outputs
-
-
-def tokens(outputs: Sequence[Output]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
-
-
-def only(engine: Engine, one: Generate) -> tuple[list[int], str | None, str]:
-    """Tokens, finish reason and error of one request that runs alone."""
-    outputs = run(engine, one)[one.request_id]
-    assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)
-    return tokens(outputs), outputs[-1].finish_reason, outputs[-1].error
-
+from workers.messages import Generate
+from workers.model import build_model
 
 # --- the same tokens as transformers
 
@@ -215,7 +165,7 @@ def test_the_same_seed_gives_the_same_tokens_in_any_company() -> None:
     assert alone != tokens(run(engine_of(), request("a", PROMPTS[1], **(drawn | {"seed": 6})))["a"])
 
 
-# --- memory
+# --- aborts
 
 
 def test_an_abort_frees_memory_at_once() -> None:
@@ -224,18 +174,16 @@ def test_an_abort_frees_memory_at_once() -> None:
         engine.add(request(str(index), one))
     engine.step()
     assert (engine.num_running, engine.num_waiting) == (2, 3)
-    gc.collect()
-    assert sum(mappings()) == engine.kv_bytes > 0
     held = engine.kv_bytes
+    assert held == 2 * model_of("llama").geometry.kv_layout.block_bytes
     engine.abort("1")
     engine.abort("4")
     engine.abort("unknown")
+    engine.check()
     assert (engine.num_running, engine.num_waiting) == (1, 2)
-    assert sum(mappings()) == engine.kv_bytes == held // 2
     outputs = run(engine)
     assert outputs.keys() == {"0", "2", "3"}
     assert tokens(outputs["2"]) == expected("llama")[2]
-    assert mappings() == []
 
 
 def test_an_aborted_request_is_answered_by_nothing_even_if_it_was_refused() -> None:
@@ -244,20 +192,6 @@ def test_an_aborted_request_is_answered_by_nothing_even_if_it_was_refused() -> N
     engine.add(request("b", []))
     engine.abort("a")
     assert run(engine).keys() == {"b"}
-
-
-def test_a_limit_on_memory_ends_the_sequence_that_needs_more() -> None:
-    layout = model_of("llama").geometry.kv_layout
-    engine = engine_of(max_kv_bytes=2 * layout.num_bytes(64))
-    # 64 tokens a page: the third finds no room, the second outgrows its own.
-    requests = [request("a", PROMPTS[3]), request("b", prompt(60)), request("c", PROMPTS[2])]
-    outputs = run(engine, *requests)
-    assert tokens(outputs["a"]) == expected("llama")[3]
-    assert outputs["c"][-1].finish_reason == "error"
-    assert "8 tokens take" in outputs["c"][-1].error
-    assert outputs["b"][-1].finish_reason == "error"
-    assert len(tokens(outputs["b"])) == 5
-    assert tokens(run(engine, requests[2])["c"]) == expected("llama")[2]
 
 
 # --- what can't be served
@@ -306,17 +240,6 @@ def test_bad_logits_end_one_sequence_only() -> None:
     assert outputs["b"][-1].finish_reason == "error"
     assert "not finite" in outputs["b"][-1].error
     assert tokens(outputs["a"]) == tokens(outputs["c"]) == alone
-
-
-def test_what_a_sequence_held_is_there_for_the_next_in_the_same_step() -> None:
-    layout = model_of("llama").geometry.kv_layout
-    engine = engine_of(max_kv_bytes=layout.num_bytes(64))
-    engine.add(request("a", prompt(64)))
-    (first,) = engine.step()
-    assert first.finish_reason is None
-    outputs = run(engine, request("b", PROMPTS[2]))
-    assert outputs["a"][-1].finish_reason == "error"
-    assert tokens(outputs["b"]) == expected("llama")[2]
 
 
 def test_a_failed_pass_ends_its_batch_and_the_engine_goes_on() -> None:
