@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from workers.messages import FinishReason, ModelFacts, SamplingParams
+from workers.messages import FinishReason, ModelFacts, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Chunk:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token id if the request asked for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the first chunk, if the request asked for them: one for each token of the prompt but the
+    first."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 NO_ADVICE: Final = SamplingDefaults()

@@ -73,6 +73,8 @@ class _GenerationConfig(BaseModel):
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
 
 
 def _advised_sampling(path: Path) -> SamplingDefaults:
@@ -85,7 +87,7 @@ def _advised_sampling(path: Path) -> SamplingDefaults:
     except ValidationError as error:
         log.warning("ignoring the sampling defaults of %s: %s", file, error)
         return NO_ADVICE
-    return SamplingDefaults(advised.temperature, advised.top_p, advised.top_k)
+    return SamplingDefaults(**advised.model_dump())
 
 
 def _demo() -> Path:

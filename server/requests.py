@@ -12,7 +12,15 @@ from typing import Protocol
 from server.errors import InstanceFailed, InvalidRequest, ServerError
 from server.fleet import Instance
 from server.generation import Chunk
-from workers.messages import Embed, Embedded, Generate, Output, SamplingParams, ToInstance
+from workers.messages import (
+    Embed,
+    Embedded,
+    Generate,
+    Output,
+    SamplingParams,
+    ToInstance,
+    TokenLogprobs,
+)
 
 
 class Aborter(Protocol):
@@ -60,9 +68,13 @@ class Stream(Request):
         self.prompt = prompt
         self.sampling = sampling
         self.generated: list[int] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._is_first = True
+        """No chunk has been passed on."""
 
     def message(self) -> ToInstance:
         """The prompt, and what was generated elsewhere."""
+        self._prompt_logprobs = []  # whoever computes the prompt anew tells them all again
         return Generate(
             request_id=self.request_id,
             token_ids=(*self.prompt, *self.generated),
@@ -77,9 +89,23 @@ class Stream(Request):
             return True
         self.generated += output.token_ids
         if output.finish_reason == "error":
-            self.fail(InstanceFailed(output.error or "the instance could not go on"))
+            failed = InvalidRequest if output.invalid else InstanceFailed
+            self.fail(failed(output.error or "the instance could not go on"))
             return True
-        self._chunks.put_nowait(Chunk(output.token_ids, output.finish_reason))
+        if self._is_first:
+            self._prompt_logprobs += output.prompt_logprobs
+        if not output.token_ids and output.finish_reason is None:
+            return False
+        self._chunks.put_nowait(
+            Chunk(
+                output.token_ids,
+                output.finish_reason,
+                output.logprobs,
+                # A prompt that was computed in part, and then anew, is told in part before.
+                tuple(self._prompt_logprobs[-(len(self.prompt) - 1) :]) if self._is_first else (),
+            )
+        )
+        self._is_first = False
         return output.finish_reason is not None
 
     def fail(self, error: ServerError) -> None:

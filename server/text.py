@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from server.chat_template import ChatTemplate, TemplateFailed
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.incremental import Detokenizer
+from server.token_texts import TokenTexts
 from server.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
 
 INLINE_CHARS: Final = 8192
@@ -46,9 +47,11 @@ class Text:
         chat_template: ChatTemplate | None = None,
         stop_token_ids: Sequence[int] = (),
         lowers_inputs: bool = False,
+        file: Path | None = None,
     ):
         """`stop_token_ids`: the tokens that end an answer, as the tokenizer's files say.
-        `lowers_inputs`: whether a model that embeds was trained on lower-case text alone."""
+        `lowers_inputs`: whether a model that embeds was trained on lower-case text alone. `file`:
+        the tokenizer.json that it was read from."""
         # A prompt is never cut or filled up in silence, whatever tokenizer.json was saved with.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -62,6 +65,8 @@ class Text:
             if token.special
         )
         self.stop_token_ids = tuple(stop_token_ids)
+        self.tokens = TokenTexts(tokenizer, file)
+        """What each token shows, alone."""
 
     @classmethod
     def load(cls, folder: Path, chat_template: str | None = None) -> Self:
@@ -81,6 +86,7 @@ class Text:
             chat_template=ChatTemplate(source, names) if source is not None else None,
             stop_token_ids=_stop_token_ids(folder, tokenizer, names),
             lowers_inputs=_lowers_inputs(folder),
+            file=folder / "tokenizer.json",
         )
 
     def close(self) -> None:
@@ -257,6 +263,11 @@ class Text:
     def decode(self, token_ids: Sequence[int]) -> str:
         """All at once, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no part of any text."""
+        return self._special_ids
 
     def detokenizer(self) -> Detokenizer:
         """A new one, for one sequence."""

@@ -66,6 +66,12 @@ class NoTokenLeft(InvalidLogits):
     code = "no_token_left"
 
 
+class UnknownVocabulary(WorkerError):
+    """What the model's tokens stand for can't be found out."""
+
+    code = "unknown_vocabulary"
+
+
 class GrammarFailed(WorkerError):
     """A grammar can't be compiled, or could not be followed within its limits."""
 

@@ -22,8 +22,9 @@ from starlette.types import Receive, Scope, Send
 from server.errors import ServerError
 from server.openai.admission import close_all
 from server.openai.errors import error_reply
-from server.openai.schemas import Finish
+from server.openai.replies import Finish
 from server.openai.sequence import Delta, TextSequence, merged
+from workers.messages import TokenLogprobs
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Answer:
     text: str
     token_ids: list[int]
     finish_reason: Finish
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
 
 
 async def collect(request: Request, sequences: Sequence[TextSequence]) -> list[Answer]:
@@ -61,7 +64,13 @@ def _joined(deltas: Sequence[Delta]) -> Answer:
     reason = deltas[-1].finish_reason
     assert reason is not None  # noqa: S101 - what a sequence promises of its last delta
     token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
-    return Answer("".join(delta.text for delta in deltas), token_ids, reason)
+    return Answer(
+        text="".join(delta.text for delta in deltas),
+        token_ids=token_ids,
+        finish_reason=reason,
+        logprobs=[entry for delta in deltas for entry in delta.logprobs],
+        prompt_logprobs=deltas[0].prompt_logprobs,
+    )
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -1,25 +1,29 @@
-"""`POST /v1/chat/completions`: messages through the model's chat template; one choice."""
+"""`POST /v1/chat/completions`: messages through the model's chat template; `n` choices."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.openai.admission import Serving, check_request, new_id, sampling_for, submit_all
-from server.openai.answer import EventStream, collect
-from server.openai.schemas import (
+from server.openai.admission import Serving, check_request, new_id, submit_all
+from server.openai.answer import Answer, EventStream, collect
+from server.openai.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
+from server.openai.replies import (
     AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatRequest,
     Usage,
 )
-from server.openai.sequence import TextSequence
+from server.openai.sampling import sampling_for
+from server.openai.schemas import ChatRequest
+from server.openai.sequence import Delta, TextSequence, merged
+from server.openai.structured import grammar_for
+from server.token_texts import TokenTexts
 
 
 def routes(serving: Serving) -> APIRouter:
@@ -29,39 +33,51 @@ def routes(serving: Serving) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         check_request(serving, body)
         facts = serving.generator.facts
+        grammar = await grammar_for(body)
         ids = await serving.text.encode_chat_async(
             _messages(body), context_tokens=facts.max_model_len
         )
-        sampling = sampling_for(
-            body,
-            len(ids),
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            facts=facts,
-            stop_token_ids=serving.text.stop_token_ids,
-            defaults=serving.sampling_defaults,
-            param="messages",
-        )
+        starts = [
+            (ids, sampling)
+            for sampling in sampling_for(
+                body,
+                len(ids),
+                max_tokens=body.max_completion_tokens or body.max_tokens,
+                grammar=grammar,
+                prompt_logprobs=body.prompt_logprobs,
+                facts=facts,
+                stop_token_ids=serving.text.stop_token_ids,
+                defaults=serving.sampling_defaults,
+                param="messages",
+            )
+        ]
         chat_id, created = new_id("chatcmpl"), int(time.time())
-        [sequence] = await submit_all(serving, body, chat_id, [(ids, sampling)])
+        sequences = await submit_all(serving, body, chat_id, starts)
+        tokens = serving.text.tokens
         if body.stream:
             template = ChatChunk(id=chat_id, created=created, model=serving.model_name, choices=[])
-            return EventStream(_events(template, body, sequence), [sequence])
-        [answer] = await collect(request, [sequence])
+            return EventStream(_events(template, body, sequences, tokens), sequences)
+        answers = await collect(request, sequences)
         reply = ChatCompletion(
             id=chat_id,
             created=created,
             model=serving.model_name,
             choices=[
                 ChatChoice(
-                    index=0,
+                    index=index,
                     message=AssistantMessage(content=answer.text),
+                    logprobs=_logprobs(body, answer, tokens),
                     finish_reason=answer.finish_reason,
                     token_ids=answer.token_ids if body.return_token_ids else None,
                 )
+                for index, answer in enumerate(answers)
             ],
-            usage=Usage.of(len(ids), len(answer.token_ids)),
+            usage=Usage.of(len(ids), sum(len(answer.token_ids) for answer in answers)),
             prompt_token_ids=ids if body.return_token_ids else None,
         )
+        if body.prompt_logprobs is not None:
+            found = answers[0].prompt_logprobs
+            reply.prompt_logprobs = prompt_logprobs(ids, found, tokens, body.prompt_logprobs)
         return JSONResponse(reply.model_dump())
 
     return router
@@ -81,30 +97,42 @@ def _messages(body: ChatRequest) -> list[dict[str, str]]:
     return messages
 
 
+def _logprobs(body: ChatRequest, piece: Delta | Answer, tokens: TokenTexts) -> ChatLogprobs | None:
+    if not body.logprobs:
+        return None
+    return chat_logprobs(piece.token_ids[: len(piece.logprobs)], piece.logprobs, tokens)
+
+
 async def _events(
-    template: ChatChunk, body: ChatRequest, sequence: TextSequence
+    template: ChatChunk,
+    body: ChatRequest,
+    sequences: Sequence[TextSequence],
+    tokens: TokenTexts,
 ) -> AsyncGenerator[ChatChunk, None]:
     def chunk(choice: ChatChunkChoice) -> ChatChunk:
         return template.model_copy(update={"choices": [choice]})
 
-    first = chunk(ChatChunkChoice(index=0, delta=ChatDelta(role="assistant", content="")))
-    if body.return_token_ids:
-        first.prompt_token_ids = list(sequence.prompt_ids)
-    yield first
+    for index, sequence in enumerate(sequences):
+        first = chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
+        if body.return_token_ids and index == 0:
+            first.prompt_token_ids = list(sequence.prompt_ids)
+        yield first
     num_completion = 0
-    async with aclosing(sequence.deltas()) as deltas:
-        async for delta in deltas:
+    async with aclosing(merged(sequences)) as deltas:
+        async for index, delta in deltas:
             num_completion += len(delta.token_ids)
-            if not (delta.text or delta.finish_reason or body.return_token_ids):
+            tells = delta.text or delta.finish_reason or body.return_token_ids
+            if not (tells or delta.logprobs):
                 continue
             yield chunk(
                 ChatChunkChoice(
-                    index=0,
+                    index=index,
                     delta=ChatDelta(content=delta.text or None),
+                    logprobs=_logprobs(body, delta, tokens),
                     finish_reason=delta.finish_reason,
                     token_ids=list(delta.token_ids) if body.return_token_ids else None,
                 )
             )
     if body.include_usage:
-        usage = Usage.of(len(sequence.prompt_ids), num_completion)
+        usage = Usage.of(len(sequences[0].prompt_ids), num_completion)
         yield template.model_copy(update={"usage": usage})

@@ -1,27 +1,36 @@
-"""`POST /v1/completions`: prompts as text or token ids; each is a choice of the answer."""
+"""`POST /v1/completions`: prompts as text or token ids; `n` choices of the answer for each."""
 
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.errors import InvalidRequest
-from server.openai.admission import (
-    Serving,
-    check_request,
-    check_token_ids,
-    new_id,
-    sampling_for,
-    submit_all,
-)
-from server.openai.answer import EventStream, collect
-from server.openai.schemas import Completion, CompletionChoice, CompletionRequest, Usage
-from server.openai.sequence import TextSequence, merged
+from server.openai.admission import Serving, check_request, new_id, submit_all
+from server.openai.answer import Answer, EventStream, collect
+from server.openai.logprobs import completion_logprobs, prompt_logprobs
+from server.openai.replies import Completion, CompletionChoice, Usage
+from server.openai.sampling import check_token_ids, sampling_for
+from server.openai.schemas import MAX_PROMPTS, CompletionRequest
+from server.openai.sequence import Delta, TextSequence, merged
+from server.openai.structured import grammar_for
+from server.text import Text
+from workers.messages import TokenLogprobs
 
 DEFAULT_MAX_TOKENS: Final = 16
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """As it came, and its tokens."""
+
+    text: str | None
+    """None where it came as token ids."""
+    token_ids: list[int]
 
 
 def routes(serving: Serving) -> APIRouter:
@@ -31,98 +40,150 @@ def routes(serving: Serving) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_request(serving, body)
         facts = serving.generator.facts
-        prompts = [
-            (
-                ids,
-                sampling_for(
-                    body,
-                    len(ids),
-                    max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
-                    facts=facts,
-                    stop_token_ids=serving.text.stop_token_ids,
-                    defaults=serving.sampling_defaults,
-                    param="prompt",
-                ),
+        grammar = await grammar_for(body)
+        prompts = await _prompts(serving, body)
+        if len(prompts) * body.num_choices > MAX_PROMPTS:
+            raise InvalidRequest(
+                f"{len(prompts)} prompts with {body.num_choices} choices each are more than "
+                f"{MAX_PROMPTS} sequences. Ask for fewer.",
+                param="n",
             )
-            for ids in await _prompt_ids(serving, body)
+        starts = [
+            (prompt.token_ids, sampling)
+            for prompt in prompts
+            for sampling in sampling_for(
+                body,
+                len(prompt.token_ids),
+                max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens or 1,
+                grammar=grammar,
+                prompt_logprobs=_num_prompt_logprobs(body),
+                facts=facts,
+                stop_token_ids=serving.text.stop_token_ids,
+                defaults=serving.sampling_defaults,
+                param="prompt",
+            )
         ]
         template = Completion(
             id=new_id("cmpl"), created=int(time.time()), model=serving.model_name, choices=[]
         )
-        sequences = await submit_all(serving, body, template.id, prompts)
+        sequences = await submit_all(serving, body, template.id, starts)
+        choices = [
+            _Choice(serving.text, body, index, prompts[index // body.num_choices])
+            for index in range(len(sequences))
+        ]
         if body.stream:
-            return EventStream(_events(template, body, sequences), sequences)
-        return await _whole(template, body, request, sequences)
+            return EventStream(_events(template, body, sequences, choices, prompts), sequences)
+        answers = await collect(request, sequences)
+        reply = template.model_copy(
+            update={
+                "choices": [
+                    one.piece(answer) for one, answer in zip(choices, answers, strict=True)
+                ],
+                "usage": _usage(prompts, choices),
+            }
+        )
+        return JSONResponse(reply.model_dump())
 
     return router
 
 
-async def _prompt_ids(serving: Serving, body: CompletionRequest) -> list[list[int]]:
+def _num_prompt_logprobs(body: CompletionRequest) -> int | None:
+    """What is to be found out of the prompt's tokens: what is asked for, and what an echo shows."""
+    if body.echo and body.logprobs is not None:
+        return max(body.logprobs, body.prompt_logprobs or 0)
+    return body.prompt_logprobs
+
+
+async def _prompts(serving: Serving, body: CompletionRequest) -> list[_Prompt]:
     facts, prompt = serving.generator.facts, body.prompt
-    prompts: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
-    if not prompts:
+    parts: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
+    if not parts:
         raise InvalidRequest("The prompt is empty.", param="prompt")
-    all_ids: list[list[int]] = []
+    prompts: list[_Prompt] = []
     own: list[int] = []  # of a prompt that is a plain list of ids
-    for part in prompts:
+    for part in parts:
         if isinstance(part, str):
-            all_ids.append(
-                await serving.text.encode_async(part, context_tokens=facts.max_model_len)
-            )
+            ids = await serving.text.encode_async(part, context_tokens=facts.max_model_len)
+            prompts.append(_Prompt(part, ids))
         elif isinstance(part, int):
             own.append(part)
         else:
-            all_ids.append(part)
+            prompts.append(_Prompt(None, part))
     if own:
-        all_ids.append(own)
-    for ids in all_ids:
-        check_token_ids(ids, facts)
-    return all_ids
+        prompts.append(_Prompt(None, own))
+    for one in prompts:
+        check_token_ids(one.token_ids, facts)
+    return prompts
 
 
-async def _whole(
-    template: Completion,
-    body: CompletionRequest,
-    request: Request,
-    sequences: Sequence[TextSequence],
-) -> Response:
-    answers = await collect(request, sequences)
-    choices = [
-        CompletionChoice(
-            index=index,
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            token_ids=answer.token_ids if body.return_token_ids else None,
-            prompt_token_ids=list(sequence.prompt_ids) if body.return_token_ids else None,
+class _Choice:
+    """One choice as the API shows it: the text, behind the prompt if that is to be echoed."""
+
+    def __init__(self, text: Text, body: CompletionRequest, index: int, prompt: _Prompt) -> None:
+        self._text = text
+        self._body = body
+        self._index = index
+        self._prompt = prompt
+        self._offset = 0  # of the next token in the text
+        self._begun = False
+        self.num_tokens = 0
+
+    def piece(self, delta: Delta | Answer) -> CompletionChoice:
+        """What comes next; the first piece has what is said of the prompt."""
+        body, prompt_ids = self._body, self._prompt.token_ids
+        choice = CompletionChoice(
+            index=self._index, text=delta.text, finish_reason=delta.finish_reason
         )
-        for index, (sequence, answer) in enumerate(zip(sequences, answers, strict=True))
-    ]
-    usage = Usage.of(
-        sum(len(sequence.prompt_ids) for sequence in sequences),
-        sum(len(answer.token_ids) for answer in answers),
-    )
-    reply = template.model_copy(update={"choices": choices, "usage": usage})
-    return JSONResponse(reply.model_dump())
+        ids, logprobs = list(delta.token_ids), list[TokenLogprobs | None](delta.logprobs)
+        if body.max_tokens == 0:  # one was generated, since less can't be
+            choice.text, ids, logprobs = "", [], []
+            choice.finish_reason = "length" if delta.finish_reason else None
+        self.num_tokens += len(ids)
+        if body.return_token_ids:
+            choice.token_ids = ids
+        shown = ids[: len(logprobs)]
+        if not self._begun:
+            self._begun = True
+            if body.return_token_ids:
+                choice.prompt_token_ids = list(prompt_ids)
+            if body.prompt_logprobs is not None:
+                choice.prompt_logprobs = prompt_logprobs(
+                    prompt_ids, delta.prompt_logprobs, self._text.tokens, body.prompt_logprobs
+                )
+            if body.echo:
+                choice.text = self._prompt_text() + choice.text
+                shown = [*prompt_ids, *shown]
+                logprobs = [None, *delta.prompt_logprobs, *logprobs]
+        if body.logprobs is not None:
+            choice.logprobs, self._offset = completion_logprobs(
+                shown, logprobs, body.logprobs, self._text, self._offset
+            )
+        return choice
+
+    def _prompt_text(self) -> str:
+        if self._prompt.text is not None:
+            return self._prompt.text
+        return self._text.decode(self._prompt.token_ids)
+
+
+def _usage(prompts: Sequence[_Prompt], choices: Sequence[_Choice]) -> Usage:
+    """A prompt counts once, however many choices it has."""
+    num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
+    return Usage.of(num_prompt, sum(choice.num_tokens for choice in choices))
 
 
 async def _events(
-    template: Completion, body: CompletionRequest, sequences: Sequence[TextSequence]
+    template: Completion,
+    body: CompletionRequest,
+    sequences: Sequence[TextSequence],
+    choices: Sequence[_Choice],
+    prompts: Sequence[_Prompt],
 ) -> AsyncGenerator[Completion, None]:
-    num_completion, begun = 0, set[int]()
     async with aclosing(merged(sequences)) as deltas:
         async for index, delta in deltas:
-            num_completion += len(delta.token_ids)
-            if not (delta.text or delta.finish_reason or body.return_token_ids):
-                continue
-            choice = CompletionChoice(
-                index=index, text=delta.text, finish_reason=delta.finish_reason
-            )
-            if body.return_token_ids:
-                choice.token_ids = list(delta.token_ids)
-                if index not in begun:
-                    choice.prompt_token_ids = list(sequences[index].prompt_ids)
-                    begun.add(index)
-            yield template.model_copy(update={"choices": [choice]})
+            piece = choices[index].piece(delta)
+            tells = piece.text or piece.finish_reason or piece.token_ids is not None
+            if tells or (piece.logprobs is not None and piece.logprobs.tokens):
+                yield template.model_copy(update={"choices": [piece]})
     if body.include_usage:
-        num_prompt = sum(len(sequence.prompt_ids) for sequence in sequences)
-        yield template.model_copy(update={"usage": Usage.of(num_prompt, num_completion)})
+        yield template.model_copy(update={"usage": _usage(prompts, choices)})

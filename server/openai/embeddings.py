@@ -11,9 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.openai.admission import Serving, check_model, check_task, check_token_ids, new_id
+from server.openai.admission import Serving, check_model, check_task, new_id
 from server.openai.answer import while_connected
 from server.openai.embedding_schemas import EmbeddingList, EmbeddingRequest
+from server.openai.sampling import check_token_ids
 from workers.messages import ModelFacts
 
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ServerError
-from server.openai.schemas import ErrorBody, ErrorReply
+from server.openai.replies import ErrorBody, ErrorReply
 
 _log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from server.errors import NotReady
 from server.openai.admission import Serving, check_model
-from server.openai.schemas import Model, ModelList
+from server.openai.replies import Model, ModelList
 
 
 def routes(serving: Serving) -> APIRouter:

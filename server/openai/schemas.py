@@ -1,4 +1,4 @@
-"""What requests and responses look like, as OpenAI's API defines them.
+"""What requests look like, as OpenAI's API defines them.
 
 Owns the bodies' types and bounds. Invariant: a value that passes is of the exact type (no "1" for
 1, no NaN), and a parameter that would change the answer but isn't supported is refused by name,
@@ -6,18 +6,23 @@ never ignored. Extensions are named as in vLLM. Knows nothing of models and toke
 """
 
 import logging
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
-from pydantic import model_serializer as serializer
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from server.errors import InvalidRequest
+from workers.messages import MAX_LOGPROBS, MAX_TOKEN_RULES
 
 _log = logging.getLogger(__name__)
 
 MAX_STOPS: Final = 16
 MAX_PROMPTS: Final = 128
 MAX_MESSAGES: Final = 4096
+MAX_CHOICES: Final = 64
+"""The most sequences for one prompt."""
+
+MAX_CHOICE: Final = 1024
+"""The most texts to choose from."""
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -25,41 +30,54 @@ Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     # parameter: the values that ask for nothing (besides null)
     "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "echo": (False,),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none",),
     "functions": ([],),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0, 0.0),
-    "min_tokens": (0,),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
-    "presence_penalty": (0, 0.0),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
-    "repetition_penalty": (1, 1.0),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
+
+
+class JsonSchemaFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: Annotated[str, Field(max_length=256)] | None = None
+    schema_: Annotated[dict[str, JsonValue], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's; exactly one of them. A schema may be given as text, too."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: Annotated[str | dict[str, JsonValue] | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Annotated[list[str], Field(max_length=MAX_CHOICE)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class StreamOptions(BaseModel):
@@ -83,6 +101,33 @@ class GenerationRequest(BaseModel):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     user: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MAX_TOKEN_RULES),
+        ]
+        | None
+    ) = None
+    allowed_token_ids: (
+        Annotated[TokenIds, Field(min_length=1, max_length=MAX_TOKEN_RULES)] | None
+    ) = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, JsonValue] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(max_length=MAX_CHOICE)] | None = None
+    guided_grammar: str | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     return_token_ids: bool | None = None
@@ -102,6 +147,24 @@ class GenerationRequest(BaseModel):
             raise InvalidRequest(
                 "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
             )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest(
+                "'prompt_logprobs' doesn't go together with 'stream'. Omit one.",
+                param="prompt_logprobs",
+            )
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise InvalidRequest(
+                "'best_of' other than 'n' isn't supported here. Omit it.", param="best_of"
+            )
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are wanted at each position; None: no figures at all."""
+        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:
@@ -122,6 +185,23 @@ Prompt = (
 
 class CompletionRequest(GenerationRequest):
     prompt: Prompt
+    # Nothing may be generated where only the prompt is wanted.
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def check_supported(self) -> None:
+        """As in the base."""
+        super().check_supported()
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest(
+                "'max_tokens' is 0, which makes sense with 'echo' only. Ask for more.",
+                param="max_tokens",
+            )
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(BaseModel):
@@ -157,138 +237,17 @@ class Message(BaseModel):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
+    def check_supported(self) -> None:
+        """As in the base."""
+        super().check_supported()
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest(
+                "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs"
+            )
 
-# --- responses
-
-Finish = Literal["stop", "length"]
-
-
-class Reply(BaseModel):
-    """Base of responses. Fields named in `_optional` are left out when they are null."""
-
-    _optional: ClassVar[frozenset[str]] = frozenset()
-
-    @serializer(mode="wrap")
-    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        return {k: v for k, v in fields.items() if v is not None or k not in self._optional}
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-    @classmethod
-    def of(cls, num_prompt: int, num_completion: int) -> "Usage":
-        return cls(
-            prompt_tokens=num_prompt,
-            completion_tokens=num_completion,
-            total_tokens=num_prompt + num_completion,
-        )
-
-
-class CompletionChoice(Reply):
-    _optional = frozenset({"token_ids", "prompt_token_ids"})
-
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: Finish | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class Completion(Reply):
-    """A whole response, and a chunk of a streamed one."""
-
-    _optional = frozenset({"usage"})
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class ChatChoice(Reply):
-    _optional = frozenset({"token_ids"})
-
-    index: int
-    message: AssistantMessage
-    logprobs: None = None
-    finish_reason: Finish
-    token_ids: list[int] | None = None
-
-
-class ChatCompletion(Reply):
-    _optional = frozenset({"prompt_token_ids"})
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    prompt_token_ids: list[int] | None = None
-
-
-class ChatDelta(Reply):
-    _optional = frozenset({"role", "content"})
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChunkChoice(Reply):
-    _optional = frozenset({"token_ids"})
-
-    index: int
-    delta: ChatDelta
-    logprobs: None = None
-    finish_reason: Finish | None = None
-    token_ids: list[int] | None = None
-
-
-class ChatChunk(Reply):
-    _optional = frozenset({"usage", "prompt_token_ids"})
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    prompt_token_ids: list[int] | None = None
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "onecopy"
-    max_model_len: int | None = None
-    task: Literal["generate", "embed"] | None = None
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorReply(BaseModel):
-    error: ErrorBody
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -13,16 +13,22 @@ from dataclasses import dataclass
 from server.errors import InstanceFailed
 from server.generation import Chunk, TokenStream
 from server.incremental import Detokenizer, StopStrings
-from server.openai.schemas import Finish
+from server.openai.replies import Finish
+from workers.messages import TokenLogprobs
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What came. Tokens may come before the text that they are part of, or have none."""
+    """What came. Tokens may come before the text that they are part of, or have none.
+
+    `logprobs` belong to the first of `token_ids`: all but the one that ended the sequence and is no
+    text. `prompt_logprobs` come with the first delta."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Finish | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class TextSequence:
@@ -34,8 +40,11 @@ class TextSequence:
         detokenizer: Detokenizer,
         stops: Sequence[str],
         prompt_ids: Sequence[int],
+        min_tokens: int = 0,
     ):
+        """No stop string is looked for in the text of the first `min_tokens`."""
         self.prompt_ids = prompt_ids
+        self._num_unstopped = min_tokens
         self._tokens = tokens
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
@@ -61,18 +70,27 @@ class TextSequence:
             raise InstanceFailed("The instance gave up the sequence. Send the request again.")
         ids = chunk.token_ids
         num_shown = len(ids) - 1 if reason == "stop" else len(ids)
+        logprobs, of_prompt = chunk.logprobs[:num_shown], chunk.prompt_logprobs
         text = ""
         for index in range(num_shown):
-            text += self._stops.feed(self._detokenizer.feed(ids[index : index + 1]))
+            piece = self._detokenizer.feed(ids[index : index + 1])
+            if self._num_unstopped > 0:
+                self._num_unstopped -= 1
+                text += piece
+                continue
+            text += self._stops.feed(piece)
             if self._stops.matched is not None:
                 # What a chunk may hold beyond was never asked for.
-                return Delta(text, ids[: index + 1], "stop")
+                stop = index + 1
+                return Delta(text, ids[:stop], "stop", logprobs[:stop], of_prompt)
         if reason is None:
-            return Delta(text, ids)
+            return Delta(text, ids, None, logprobs, of_prompt)
         text += self._stops.feed(self._detokenizer.finish())
         if self._stops.matched is not None:
-            return Delta(text, ids, "stop")
-        return Delta(text + self._stops.finish(), ids, "stop" if reason == "stop" else "length")
+            return Delta(text, ids, "stop", logprobs, of_prompt)
+        text += self._stops.finish()
+        ended: Finish = "stop" if reason == "stop" else "length"
+        return Delta(text, ids, ended, logprobs, of_prompt)
 
 
 async def merged(sequences: Sequence[TextSequence]) -> AsyncGenerator[tuple[int, Delta], None]:

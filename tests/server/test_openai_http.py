@@ -444,20 +444,9 @@ def test_token_ids_of_a_chat(http: httpx.Client, model: EchoModel, stream: bool)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
-        ("logprobs", 0),
-        ("logprobs", True),
-        ("echo", True),
-        ("best_of", 3),
         ("suffix", "end"),
-        ("logit_bias", {"5": 1}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("min_p", 0.1),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("chat_template_kwargs", {"enable_thinking": False}),
     ],
 )

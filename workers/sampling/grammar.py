@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.errors import GrammarFailed
+from workers.errors import GrammarFailed, UnknownVocabulary
 from workers.grammar_source import shortened, started, tokens_of
 from workers.messages import SamplingParams
 from workers.sampling.bitmask import set_bits
-from workers.sampling.vocabulary import read_vocabulary
+from workers.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -83,4 +83,8 @@ class GrammarCompiler:
     def _load(self) -> "LLTokenizer":
         if self._file is None:
             raise GrammarFailed("this instance was given no tokenizer, which a grammar needs")
-        return tokens_of(read_vocabulary(self._file, self._vocab_size, self._eos_token_ids))
+        try:
+            texts = read_vocabulary(self._file, self._vocab_size, self._eos_token_ids)
+        except UnknownVocabulary as error:
+            raise GrammarFailed(str(error)) from error
+        return tokens_of(texts)

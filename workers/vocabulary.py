@@ -1,8 +1,9 @@
 """The bytes that each token stands for, from a tokenizer.json.
 
-Owns the reading of that file as far as grammars need it, which takes a fraction of the time and
-memory of loading a tokenizer: no merges, no scores. Invariant: a token whose bytes are not known
-stands for nothing, so that no grammar ever allows it. Does not know how text is encoded.
+Owns the reading of that file as far as grammars and log probabilities need it, which takes a
+fraction of the time and memory of loading a tokenizer: no merges, no scores. Invariant: a token
+whose bytes are not known stands for nothing, so that no grammar ever allows it. Does not know how
+text is encoded.
 """
 
 import re
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from workers.errors import GrammarFailed
+from workers.errors import UnknownVocabulary
 
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK: Final = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -41,22 +42,24 @@ def read_vocabulary(
     file: Path, vocab_size: int, eos_token_ids: Collection[int] = ()
 ) -> list[bytes]:
     """What each of the first `vocab_size` tokens stands for: nothing, if it is special or one of
-    `eos_token_ids`. Raises `GrammarFailed`."""
+    `eos_token_ids`. Raises `UnknownVocabulary`."""
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise GrammarFailed(f"{file} is too large for a tokenizer")
+            raise UnknownVocabulary(f"{file} is too large for a tokenizer")
         content = file.read_bytes()
         tokenizer = msgspec.json.decode(content, type=_Tokenizer)
     except (OSError, msgspec.DecodeError) as error:
-        raise GrammarFailed(f"{file}, which a grammar needs, can't be read: {error}") from error
+        raise UnknownVocabulary(
+            f"{file}, which says what the tokens are, can't be read: {error}"
+        ) from error
     kinds = _decoder_kinds(tokenizer.decoder)
     if "ByteLevel" in kinds:
         table = _byte_level_table()
     elif kinds & {"ByteFallback", "Metaspace", "Replace"}:
         table = None
     else:
-        raise GrammarFailed(
-            "structured output needs a byte-level or a SentencePiece tokenizer, and this model has "
+        raise UnknownVocabulary(
+            "only byte-level and SentencePiece tokenizers are read, and this model has "
             f"another one (decoder: {', '.join(sorted(kinds)) or 'none'})"
         )
     tokens = [b""] * vocab_size
