@@ -108,6 +108,11 @@ class RuntimeDir:
         return self.path / "allocator.journal"
 
     @property
+    def cores(self) -> Path:
+        """Where instances say that they compute; theirs alone."""
+        return self.path / "cores.lock"
+
+    @property
     def engines(self) -> str:
         """The ZeroMQ endpoint on which the server awaits its instances."""
         return f"ipc://{self.path / 'engines.sock'}"

@@ -219,6 +219,7 @@ class Fleet:
         if self._forkserver is not None:
             await self._forkserver.close()
         self._engines.close()
+        self._runtime_dir.cores.unlink(missing_ok=True)
 
     # --- watching
 
@@ -367,6 +368,7 @@ class Fleet:
             requested_at=instance.requested_at,
             device=settings.device,
             map_files=settings.map_files,
+            shares_cores=settings.shares_cores,
             tokenizer=str(tokenizer_file(settings.model)),
             attention_workspace_bytes=settings.attention_workspace,
             num_speculative_tokens=settings.num_speculative_tokens,

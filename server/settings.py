@@ -39,6 +39,8 @@ class Settings(BaseModel):
     prefix_caching: bool = True
     """Whether instances find what any of them has computed of a common beginning."""
     num_threads: int = Field(default=1, ge=1, le=1024)
+    shares_cores: bool = False
+    """Whether the instances that compute share all cores, rather than keep to `num_threads`."""
     max_queued: int = Field(default=256, ge=1)
     """Requests beyond those that run; one more is refused with 503."""
     drain_timeout_s: float = Field(default=30.0, gt=0)

@@ -1,6 +1,6 @@
 """How the instances of one server share the cores: those that compute take equal parts.
 
-    cores.lock  | instance 0 | instance 1 | instance 2 | ...  a byte each, locked while it computes
+    cores.lock  | ... | process 4711 | process 4712 | ...  a byte each, locked while it computes
 
 Owns this instance's byte. A lock ends with its process, however that ends, so nobody is counted who
 is gone. Knows nothing of what is computed.
@@ -12,7 +12,6 @@ import struct
 from pathlib import Path
 from typing import Final
 
-FILE_NAME: Final = "cores.lock"
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock of Linux: type, whence, start, length, pid
 _F_OFD_GETLK: Final = 36
 _F_OFD_SETLK: Final = 37
@@ -21,12 +20,12 @@ _F_OFD_SETLK: Final = 37
 class SharedCores:
     """One instance's view. One thread calls it."""
 
-    def __init__(self, directory: Path, number: int, num_cores: int | None = None) -> None:
-        """`number` tells the instances of the directory apart. `num_cores` None counts those that
-        this process may run on. Raises OSError."""
+    def __init__(self, path: Path, number: int, num_cores: int | None = None) -> None:
+        """`number`, a process id, tells the instances that share `path` apart. `num_cores` None
+        counts those that this process may run on. Raises OSError."""
         self._number = number
         self._num_cores = num_cores or len(os.sched_getaffinity(0))
-        self._file = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._computes = False
 
     @property

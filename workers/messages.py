@@ -68,9 +68,10 @@ class SamplingParams(Message, frozen=True):
         dict[TokenId, Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]],
         msgspec.Meta(max_length=MAX_TOKEN_RULES),
     ] = {}
-    allowed_token_ids: Annotated[
-        tuple[TokenId, ...], msgspec.Meta(min_length=1, max_length=MAX_TOKEN_RULES)
-    ] | None = None
+    allowed_token_ids: (
+        Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1, max_length=MAX_TOKEN_RULES)]
+        | None
+    ) = None
     seed: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
     stop_token_ids: tuple[TokenId, ...] = ()
     min_tokens: Count = 0
@@ -263,6 +264,8 @@ class InstanceSpec(Message, frozen=True):
     device: Bounded = ""
     map_files: bool = False
     tokenizer: Bounded = ""
+    shares_cores: bool = False
+    """Whether `num_threads` is the fewest, and instances that compute share all cores."""
     attention_workspace_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 256 << 20
     num_speculative_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
     prefix_caching: bool = True

@@ -7,7 +7,7 @@ memory, scheduling or sampling, and never runs code that came with a checkpoint.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ class Model:
         self.workspace_bytes = DEFAULT_WORKSPACE_BYTES
         """What attention may take for itself."""
         self._native: NativeDecoder | None = None
+        self._threads: Callable[[], int] = lambda: 1
 
     @property
     def module(self) -> torch.nn.Module:
@@ -90,16 +91,29 @@ class Model:
             logits = torch.empty(len(batch.logit_rows), self.geometry.vocab_size)
             tables, addresses = batch.tables()
             self._native.forward(
-                batch.token_ids, batch.positions, tables, addresses, batch.logit_rows, logits
+                batch.token_ids,
+                batch.positions,
+                tables,
+                addresses,
+                batch.logit_rows,
+                logits,
+                num_threads=self._threads(),
             )
         else:
             logits = self._forward_module(batch)
         batch.commit()
         return logits
 
-    def accelerate(self, max_rows: int, max_model_len: int, num_threads: int) -> str | None:
+    def accelerate(
+        self,
+        max_rows: int,
+        max_model_len: int,
+        num_threads: int,
+        threads_now: Callable[[], int] | None = None,
+    ) -> str | None:
         """From now on compute batches of up to `max_rows` rows by the native decoder, on the same
-        weights. Returns why not, where it does not know this model or this machine."""
+        weights, with up to `num_threads` threads; `threads_now` says how many for each. Returns why
+        not, where it does not know this model or this machine."""
         reason = supports(self._module, self.geometry.kv_layout.dtype)
         if reason is None:
             layout = self.geometry.kv_layout
@@ -109,6 +123,7 @@ class Model:
                 )
             except (NotNative, MemoryError) as error:
                 reason = str(error)
+        self._threads = threads_now or (lambda: num_threads)
         return reason
 
     def _forward_module(self, batch: Batch) -> torch.Tensor:

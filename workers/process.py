@@ -23,6 +23,7 @@ import zmq
 from allocator import AllocatorError, Client, RuntimeDir, connect
 from workers import kernel
 from workers.checkpoint import AttachedWeights, attach, open_checkpoint
+from workers.cores import SharedCores
 from workers.embedding import EmbeddingEngine, build_embedding_model, task_of
 from workers.engine import Engine
 from workers.errors import InvalidSetting, WorkerError
@@ -81,6 +82,7 @@ class _Instance:
         self._draining = False
         self._phases: dict[str, float] = {}
         self._phase_start = spec.requested_at
+        self._cores: SharedCores | None = None
 
     def run(self) -> int:
         self._ended("fork")
@@ -131,7 +133,14 @@ class _Instance:
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes
         most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
-        reason = model.accelerate(most_rows, max_model_len, spec.num_threads)
+        if spec.shares_cores:
+            self._cores = SharedCores(
+                RuntimeDir.open(spec.runtime_dir, create=False).cores, os.getpid()
+            )
+            most, now = self._cores.num_cores, self._cores.fair_part
+            reason = model.accelerate(most_rows, max_model_len, most, now)
+        else:
+            reason = model.accelerate(most_rows, max_model_len, spec.num_threads)
         self._ended("model")
         if weights.loaded:  # who loads a model finds out whether it can be computed at all
             how = "by the native decoder" if reason is None else f"by transformers: {reason}"
@@ -238,6 +247,8 @@ class _Instance:
             if self._server in events:
                 self._read(engine)
             if engine.has_work:
+                if self._cores is not None:
+                    self._cores.begin()
                 self._report(engine, engine.step())
             elif had_work:  # the last was aborted: no step says so
                 self._report(engine, ())
@@ -245,6 +256,8 @@ class _Instance:
     def _report(self, engine: AnyEngine, outputs: tuple[Output | Embedded, ...]) -> None:
         self._send(engine.report(outputs))
         if not engine.has_work:
+            if self._cores is not None:
+                self._cores.end()
             kernel.trim_heap()
             if isinstance(engine, Engine):
                 self._check(engine)

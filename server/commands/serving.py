@@ -93,7 +93,9 @@ def serve(
     ] = "auto",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads of one instance. Default: the cores, shared out."),
+        typer.Option(
+            min=1, help="CPU threads of one instance. Default: those that compute share the cores."
+        ),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its file's name.")
@@ -144,6 +146,7 @@ def serve(
             num_speculative_tokens=num_speculative_tokens,
             prefix_caching=prefix_caching,
             num_threads=threads or default_threads(instances),
+            shares_cores=threads is None,
             drain_timeout_s=drain_timeout,
             memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
             device=device,

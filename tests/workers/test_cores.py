@@ -20,7 +20,7 @@ sys.stdin.read()
 
 
 def test_those_that_compute_share_equally(tmp_path: Path) -> None:
-    instances = [SharedCores(tmp_path, number, num_cores=6) for number in range(4)]
+    instances = [SharedCores(tmp_path / "cores", number, num_cores=6) for number in range(4)]
     first, second, third, fourth = instances
     assert first.fair_part() == 6
     first.begin()
@@ -40,17 +40,17 @@ def test_those_that_compute_share_equally(tmp_path: Path) -> None:
 
 
 def test_more_instances_than_cores_still_compute(tmp_path: Path) -> None:
-    instances = [SharedCores(tmp_path, number, num_cores=2) for number in range(5)]
+    instances = [SharedCores(tmp_path / "cores", number, num_cores=2) for number in range(5)]
     for one in instances:
         one.begin()
     assert [one.fair_part() for one in instances] == [1] * 5
 
 
 def test_a_killed_instance_is_not_counted(tmp_path: Path) -> None:
-    own = SharedCores(tmp_path, 0, num_cores=2)
+    own = SharedCores(tmp_path / "cores", 0, num_cores=2)
     own.begin()
     with subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(tmp_path)],
+        [sys.executable, "-c", _HOLD, str(tmp_path / "cores")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ROOT,

@@ -53,7 +53,7 @@ struct Call {
   const int32_t* logit_rows;
   float* logits;     // or null
   int32_t* greedy;   // or null
-  int32_t num_rows, max_blocks, num_logit_rows;
+  int32_t num_rows, max_blocks, num_logit_rows, num_threads;
 };
 
 }  // extern "C"
@@ -123,6 +123,7 @@ class Decoder {
   bool forward(const Call& call) {
     // In a forked child the parent's threads don't exist, and their words may be in any state.
     if (!threads_->of_this_process()) threads_ = new Threads(spec_.num_threads);
+    threads_->use(call.num_threads);
     call_ = &call;
     num_blocks_ = (call.num_rows + 15) / 16;
     plan_attention();
@@ -338,14 +339,15 @@ class Decoder {
       Chunk next;
       const bool has_next = index + 1 < chunks;
       if (has_next) next = chunk_at(linear, index + 1);
+      Ahead ahead(has_next ? &next : nullptr, (blocks + 1) / 2);
       int b = 0;
       for (; b + 1 < blocks; b += 2) {
-        multiply2(chunk, x + b * block_size, linear.width, out);
+        multiply2(chunk, x + b * block_size, linear.width, ahead, out);
         store(chunk, b, out[0]);
         store(chunk, b + 1, out[1]);
       }
       if (b < blocks) {
-        multiply1(chunk, x + b * block_size, linear.width, has_next ? &next : nullptr, out);
+        multiply1(chunk, x + b * block_size, linear.width, ahead, out);
         store(chunk, b, out[0]);
       }
     }
@@ -535,8 +537,8 @@ class Decoder {
   void choose() {
     for (int row = 0; row < call_->num_logit_rows; row++) {
       Best best = own_[0].best[row];
-      for (const Own& own : own_) {
-        const Best& other = own.best[row];
+      for (int thread = 1; thread < threads_->count(); thread++) {
+        const Best& other = own_[thread].best[row];
         if (other.value > best.value || (other.value == best.value && other.index < best.index))
           best = other;
       }

@@ -113,6 +113,7 @@ class NativeDecoder:
         logit_rows: Int32s,
         logits_out: torch.Tensor | None = None,
         greedy_out: Int32s | None = None,
+        num_threads: int | None = None,
     ) -> None:
         """Compute rows: write their keys and values into blocks, and the logits asked for.
 
@@ -120,9 +121,13 @@ class NativeDecoder:
         `addresses` [num_tables, max_blocks]; it attends to the positions up to its own, which
         earlier calls or earlier rows of this one have written. `logits_out` takes, for each of
         `logit_rows`, fp32 logits rounded to bf16 as the model gives them; `greedy_out` takes the
-        first token of the highest. Raises ValueError, and RuntimeError if threads can't be started.
+        first token of the highest. `num_threads` of the decoder's threads do it, by default all;
+        the result does not depend on it. Raises ValueError, and RuntimeError if threads can't be
+        started.
         """
         num_rows, num_logit_rows = token_ids.size, logit_rows.size
+        if num_threads is not None and not 1 <= num_threads <= self.num_threads:
+            raise ValueError(f"num_threads must be 1 to {self.num_threads}")
         for name, array, dtype in (
             ("token_ids", token_ids, np.int32),
             ("positions", positions, np.int32),
@@ -170,6 +175,7 @@ class NativeDecoder:
             call.num_rows = num_rows
             call.max_blocks = addresses.shape[1]
             call.num_logit_rows = num_logit_rows
+            call.num_threads = num_threads or self.num_threads
             if self._library.onecopy_decoder_forward(self._handle, ctypes.byref(call)):
                 raise RuntimeError("the native decoder can't start its threads")
 

@@ -133,6 +133,7 @@ class Call(ctypes.Structure):
         ("num_rows", c_int32),
         ("max_blocks", c_int32),
         ("num_logit_rows", c_int32),
+        ("num_threads", c_int32),
     ]
 
 

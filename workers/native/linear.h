@@ -91,14 +91,33 @@ inline void prefetch_chunk(const Chunk& chunk, int width) {
       prefetch((const char*)chunk.weights[i] + at);
 }
 
-// out[i] = weights[i] x^T for one block of rows, fetching `next` from memory meanwhile.
-inline void multiply1(const Chunk& chunk, const bf16* x, int width, const Chunk* next,
+// The weights of the next chunk, fetched from memory between the products of the present one.
+struct Ahead {
+  const char* at[2] = {nullptr, nullptr};
+  int lines = 0;  // of each of the two tiles' rows, at a step
+
+  // `num_products` are left until the chunk is wanted.
+  Ahead(const Chunk* next, int num_products) {
+    if (!next) return;
+    for (int i = 0; i < 2; i++) at[i] = (const char*)next->weights[i];
+    lines = num_products < 16 ? 16 / num_products : 1;
+  }
+  void fetch() {
+    for (int i = 0; i < lines; i++)
+      for (int j = 0; j < 2; j++) {
+        prefetch(at[j]);
+        at[j] += 64;
+      }
+  }
+};
+
+// out[i] = weights[i] x^T for one block of rows.
+inline void multiply1(const Chunk& chunk, const bf16* x, int width, Ahead& ahead,
                       float (*out)[2][256]) {
   const char *w0 = (const char*)chunk.weights[0], *w1 = (const char*)chunk.weights[1];
   const char* b = (const char*)x;
   const int64_t stride = int64_t(width) * 2;
-  const char* n0 = next ? (const char*)next->weights[0] : nullptr;
-  const char* n1 = next ? (const char*)next->weights[1] : nullptr;
+  Ahead fetched = ahead;
   _tile_zero(0);
   _tile_zero(1);
   for (int64_t k = 0; k < width / 32; k++) {
@@ -107,22 +126,21 @@ inline void multiply1(const Chunk& chunk, const bf16* x, int width, const Chunk*
     _tile_loadd(5, w1 + k * 64, stride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
-    if (next)
-      for (int i = 0; i < 16; i++) {
-        prefetch(n0 + k * 1024 + i * 64);
-        prefetch(n1 + k * 1024 + i * 64);
-      }
+    fetched.fetch();
   }
+  ahead = fetched;
   _tile_stored(0, out[0][0], 64);
   _tile_stored(1, out[0][1], 64);
 }
 
 // The same for two blocks.
-inline void multiply2(const Chunk& chunk, const bf16* x, int width, float (*out)[2][256]) {
+inline void multiply2(const Chunk& chunk, const bf16* x, int width, Ahead& ahead,
+                      float (*out)[2][256]) {
   const char *w0 = (const char*)chunk.weights[0], *w1 = (const char*)chunk.weights[1];
   const char* b = (const char*)x;
   const char* c = b + int64_t(width) * 32;
   const int64_t stride = int64_t(width) * 2;
+  Ahead fetched = ahead;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -136,7 +154,9 @@ inline void multiply2(const Chunk& chunk, const bf16* x, int width, float (*out)
     _tile_loadd(7, c + k * kTileBytes, 64);
     _tile_dpbf16ps(2, 4, 7);
     _tile_dpbf16ps(3, 5, 7);
+    fetched.fetch();
   }
+  ahead = fetched;
   _tile_stored(0, out[0][0], 64);
   _tile_stored(1, out[0][1], 64);
   _tile_stored(2, out[1][0], 64);

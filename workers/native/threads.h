@@ -1,8 +1,9 @@
 // The threads of one decoder, their barrier, and how they share out the chunks of an operation.
 //
 // Threads are started by the first call after a fork, wait on a futex between calls, and are joined
-// by `stop`. Invariant: a waiting thread spins for kSpinCycles at most, then sleeps. Knows nothing of
-// what is computed.
+// by `stop`. A call is done by as many of them as `use` said before it, the calling one included.
+// Invariant: a waiting thread spins for kSpinCycles at most, then sleeps. Knows nothing of what is
+// computed.
 #pragma once
 #include <immintrin.h>
 #include <linux/futex.h>
@@ -36,8 +37,9 @@ struct Signal {
       }
     }
   }
-  void advance() {
-    word.fetch_add(1);
+  void advance() { set(word.load(std::memory_order_relaxed) + 1); }
+  void set(uint32_t value) {
+    word.store(value);
     if (num_sleeping.load())
       syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
   }
@@ -45,17 +47,20 @@ struct Signal {
 
 class Threads {
  public:
-  explicit Threads(int count) : count_(count), next_(count), pid_(getpid()) {}
+  explicit Threads(int most) : most_(most), count_(most), next_(most), pid_(getpid()) {}
 
   bool of_this_process() const { return pid_ == getpid(); }
 
-  // Call work(argument, index) on every thread, this one with index 0. False: no thread to be had.
+  // So many threads do the next calls. No call may be under way.
+  void use(int count) { count_ = count < 1 || count > most_ ? most_ : count; }
+
+  // Call work(argument, index) on each of them, this one with index 0. False: no thread to be had.
   bool run(void (*work)(void*, int), void* argument) {
     if (!start()) return false;
     work_ = work;
     argument_ = argument;
     reset();
-    calls_.advance();
+    call();
     work(argument, 0);
     barrier();
     return true;
@@ -99,10 +104,11 @@ class Threads {
   // No call may be under way.
   void stop() {
     if (!handles_.empty()) {
-      work_ = nullptr;
-      calls_.advance();
+      stopping_.store(true);
+      call();
       for (pthread_t handle : handles_) pthread_join(handle, nullptr);
       handles_.clear();
+      stopping_.store(false);
     }
   }
 
@@ -110,6 +116,7 @@ class Threads {
   struct Seat {
     Threads* threads;
     int index;
+    uint32_t seen;  // the last call that it knows of
   };
   struct alignas(64) Counter {
     std::atomic<int> value{0};
@@ -120,37 +127,49 @@ class Threads {
   }
 
   bool start() {
-    if (int(seats_.size()) < count_)
-      for (int i = 0; i < count_; i++) seats_.push_back({this, i});
-    if (int(handles_.size()) == count_ - 1) return true;
+    if (int(seats_.size()) < most_)
+      for (int i = 0; i < most_; i++) seats_.push_back({this, i, 0});
+    if (int(handles_.size()) == most_ - 1) return true;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are the interpreter's
-    while (int(handles_.size()) < count_ - 1) {
+    while (int(handles_.size()) < most_ - 1) {
       pthread_t handle;
+      seats_[handles_.size() + 1].seen = calls_.word.load();
       if (pthread_create(&handle, nullptr, main, &seats_[handles_.size() + 1])) break;
       handles_.push_back(handle);
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
-    return int(handles_.size()) == count_ - 1;
+    return int(handles_.size()) == most_ - 1;
   }
 
-  static void* main(void* seat) {
-    auto* threads = ((Seat*)seat)->threads;
-    for (uint32_t call = threads->first_call_;; call++) {
-      threads->calls_.wait_while(call);
-      if (!threads->work_) return nullptr;
-      threads->work_(threads->argument_, ((Seat*)seat)->index);
+  // The number of a call and of its threads travel in one word: a thread that takes no part may see
+  // it late, or not at all, and must not take the one for the other's.
+  void call() { calls_.set(++num_calls_ << kCountBits | uint32_t(count_)); }
+
+  static void* main(void* at) {
+    Seat* seat = (Seat*)at;
+    Threads* threads = seat->threads;
+    for (;;) {
+      threads->calls_.wait_while(seat->seen);
+      seat->seen = threads->calls_.word.load();
+      if (threads->stopping_.load()) return nullptr;
+      if (seat->index >= int(seat->seen & ((1u << kCountBits) - 1))) continue;
+      threads->work_(threads->argument_, seat->index);
       threads->barrier();
     }
   }
 
-  const int count_;
+  static constexpr int kCountBits = 9;  // most_ is 256 at most
+
+  const int most_;
+  int count_;
+  uint32_t num_calls_ = 0;
+  std::atomic<bool> stopping_{false};
   std::vector<Counter> next_;
   std::vector<Seat> seats_;
   std::vector<pthread_t> handles_;
   const pid_t pid_;
-  const uint32_t first_call_ = 0;
   void (*work_)(void*, int) = nullptr;
   void* argument_ = nullptr;
   Signal calls_, phase_;
