@@ -41,9 +41,10 @@ def plan(
     shared_memory_bytes: int | None = None,
     size: int = 1,
     given: bool = True,
+    embeds: bool = False,
     **load: int,
 ) -> Plan:
-    """1 GB of weights, 20 MB a sequence, 40 MB a step."""
+    """1 GB of weights, 20 MB a sequence unless it `embeds`, 40 MB a step."""
     estimate = Estimate(
         architecture="TinyForCausalLM",
         dtype="bfloat16",
@@ -51,8 +52,8 @@ def plan(
         num_tensors=12,
         max_model_len=1024,
         segment_bytes=1000 * MB,
-        kv_bytes_per_token=20_000,
-        kv_bytes_per_sequence=20 * MB,
+        kv_bytes_per_token=0 if embeds else 20_000,
+        kv_bytes_per_sequence=0 if embeds else 20 * MB,
         prefill_bytes=40 * MB,
         logits_bytes_per_sequence=MB,
         rank=RANK if size > 1 else None,
@@ -190,3 +191,14 @@ def test_a_person_is_told_what_to_do(made: Plan, words: tuple[str, ...]) -> None
     text = console.plan_lines(made)
     assert all(word in text for word in words), text
     assert max(map(text.count, ("Fits", "Does not fit"))) <= (2 if made.rank_room else 1)
+
+
+def test_a_model_that_embeds_keeps_nothing() -> None:
+    roomy = plan(embeds=True)
+    assert roomy.device.kv_bytes_at_full_load == 0
+    assert (roomy.room.max_kv_tokens, roomy.room.max_model_len) == (0, 1024)
+    assert "keeps nothing of them" in console.plan_lines(roomy)
+    narrow = plan(roomy.device.total_bytes_at_full_load + OTHER_PROCESSES_BYTES - 1, embeds=True)
+    assert (narrow.room.fits_at_start, narrow.room.fits_at_full_load) == (True, False)
+    assert narrow.room.max_model_len == 0
+    assert "tokens in all" not in console.plan_lines(narrow)

@@ -23,15 +23,17 @@ from tests.workers.tiny_embedders import (
     write_checkpoint,
     write_sentence_files,
 )
-from workers.checkpoint import open_checkpoint
+from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.embedding import EmbeddingModel, build_embedding_model, task_of
 from workers.embedding.settings import ENCODERS, read_settings
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
     InvalidEmbedding,
+    InvalidSetting,
     UnsupportedCheckpoint,
 )
+from workers.estimate import estimate
 
 NEAR = 1e-5
 DECODERS = {"qwen3", "gemma3_text"}
@@ -127,13 +129,24 @@ def test_matrices_that_were_saved_as_one_are_views_of_it() -> None:
     assert torch.equal(model.forward(inputs), built("nomic_bert").forward(inputs))
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "mpnet"])
-def test_a_checkpoint_with_a_head_gives_its_base_model(family: str, tmp_path: Path) -> None:
-    model = reference(family, head=True)
+def laid_out(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors as instances get them."""
+    tensors = {}
+    for one in checkpoint.tensors():
+        tensors[one.name] = torch.empty(one.shape, dtype=one.dtype)
+        checkpoint.copy_into(one.name, tensors[one.name], lambda _: None)
+    return tensors
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["base", "head"])
+@pytest.mark.parametrize("family", sorted(ENCODERS))
+def test_checkpoints_of_the_base_model_and_of_one_with_a_head(
+    family: str, head: bool, tmp_path: Path
+) -> None:
+    model = reference(family, head=head)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, model, config_of(family)))
     assert task_of(checkpoint.metadata()) == "embed"
-    tensors = load_file(tmp_path / "model.safetensors")
-    ours = build_embedding_model(checkpoint.metadata(), tensors, torch.float32)
+    ours = build_embedding_model(checkpoint.metadata(), laid_out(checkpoint), torch.float32)
     [one] = texts(12)
     theirs = hidden_states(model, one).mean(dim=0)
     torch.testing.assert_close(ours.forward([one])[0], theirs, atol=NEAR, rtol=NEAR)
@@ -194,8 +207,7 @@ def test_the_files_of_sentence_transformers_decide(tmp_path: Path) -> None:
     assert checkpoint.fingerprint() != plain
     settings = read_settings(checkpoint.metadata())
     assert (settings.pooling, settings.normalize, settings.max_seq_length) == ("cls", False, 24)
-    tensors = load_file(folder / "model.safetensors")
-    model = build_embedding_model(checkpoint.metadata(), tensors, torch.float32)
+    model = build_embedding_model(checkpoint.metadata(), laid_out(checkpoint), torch.float32)
     assert (model.advised_max_model_len, model.max_model_len) == (24, MAX_POSITIONS)
 
 
@@ -261,6 +273,23 @@ def test_other_architectures_are_refused() -> None:
     del tensors["encoder.layer.1.output.dense.bias"]
     with pytest.raises(CheckpointMismatch, match=r"encoder.layer.1.output.dense.bias"):
         build_embedding_model(metadata, tensors, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "nomic_bert"])
+def test_the_estimate_is_of_what_would_be_laid_out(family: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, reference(family), config_of(family))
+    checkpoint = open_checkpoint(folder)
+    found = estimate(checkpoint)
+    parameters = built(family).module.parameters()
+    assert found.num_parameters == sum(one.numel() for one in parameters)
+    assert (found.max_model_len, found.dtype) == (MAX_POSITIONS, "float32")
+    assert (found.kv_bytes_per_token, found.logits_bytes_per_sequence) == (0, 0)
+    assert found.segment_bytes >= 4 * found.num_parameters
+    assert found.prefill_bytes > 0
+    with pytest.raises(InvalidSetting, match="made for 64 tokens"):
+        estimate(checkpoint, max_model_len=65)
+    with pytest.raises(InvalidSetting, match="not split"):
+        estimate(checkpoint, tensor_parallel_size=2)
 
 
 # --- a real model

@@ -105,16 +105,16 @@ def hidden_states(model: Any, token_ids: list[int]) -> torch.Tensor:
 
 
 def write_checkpoint(folder: Path, model: Any, config: dict[str, Any]) -> Path:
-    """config.json and model.safetensors, each tensor once; returns `folder`."""
+    """config.json and model.safetensors, without tied twins; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(
         json.dumps({"architectures": [type(model).__name__], **config})
     )
-    tensors, seen = {}, set[int]()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
