@@ -273,6 +273,31 @@ def test_bits_do_not_depend_on_threads(num_threads: int) -> None:
 
 
 @needs_amx
+def test_each_call_may_be_done_by_another_number_of_threads() -> None:
+    module, token_ids = model_of("llama"), prompt(120)
+    whole = alone(module, token_ids)
+    sequences = Sequences(module, num_threads=4)
+    table = sequences.blocks.table(120)[None]
+    logits = torch.empty(1, VOCAB_SIZE)
+    for at, token in enumerate(token_ids):
+        for num_threads in (at % 4 + 1, 1 + 3 * (at % 2)):
+            sequences.decoder.forward(
+                int32([token]),
+                int32([at]),
+                int32([0]),
+                table,
+                int32([0]),
+                logits,
+                num_threads=num_threads,
+            )
+            assert torch.equal(logits[0], whole[at])
+    with pytest.raises(ValueError, match="num_threads must be 1 to 4"):
+        sequences.decoder.forward(
+            int32([1]), int32([0]), int32([0]), table, int32([]), num_threads=5
+        )
+
+
+@needs_amx
 def test_only_the_rows_asked_for_are_written() -> None:
     module, token_ids = model_of("llama"), prompt(60)
     whole = alone(module, token_ids)
