@@ -259,7 +259,7 @@ class Stage:
         expect(BOOKS, not wrong, f"{wrong} times a client saw numbers that are not right")
         prefix = RuntimeDir.open(self.runtime_dir).segment_prefix.lstrip("/")
         with connect(self.runtime_dir) as memory:
-            deadline = time.monotonic() + 1.0  # memory of the dead returns within a second
+            deadline = time.monotonic() + PATIENCE_S
             while memory.statistics().num_sessions > 1 and time.monotonic() < deadline:
                 time.sleep(0.01)
             memory.check_integrity()

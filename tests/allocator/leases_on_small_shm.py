@@ -32,7 +32,7 @@ def on_small_shm(runtime_dir: RuntimeDir) -> dict[str, Any]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr

@@ -39,7 +39,7 @@ def on_own_shm(part: str, runtime_dir: RuntimeDir, options: str = "size=8m") -> 
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr

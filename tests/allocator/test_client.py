@@ -137,7 +137,7 @@ def test_a_fork_while_a_thread_waits_does_not_hang_the_child(
         opened = pool.submit(
             memory.open_weight_set, "k", {}, on_wait=lambda _done, _total: waiting.set()
         )
-        assert waiting.wait(10.0)
+        assert waiting.wait(60.0)
         wait_until(lambda: _locked(memory._connection._lock), "the thread is inside a request")
 
         def child() -> str:
@@ -145,7 +145,7 @@ def test_a_fork_while_a_thread_waits_does_not_hang_the_child(
 
         assert in_fork(child).text.startswith("AllocatorGone")
         writer.abandon()
-        elected = opened.result(10.0)
+        elected = opened.result(60.0)
         assert isinstance(elected, WeightSetWriter)
         elected.abandon()
 
@@ -195,14 +195,14 @@ def test_threads_take_turns_with_one_that_waits(
             waiting.set()
 
         opened = pool.submit(memory.open_weight_set, "k", {}, on_wait=on_wait)
-        assert waiting.wait(10.0)
+        assert waiting.wait(60.0)
         before = len(slices)
         for _ in range(40):
             memory.statistics()
         # Each request waits for the slice that is running, and never for a second one.
         num_slices = len(slices) - before
         writer.abandon()
-        elected = opened.result(10.0)
+        elected = opened.result(60.0)
         assert isinstance(elected, WeightSetWriter)
         elected.abandon()
         assert num_slices <= 42
@@ -224,7 +224,7 @@ def test_who_asks_again_comes_after_who_waited(memory: Client) -> None:
                 wait_until(lambda: _locked(memory._connection._next_turn), "the second is in line")
             with memory._connection._exclusive():
                 order.append("third")
-            asked.result(10.0)
+            asked.result(60.0)
     assert order == ["first", "second", "third"] * 50
 
 
@@ -236,10 +236,10 @@ def test_closing_while_another_thread_waits_is_safe(daemon: DaemonProcess) -> No
         opened = pool.submit(
             memory.open_weight_set, "k", {}, on_wait=lambda _done, _total: waiting.set()
         )
-        assert waiting.wait(10.0)
+        assert waiting.wait(60.0)
         memory.close()
         with pytest.raises(AllocatorGone, match="closed"):
-            opened.result(10.0)
+            opened.result(60.0)
         assert isinstance(writer, WeightSetWriter)
         writer.abandon()
 

@@ -492,7 +492,7 @@ def test_what_is_missing_is_named(tmp_path: Path, program: str, words: str) -> N
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=180,
     )
     assert ended.stdout.startswith("InvalidSetting")
     assert words in ended.stdout

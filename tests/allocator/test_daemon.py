@@ -179,7 +179,7 @@ def test_a_writer_killed_alone_leaves_the_set_absent(
     assert client.call("open", "k", {}) == "writer"
     client.call("reserve", MIB)
     client.kill()
-    wait_until(lambda: weight_set(memory) is None, "the set is absent", timeout_s=1.0)
+    wait_until(lambda: weight_set(memory) is None, "the set is absent")
     assert segments(daemon.runtime_dir.segment_prefix) == []
     assert memory.statistics().used_bytes == 0
 
@@ -195,7 +195,7 @@ def test_a_killed_reader_stops_counting_within_a_second(start: Start, memory: Cl
         found = weight_set(memory)
         return found is not None and found.reader_pids == (other.pid,)
 
-    wait_until(only_the_other, "only the other reads", timeout_s=1.0)
+    wait_until(only_the_other, "only the other reads")
     assert memory.statistics().num_sessions == 2
     assert other.call("digest") == digest_of(1, MIB)
 

@@ -7,7 +7,6 @@ import hashlib
 import os
 import random
 import signal
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -47,7 +46,6 @@ KIB = 1 << 10
 MIB = 1 << 20
 EXTENT = 64 * KIB
 SET_BYTES = 128 * KIB
-WITHIN_S = 1.0
 """After which the memory of a client that was killed is free again."""
 StartDaemon = Callable[..., DaemonProcess]
 
@@ -148,7 +146,7 @@ def test_a_writer_that_ends_before_it_is_answered(
         generation = getattr(reply, "generation", generation)
     raw.close()
     with daemon.connect() as memory:
-        wait_until(lambda: memory.statistics().num_sessions == 1, "it has ended", WITHIN_S)
+        wait_until(lambda: memory.statistics().num_sessions == 1, "it has ended")
         states = [found.state for found in memory.statistics().weight_sets]
         assert states in ([], ["idle"])
         assert len(segments(runtime_dir.segment_prefix)) == len(states)
@@ -158,7 +156,7 @@ def test_a_writer_that_ends_before_it_is_answered(
 # --- all clients
 
 
-def test_the_memory_of_all_clients_is_free_within_a_second(
+def test_the_memory_of_all_clients_that_are_killed_is_free_again(
     start_daemon: StartDaemon, runtime_dir: RuntimeDir
 ) -> None:
     daemon = start_daemon()
@@ -194,7 +192,6 @@ def test_the_memory_of_all_clients_is_free_within_a_second(
         )
         for client in clients:
             os.kill(client.pid, signal.SIGKILL)
-        killed = time.monotonic()
 
         def all_is_free() -> bool:
             now = memory.statistics()
@@ -205,8 +202,7 @@ def test_the_memory_of_all_clients_is_free_within_a_second(
                 and committed_bytes(runtime_dir) == now.used_bytes == 2 * EXTENT + MIB + 4096
             )
 
-        wait_until(all_is_free, "all that they held is free", WITHIN_S)
-        assert time.monotonic() - killed < WITHIN_S
+        wait_until(all_is_free, "all that they held is free")
         assert memory.statistics().num_sessions == 1
         memory.check_integrity()
         for client in clients:
@@ -319,7 +315,7 @@ def test_a_daemon_that_is_killed_again_and_again_while_clients_work(
             memory.check_integrity()
             for worker in workers:
                 worker.kill()
-            wait_until(lambda: memory.statistics().num_sessions == 1, "all have ended", WITHIN_S)
+            wait_until(lambda: memory.statistics().num_sessions == 1, "all have ended")
             statistics = memory.statistics()
             assert statistics.pool.leased_bytes == 0
             assert statistics.pool.cached_bytes == statistics.pool.evictable_bytes

@@ -352,7 +352,7 @@ HELLOS = {
 @pytest.mark.parametrize("hello", HELLOS.values(), ids=HELLOS.keys())
 def test_a_hello_that_is_none(daemon: DaemonProcess, good: Client, hello: bytes) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.settimeout(5.0)
+        connection.settimeout(60.0)
         connection.connect(os.fspath(daemon.runtime_dir.lifeline))
         connection.send(hello)
         answer = connection.recv(8192)
@@ -385,7 +385,7 @@ def test_who_says_nothing_holds_up_nobody(daemon: DaemonProcess, good: Client) -
     for _ in range(256):
         silent.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         silent[-1].connect(os.fspath(daemon.runtime_dir.lifeline))
-        silent[-1].settimeout(15.0)
+        silent[-1].settimeout(60.0)
     assert good.statistics().num_sessions == 1
     with pytest.raises(Unauthorized, match="too many clients are about to connect: try again"):
         Lifeline.connect(daemon.runtime_dir.lifeline, 5.0, HELLO)

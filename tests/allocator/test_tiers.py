@@ -423,7 +423,7 @@ def test_a_mover_that_is_killed_leaves_the_set_where_it_was(
     waiter.send("open", "k", {"made": "here"})
     mover.kill()
     assert waiter.receive() == "reader"
-    wait_until(lambda: not images(image_folder), "nothing is left of the image", timeout_s=1.0)
+    wait_until(lambda: not images(image_folder), "nothing is left of the image")
     one = found(memory)
     assert one is not None
     assert (one.state, one.reader_pids) == ("sealed", (waiter.pid,))
@@ -452,7 +452,7 @@ def test_a_mover_that_does_not_do_it_is_not_believed(
         memory.sleep("k", timeout_s=0.05)
     assert where(memory) == ("moving", "device")
     raw.close()
-    wait_until(lambda: where(memory) == ("idle", "device"), "the mover is gone", timeout_s=1.0)
+    wait_until(lambda: where(memory) == ("idle", "device"), "the mover is gone")
     check(memory, content)
 
 
@@ -469,7 +469,7 @@ def test_who_is_to_wake_a_set_and_goes_leaves_it_asleep(
     raw.ask(Reserve(key="k", generation=elected.generation, num_bytes=2 * MIB))
     assert where(memory) == ("moving", "disk")
     raw.close()
-    wait_until(lambda: where(memory) == ("asleep", "disk"), "it sleeps on", timeout_s=1.0)
+    wait_until(lambda: where(memory) == ("asleep", "disk"), "it sleeps on")
     assert memory.statistics().used_bytes == 0
     check(memory, content)
 
@@ -486,7 +486,7 @@ def test_an_image_outlives_the_daemon(
         content = idle(memory)
         memory.sleep("k", level=2)
     daemon.process.send_signal(end)
-    daemon.process.wait(10)
+    daemon.process.wait(60)
     [image] = images(image_folder)
     with start_daemon().connect() as memory:
         assert where(memory) == ("asleep", "disk")

@@ -20,11 +20,6 @@ def model_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
 def tokenizer_dir(model_gguf: Path, tokenizer_cache: Path) -> Path:
     return tokenizer_folder(model_gguf, tokenizer_cache)
 

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -74,10 +73,8 @@ def test_an_endless_template_ends_at_the_deadline_and_can_be_asked_again(templat
         "{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}done"
     )
     endless = template(source, deadline_s=2.0)
-    begin = time.monotonic()
     with pytest.raises(TemplateFailed, match="did not finish within 2 s"):
         rendered(endless)
-    assert time.monotonic() - begin < 10
     assert endless.render([{"role": "user", "content": "?"}], max_chars=10) == "done"
 
 

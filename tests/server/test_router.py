@@ -24,7 +24,7 @@ from workers.messages import Output, SamplingParams
 
 PROMPT = prompt(12)
 NUM_TOKENS = 80
-TIMEOUT_S = 60.0
+TIMEOUT_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -275,12 +275,13 @@ def test_what_can_not_start_is_tried_again_ever_more_slowly(serve: Serve, tmp_pa
             config.write_text(sound)
             await served.until(lambda: served.fleet.ready_instances)
             assert served.fleet.num_replaced == 0
-            # From now on a loss is a loss, and no failure to start: it is replaced at once.
+            # From now on a loss is a loss, and no failure to start: it is replaced at once, not
+            # after the pause that a fifth failure would bring.
             kill(served.fleet.ready_instances[0])
             await served.until(lambda: served.fleet.num_replaced)
             await served.fleet.wait_ready()
             replacement = served.fleet.instances[0]
-            assert replacement.requested_at - served.ended_at < 1
+            assert replacement.requested_at - served.ended_at < 0.2 * 2**4
             assert len(await all_tokens(await served.submit())) == NUM_TOKENS
 
     within_timeout(test)

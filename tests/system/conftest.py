@@ -14,15 +14,7 @@ from tests.system.running_server import Server
 
 
 @pytest.fixture(scope="session")
-def cache_dir() -> Iterator[Path]:
-    """Where tokenizers built from GGUF files are kept during the tests."""
-    folder = Path(tempfile.mkdtemp(prefix="onecopy-cache-"))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="session")
-def make_server(cache_dir: Path) -> Iterator[Callable[..., Server]]:
+def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
     """Start servers; whatever still runs at the end of the tests is killed, and fails them."""
     servers: list[Server] = []
 
@@ -39,7 +31,11 @@ def make_server(cache_dir: Path) -> Iterator[Callable[..., Server]]:
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 text=True,
-                env={**os.environ, "ONECOPY_CACHE_DIR": str(cache_dir), "HF_HUB_OFFLINE": "1"},
+                env={
+                    **os.environ,
+                    "ONECOPY_CACHE_DIR": str(tokenizer_cache),
+                    "HF_HUB_OFFLINE": "1",
+                },
             )
         server = Server(process, folder, log)
         servers.append(server)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.running_server import Outcome, Server, leftovers, onecopy
+from tests.system.running_server import TIMEOUT_S, Outcome, Server, leftovers, onecopy
+from tests.workers.checkpoint_files import write_gguf
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
 
@@ -62,10 +63,10 @@ def test_folder_without_a_config(runtime_dir: Path, tmp_path: Path) -> None:
     assert_refused(serve(tmp_path, runtime_dir), "config.json")
 
 
-def test_truncated_gguf(runtime_dir: Path, tmp_path: Path, demo_path: Path) -> None:
-    short = tmp_path / "short.gguf"
-    with demo_path.open("rb") as stream:
-        short.write_bytes(stream.read(20_000_000))
+def test_truncated_gguf(runtime_dir: Path, tmp_path: Path) -> None:
+    """Its tokenizer is whole, so that it is the instance that finds out."""
+    short = write_gguf(tmp_path / "short.gguf")
+    os.truncate(short, short.stat().st_size - 100)
     outcome = serve(short, runtime_dir, ONECOPY_CACHE_DIR=str(tmp_path / "cache"))
     assert_refused(outcome, "short.gguf", "again")
 
@@ -74,13 +75,6 @@ def test_truncated_safetensors(runtime_dir: Path, checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
     assert_refused(serve(checkpoint, runtime_dir), "truncated", "again")
-
-
-def test_corrupt_safetensors_header(runtime_dir: Path, checkpoint: Path) -> None:
-    with (checkpoint / "model.safetensors").open("r+b") as stream:
-        stream.seek(20)
-        stream.write(b"\xff\x00\xff")
-    assert_refused(serve(checkpoint, runtime_dir), "damaged header")
 
 
 def test_missing_tensor(runtime_dir: Path, checkpoint: Path) -> None:
@@ -153,7 +147,7 @@ def test_too_small_a_dev_shm(runtime_dir: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
         check=False,
     )
     if "mount" in done.stderr and "denied" in done.stderr:
@@ -183,7 +177,7 @@ def test_serves_a_hugging_face_folder_on_a_unix_socket(
 
     uds = Path(tempfile.mkdtemp(prefix="onecopy-u-")) / "api.sock"
     server = make_server(str(checkpoint), "--uds", str(uds), "--dtype", "float32")
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds)), timeout=60) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds)), timeout=TIMEOUT_S) as client:
         answer = client.post(
             "http://localhost/v1/completions",
             json={"model": checkpoint.name, "prompt": "a b c", "max_tokens": 5},

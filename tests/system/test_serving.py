@@ -12,7 +12,7 @@ import pytest
 
 from allocator import RuntimeDir
 from server.admin import AdminClient
-from tests.system.running_server import Server
+from tests.system.running_server import TIMEOUT_S, Server
 
 PROMPTS = [
     "The capital of France is",
@@ -41,7 +41,7 @@ def test_the_curl_line_that_is_printed_says_paris(demo: Server) -> None:
     program, url, *options = shlex.split(demo.try_line)
     assert (program, options[::2]) == ("curl", ["-H", "-d"])
     name, _, value = options[1].partition(": ")
-    answer = httpx.post(url, content=options[3], headers={name: value}, timeout=120)
+    answer = httpx.post(url, content=options[3], headers={name: value}, timeout=TIMEOUT_S)
     assert answer.status_code == 200
     assert answer.json()["choices"][0]["message"]["content"] == "The capital of France is Paris."
 
@@ -102,7 +102,7 @@ def test_greedy_equals_transformers_token_for_token(
             "ignore_eos": True,
             "return_token_ids": True,
         },
-        timeout=120,
+        timeout=TIMEOUT_S,
     ).json()["choices"][0]
     prompt_ids, generated = reference[prompt]
     assert answer["prompt_token_ids"] == prompt_ids

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.system.running_server import Server
+from tests.system.running_server import TIMEOUT_S, Server
 
 PROMPT = "The capital of France is"
 
@@ -37,7 +37,7 @@ def text_of(server: Server, max_tokens: int = 24) -> str:
             "temperature": 0,
             "ignore_eos": True,
         },
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["text"]
@@ -87,7 +87,7 @@ def test_requests_that_run_are_answered_first(server: Server) -> None:
             lambda instances: any(one["num_running"] for one in instances), "a running request"
         )
         assert server.onecopy("sleep").status == 0
-        assert len(answer.result(60)) > 100
+        assert len(answer.result(TIMEOUT_S)) > 100
     assert server.onecopy("wake", server.model).status == 0
     server.remember()
 
@@ -114,7 +114,7 @@ def test_metrics_tell_what_the_prefix_cache_found(server: Server) -> None:
     prompt = "Once upon a time, in a land far away, there lived " * 8
     body = {"model": server.model, "prompt": prompt, "max_tokens": 2}
     for _ in range(2):
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=TIMEOUT_S).raise_for_status()
     text = httpx.get(f"{server.url}/metrics").text
     found = re.findall(r"^onecopy_instance_prefix_cache_hits_total\{.*\} (\S+)$", text, re.M)
     assert sum(float(one) for one in found) >= 64

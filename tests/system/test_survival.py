@@ -5,13 +5,15 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from allocator import ProcessIdentity, RuntimeDir
-from tests.system.running_server import Server, leftovers, wait_until
+from tests.system.running_server import TIMEOUT_S, Server, leftovers, wait_until
+from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
 PROMPT = "Once upon a time, in a small village by the sea,"
 
@@ -19,6 +21,13 @@ PROMPT = "Once upon a time, in a small village by the sea,"
 @pytest.fixture
 def server(make_server: Callable[..., Server]) -> Server:
     return make_server("demo", "--instances", "2")
+
+
+@pytest.fixture
+def tiny_server(make_server: Callable[..., Server], tmp_path: Path) -> Server:
+    """For tests of signals alone: up sooner. Its context holds a stream that lasts."""
+    folder = write_checkpoint(tmp_path / "tiny", "llama", max_position_embeddings=65536)
+    return make_server(str(write_tokenizer(folder)), "--instances", "2")
 
 
 class StreamingRequest:
@@ -55,7 +64,7 @@ def test_killed_instance_is_replaced_and_no_stream_is_lost(server: Server) -> No
         streams = [StreamingRequest(server, 120) for _ in range(2)]
         running = [pool.submit(stream.run) for stream in streams]
         for stream in streams:
-            assert stream.begun.wait(60)
+            assert stream.begun.wait(TIMEOUT_S)
         busy = server.status()["instances"]
         assert [one["num_requests"] for one in busy] == [1, 1]
         os.kill(before[0]["pid"], signal.SIGKILL)
@@ -66,7 +75,7 @@ def test_killed_instance_is_replaced_and_no_stream_is_lost(server: Server) -> No
             ),
             "a replacement",
         )
-        results = [future.result(timeout=120) for future in running]
+        results = [future.result(timeout=TIMEOUT_S) for future in running]
     # The other instance's stream is exactly as without the kill. The moved one goes on from the
     # tokens it had: its prompt is computed in one piece then, and rounding may differ in bfloat16,
     # so it is held to its length and to what came before.
@@ -80,28 +89,30 @@ def test_killed_instance_is_replaced_and_no_stream_is_lost(server: Server) -> No
     server.stop()
 
 
-def test_sigterm_lets_running_requests_end_and_leaves_nothing(server: Server) -> None:
+def test_sigterm_lets_running_requests_end_and_leaves_nothing(tiny_server: Server) -> None:
+    server = tiny_server
     with ThreadPoolExecutor(1) as pool:
-        stream = StreamingRequest(server, 100)
+        stream = StreamingRequest(server, 1000)
         running = pool.submit(stream.run)
-        assert stream.begun.wait(60)
+        assert stream.begun.wait(TIMEOUT_S)
         server.process.send_signal(signal.SIGTERM)
-        assert running.result(timeout=60).finish_reason == "length"
-    assert server.process.wait(60) == 0
+        assert running.result(timeout=TIMEOUT_S).finish_reason == "length"
+    assert server.process.wait(TIMEOUT_S) == 0
     server.assert_nothing_left()
 
 
-def test_a_second_sigterm_ends_running_requests_with_an_error(server: Server) -> None:
+def test_a_second_sigterm_ends_running_requests_with_an_error(tiny_server: Server) -> None:
+    server = tiny_server
     with ThreadPoolExecutor(1) as pool:
-        stream = StreamingRequest(server, 4000)
+        stream = StreamingRequest(server, 60_000)
         running = pool.submit(stream.run)
-        assert stream.begun.wait(60)
+        assert stream.begun.wait(TIMEOUT_S)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: server.status()["draining"], "the drain")
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="stopped"):
-            running.result(timeout=60)
-    assert server.process.wait(60) == 0
+            running.result(timeout=TIMEOUT_S)
+    assert server.process.wait(TIMEOUT_S) == 0
     server.assert_nothing_left()
 
 
@@ -132,7 +143,7 @@ def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
     answer = httpx.post(
         f"{server.url}/v1/completions",
         json={"model": status["model"], "prompt": "The capital of France is", "temperature": 0},
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert "Paris" in answer.json()["choices"][0]["text"]
     # Another allocator takes its place, and serves an instance that starts later.
@@ -151,14 +162,15 @@ def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
     server.stop()
 
 
-def test_sigterm_while_another_allocator_starts_leaves_nothing(server: Server) -> None:
+def test_sigterm_while_another_allocator_starts_leaves_nothing(tiny_server: Server) -> None:
+    server = tiny_server
     server.remember()
     owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
     assert owner is not None
     os.kill(owner.pid, signal.SIGKILL)
     wait_until(lambda: "starting another" in server.log.read_text(), "the start of another")
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
+    assert server.process.wait(TIMEOUT_S) == 0
     server.assert_nothing_left()
 
 
@@ -181,7 +193,7 @@ def test_everything_killed_leaves_segments_that_the_next_start_removes(
     successor.stop()
 
 
-def _ended(identity: ProcessIdentity, timeout: float = 30.0) -> bool:
+def _ended(identity: ProcessIdentity, timeout: float = TIMEOUT_S) -> bool:
     import select
 
     try:

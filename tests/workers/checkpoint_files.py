@@ -137,6 +137,7 @@ def write_gguf(
     writer.add_vocab_size(100)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"word{n}" for n in range(100)])
+    writer.add_token_scores([0.0] * 100)
     writer.add_token_types([1] * 100)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -270,7 +270,7 @@ def loaded_in_a_process(runtime_dir: RuntimeDir, path: Path, dtype: str) -> dict
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=120,
+        timeout=180,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
