@@ -123,6 +123,9 @@ class _Instance:
         checkpoint = open_checkpoint(spec.model, spec.dtype)
         weights = attach(memory, checkpoint, self._loading, map_files=spec.map_files)
         self._ended("weights")
+        if spec.shares_cores:
+            cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
+            self._cores = SharedCores(cores, os.getpid())
         if task_of(weights.metadata) == "embed":
             return self._start_embedding(weights, checkpoint.dtype)
         config = json.loads(weights.metadata["config"])
@@ -133,10 +136,7 @@ class _Instance:
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes
         most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
-        if spec.shares_cores:
-            self._cores = SharedCores(
-                RuntimeDir.open(spec.runtime_dir, create=False).cores, os.getpid()
-            )
+        if self._cores is not None:
             most, now = self._cores.num_cores, self._cores.fair_part
             reason = model.accelerate(most_rows, max_model_len, most, now)
         else:
@@ -182,7 +182,10 @@ class _Instance:
             model.warm_up()
             self._ended("first_forward")
         max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
-        engine = EmbeddingEngine(model, max_model_len, self._spec.token_budget)
+        threads_now = None if self._cores is None else self._cores.fair_part
+        engine = EmbeddingEngine(
+            model, max_model_len, self._spec.token_budget, threads_now=threads_now
+        )
         self._announce(model.facts(max_model_len), weights)
         if not weights.loaded and not self._server.poll(0):
             model.warm_up()

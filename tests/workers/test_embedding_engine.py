@@ -143,7 +143,7 @@ def test_an_aborted_request_is_forgotten_and_others_go_on() -> None:
 
 def test_a_deadline_ends_what_is_not_complete() -> None:
     now = 100.0
-    engine = EmbeddingEngine(model(), MAX_POSITIONS, token_budget=30, clock=lambda: now)
+    engine = EmbeddingEngine(model(), MAX_POSITIONS, 30, clock=lambda: now)
     engine.add(embed("late", *texts(30, 30), deadline_s=2.0))
     engine.add(embed("patient", *texts(30)))
     assert engine.step() == ()
@@ -190,3 +190,15 @@ def test_a_vector_that_is_not_finite_ends_its_own_request() -> None:
 def test_limits_beyond_the_model_are_refused(length: int, budget: int) -> None:
     with pytest.raises(ValueError):
         EmbeddingEngine(model(), length, budget)
+
+
+def test_a_step_runs_as_many_threads_as_it_may_now() -> None:
+    allowed, seen = iter([2, 1]), list[int]()
+    engine = EmbeddingEngine(model(), MAX_POSITIONS, 30, threads_now=lambda: next(allowed))
+    engine.add(embed("a", *texts(30, 30)))
+    hook = model().module.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        all_answers(engine)
+    finally:
+        hook.remove()
+    assert seen == [2, 1]

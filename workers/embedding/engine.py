@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+import torch
+
 from workers.embedding.batching import choose
 from workers.embedding.model import EmbeddingModel
 from workers.errors import InvalidEmbedding, WorkerError
@@ -48,10 +50,13 @@ class EmbeddingEngine:
         model: EmbeddingModel,
         max_model_len: int,
         token_budget: int = 512,
+        *,
+        threads_now: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_model_len` bounds a text, `token_budget` the tokens of a step; a longer text is
-        computed alone. `clock` gives seconds. Raises `ValueError` beyond the model's reach."""
+        computed alone. `threads_now` says how many threads a step may use, `clock` gives
+        seconds. Raises `ValueError` beyond the model's reach."""
         limit = model.max_model_len
         if not 1 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 1 to {limit}")
@@ -60,6 +65,7 @@ class EmbeddingEngine:
         self._model = model
         self._max_model_len = max_model_len
         self._token_budget = token_budget
+        self._threads_now = threads_now
         self._clock = clock
         self._requests: dict[str, _Request] = {}  # in the order in which they came
         self._answered: list[Embedded] = []  # refused, without a step
@@ -111,6 +117,8 @@ class EmbeddingEngine:
         batch = [waiting[position] for position in choose(lengths, self._token_budget)]
         if not batch:
             return tuple(answers)
+        if self._threads_now is not None:
+            torch.set_num_threads(self._threads_now())
         try:
             vectors = self._model.forward([one.message.inputs[index] for one, index in batch])
         except (RuntimeError, MemoryError, WorkerError) as error:
