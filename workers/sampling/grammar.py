@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from workers.errors import GrammarFailed, UnknownVocabulary
 from workers.grammar_source import shortened, started, tokens_of
 from workers.messages import SamplingParams
-from workers.sampling.bitmask import set_bits
+from workers.sampling.bitmask import clear_bits, set_bits
 from workers.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 class Grammar:
     """One sequence's way through a grammar. What goes wrong on it shows at the next mask."""
 
-    def __init__(self, matcher: "LLMatcher") -> None:
+    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
+        self._beyond = np.arange(vocab_size, -(-vocab_size // 8) * 8)
+        """Bits of a mask that stand for no token of the model."""
         self._ended = False
 
     def accept(self, token: int, *, ends: bool) -> None:
@@ -55,6 +57,7 @@ class Grammar:
                     f"the grammar can't go on: {shortened(self._matcher.get_error())}"
                 )
             bits[:] = np.frombuffer(mask, dtype=np.uint8)[: len(bits)]
+            clear_bits(bits, self._beyond)
         if self._ended or self._matcher.is_accepting():
             set_bits(bits, end_ids)
 
@@ -78,7 +81,7 @@ class GrammarCompiler:
             raise GrammarFailed("the model has no end token; give one in stop_token_ids")
         if self._tokens is None:
             self._tokens = self._load()
-        return Grammar(started(params.grammar, self._tokens))
+        return Grammar(started(params.grammar, self._tokens), self._vocab_size)
 
     def _load(self) -> "LLTokenizer":
         if self._file is None:
