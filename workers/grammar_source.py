@@ -145,7 +145,8 @@ def _between_slashes(regex: str) -> str:
 
     if not regex:
         raise GrammarFailed("the regular expression is empty")
-    return regex_to_lark(regex, "")
+    # \d and \w are ASCII, as in JavaScript and JSON Schema.
+    return regex_to_lark(regex, "dw")
 
 
 def _choice_grammar(choices: Any) -> str:

@@ -133,7 +133,7 @@ def test_any_text_matches_its_regular_expression(
 ) -> None:
     text, ended = written(sampler("regex", regex, seed=seed), tokenizer[0])
     assert ended
-    assert re.fullmatch(regex, text)
+    assert re.fullmatch(regex, text, re.ASCII)
 
 
 @settings(deadline=None, max_examples=30)
