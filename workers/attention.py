@@ -2,9 +2,10 @@
 
 Owns the function that transformers' models call under the name `onecopy`. Invariants: a sequence's
 queries meet its own keys only; what a call takes beyond its arguments and result, scores and copied
-keys included, stays within the workspace, however long the sequence; for a sequence alone that fits
-the workspace the call is the one that transformers' own `sdpa` makes, so that the bits agree. Does
-not know weights, scheduling or sampling.
+keys included, stays within the workspace, however long the sequence (but at least one query meets
+one key at a time, whatever they take); for a sequence alone that fits the workspace the call is the
+one that transformers' own `sdpa` makes, so that the bits agree. Does not know weights, scheduling
+or sampling.
 """
 
 from typing import Any, Final
@@ -52,7 +53,11 @@ def attend(
         rows = slice(span.start, span.stop)
         span.table.write(layer, key[:, :, rows], value[:, :, rows])
         queries = query[:, :, rows]
-        if softcap is None and _copied_bytes(key, span, sliding_window) <= workspace_bytes // 2:
+        copies = _copies(queries, key)
+        if (
+            softcap is None
+            and copies * _copied_bytes(key, span, sliding_window) <= workspace_bytes // 2
+        ):
             results += _by_queries(
                 module, batch, span, layer, queries, scaling, sliding_window, workspace_bytes
             )
@@ -99,7 +104,7 @@ def _by_queries(
     keys, values = span.table.read(layer, seen_from, past + num_queries)
     # A score in fp32, the mask, and the mask as numbers, which is what a kernel makes of it.
     per_query = keys.shape[2] * (num_heads * _FP32_BYTES + 1 + queries.element_size())
-    left = workspace_bytes - keys.nbytes - values.nbytes
+    left = workspace_bytes - _copies(queries, keys) * (keys.nbytes + values.nbytes)
     step = max(1, left // per_query)
     results = []
     for start in range(0, num_queries, step):
@@ -223,6 +228,13 @@ def _visible(
 def _first_key(position: int, window: int | None) -> int:
     """The first key that the query at `position` sees."""
     return 0 if window is None else max(0, position - window + 1)
+
+
+def _copies(queries: torch.Tensor, key: torch.Tensor) -> int:
+    """How often keys and values are there: where several heads share them, transformers repeats
+    them for each head under a mask, unless there is only one query."""
+    group = queries.shape[1] // key.shape[1]
+    return 1 if group == 1 or queries.shape[2] == 1 else 1 + group
 
 
 def _copied_bytes(key: torch.Tensor, span: Span, window: int | None) -> int:

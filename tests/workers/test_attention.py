@@ -1,29 +1,47 @@
-"""Attention of a ragged batch against the plain formula, sequence by sequence."""
+"""Attention of a ragged batch against the plain formula, sequence by sequence, and what it takes."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from workers import attention
-from workers.attention import Batch, attend, causal_mask
+from workers.attention import attend, causal_mask
+from workers.batch import Batch, Part
 from workers.errors import UnsupportedCheckpoint
-from workers.kv_cache import KVCache, KVLayer, KVLayout
+from workers.kv.block import KVBlock
+from workers.kv.layout import KVLayer, KVLayout
+from workers.kv.source import PrivateSource
+from workers.kv.table import BlockTable
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
-LAYOUT = KVLayout((KVLayer(NUM_KV_HEADS, HEAD_DIM),), torch.float32)
+LAYOUT = KVLayout((KVLayer(NUM_KV_HEADS, HEAD_DIM),), torch.float32, block_size=4)
 
 
 class Layer(torch.nn.Module):
     """What `attend` reads of a transformers attention module."""
 
     layer_idx = 0
-    num_key_value_groups = NUM_HEADS // NUM_KV_HEADS
     is_causal = True
 
+    def __init__(self, num_key_value_groups: int = NUM_HEADS // NUM_KV_HEADS) -> None:
+        super().__init__()
+        self.num_key_value_groups = num_key_value_groups
 
-def rows(num_tokens: int, num_heads: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(1, num_heads, num_tokens, HEAD_DIM, generator=generator)
+
+def rows(
+    num_tokens: int, num_heads: int, generator: torch.Generator, head_dim: int = HEAD_DIM
+) -> torch.Tensor:
+    return torch.randn(1, num_heads, num_tokens, head_dim, generator=generator)
+
+
+def table_of(layout: KVLayout, num_tokens: int, order: Sequence[int] | None = None) -> BlockTable:
+    """Room for so many tokens, in blocks that lie as `order` says in one storage full of NaN."""
+    count = layout.num_blocks(num_tokens)
+    storage = torch.full((count * layout.block_bytes,), 255, dtype=torch.uint8)
+    places = [index * layout.block_bytes for index in order or range(count)]
+    return BlockTable(layout, [KVBlock(storage, place, None) for place in places])
 
 
 def plain(
@@ -34,37 +52,44 @@ def plain(
     softcap: float | None,
 ) -> torch.Tensor:
     """The definition in fp64, one query and one head at a time: [1, num_queries, num_heads, d]."""
-    num_queries, num_keys = query.shape[2], keys.shape[2]
-    out = torch.empty(1, num_queries, NUM_HEADS, HEAD_DIM, dtype=torch.float64)
-    for head in range(NUM_HEADS):
-        group = head // (NUM_HEADS // NUM_KV_HEADS)
+    _, num_heads, num_queries, head_dim = query.shape
+    group_size, num_keys = num_heads // keys.shape[1], keys.shape[2]
+    out = torch.empty(1, num_queries, num_heads, head_dim, dtype=torch.float64)
+    for head in range(num_heads):
+        group = head // group_size
         for index in range(num_queries):
             stop = num_keys - num_queries + index + 1
             start = 0 if window is None else max(0, stop - window)
             seen = slice(start, stop)
             scores = keys[0, group, seen].double() @ query[0, head, index].double()
-            scores = scores / math.sqrt(HEAD_DIM)
+            scores = scores / math.sqrt(head_dim)
             if softcap is not None:
                 scores = softcap * (scores / softcap).tanh()
             out[0, index, head] = scores.softmax(0) @ values[0, group, seen].double()
     return out
 
 
+@pytest.mark.parametrize("workspace_bytes", [1, 2000, 1 << 20])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
-def test_every_sequence_attends_to_its_own_keys(window: int | None, softcap: float | None) -> None:
+def test_every_sequence_attends_to_its_own_keys(
+    window: int | None, softcap: float | None, num_kv_heads: int, workspace_bytes: int
+) -> None:
     generator = torch.Generator().manual_seed(3)
-    caches = [KVCache(LAYOUT, 64) for _ in range(4)]
-    history: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in caches]
+    layout = KVLayout((KVLayer(num_kv_heads, HEAD_DIM),), torch.float32, block_size=4)
+    orders = ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 2, 4, 1, 3], [1, 2, 3, 4, 0])
+    tables = [table_of(layout, 20, order) for order in orders]
+    history: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in tables]
     # Whole prompts, single tokens, chunks behind a past, and sequences that sit a pass out.
     for lengths in [(5, 1, 0, 9), (1, 1, 12, 4), (3, 0, 1, 1), (1, 1, 1, 1)]:
-        parts = [(cache, [0] * n, True) for cache, n in zip(caches, lengths, strict=True) if n > 0]
+        parts = [Part(table, [0] * n, 1) for table, n in zip(tables, lengths, strict=True) if n]
         batch = Batch.of(parts)
         total = sum(lengths)
         query = rows(total, NUM_HEADS, generator)
-        key, value = (rows(total, NUM_KV_HEADS, generator) for _ in range(2))
+        key, value = (rows(total, num_kv_heads, generator) for _ in range(2))
         out, _ = attend(
-            Layer(),
+            Layer(NUM_HEADS // num_kv_heads),
             query,
             key,
             value,
@@ -73,32 +98,99 @@ def test_every_sequence_attends_to_its_own_keys(window: int | None, softcap: flo
             sliding_window=window,
             softcap=softcap,
             batch=batch,
+            workspace_bytes=workspace_bytes,
         )
         assert out.shape == (1, total, NUM_HEADS, HEAD_DIM)
         for span in batch.spans:
             own = slice(span.start, span.stop)
-            past = history[caches.index(span.cache)]
+            past = history[tables.index(span.table)]
             past.append((key[:, :, own], value[:, :, own]))
             keys, values = (torch.cat(side, dim=2) for side in zip(*past, strict=True))
             expected = plain(query[:, :, own], keys, values, window, softcap)
             torch.testing.assert_close(out[:, own].double(), expected, atol=1e-5, rtol=1e-5)
-            span.cache.commit(span.stop - span.start)
+        batch.commit()
 
 
-def test_soft_capped_scores_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(4)
-    query = rows(13, NUM_HEADS, generator)
-    key, value = (rows(13, NUM_KV_HEADS, generator) for _ in range(2))
+# --- the workspace
 
-    def run() -> torch.Tensor:
-        batch = Batch.of([(KVCache(LAYOUT, 64), [0] * 13, True)])
-        return attend(Layer(), query, key, value, None, softcap=3.0, batch=batch)[0]
 
-    whole = run()
-    for num_queries in (1, 4):
-        budget = num_queries * NUM_HEADS * 13 * 4
-        monkeypatch.setattr(attention, "SOFTCAP_SCORES_BYTES", budget)
-        torch.testing.assert_close(run(), whole, atol=1e-6, rtol=1e-6)
+def attended(
+    num_heads: int,
+    num_kv_heads: int,
+    past: int,
+    num_queries: int,
+    workspace_bytes: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, int]:
+    """The result, and the most bytes that were allocated beside it, as torch's allocator says."""
+    generator = torch.Generator().manual_seed(5)
+    layout = KVLayout((KVLayer(num_kv_heads, 16),), dtype)
+    table = table_of(layout, past + num_queries)
+    query = rows(num_queries, num_heads, generator, 16).to(dtype)
+    key, value = (rows(past + num_queries, num_kv_heads, generator, 16).to(dtype) for _ in range(2))
+    table.write(0, key[:, :, :past], value[:, :, :past])
+    table.commit(past)
+    batch = Batch.of([Part(table, [0] * num_queries, 1)])
+    kinds = [ProfilerActivity.CPU]
+    with torch.inference_mode(), profile(activities=kinds, profile_memory=True) as profiled:
+        out, _ = attend(
+            Layer(num_heads // num_kv_heads),
+            query,
+            key[:, :, past:],
+            value[:, :, past:],
+            None,
+            sliding_window=window,
+            softcap=softcap,
+            batch=batch,
+            workspace_bytes=workspace_bytes,
+        )
+    assert profiled.profiler is not None
+    results = profiled.profiler.kineto_results
+    assert results is not None
+    changes = [event for event in results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    assert most >= out.nbytes, "nothing was measured"
+    return out, most - out.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (300, None), (None, 30.0)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (8, 1)])
+def test_what_a_call_takes_is_within_its_workspace(
+    num_heads: int, num_kv_heads: int, window: int | None, softcap: float | None, dtype: torch.dtype
+) -> None:
+    for past, num_queries, kilobytes in (
+        (0, 200, 64),
+        (0, 256, 128),
+        (500, 20, 64),
+        (1500, 96, 1024),
+        (1500, 1, 64),
+        (4000, 100, 4096),
+        (4000, 100, 65536),
+    ):
+        _, num_bytes = attended(
+            num_heads, num_kv_heads, past, num_queries, kilobytes << 10, window, softcap, dtype
+        )
+        assert num_bytes <= kilobytes << 10, (past, num_queries, kilobytes)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (300, None), (None, 30.0)])
+@pytest.mark.parametrize(("past", "num_queries"), [(0, 256), (2000, 24), (1000, 1)])
+def test_in_chunks_the_result_is_that_of_the_whole(
+    past: int, num_queries: int, window: int | None, softcap: float | None
+) -> None:
+    whole, _ = attended(8, 2, past, num_queries, 1 << 30, window, softcap)
+    for kilobytes in (64, 256, 2048):
+        part, _ = attended(8, 2, past, num_queries, kilobytes << 10, window, softcap)
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+
+
+# --- what is handed in
 
 
 def test_the_mask_is_aligned_to_the_last_key() -> None:
@@ -109,15 +201,20 @@ def test_the_mask_is_aligned_to_the_last_key() -> None:
 
 
 def test_a_batch_lays_sequences_end_to_end() -> None:
-    caches = [KVCache(LAYOUT, 64) for _ in range(3)]
-    caches[1].commit(7)
-    batch = Batch.of(
-        [(caches[0], [4, 5, 6], False), (caches[1], [7], True), (caches[2], [8], True)]
-    )
-    assert batch.input_ids.tolist() == [[4, 5, 6, 7, 8]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 7, 0]]
+    tables = [table_of(LAYOUT, count) for count in (8, 12, 4)]
+    tables[1].commit(7)
+    parts = [Part(tables[0], [4, 5, 6], 2), Part(tables[1], [7], 0), Part(tables[2], [8], 1)]
+    batch = Batch.of(parts)
+    assert batch.token_ids.tolist() == [4, 5, 6, 7, 8]
+    assert batch.positions.tolist() == [0, 1, 2, 7, 0]
     assert [(span.start, span.stop) for span in batch.spans] == [(0, 3), (3, 4), (4, 5)]
-    assert batch.logit_rows.tolist() == [3, 4]
+    assert batch.logit_rows.tolist() == [1, 2, 4]
+    rows_of, addresses = batch.tables()
+    assert rows_of.tolist() == [0, 0, 0, 1, 2]
+    expected = [[block.address for block in table.blocks] for table in tables]
+    assert addresses.tolist() == [one + [0] * (3 - len(one)) for one in expected]
+    batch.commit()
+    assert [table.num_tokens for table in tables] == [3, 8, 1]
 
 
 def test_unknown_kinds_of_attention_are_refused() -> None:
@@ -126,7 +223,7 @@ def test_unknown_kinds_of_attention_are_refused() -> None:
     key = value = rows(1, NUM_KV_HEADS, generator)
     with pytest.raises(UnsupportedCheckpoint, match="does not hand the batch on"):
         attend(Layer(), query, key, value, None)
-    batch = Batch.of([(KVCache(LAYOUT, 64), [0], True)])
+    batch = Batch.of([Part(BlockTable(LAYOUT, PrivateSource(LAYOUT).lease(1)), [0], 1)])
     with pytest.raises(UnsupportedCheckpoint, match="biases its attention"):
         attend(Layer(), query, key, value, None, batch=batch, s_aux=torch.zeros(NUM_HEADS))
     with pytest.raises(UnsupportedCheckpoint, match="biases its attention"):
