@@ -55,12 +55,12 @@ def percentiles(values: list[float]) -> dict[str, float]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float], digits: int = 1) -> dict[str, float]:
     """Median and extremes of repeated measurements."""
     ordered = sorted(values)
     return {
-        "median": round(statistics.median(ordered), 1),
-        "min": round(ordered[0], 1),
-        "max": round(ordered[-1], 1),
+        "median": round(statistics.median(ordered), digits),
+        "min": round(ordered[0], digits),
+        "max": round(ordered[-1], digits),
         "num": len(ordered),
     }
