@@ -28,6 +28,7 @@ from workers.messages import ModelFacts
 from workers.native import NativeDecoder, NotNative, supports
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_OTHER_MEDIA = frozenset({"audio_config", "vision_config"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,7 @@ def _check_config(config: Any) -> None:
     name = config.model_type
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise UnsupportedCheckpoint(f"model_type {name!r} is not a decoder that generates text")
-    if config.get_text_config() is not config:
+    if config.get_text_config() is not config or config.sub_configs.keys() & _OTHER_MEDIA:
         raise UnsupportedCheckpoint(
             f"model_type {name!r} takes more than text; serve its text model"
         )

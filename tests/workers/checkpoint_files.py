@@ -4,6 +4,7 @@ Knows the formats independently of the code under test; real libraries check it 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,17 @@ def tensors_of_every_kind() -> dict[str, torch.Tensor]:
 
 
 def write_gguf(
-    path: Path, *, seed: int = 0, architecture: str = "llama", num_kv_heads: int = 1
+    path: Path,
+    *,
+    seed: int = 0,
+    architecture: str = "llama",
+    num_kv_heads: int = 1,
+    matrices: gguf.GGMLQuantizationType | None = None,
+    said: Mapping[str, int | float | str] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """A Llama of one layer with F32, F16 and Q8_0 blocks and a tokenizer of 100 words."""
+    """A Llama of one layer with F32, F16 and Q8_0 blocks and a tokenizer of 100 words. `matrices`
+    is the type of all its matrices, `said` further metadata, `tensors` further tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -157,7 +166,13 @@ def write_gguf(
         ("blk.0.ffn_norm", (32,), kinds.F32),
     ]:
         values = generator.standard_normal(shape).astype(np.float32)
+        kind = matrices if matrices is not None and len(shape) > 1 else kind
         writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    for name, value in (said or {}).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](name, value)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

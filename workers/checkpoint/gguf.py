@@ -10,6 +10,7 @@ import functools
 import json
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 from huggingface_hub.errors import StrictDataclassError
 
+from workers.checkpoint.gguf_metadata import ROPE_FACTORS, completed
 from workers.checkpoint.source import (
     SCRATCH_BYTES,
     OnCopied,
@@ -136,13 +138,16 @@ class GGUFCheckpoint:
 
     def _rearranges(self, gguf_name: str) -> bool:
         """Whether the tensor must be seen whole. Embeddings never are; of a Llama only the rows of
-        the rotary projections move, from ggml's interleaved order to that of `transformers`."""
+        the rotary projections move, from ggml's interleaved order to that of `transformers`; of a
+        Gemma nothing but vectors changes."""
         from transformers import modeling_gguf_pytorch_utils as legacy
 
         if type(self._processor) is legacy.TensorProcessor or gguf_name == "token_embd.weight":
             return False
         if type(self._processor) is legacy.LlamaTensorProcessor:
             return ".attn_q." in gguf_name or ".attn_k." in gguf_name
+        if type(self._processor) in (legacy.Gemma2TensorProcessor, legacy.NemotronTensorProcessor):
+            return "norm.weight" in gguf_name  # stored with 1 added
         return True
 
     def _dequantize(self, data: Any, kind: Any) -> Any:
@@ -185,6 +190,7 @@ class GGUFCheckpoint:
                 f"{self.path}: the architecture {architecture!r} can't be served from a GGUF file "
                 f"({error})"
             ) from error
+        config = self._completed(config, reader, architecture)
         embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
         if embedding is not None:  # the vocabulary itself was skipped, and it may be padded
             config["vocab_size"] = int(embedding.shape[1])
@@ -193,6 +199,31 @@ class GGUFCheckpoint:
             eos.append(int(turn.contents()))
         config["eos_token_id"] = list(dict.fromkeys(token for token in eos if token is not None))
         return {k: _plain(v) for k, v in config.items() if not k.startswith("_")}, architecture
+
+    def _completed(
+        self, config: dict[str, Any], reader: HeaderReader, architecture: str
+    ) -> dict[str, Any]:
+        from transformers.integrations import GGUF_CONFIG_MAPPING
+
+        model_type = str(config.get("model_type")).removesuffix("_text")
+        heard = GGUF_CONFIG_MAPPING.get(model_type) or GGUF_CONFIG_MAPPING.get(architecture, {})
+        factors = next((t for t in reader.tensors if t.name == ROPE_FACTORS), None)
+        rope_factors = None
+        if factors is not None:
+            rope_factors = torch.from_numpy(self._dequantize(factors.data, factors.tensor_type))
+        try:
+            said = {
+                name.removeprefix(f"{architecture}."): field.contents()
+                for name, field in reader.fields.items()
+                if name.startswith(f"{architecture}.")
+            }
+            return completed(
+                config, said, {key for key, name in heard.items() if name}, rope_factors
+            )
+        except UnsupportedCheckpoint as error:
+            raise UnsupportedCheckpoint(f"{self.path}: {error}") from error
+        except (*_UNREADABLE, ZeroDivisionError) as error:
+            raise CheckpointCorrupt(f"{self.path} has damaged metadata: {error}") from error
 
     def _map_names(self) -> None:
         if self._names:
@@ -220,7 +251,17 @@ class GGUFCheckpoint:
                 f"{self.path}: the architecture {architecture!r} can't be served: {error}"
             ) from error
         known = {name for name, _ in model.named_parameters()}
-        self._names = {k: v for k, v in names.items() if v in known}
+        stored = {tensor.name for tensor in self._reader.tensors} - {ROPE_FACTORS}
+        unknown = sorted(name for name in stored if names.get(name) not in known)
+        targets = Counter(names[name] for name in stored if name not in unknown)
+        merged = sorted(name for name in stored if targets[names.get(name, "")] > 1)
+        for found, what in ((unknown, "has no place in"), (merged, "is one of several parts in")):
+            if found:
+                raise UnsupportedCheckpoint(
+                    f"{self.path}: {found[0]} {what} {type(model).__name__}: give the safetensors "
+                    "checkpoint"
+                )
+        self._names = {name: names[name] for name in stored}
 
 
 @contextlib.contextmanager
