@@ -1,4 +1,4 @@
-"""Attention of a ragged batch against the plain formula, sequence by sequence, and what it takes."""
+"""Attention of a ragged batch against the plain formula, and how much memory it takes."""
 
 import math
 from collections.abc import Sequence
