@@ -35,10 +35,15 @@ PEERS = tuple(_PACKAGES)
 
 
 class Engine(Protocol):
-    """What can be asked. `pid` is the root of its processes."""
+    """What can be asked."""
 
-    pid: int
-    version: str
+    @property
+    def pid(self) -> int:
+        """The root of its processes."""
+
+    @property
+    def version(self) -> str:
+        """Of its packages."""
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Stream]:
         """All prompts at once, greedy, without early end."""

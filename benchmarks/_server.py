@@ -55,7 +55,8 @@ def onecopy(runtime_dir: Path, *arguments: str) -> str:
 
 def server_status(runtime_dir: Path) -> dict[str, Any]:
     """`onecopy ps --json`."""
-    return json.loads(onecopy(runtime_dir, "ps", "--json"))
+    status: dict[str, Any] = json.loads(onecopy(runtime_dir, "ps", "--json"))
+    return status
 
 
 def wait_ready(runtime_dir: Path, count: int) -> dict[str, Any]:

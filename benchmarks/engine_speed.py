@@ -10,7 +10,7 @@ request before each turn wakes what was stopped. A turn is tried again, twice at
 host takes more than `--max-steal` of the processors' time. What the host took is told with each
 figure (`steal`, of all processors' time), and what other processes here took (`others`).
 
-    python benchmarks/peer_models.py /tmp/peer-models
+    python benchmarks/peers/write_models.py /tmp/peer-models
     python benchmarks/engine_speed.py --models /tmp/peer-models --rounds 5 \\
         --peer transformers=PYTHON --peer llamacpp=PYTHON --peer openvino=PYTHON --peer vllm=PYTHON
 
@@ -60,7 +60,9 @@ def main() -> None:
     """Print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--models", type=Path, help="what peer_models.py wrote; needed for peers")
+    parser.add_argument(
+        "--models", type=Path, help="what peers/write_models.py wrote; needed for peers"
+    )
     parser.add_argument("--model", default="demo", help="what onecopy serves")
     parser.add_argument("--serve", action="append", default=[], metavar="OPTION")
     parser.add_argument("--rounds", type=int, default=5)

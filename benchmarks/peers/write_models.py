@@ -1,6 +1,6 @@
 """The demo model in the forms that other engines read: the same weights, cast once.
 
-    python benchmarks/peer_models.py FOLDER
+    python benchmarks/peers/write_models.py FOLDER
 
 writes FOLDER/hf (a Hugging Face folder, bfloat16), FOLDER/bf16.gguf and FOLDER/f16.gguf (vectors
 in float32, as llama.cpp's own converter leaves them). 0.8 GB; what is there already is kept. The
@@ -8,6 +8,7 @@ demo model is distributed in Q4_1, which onecopy, too, casts to bfloat16 when it
 """
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -40,7 +41,7 @@ def main() -> None:
     source = find_model(DEMO).path
     _once(folder / "hf", lambda path: _write_folder(source, path))
     for name in _KINDS:
-        _once(folder / f"{name}.gguf", lambda path, name=name: _write_gguf(source, path, name))
+        _once(folder / f"{name}.gguf", functools.partial(_write_gguf, source, name=name))
     print(f"{folder} is complete", file=sys.stderr)
 
 
