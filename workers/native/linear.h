@@ -95,14 +95,17 @@ inline void prefetch_chunk(const Chunk& chunk, int width) {
 struct Ahead {
   const char* at[2] = {nullptr, nullptr};
   int lines = 0;  // of each of the two tiles' rows, at a step
+  int num_steps = 0;
 
   // `num_products` are left until the chunk is wanted.
-  Ahead(const Chunk* next, int num_products) {
+  Ahead(const Chunk* next, int width, int num_products) {
     if (!next) return;
     for (int i = 0; i < 2; i++) at[i] = (const char*)next->weights[i];
     lines = num_products < 16 ? 16 / num_products : 1;
+    num_steps = width / 2 / lines;
   }
   void fetch() {
+    if (--num_steps < 0) return;
     for (int i = 0; i < lines; i++)
       for (int j = 0; j < 2; j++) {
         prefetch(at[j]);

@@ -68,15 +68,19 @@ inline __m512 exp_ps(__m512 x) {
   x = _mm512_min_ps(x, _mm512_set1_ps(88.f));
   return exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)));
 }
+// 1 / x to about 1e-7: half the time of a division.
+inline __m512 reciprocal(__m512 x) {
+  const __m512 r = _mm512_rcp14_ps(x);
+  return _mm512_mul_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(2.f)));
+}
 inline __m512 tanh_ps(__m512 x) {  // 1 - 2 / (e^2x + 1)
   const __m512 e = exp_ps(_mm512_add_ps(x, x));
   const __m512 one_ = _mm512_set1_ps(1.f);
-  return _mm512_sub_ps(one_, _mm512_div_ps(_mm512_set1_ps(2.f), _mm512_add_ps(e, one_)));
+  return _mm512_fnmadd_ps(_mm512_set1_ps(2.f), reciprocal(_mm512_add_ps(e, one_)), one_);
 }
 inline __m512 silu_ps(__m512 x) {
-  const __m512 one_ = _mm512_set1_ps(1.f);
   const __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x));
-  return _mm512_div_ps(x, _mm512_add_ps(one_, e));
+  return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(_mm512_set1_ps(1.f), e)));
 }
 inline __m512 gelu_tanh_ps(__m512 x) {
   const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
