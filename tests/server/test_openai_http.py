@@ -1,126 +1,30 @@
-"""The REST API over a real HTTP server, as the `openai` client and bare HTTP see it.
+"""The REST API over a real HTTP server, as the `openai` client and bare HTTP see it."""
 
-What generates is a language model of the simplest kind: it repeats its prompt, token by token, then
-ends. That makes every text known in advance, and lets a test hold a sequence, or fail it, where it
-wants to.
-"""
-
-import asyncio
 import json
-import queue
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from server.app import Serving, create_app
-from server.errors import InstanceFailed, NotReady, Overloaded
-from server.generation import Chunk
+from server.errors import Overloaded
 from server.text import Text
-from workers.messages import ModelFacts, SamplingParams
-
-NAME = "org/echo-1"
-EOS = 2
-DEADLINE_S = 30.0
-FACTS = ModelFacts(
-    architecture="echo",
-    dtype="none",
-    vocab_size=49152,
-    max_model_len=256,
-    eos_token_ids=(EOS,),
-    num_parameters=0,
-    weights_bytes=0,
-    kv_bytes_per_token=0,
+from tests.server.echo_model import (
+    DEADLINE_S,
+    EOS,
+    FACTS,
+    NAME,
+    EchoModel,
+    chat,
+    complete,
+    echo_server,
+    error_of,
+    events,
 )
-
-
-class EchoModel:
-    """Repeats the prompt from its first token on; then EOS, or from the start if that is ignored.
-
-    Its settings may be changed by a test's thread at any time and hold for later sequences.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.num_ready = 1
-        self.asleep = False
-        self.refusals: list[Exception | None] = []  # of the next submits, in order
-        self.hold_after: int | None = None  # tokens, after which a sequence waits until closed
-        self.fail_after: int | None = None
-        self.failure: Exception = InstanceFailed("An instance was lost.")
-        self.tokens_per_chunk = 1
-        self.wait_for: threading.Barrier | None = None
-        self.submitted: list[tuple[str, list[int], SamplingParams]] = []
-        self.aborted: queue.Queue[str] = queue.Queue()
-        self.num_open = 0
-
-    @property
-    def facts(self) -> ModelFacts:
-        if not self.num_ready:
-            raise NotReady("The model is being loaded.", retry_after_s=3)
-        return FACTS
-
-    async def submit(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
-    ) -> "EchoStream":
-        if self.refusals and (refusal := self.refusals.pop(0)) is not None:
-            raise refusal
-        self.submitted.append((request_id, list(token_ids), sampling))
-        self.num_open += 1
-        return EchoStream(self, request_id, token_ids, sampling)
-
-
-class EchoStream:
-    def __init__(
-        self,
-        model: EchoModel,
-        request_id: str,
-        token_ids: Sequence[int],
-        sampling: SamplingParams,
-    ):
-        self._model = model
-        self._request_id = request_id
-        self._prompt = list(token_ids)
-        self._sampling = sampling
-        self._open = True
-        self._finished = False
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        model, sampling, made = self._model, self._sampling, 0
-        tokens: list[int] = []
-        if model.wait_for is not None:
-            await asyncio.to_thread(model.wait_for.wait, DEADLINE_S)
-        while not self._finished:
-            if made == model.hold_after:
-                await asyncio.Event().wait()
-            if made == model.fail_after:
-                raise model.failure
-            token = self._prompt[made] if made < len(self._prompt) else EOS
-            if sampling.ignore_eos:
-                token = self._prompt[made % len(self._prompt)]
-            made += 1
-            tokens.append(token)
-            stopped = not sampling.ignore_eos and token in (EOS, *sampling.stop_token_ids)
-            self._finished = stopped or made == sampling.max_tokens
-            if self._finished or len(tokens) == model.tokens_per_chunk:
-                reason = "stop" if stopped else "length" if self._finished else None
-                yield Chunk(tuple(tokens), reason)  # type: ignore[arg-type]
-                tokens = []
-
-    async def aclose(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        self._model.num_open -= 1
-        if not self._finished:
-            self._model.aborted.put(self._request_id)
+from workers.messages import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +34,8 @@ def model() -> EchoModel:
 
 @pytest.fixture(scope="module")
 def address(model: EchoModel, text: Text) -> Iterator[str]:
-    serving = Serving(generator=model, text=text, model_name=NAME, created=1_700_000_000)
-    app = create_app(serving, max_body_bytes=1 << 20)
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(DEADLINE_S)
-    assert not thread.is_alive()
-    listening.close()
+    with echo_server(model, text) as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -162,34 +57,6 @@ def client(address: str) -> Iterator[openai.OpenAI]:
         base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S
     ) as made:
         yield made
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The OpenAI error body that every error has."""
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    error: dict[str, Any] = body["error"]
-    return error
-
-
-def complete(http: httpx.Client, **fields: Any) -> httpx.Response:
-    return http.post("/v1/completions", json={"model": NAME, "prompt": "One two.", **fields})
-
-
-def chat(http: httpx.Client, **fields: Any) -> httpx.Response:
-    messages = [{"role": "user", "content": "One two."}]
-    return http.post("/v1/chat/completions", json={"model": NAME, "messages": messages, **fields})
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """The decoded events of a stream that ended as it should."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    frames = response.text.split("\n\n")
-    assert frames.pop() == ""
-    assert all(frame.startswith("data: ") for frame in frames)
-    assert frames.pop() == "data: [DONE]"
-    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
 
 
 # --- completions
