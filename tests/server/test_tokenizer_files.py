@@ -114,3 +114,21 @@ def test_bos_is_added_exactly_if_the_gguf_file_says_so(
     for wanted in (add_bos, not add_bos, add_bos):
         _obey_add_bos(file, {"add_bos_token": wanted, "bos_token_id": 1})
         assert (Tokenizer.from_file(str(file)).encode("Hello").ids[0] == 1) == wanted
+
+
+def test_the_tokenizer_of_a_sentencepiece_vocabulary(
+    gemma3_gguf: Path, tokenizer_cache: Path
+) -> None:
+    """262,144 tokens with scores and without merges; the ids are those of google/gemma-3-270m."""
+    folder = tokenizer_folder(gemma3_gguf, tokenizer_cache)
+    assert json.loads((folder / "special_ids.json").read_text())["add_bos_token"] is True
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 262_144
+    for text, token_ids in {
+        "Hello world": [2, 9259, 1902],
+        "<start_of_turn>user\nhi<end_of_turn>\n": [2, 105, 2364, 107, 2202, 106, 107],
+        "def f(x):\n    return x": [2, 2063, 517, 236769, 236781, 1473, 107, 140, 2060, 1123],
+    }.items():
+        assert tokenizer.encode(text).ids == token_ids
+    for text in ("  two  blanks ", "Ünïcödé 漢字 🙂 𓀀\x00", "tab\tand\nline"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text

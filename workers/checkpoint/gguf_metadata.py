@@ -56,19 +56,24 @@ def completed(
             raise UnsupportedCheckpoint(
                 f"it says {key} = {value}, which nobody reads: give the safetensors checkpoint"
             )
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    for key in _CHECKED_HERE & said.keys():
-        if said[key] != head_dim:
+    for key in sorted(_CHECKED_HERE & said.keys()):
+        if said[key] != _head_dim(config):
             raise UnsupportedCheckpoint(
-                f"it says {key} = {said[key]} where heads are of {head_dim}: give the safetensors "
-                "checkpoint"
+                f"it says {key} = {said[key]} where heads are of {_head_dim(config)}: give the "
+                "safetensors checkpoint"
             )
     scaling = _scaling({k: v for k, v in said.items() if k.startswith("rope.scaling.")})
     if rope_factors is not None:
-        scaling = _llama3(rope_factors, float(config.get("rope_theta", 10_000.0)), head_dim)
+        scaling = _llama3(
+            rope_factors, float(config.get("rope_theta", 10_000.0)), _head_dim(config)
+        )
     if scaling is not None:
         config["rope_scaling"] = scaling
     return config
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _scaling(said: Mapping[str, Any]) -> dict[str, Any] | None:
