@@ -145,10 +145,9 @@ def typical(errors: torch.Tensor) -> float:
 
 
 def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
-    """`ours` is about as far from `exact` as `theirs` (eager and sdpa differ as much from each other
-    in this: up to a third for one text, nothing on average), and where the greedy choices differ, the two
-    tokens' logits are no further apart than twice what rounding moved a logit of `theirs`."""
-    assert typical(ours - exact) <= 1.5 * typical(theirs - exact)
+    """`ours` is about as far from `exact` as `theirs`. Where the greedy choices differ, the logits
+    of the two tokens are no further apart than twice what rounding moved a logit of `theirs`."""
+    assert typical(ours - exact) <= 1.3 * typical(theirs - exact)
     moved = (theirs - exact).abs().max(-1).values
     chosen = theirs.gather(1, ours.argmax(-1, keepdim=True))[:, 0]
     assert bool((theirs.max(-1).values - chosen <= 2 * moved).all())
@@ -186,15 +185,19 @@ def smollm2() -> Any:
 
 @needs_amx
 def test_a_real_model_continues_a_text_as_transformers_does(smollm2: Any) -> None:
-    text = [504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 3575, 282, 260, 2784, 281, 2753]
-    num_new = 24
+    texts = [
+        [504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 3575, 282, 260, 2784, 281, 2753],
+        [19556, 28, 905, 314, 1194, 1028, 1535, 30],
+        [1604, 597, 260, 1848, 28, 338],
+        [504, 808, 282, 260, 4095],
+    ]
     with torch.inference_mode():
-        whole = smollm2.generate(
-            torch.tensor([text]), do_sample=False, max_new_tokens=num_new, eos_token_id=None
-        )[0].tolist()
-    theirs = logits_of(smollm2, whole)
-    ours = alone(smollm2, whole)
-    exact = logits_of(smollm2.float(), whole)
+        greedily: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
+        whole = [smollm2.generate(torch.tensor([t]), **greedily)[0].tolist() for t in texts]
+    theirs = torch.cat([logits_of(smollm2, text) for text in whole])
+    ours = torch.cat([alone(smollm2, text) for text in whole])
+    smollm2.float()
+    exact = torch.cat([logits_of(smollm2, text) for text in whole])
     smollm2.bfloat16()
     assert_as_good(ours, theirs, exact)
     agree = (ours.argmax(-1) == theirs.argmax(-1)).float()
