@@ -57,6 +57,8 @@ class OverHTTP:
     version: str
     url: str
     body: Callable[[Sequence[int], int], dict[str, Any]]
+    weights_bytes: int | None = None
+    """What a step reads of them, where the server says so."""
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Stream]:
         """See Engine."""
@@ -104,6 +106,7 @@ def onecopy(model: str, runtime_dir: Path, options: Sequence[str]) -> Iterator[O
             "onecopy",
             f"{status['url']}/v1/completions",
             lambda prompt, max_tokens: completion(status["model"], prompt, max_tokens),
+            status["weights_bytes"],
         )
 
 

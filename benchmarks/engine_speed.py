@@ -41,7 +41,7 @@ from typing import Any
 from _bandwidth import BUFFER_BYTES, ReadBandwidth
 from _client import Stream, median_itl_ms, median_ttft_ms, random_prompt, tokens_per_s
 from _machine import describe_machine, spread
-from _peers import PEERS, Engine, onecopy, peer
+from _peers import PEERS, Engine, OverHTTP, onecopy, peer
 from _processes import NUM_THREADS, Load, deadline, end_on_sigterm, pause, resume
 
 _LENGTH = 128
@@ -96,7 +96,9 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     pause(engines[name].pid)
             order.append(order.pop(0))
         memory_gb_s.append(bandwidth.gb_per_s())
-    limit_ms = BUFFER_BYTES / statistics.median(memory_gb_s) / 1e6
+    ours = engines[OURS]
+    weights_bytes = ours.weights_bytes if isinstance(ours, OverHTTP) else None
+    limit_ms = (weights_bytes or BUFFER_BYTES) / statistics.median(memory_gb_s) / 1e6
     return {
         "benchmark": "engine_speed",
         **describe_machine(),
@@ -107,6 +109,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "num_threads": NUM_THREADS,
         "tokens": {"in": _LENGTH, "out": _LENGTH},
         "memory_read_gb_per_s": spread(memory_gb_s),
+        "weights_bytes": weights_bytes,
         "limit_ms_per_step": round(limit_ms, 2),
         "engines": {
             name: {"version": engines[name].version, **_summary(loads, limit_ms)}

@@ -10,8 +10,8 @@ Fails (exit status 1, the reasons under "failures") if, between the first and th
 time (the first minute aside, or a tenth where that is less), a process's median of private memory
 grew by more than 8 MB and 5 %, or its threads by more than 2; if a process has more than 2
 descriptors more when all is over than before the load, idle both times; if extents stay leased, or
-requests remain, when all is over; if the pool's bytes don't add up; if a request failed; if the
-median time to first token or between tokens more than doubled.
+requests remain, when all is over; if the pool's bytes don't add up; if a request failed or
+took more than 5 minutes; if the median time to first token or between tokens more than doubled.
 
     python benchmarks/soak.py --minutes 30 [--model demo] [--serve=--OPTION ...] [--rate R]
 
@@ -47,6 +47,7 @@ _GROWN_COUNT = 2
 _SLOWER = 2.0
 _MOST_AT_ONCE = 200
 _IDLE_S = 60.0
+_REQUEST_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ class Soak:
         self._num_sent += 1
         self._num_left += leaves is not None
         try:
-            answer = await self._fleet.ask(prompt, max_tokens, stop_after=leaves)
+            async with asyncio.timeout(_REQUEST_S):
+                answer = await self._fleet.ask(prompt, max_tokens, stop_after=leaves)
         except (RuntimeError, OSError, asyncio.IncompleteReadError) as error:
             if len(self._failures) < 20:
                 self._failures.append(f"a request after {elapsed:.0f} s: {error!r}")
