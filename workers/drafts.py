@@ -7,6 +7,7 @@ next step, and kept as far as it is what would have been sampled anyway, so the 
 Pure. Knows nothing of models.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,11 +20,14 @@ _REACH: Final = 4096
 def propose(token_ids: Sequence[int], most: int) -> tuple[int, ...]:
     """Up to `most` tokens that may follow `token_ids`: those behind the latest earlier occurrence
     of its longest possible ending."""
-    recent = list(token_ids[-_REACH:])
+    recent = array("i", token_ids[-_REACH:])
+    sought, width = recent.tobytes(), recent.itemsize
     for length in range(min(_LONGEST_MATCH, len(recent) - 1), _SHORTEST_MATCH - 1, -1):
-        ending = recent[-length:]
-        last = ending[-1]
-        for end in range(len(recent) - 2, length - 2, -1):
-            if recent[end] == last and recent[end - length + 1 : end + 1] == ending:
-                return tuple(recent[end + 1 : end + 1 + most])
+        ending = sought[-length * width :]
+        before = len(sought) - width
+        while (found := sought.rfind(ending, 0, before)) >= 0:
+            if found % width == 0:  # else it is the bytes of other tokens
+                after = found // width + length
+                return tuple(recent[after : after + most])
+            before = found + len(ending) - 1
     return ()

@@ -19,7 +19,15 @@ from workers.drafts import propose
 from workers.errors import GrammarFailed, InvalidLogits, NoTokenLeft, WorkerError
 from workers.kv.cache import KVCache
 from workers.kv.layout import KVLayout
-from workers.messages import Embedded, FinishReason, Generate, Output, StepOutput, TokenLogprobs
+from workers.messages import (
+    Embedded,
+    FinishReason,
+    Generate,
+    Output,
+    Problem,
+    StepOutput,
+    TokenLogprobs,
+)
 from workers.model import Model
 from workers.room import KVRoom
 from workers.sampling import (
@@ -40,7 +48,7 @@ _LOGITS_BYTES: Final = 64 << 20
 _SHARE_EVERY_S: Final = 0.1
 """How often to ask whether other instances lack room."""
 NO_ROOM_PATIENCE_S: Final = 15.0
-"""How long the first of the waiting waits for KV memory while nothing runs here."""
+"""How long a sequence lacks KV memory that nobody else holds here, before it ends."""
 
 
 @dataclass(slots=True)
@@ -56,6 +64,8 @@ class _Request:
     """
     num_reached: int = 0
     """The most of its tokens that were ever computed at once."""
+    stalled_since: float | None = None
+    """When there was no room for it, nobody else ran, and it has not come further since."""
 
 
 class Engine:
@@ -93,7 +103,6 @@ class Engine:
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
         self._is_idle = False
-        self._stalled: tuple[GenerationSequence, float] | None = None
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
 
@@ -106,7 +115,7 @@ class Engine:
     def is_stalled(self) -> bool:
         """Whether the last step could do nothing: all wait, and there is no room for any. Another
         step makes sense after a while."""
-        return self._is_idle and not self._answered
+        return self._is_idle and self.num_waiting > 0 and not self._answered
 
     @property
     def num_running(self) -> int:
@@ -200,8 +209,7 @@ class Engine:
         chunks = self._scheduler.schedule(self._room)
         self._is_idle = not chunks
         if chunks:
-            if self._come_on(chunks):
-                self._stalled = None
+            self._come_on(chunks)
             outputs += self._compute(chunks)
         elif self.num_waiting:
             outputs += self._out_of_room(now)
@@ -265,30 +273,28 @@ class Engine:
             most = min(self._num_speculative_tokens, left - 1)
             sequence.draft = propose(sequence.token_ids, most) if most > 0 else ()
 
-    def _come_on(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether anything is computed that was not computed before: what gives way and begins
-        again for ever does not come on."""
-        come_on = False
+    def _come_on(self, chunks: Sequence[Chunk]) -> None:
+        """Note who is computed further than ever before: who gives way and begins again for ever
+        is not."""
         for chunk in chunks:
             request = self._requests[chunk.sequence.request_id]
             if chunk.stop > request.num_reached:
                 request.num_reached = chunk.stop
-                come_on = True
-        return come_on
+                request.stalled_since = None
 
     def _out_of_room(self, now: float) -> list[Output]:
-        """Nothing runs, and there is no room for those that wait: for a while they wait for other
-        instances to give some back."""
+        """Nothing runs, and there is no room for the first of those that wait: for a while it waits
+        for other instances to give some back."""
         first = self._scheduler.next_waiting
         if first is None:
             return []
-        if self._stalled is None or self._stalled[0] is not first:
-            self._stalled = (first, now)
-        if now - self._stalled[1] < NO_ROOM_PATIENCE_S:
+        request = self._requests[first.request_id]
+        if request.stalled_since is None:
+            request.stalled_since = now
+        if now - request.stalled_since < NO_ROOM_PATIENCE_S:
             return []
-        self._stalled = None
         problem = f"there is no room for its keys and values: {self._room.kv.problem}"
-        return [self._fail(first, problem)]
+        return [self._fail(first, problem, kind="no_room")]
 
     @property
     def _most_logits(self) -> int:
@@ -302,7 +308,8 @@ class Engine:
             if (expires_at := self._requests[sequence.request_id].expires_at) is not None
             and now >= expires_at
         ]
-        return [self._fail(sequence, "the request's deadline has passed") for sequence in late]
+        problem = "the request's deadline has passed"
+        return [self._fail(sequence, problem, kind="deadline") for sequence in late]
 
     # --- one step
 
@@ -465,9 +472,10 @@ class Engine:
         *,
         keep: bool = True,
         invalid: bool = False,
+        kind: Problem = "",
     ) -> Output:
         self._forget(sequence, keep=keep)
-        return _error(sequence.request_id, problem, invalid=invalid)
+        return _error(sequence.request_id, problem, invalid=invalid, kind=kind)
 
     def _forget(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
         self._scheduler.remove(sequence.request_id)
@@ -482,11 +490,12 @@ def _unlimited(
     return KVCache(layout, device=device, private_limit_bytes=num_bytes)
 
 
-def _error(request_id: str, problem: str, *, invalid: bool) -> Output:
+def _error(request_id: str, problem: str, *, invalid: bool, kind: Problem = "") -> Output:
     return Output(
         request_id=request_id,
         token_ids=(),
         finish_reason="error",
         invalid=invalid,
+        problem=kind,
         error=problem[:_MAX_ERROR_LENGTH],
     )

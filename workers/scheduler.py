@@ -265,7 +265,10 @@ class Scheduler:
         if not admitting or self._num_until_retry:
             free_places = 0
         chunks: list[Chunk] = []
-        for sequence, budget in self._shares([*begun, *self._waiting[:free_places]]):
+        candidates = [*begun, *self._waiting[:free_places]]
+        shares = self._shares(candidates)
+        self._served_last = None
+        for sequence, budget in shares:
             newcomer = sequence not in begun
             if newcomer and self._num_until_retry:
                 continue
@@ -274,6 +277,8 @@ class Scheduler:
             stop = sequence.num_computed + _most(sequence, budget)
             if room.grow(sequence, stop):
                 chunks.append(Chunk(sequence, sequence.num_computed, stop))
+                if sequence is candidates[0]:
+                    self._served_last = sequence
                 if newcomer:
                     self._waiting.remove(sequence)
                     bisect.insort(self._running, sequence, key=_order)
@@ -292,11 +297,9 @@ class Scheduler:
         first, *others = candidates
         left = self._token_budget
         wanted = _most(first, left)
-        was_served, self._served_last = self._served_last is first, first
         if not others:
             return [(first, wanted)]
-        if was_served and sum(one.num_pending for one in others) <= left // 2:
-            self._served_last = None
+        if self._served_last is first and sum(one.num_pending for one in others) <= left // 2:
             return [(one, _most(one, left)) for one in others]
         reserved = min(wanted, left - left // 2)
         left -= reserved

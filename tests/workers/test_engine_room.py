@@ -55,12 +55,14 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
         yield client
 
 
-def shared(client: Client, family: str = "llama", **changes: Any) -> Engine:
+def shared(
+    client: Client, family: str = "llama", prefix_caching: bool = True, **changes: Any
+) -> Engine:
     """An engine whose blocks are the allocator's."""
     layout = model_of(family).geometry.kv_layout
-    return engine_of(
-        family, kv=KVCache(layout, PoolSource(client, layout), weights=family), **changes
-    )
+    pool = PoolSource(client, layout)
+    kv = KVCache(layout, pool, weights=family, prefix_caching=prefix_caching)
+    return engine_of(family, kv=kv, **changes)
 
 
 def num_leased(client: Client) -> int:
@@ -192,7 +194,7 @@ def test_guesses_end_where_the_sequence_ends() -> None:
 def test_a_stop_token_within_a_guess_ends_the_sequence_there() -> None:
     said = [*PROMPTS[2], *expected("llama")[2], *PROMPTS[2]]
     plain = only(engine_of(), request("a", said, max_tokens=40))[0]
-    for stop in set(plain):
+    for stop in sorted(set(plain))[::4]:
         changes = {"max_tokens": 40, "stop_token_ids": (stop,)}
         one = request("a", said, **changes)
         got = only(engine_of(num_speculative_tokens=4), one)
@@ -372,6 +374,23 @@ def test_who_comes_behind_one_that_never_fits_is_served() -> None:
     assert [tokens(outputs[name]) for name in ("small", "other")] == expected("llama")[2:4]
 
 
+def test_what_never_fits_ends_also_where_others_come_and_go() -> None:
+    clock = Clock()
+    engine = engine_of(kv=room_for(3), clock=clock, max_num_seqs=2, token_budget=16)
+    outputs: dict[str, list[Output]] = {}
+    engine.add(request("large", prompt(60)))
+    for n in range(400):
+        if engine.num_waiting < 2:
+            engine.add(request(f"small {n}", PROMPTS[2], max_tokens=3))
+        step(engine, outputs)
+        clock.now += 0.5
+        if "large" in outputs:
+            break
+    assert outputs["large"][-1].finish_reason == "error"
+    assert clock.now - 100.0 < 10 * NO_ROOM_PATIENCE_S
+    assert len(outputs) > 3
+
+
 # --- two instances and their allocator
 
 
@@ -403,6 +422,32 @@ def test_models_trade_memory(start_daemon: StartDaemon) -> None:
             for n in range(8):
                 assert tokens(outputs[f"{family} {n}"]) == alone
         assert num_leased(one) == 0
+
+
+def test_what_another_instance_lacks_is_given_back_at_once(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("--memory-limit", str(12 * BLOCK_BYTES))
+    with daemon.connect() as one, daemon.connect() as other:
+        clock = Clock()
+        rich, poor = (
+            shared(client, prefix_caching=False, clock=clock, max_num_seqs=8)
+            for client in (one, other)
+        )
+        outputs: dict[str, list[Output]] = {}
+        for n in range(4):
+            rich.add(request(str(n), PROMPTS[4]))
+        step(rich, outputs)
+        assert num_leased(one) == 12
+        poor.add(request("poor", prompt(90)))
+        step(poor, outputs)
+        assert poor.is_stalled
+        clock.now += 0.11
+        step(rich, outputs)
+        step(poor, outputs)
+        assert (rich.num_running, poor.num_running) == (2, 1)
+        for engine in (rich, poor):
+            for name, rest in run(engine).items():
+                outputs.setdefault(name, []).extend(rest)
+        assert [tokens(outputs[str(n)]) for n in range(4)] == [expected("llama")[4]] * 4
 
 
 def test_an_allocator_that_ends_and_comes_back_changes_no_token(

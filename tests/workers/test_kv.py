@@ -404,6 +404,33 @@ def test_cached_blocks_go_before_room_is_refused(small: DaemonProcess) -> None:
         instance.close(cache, keep=False)
 
 
+def test_of_what_is_kept_the_end_goes_first(small: DaemonProcess) -> None:
+    """Without its beginning a block is never found."""
+    with small.connect() as client:
+        instance = Instance(client)
+        instance.run(tokens(10 * SIZE))
+        instance.run(tokens(8 * SIZE, 1000))  # for which two of the ten had to go
+        assert held(client) == (0, 16, 16)
+        assert instance.open(tokens(10 * SIZE + 1)).num_cached == 8 * SIZE
+        for cache in list(instance.tokens):
+            instance.close(cache)
+
+
+def test_any_number_of_blocks_is_leased_at_once_or_none(
+    small: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.kv.source.MAX_BATCH", 4)
+    with small.connect() as client:
+        pool = PoolSource(client, LAYOUT)
+        blocks = pool.lease(11)
+        assert len({block.address for block in blocks}) == 11
+        with pytest.raises(OutOfKVMemory):
+            pool.lease(6)
+        assert held(client) == (11, 0, 0)
+        pool.release(blocks)
+        assert held(client) == (0, 0, 0)
+
+
 def test_what_a_sequence_maps_is_not_evicted(small: DaemonProcess) -> None:
     with small.connect() as client:
         instance = Instance(client)

@@ -274,6 +274,15 @@ def test_nothing_is_scheduled_where_there_is_no_room_for_any() -> None:
     assert run(scheduler, room) == ["a"]
 
 
+def test_one_without_room_is_not_overtaken() -> None:
+    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
+    scheduler.add(sequence("large", 20))
+    scheduler.add(sequence("small", 1))
+    assert [scheduler.schedule(room) for _ in range(4)] == [()] * 4
+    room.num_blocks = 6
+    assert run(scheduler, room) == ["large", "small"]
+
+
 def test_one_without_room_is_not_tried_every_step_but_as_soon_as_someone_leaves() -> None:
     scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
     scheduler.add(sequence("a", 4, num_new=8))

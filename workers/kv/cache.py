@@ -161,7 +161,8 @@ class KVCache:
         del self._open[id(cache)]
         blocks = cache.table.clear()
         usable = [block for block in blocks if block.is_usable]
-        self._release([block for block in usable if block.is_sealed])
+        # What was let go first is evicted first, and without a beginning nothing is found.
+        self._release([block for block in reversed(usable) if block.is_sealed])
         self._free += [block for block in usable if not block.is_sealed]
         self._trim(_KEPT_FREE if self._open else 0)
 

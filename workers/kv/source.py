@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from allocator import AllocatorError, Block, Client, Lease, OutOfDeviceMemory, QuotaExceeded
+from allocator.messages import MAX_BATCH
 from workers.errors import OutOfKVMemory
 from workers.kv.block import KVBlock
 from workers.kv.layout import KVLayout
@@ -36,13 +37,19 @@ class PoolSource:
 
     def lease(self, count: int) -> list[KVBlock]:
         """`count` writable blocks: all, or none. Raises `OutOfKVMemory`, `PoolGone`."""
+        blocks: list[KVBlock] = []
         try:
-            leases = self._client.lease_many(self._layout.block_bytes, count)
+            while len(blocks) < count:
+                part = min(count - len(blocks), MAX_BATCH)
+                leases = self._client.lease_many(self._layout.block_bytes, part)
+                blocks += [_block(lease) for lease in leases]
         except (OutOfDeviceMemory, QuotaExceeded) as error:
+            self.release(blocks)
             raise OutOfKVMemory(str(error)) from error
         except AllocatorError as error:
+            self.release(blocks)
             raise PoolGone(str(error)) from error
-        return [_block(lease) for lease in leases]
+        return blocks
 
     def release(self, blocks: Sequence[KVBlock]) -> None:
         """Give back what was leased, let go what is sealed. Never raises: they are given up here in
