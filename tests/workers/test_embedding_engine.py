@@ -202,3 +202,14 @@ def test_a_step_runs_as_many_threads_as_it_may_now() -> None:
     finally:
         hook.remove()
     assert seen == [2, 1]
+
+
+def test_a_step_gives_no_more_vectors_than_a_message_can_hold() -> None:
+    engine = EmbeddingEngine(model(), MAX_POSITIONS, max_answer_bytes=2 * SIZE * 4)
+    for name, count in (("a", 1), ("b", 1), ("c", 3), ("d", 1)):
+        engine.add(embed(name, *texts(*[5] * count)))
+    given = [[answer.request_id for answer in engine.step()]]
+    engine.abort("d")
+    while engine.has_work:
+        given.append([answer.request_id for answer in engine.step()])
+    assert given == [["a", "b"], ["c"]]

@@ -19,7 +19,7 @@ import torch
 from workers.embedding.batching import choose
 from workers.embedding.model import EmbeddingModel
 from workers.errors import InvalidEmbedding, WorkerError
-from workers.messages import Embed, Embedded, Output, StepOutput
+from workers.messages import MAX_FRAME_BYTES, Embed, Embedded, Output, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +52,13 @@ class EmbeddingEngine:
         token_budget: int = 512,
         *,
         threads_now: Callable[[], int] | None = None,
+        max_answer_bytes: int = MAX_FRAME_BYTES // 4,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_model_len` bounds a text, `token_budget` the tokens of a step; a longer text is
-        computed alone. `threads_now` says how many threads a step may use, `clock` gives
-        seconds. Raises `ValueError` beyond the model's reach."""
+        computed alone. `threads_now` says how many threads a step may use, `max_answer_bytes` how
+        much it may give at once (one request's vectors in any case), `clock` gives seconds. Raises
+        `ValueError` beyond the model's reach."""
         limit = model.max_model_len
         if not 1 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 1 to {limit}")
@@ -66,9 +68,10 @@ class EmbeddingEngine:
         self._max_model_len = max_model_len
         self._token_budget = token_budget
         self._threads_now = threads_now
+        self._max_answer_bytes = max_answer_bytes
         self._clock = clock
         self._requests: dict[str, _Request] = {}  # in the order in which they came
-        self._answered: list[Embedded] = []  # refused, without a step
+        self._answered: list[Embedded] = []  # refused without a step, or too much for the last
 
     @property
     def has_work(self) -> bool:
@@ -116,7 +119,7 @@ class EmbeddingEngine:
         lengths = [len(request.message.inputs[index]) for request, index in waiting]
         batch = [waiting[position] for position in choose(lengths, self._token_budget)]
         if not batch:
-            return tuple(answers)
+            return self._some_of(answers)
         if self._threads_now is not None:
             torch.set_num_threads(self._threads_now())
         try:
@@ -125,7 +128,7 @@ class EmbeddingEngine:
             logger.exception("a forward pass over %d texts failed", len(batch))
             for request, _ in batch:
                 self._fail(request, f"the forward pass failed: {error}", answers)
-            return tuple(answers)
+            return self._some_of(answers)
         for (request, index), vector in zip(batch, vectors, strict=True):
             try:
                 made = self._model.finish(vector, request.message.dimensions)
@@ -135,7 +138,18 @@ class EmbeddingEngine:
                 request.vectors[index] = made
         for request in {id(one): one for one, _ in batch}.values():
             self._settle(request, answers)
-        return tuple(answers)
+        return self._some_of(answers)
+
+    def _some_of(self, answers: list[Embedded]) -> tuple[Embedded, ...]:
+        """As many as one message can hold; the next step gives the others."""
+        num_bytes = count = 0
+        for answer in answers:
+            num_bytes += len(answer.vectors)
+            if count and num_bytes > self._max_answer_bytes:
+                break
+            count += 1
+        self._answered = answers[count:]
+        return tuple(answers[:count])
 
     def _settle(self, request: _Request, answers: list[Embedded]) -> None:
         """After a step with some of its texts."""
