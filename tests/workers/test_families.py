@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from allocator import Client, RuntimeDir
 from tests.daemon_process import DaemonProcess
 from tests.workers.driving import generated
+from tests.workers.test_checkpoint_sharing import loaded_in_a_process
 from tests.workers.tiny_families import FAMILIES, LONGROPE, REFUSED, save, tiny_model
 from tests.workers.tiny_models import CONFIGS, generate, prompt, smallest_gap, tensors_of
 from workers.checkpoint import attach, open_checkpoint
@@ -35,13 +36,18 @@ tiny = cache(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def memory() -> Iterator[Client]:
+def shared_daemon() -> Iterator[DaemonProcess]:
     path = Path(tempfile.mkdtemp(prefix="onecopy-", dir="/tmp"))
     daemon = DaemonProcess(RuntimeDir.open(path))
-    with daemon.connect() as client:
-        yield client
+    yield daemon
     assert daemon.stop() == 0
     path.rmdir()
+
+
+@pytest.fixture(scope="module")
+def memory(shared_daemon: DaemonProcess) -> Iterator[Client]:
+    with shared_daemon.connect() as client:
+        yield client
 
 
 def load(memory: Client, folder: Path, dtype: torch.dtype = torch.float32) -> Model:
@@ -122,6 +128,18 @@ def test_experts_that_are_missing_are_named(tmp_path: Path) -> None:
     save_file({name: one for name, one in tensors.items() if name != gone}, file, {"format": "pt"})
     with pytest.raises(CheckpointMismatch, match=r"layers\.1\..*gate_up_proj do not fit together"):
         open_checkpoint(tmp_path).tensors()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_experts_are_fused_in_little_private_memory(
+    dtype: str, shared_daemon: DaemonProcess, tmp_path: Path
+) -> None:
+    """32 experts of 2 MB each, cast to bf16 or copied as they are stored."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_experts": 32}
+    save(tiny_model("qwen3_moe", **sizes, num_hidden_layers=1), tmp_path)
+    load = loaded_in_a_process(shared_daemon.runtime_dir, tmp_path, dtype)
+    assert load["largest"] == 32 * 1024 * 512 * getattr(torch, dtype).itemsize
+    assert load["grown"] < load["largest"] / 2
 
 
 # --- what is refused
