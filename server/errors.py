@@ -63,6 +63,13 @@ class Asleep(NotReady):
     code = "asleep"
 
 
+class DeadlineExceeded(ServerError):
+    """The answer was not complete when the request's own deadline passed."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
 class InstanceFailed(ServerError):
     """An instance could not finish the request, and neither could another."""
 

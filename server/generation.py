@@ -26,6 +26,8 @@ class Chunk:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """With the first chunk, if the request asked for them: one for each token of the prompt but the
     first."""
+    num_cached: int = 0
+    """Tokens of the prompt that an instance had computed before; with the first chunk."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class SamplingDefaults:
 NO_ADVICE: Final = SamplingDefaults()
 
 
+@dataclass(frozen=True)
+class RequestOptions:
+    """What a request says of itself, beside what it asks for."""
+
+    priority: int = 0
+    """The lowest goes first."""
+    deadline_s: float | None = None
+    """After so many seconds nobody wants the answer any more."""
+    cache_salt: str = ""
+    """Only requests of the same salt share what was computed of a common beginning."""
+
+
+NO_OPTIONS: Final = RequestOptions()
+
+
 class TokenStream(Protocol):
     """The tokens of one sequence as they come. Iteration may raise `InstanceFailed`."""
 
@@ -55,7 +72,11 @@ class Generator(Protocol):
     """Whatever turns a prompt into tokens."""
 
     async def submit(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        options: RequestOptions = NO_OPTIONS,
     ) -> TokenStream:
         """Starts a sequence. Raises `Overloaded` or `NotReady`, then nothing was started."""
 

@@ -6,12 +6,19 @@ know how instances are chosen.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
-from server.errors import InstanceFailed, InvalidRequest, ServerError
+from server.errors import (
+    DeadlineExceeded,
+    InstanceFailed,
+    InvalidRequest,
+    Overloaded,
+    ServerError,
+)
 from server.fleet import Instance
-from server.generation import Chunk
+from server.generation import NO_OPTIONS, Chunk, RequestOptions
 from workers.messages import (
     Embed,
     Embedded,
@@ -21,6 +28,9 @@ from workers.messages import (
     ToInstance,
     TokenLogprobs,
 )
+
+_LEAST_S: Final = 1e-3
+_RETRY_AFTER_S: Final = 2
 
 
 class Aborter(Protocol):
@@ -61,9 +71,16 @@ class Stream(Request):
     """One sequence's tokens. See `server.generation.TokenStream`."""
 
     def __init__(
-        self, router: Aborter, request_id: str, prompt: tuple[int, ...], sampling: SamplingParams
+        self,
+        router: Aborter,
+        request_id: str,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        options: RequestOptions = NO_OPTIONS,
     ) -> None:
         super().__init__(router, request_id)
+        self._options = options
+        self._begun_at = time.monotonic()
         self._chunks: asyncio.Queue[Chunk | ServerError] = asyncio.Queue()
         self.prompt = prompt
         self.sampling = sampling
@@ -80,7 +97,16 @@ class Stream(Request):
             token_ids=(*self.prompt, *self.generated),
             sampling=self.sampling,
             num_generated=len(self.generated),
+            priority=self._options.priority,
+            deadline_s=self._seconds_left(),
+            cache_salt=self._options.cache_salt,
         )
+
+    def _seconds_left(self) -> float | None:
+        if self._options.deadline_s is None:
+            return None
+        left_s = self._begun_at + self._options.deadline_s - time.monotonic()
+        return max(left_s, _LEAST_S)  # an instance says that it is over, whoever has it then
 
     def take(self, output: Output | Embedded) -> bool:
         """New tokens."""
@@ -89,20 +115,21 @@ class Stream(Request):
             return True
         self.generated += output.token_ids
         if output.finish_reason == "error":
-            failed = InvalidRequest if output.invalid else InstanceFailed
-            self.fail(failed(output.error or "the instance could not go on"))
+            self.fail(_failure(output))
             return True
         if self._is_first:
             self._prompt_logprobs += output.prompt_logprobs
         if not output.token_ids and output.finish_reason is None:
             return False
+        # A prompt that was computed in part, and then anew, is told in part before.
+        of_prompt = self._prompt_logprobs[-(len(self.prompt) - 1) :] if self._is_first else []
         self._chunks.put_nowait(
             Chunk(
                 output.token_ids,
                 output.finish_reason,
                 output.logprobs,
-                # A prompt that was computed in part, and then anew, is told in part before.
-                tuple(self._prompt_logprobs[-(len(self.prompt) - 1) :]) if self._is_first else (),
+                tuple(of_prompt),
+                output.num_cached if self._is_first else 0,
             )
         )
         self._is_first = False
@@ -120,6 +147,18 @@ class Stream(Request):
             yield chunk
             if chunk.finish_reason is not None:
                 return
+
+
+def _failure(output: Output) -> ServerError:
+    """What a client is told of an instance's error."""
+    message = output.error or "the instance could not go on"
+    if output.invalid:
+        return InvalidRequest(message)
+    if output.problem == "deadline":
+        return DeadlineExceeded(message)
+    if output.problem == "no_room":
+        return Overloaded(message, retry_after_s=_RETRY_AFTER_S)
+    return InstanceFailed(message)
 
 
 class Embedding(Request):

@@ -15,6 +15,7 @@ from typing import Final
 from server import embedding
 from server.errors import Asleep, InstanceFailed, NotReady, Overloaded
 from server.fleet import Fleet, Instance, Listeners
+from server.generation import NO_OPTIONS, RequestOptions
 from server.requests import Embedding, Request, Stream
 from server.settings import Settings
 from workers.messages import Abort, Embedded, ModelFacts, Output, SamplingParams
@@ -75,11 +76,15 @@ class Router:
         return self._fleet.facts
 
     async def submit(
-        self, request_id: str, token_ids: Sequence[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        options: RequestOptions = NO_OPTIONS,
     ) -> Stream:
         """Start a sequence on the least loaded instance. Raises NotReady or Overloaded."""
         self._admit()
-        stream = Stream(self, request_id, tuple(token_ids), sampling)
+        stream = Stream(self, request_id, tuple(token_ids), sampling, options)
         await self._start(stream)
         return stream
 

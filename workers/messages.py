@@ -13,6 +13,7 @@ PROTOCOL_VERSION: Final = 2
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
+Problem = Literal["", "deadline", "no_room"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 Task = Literal["generate", "embed"]
 """What a model is for: tokens that follow, or one vector for each text."""
@@ -204,6 +205,8 @@ class Output(Message, tag="tokens", frozen=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     invalid: bool = False
+    problem: Problem = ""
+    """Which error it is, where a client can do something about it."""
     num_cached: Count = 0
     """Tokens of the prompt that were not computed but found, said with the first new token."""
     error: Annotated[str, msgspec.Meta(max_length=4096)] = ""

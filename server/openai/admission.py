@@ -72,7 +72,7 @@ async def submit_all(
     try:
         for index, (ids, sampling) in enumerate(prompts):
             own_id = request_id if len(prompts) == 1 else f"{request_id}-{index}"
-            stream = await serving.generator.submit(own_id, ids, sampling)
+            stream = await serving.generator.submit(own_id, ids, sampling, request.options)
             started.append(
                 TextSequence(
                     stream,

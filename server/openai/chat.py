@@ -72,7 +72,11 @@ def routes(serving: Serving) -> APIRouter:
                 )
                 for index, answer in enumerate(answers)
             ],
-            usage=Usage.of(len(ids), sum(len(answer.token_ids) for answer in answers)),
+            usage=Usage.of(
+                len(ids),
+                sum(len(answer.token_ids) for answer in answers),
+                sequences[0].num_cached,
+            ),
             prompt_token_ids=ids if body.return_token_ids else None,
         )
         if body.prompt_logprobs is not None:
@@ -134,5 +138,6 @@ async def _events(
                 )
             )
     if body.include_usage:
-        usage = Usage.of(len(sequences[0].prompt_ids), num_completion)
+        first_one = sequences[0]
+        usage = Usage.of(len(first_one.prompt_ids), num_completion, first_one.num_cached)
         yield template.model_copy(update={"usage": usage})

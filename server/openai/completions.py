@@ -79,7 +79,7 @@ def routes(serving: Serving) -> APIRouter:
                 "choices": [
                     one.piece(answer) for one, answer in zip(choices, answers, strict=True)
                 ],
-                "usage": _usage(prompts, choices),
+                "usage": _usage(prompts, choices, sequences),
             }
         )
         return JSONResponse(reply.model_dump())
@@ -166,10 +166,13 @@ class _Choice:
         return self._text.decode(self._prompt.token_ids)
 
 
-def _usage(prompts: Sequence[_Prompt], choices: Sequence[_Choice]) -> Usage:
+def _usage(
+    prompts: Sequence[_Prompt], choices: Sequence[_Choice], sequences: Sequence[TextSequence]
+) -> Usage:
     """A prompt counts once, however many choices it has."""
     num_prompt = sum(len(prompt.token_ids) for prompt in prompts)
-    return Usage.of(num_prompt, sum(choice.num_tokens for choice in choices))
+    num_cached = sum(one.num_cached for one in sequences[:: len(choices) // len(prompts)])
+    return Usage.of(num_prompt, sum(choice.num_tokens for choice in choices), num_cached)
 
 
 async def _events(
@@ -186,4 +189,4 @@ async def _events(
             if tells or (piece.logprobs is not None and piece.logprobs.tokens):
                 yield template.model_copy(update={"choices": [piece]})
     if body.include_usage:
-        yield template.model_copy(update={"usage": _usage(prompts, choices)})
+        yield template.model_copy(update={"usage": _usage(prompts, choices, sequences)})

@@ -21,17 +21,23 @@ class Reply(BaseModel):
         return {k: v for k, v in fields.items() if v is not None or k not in self._optional}
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, num_prompt: int, num_completion: int) -> "Usage":
+    def of(cls, num_prompt: int, num_completion: int, num_cached: int) -> "Usage":
         return cls(
             prompt_tokens=num_prompt,
             completion_tokens=num_completion,
             total_tokens=num_prompt + num_completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
         )
 
 

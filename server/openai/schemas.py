@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from server.errors import InvalidRequest
+from server.generation import RequestOptions
 from workers.messages import MAX_LOGPROBS, MAX_TOKEN_RULES
 
 _log = logging.getLogger(__name__)
@@ -122,6 +123,9 @@ class GenerationRequest(BaseModel):
     ) = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: str | dict[str, JsonValue] | None = None
@@ -165,6 +169,10 @@ class GenerationRequest(BaseModel):
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are wanted at each position; None: no figures at all."""
         raise NotImplementedError
+
+    @property
+    def options(self) -> RequestOptions:
+        return RequestOptions(self.priority or 0, self.deadline_s, self.cache_salt or "")
 
     @property
     def stops(self) -> list[str]:

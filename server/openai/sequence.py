@@ -44,6 +44,8 @@ class TextSequence:
     ):
         """No stop string is looked for in the text of the first `min_tokens`."""
         self.prompt_ids = prompt_ids
+        self.num_cached = 0
+        """Tokens of the prompt that an instance had computed before, once a first delta came."""
         self._num_unstopped = min_tokens
         self._tokens = tokens
         self._detokenizer = detokenizer
@@ -65,6 +67,7 @@ class TextSequence:
         await self._tokens.aclose()
 
     def _delta(self, chunk: Chunk) -> Delta:
+        self.num_cached += chunk.num_cached
         reason = chunk.finish_reason
         if reason in ("abort", "error"):
             raise InstanceFailed("The instance gave up the sequence. Send the request again.")

@@ -18,7 +18,7 @@ import uvicorn
 
 from server.app import Serving, create_app
 from server.errors import InstanceFailed, NotReady
-from server.generation import Chunk
+from server.generation import NO_OPTIONS, Chunk, RequestOptions
 from server.text import Text
 from workers.messages import ModelFacts, SamplingParams, TokenLogprobs
 

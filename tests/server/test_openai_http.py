@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from server.errors import Overloaded
+from server.generation import NO_OPTIONS, RequestOptions
 from server.text import Text
 from tests.server.echo_model import (
     DEADLINE_S,
@@ -152,6 +153,18 @@ def test_token_ids_come_back_if_asked_for(http: httpx.Client, text: Text, stream
         choices = response.json()["choices"]
     assert choices[0]["prompt_token_ids"] == ids
     assert [i for c in choices for i in c["token_ids"]] == [*ids, EOS]
+
+
+def test_what_a_request_says_of_itself_reaches_the_engine(
+    http: httpx.Client, model: EchoModel
+) -> None:
+    complete(http, prompt=[5000], max_tokens=1, priority=-3, deadline_s=2.5, cache_salt="mine")
+    complete(http, prompt=[5000], max_tokens=1)
+    assert model.options == [RequestOptions(-3, 2.5, "mine"), NO_OPTIONS]
+    for wrong in ({"priority": 1 << 31}, {"deadline_s": 0}, {"cache_salt": ""}):
+        refused = http.post("/v1/completions", json={"model": NAME, "prompt": "a", **wrong})
+        assert refused.status_code == 400
+        assert next(iter(wrong)) in refused.json()["error"]["message"]
 
 
 def test_ignored_eos_goes_on_to_the_limit(http: httpx.Client, model: EchoModel) -> None:

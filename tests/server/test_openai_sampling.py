@@ -109,7 +109,12 @@ def test_choices_have_seeds_in_a_row(http: httpx.Client, model: EchoModel, strea
     assert seeds == [(1 << 63) - 2, (1 << 63) - 1, 0] * 2
     told = (events(response)[-1] if stream else response.json())["usage"]
     # A prompt counts once; each choice has an end token of its own.
-    assert told == {"prompt_tokens": 3, "completion_tokens": 15, "total_tokens": 18}
+    assert told == {
+            "prompt_tokens": 3,
+            "completion_tokens": 15,
+            "total_tokens": 18,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
 
     model.reset()
     response = chat(http, n=2, max_tokens=3, ignore_eos=True, stream=stream)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from allocator import RuntimeDir
-from server.errors import InstanceFailed, NotReady, Overloaded
+from server.errors import InstanceFailed, InvalidRequest, Overloaded
 from server.fleet import Fleet, Instance, Listeners, StartError
 from server.router import Router, Stream
 from server.settings import Settings
@@ -224,7 +224,7 @@ def test_what_is_too_much_or_impossible_is_refused(serve: Serve) -> None:
             await router.wait_idle(TIMEOUT_S)
 
             wrong = await router.submit("f", [VOCAB_SIZE], SamplingParams(max_tokens=1))
-            with pytest.raises(InstanceFailed, match="vocabulary"):
+            with pytest.raises(InvalidRequest, match="vocabulary"):
                 await all_tokens(wrong)
             router.draining = True
             with pytest.raises(NotReady, match="shutting down"):

@@ -9,7 +9,10 @@ import pytest
 
 from tests.system.running_server import Server
 
-WORDS = "the quick brown fox jumps over the lazy dog while seven wizards quietly bake bread".split()
+WORDS = (
+    *("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"),
+    *("while", "seven", "wizards", "quietly", "bake", "bread"),
+)
 LONG = " ".join(WORDS[(7 * i + i // 5) % len(WORDS)] for i in range(700))
 
 
@@ -65,6 +68,25 @@ def test_an_instance_finds_what_another_has_computed(
     assert max(gained.values()) > 500
     finder = max(gained, key=lambda name: gained[name])
     assert before.get(finder, 0.0) == 0.0, "the instance that computed it has found it"
+
+
+def test_a_prompt_that_was_computed_counts_as_cached_for_its_own_salt_only(demo: Server) -> None:
+    def cached(**salt: str) -> tuple[int, int]:
+        body = {"model": demo.model, "prompt": f"Once, {LONG[:1000]}", "max_tokens": 1, **salt}
+        usage = httpx.post(f"{demo.url}/v1/completions", json=body, timeout=60).json()["usage"]
+        return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+    num_prompt, before = cached()
+    assert before == 0
+    assert num_prompt - 16 <= cached()[1] < num_prompt
+    assert cached(cache_salt="another tenant")[1] == 0
+    assert cached(cache_salt="another tenant")[1] > 0
+
+
+def test_a_deadline_ends_a_request_by_name(demo: Server) -> None:
+    body = {"model": demo.model, "prompt": "Count:", "max_tokens": 5000, "ignore_eos": True}
+    late = httpx.post(f"{demo.url}/v1/completions", json={**body, "deadline_s": 0.3}, timeout=60)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
 def test_one_copy_holds_while_requests_run(
