@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from allocator import RuntimeDir
-from server.errors import InstanceFailed, InvalidRequest, Overloaded
+from server.errors import InstanceFailed, InvalidRequest, NotReady, Overloaded
 from server.fleet import Fleet, Instance, Listeners, StartError
 from server.router import Router, Stream
 from server.settings import Settings
