@@ -6,12 +6,14 @@
 #
 #   make serve MODEL=path/to/model ARGS="--port 9000 --instances 4"
 #   make test ARGS="tests/allocator -k arena"
+#   make test JOBS=2                     in two processes, each test file in one of them
 #   make setup PYTHON=python3.12          the interpreter that .venv is made from
 #   make check ENV_PYTHON=python3         use an environment that is there already; install nothing
 
 PYTHON ?= python3
 MODEL ?= demo
 ARGS ?=
+JOBS ?= 1
 
 ifeq ($(origin ENV_PYTHON),undefined)
 ENV_PYTHON := .venv/bin/python
@@ -70,7 +72,7 @@ check: setup ## ruff, layout, mypy strict, import directions
 # Tests run torch in several processes at once: a thread that waits must sleep, not spin.
 test test-gpu: export OMP_WAIT_POLICY = PASSIVE
 test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." goes to pytest)
-	@$(ENV_PYTHON) -m pytest $(ARGS)
+	@$(ENV_PYTHON) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
