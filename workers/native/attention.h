@@ -13,10 +13,22 @@
 
 constexpr int kKeys = 64;
 constexpr int kPartition = 256;
-constexpr int kTiles = 8;  // of a task: keys and values are rearranged once for all of a head's
+constexpr int kTiles = 16;  // of a task: keys and values are rearranged once for all of a head's
 constexpr int kPairedFrom = 3;  // tiles a head, from which on keys are rearranged instead of scores
 constexpr int kMaxHeadDim = 256;
 constexpr float kNothing = -1e30f;  // a maximum over no keys, finite so that differences are too
+constexpr float kUnseen = -1e35f;   // a score whose weight is zero beside any maximum
+
+// 2^x for x <= 0, to 4e-6: a weight is rounded to bf16. Exactly 1 for 0, 0 far below.
+inline __m512 weight_of(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  __m512 p = _mm512_set1_ps(0.01342669f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05224246f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24128021f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69304484f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(p, x);  // which takes floor(x)
+}
 
 struct Attention {
   int num_heads, num_kv_heads, head_dim, block_size;
@@ -84,16 +96,17 @@ inline void finish(const Attention& a, const Run& run, int kv_head, int column, 
 }
 
 struct AttentionScratch {
-  alignas(64) bf16 queries[kTiles][kMaxHeadDim * kRows];  // paired, or rows, columns for rows
+  alignas(64) bf16 queries[kTiles * kRows * kMaxHeadDim];  // a tile: paired, or rows of columns
   alignas(64) bf16 keys[kKeys * kMaxHeadDim];    // paired: [keys / 16][head_dim / 2][16][2]
   alignas(64) bf16 values[kKeys * kMaxHeadDim];  // [keys / 32][head_dim / 16][16 pairs][16][2]
   alignas(64) float by_key[kKeys][kRows];
   alignas(64) float scores[kRows][kKeys];
   alignas(64) bf16 weights[kRows][kKeys];
-  alignas(64) float output[kTiles][kRows * kMaxHeadDim];
+  alignas(64) float highest[kRows][16];
+  alignas(64) float output[kTiles * kRows * kMaxHeadDim];
   alignas(64) float sums[kTiles][kRows][16];  // of 16 lanes each, until the partition ends
   alignas(64) float maximum[kTiles][kRows];
-  alignas(64) float total[kTiles][32 + kRows * kMaxHeadDim];
+  alignas(64) float total[kTiles * (32 + kRows * kMaxHeadDim)];
 };
 
 class AttentionTask {
@@ -125,15 +138,15 @@ class AttentionTask {
       }
       return;
     }
-    for (int t = 0; t < num_tiles_; t++) clear_partial(s_.total[t], a_.head_dim);
+    for (int t = 0; t < num_tiles_; t++) clear_partial(total_of(t), a_.head_dim);
     for (int p = first / kPartition; p <= last / kPartition; p++) {
       partition(std::max(first, p * kPartition), std::min(last + 1, (p + 1) * kPartition));
       for (int t = 0; t < num_tiles_; t++)
-        if (last_position(t) >= p * kPartition) merge(t, s_.total[t]);
+        if (last_position(t) >= p * kPartition) merge(t, total_of(t));
     }
     for (int t = 0; t < num_tiles_; t++)
       finish(a_, run_, head_of(t), task_.column + t % head_tiles_ * kRows, columns_of(t),
-             s_.total[t], out);
+             total_of(t), out);
   }
 
  private:
@@ -147,6 +160,9 @@ class AttentionTask {
   int last_position(int tile) const {
     return position_of(tile % head_tiles_ * kRows + columns_of(tile) - 1);
   }
+  bf16* queries_of(int tile) const { return s_.queries + tile * kRows * a_.head_dim; }
+  float* output_of(int tile) const { return s_.output + tile * kRows * a_.head_dim; }
+  float* total_of(int tile) const { return s_.total + tile * partial_size(a_.head_dim); }
   int64_t head_bytes() const { return int64_t(a_.block_size) * a_.head_dim * 2; }
   const char* key_at(int position, int kv_head) const {
     return (const char*)run_.blocks[position / a_.block_size] + a_.layer_offset +
@@ -160,15 +176,15 @@ class AttentionTask {
       rows[c] = queries + (run_.row + column / group_) * row_stride +
                 (head_of(t) * group_ + column % group_) * a_.head_dim;
     }
-    if (!pairs_keys_) return pair_rows(rows, a_.head_dim, s_.queries[t]);
+    if (!pairs_keys_) return pair_rows(rows, a_.head_dim, queries_of(t));
     for (int c = 0; c < columns_of(t); c++)
-      memcpy(s_.queries[t] + c * a_.head_dim, rows[c], a_.head_dim * 2);
+      memcpy(queries_of(t) + c * a_.head_dim, rows[c], a_.head_dim * 2);
   }
 
   // Keys [begin, end), within one partition, for all tiles.
   void partition(int begin, int end) {
     for (int t = 0; t < num_tiles_; t++) {
-      memset(s_.output[t], 0, sizeof(float) * kRows * a_.head_dim);
+      memset(output_of(t), 0, sizeof(float) * kRows * a_.head_dim);
       memset(s_.sums[t], 0, sizeof s_.sums[t]);
       _mm512_store_ps(s_.maximum[t], _mm512_set1_ps(kNothing));
     }
@@ -239,33 +255,35 @@ class AttentionTask {
       scores_of_paired_keys(t);
     else
       scores_of_keys(t, start, std::min(kKeys, end - start + 15) / 16);
-    alignas(64) float top[16], factor[16];
+    for (int c = 0; c < columns; c++) mask_and_maximize(t, c, start);
     const __m512 before = _mm512_load_ps(s_.maximum[t]);
-    _mm512_store_ps(top, before);
-    for (int c = 0; c < columns; c++) top[c] = std::max(top[c], highest(t, c, start));
-    const __m512 now = _mm512_load_ps(top);
+    const __m512 now = _mm512_max_ps(before, highest_of(columns));
     _mm512_store_ps(s_.maximum[t], now);
+    alignas(64) float top[16], factor[16];
+    _mm512_store_ps(top, now);
     _mm512_store_ps(factor, exp2_ps(_mm512_sub_ps(before, now)));
     const __m512 scale = _mm512_set1_ps(a_.softcap != 0 ? 1.f : a_.scale);
     for (int c = 0; c < columns; c++) {
       const __m512 maximum = _mm512_set1_ps(top[c]);
+      const float* scores = s_.scores[c];
       __m512 p[kKeys / 16];
       for (int i = 0; i < kKeys / 16; i++)
-        p[i] = exp2_ps(
-            _mm512_fmsub_ps(_mm512_load_ps(s_.scores[c] + i * 16), scale, maximum));
-      for (int i = 0; i < kKeys / 16; i++) store16(s_.weights[c] + i * 16, p[i]);
+        p[i] = weight_of(_mm512_fmsub_ps(_mm512_load_ps(scores + i * 16), scale, maximum));
+      for (int i = 0; i < kKeys / 16; i += 2)
+        _mm512_store_si512(s_.weights[c] + i * 16, (__m512i)_mm512_cvtne2ps_pbh(p[i + 1], p[i]));
       const __m512 sum = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
       _mm512_store_ps(s_.sums[t][c],
                       _mm512_fmadd_ps(_mm512_load_ps(s_.sums[t][c]), _mm512_set1_ps(factor[c]),
                                       sum));
     }
-    if (_mm512_cmpneq_ps_mask(before, now))
-      for (int c = 0; c < columns; c++) {
-        const __m512 by = _mm512_set1_ps(factor[c]);
-        float* o = s_.output[t] + c * dims;
-        for (int d = 0; d < dims; d += 16)
-          _mm512_store_ps(o + d, _mm512_mul_ps(_mm512_load_ps(o + d), by));
-      }
+    for (uint32_t changed = _mm512_cmpneq_ps_mask(before, now); changed; changed &= changed - 1) {
+      const int c = __builtin_ctz(changed);
+      if (c >= columns) break;
+      const __m512 by = _mm512_set1_ps(factor[c]);
+      float* o = output_of(t) + c * dims;
+      for (int d = 0; d < dims; d += 16)
+        _mm512_store_ps(o + d, _mm512_mul_ps(_mm512_load_ps(o + d), by));
+    }
     add_values(t, std::min(kKeys, end - start + 31) / 32);
   }
 
@@ -280,7 +298,7 @@ class AttentionTask {
     _tile_zero(2);
     _tile_zero(3);
     for (int d = 0; d < dims / 32; d++) {
-      _tile_loadd(6, s_.queries[t] + d * 512, 64);
+      _tile_loadd(6, queries_of(t) + d * 512, 64);
       _tile_loadd(4, keys[0] + d * 64, dims * 2);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(5, keys[1] + d * 64, dims * 2);
@@ -318,7 +336,7 @@ class AttentionTask {
     _tile_zero(3);
     for (int d = 0; d < dims / 32; d++) {
       const bf16* keys = s_.keys + d * 512;
-      _tile_loadd(6, s_.queries[t] + d * 32, dims * 2);
+      _tile_loadd(6, queries_of(t) + d * 32, dims * 2);
       _tile_loadd(4, keys, 64);
       _tile_dpbf16ps(0, 6, 4);
       _tile_loadd(5, keys + 16 * dims, 64);
@@ -334,9 +352,9 @@ class AttentionTask {
     _tile_stored(3, s_.scores[0] + 48, kKeys * 4);
   }
 
-  // The column's highest score in units of the softmax's exponent; what it must not see is -inf.
-  // With a soft cap the scores are in those units from here on.
-  float highest(int t, int c, int start) {
+  // What the column must not see gets a score far below all others; the highest of each lane goes to
+  // s_.highest. With a soft cap the scores are in units of the softmax's exponent from here on.
+  void mask_and_maximize(int t, int c, int start) {
     const int position = position_of(t % head_tiles_ * kRows + c);
     const int oldest = a_.window ? position - a_.window + 1 : 0;
     float* scores = s_.scores[c];
@@ -352,13 +370,33 @@ class AttentionTask {
         const __m512i at = _mm512_add_epi32(lane_index(), _mm512_set1_epi32(start + i));
         const __mmask16 seen = _mm512_cmple_epi32_mask(at, _mm512_set1_epi32(position)) &
                                _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(oldest));
-        _mm512_mask_store_ps(scores + i, ~seen, _mm512_set1_ps(-INFINITY));
+        _mm512_mask_store_ps(scores + i, ~seen, _mm512_set1_ps(kUnseen));
       }
-    const __m512 most = _mm512_max_ps(
-        _mm512_max_ps(_mm512_load_ps(scores), _mm512_load_ps(scores + 16)),
-        _mm512_max_ps(_mm512_load_ps(scores + 32), _mm512_load_ps(scores + 48)));
-    const float raw = _mm512_reduce_max_ps(most);
-    return a_.softcap != 0 ? raw : raw * a_.scale;
+    _mm512_store_ps(s_.highest[c],
+                    _mm512_max_ps(_mm512_max_ps(_mm512_load_ps(scores), _mm512_load_ps(scores + 16)),
+                                  _mm512_max_ps(_mm512_load_ps(scores + 32),
+                                                _mm512_load_ps(scores + 48))));
+  }
+
+  // Each column's highest score in units of the softmax's exponent.
+  __m512 highest_of(int columns) {
+    __m512 most;
+    if (columns <= 4) {
+      alignas(64) float by_column[16] = {};
+      for (int c = 0; c < columns; c++)
+        by_column[c] = _mm512_reduce_max_ps(_mm512_load_ps(s_.highest[c]));
+      most = _mm512_load_ps(by_column);
+    } else {
+      __m512i r[16];
+      for (int c = 0; c < 16; c++) r[c] = _mm512_load_si512(s_.highest[c]);
+      transpose16(r);
+      for (int step = 8; step; step /= 2)
+        for (int i = 0; i < step; i++)
+          r[i] = (__m512i)_mm512_max_ps((__m512)r[i], (__m512)r[i + step]);
+      most = (__m512)r[0];
+    }
+    if (a_.softcap == 0) most = _mm512_mul_ps(most, _mm512_set1_ps(a_.scale));
+    return _mm512_mask_blend_ps(__mmask16((1u << columns) - 1), _mm512_set1_ps(kNothing), most);
   }
 
   // output += weights * values
@@ -367,7 +405,7 @@ class AttentionTask {
     _tile_loadd(4, s_.weights[0], kKeys * 2);
     if (num_steps > 1) _tile_loadd(5, s_.weights[0] + 32, kKeys * 2);
     for (int d = 0; d < dims; d += 32) {
-      float* o = s_.output[t] + d;
+      float* o = output_of(t) + d;
       const bf16* values = s_.values + d * 32;
       _tile_loadd(0, o, dims * 4);
       _tile_loadd(1, o + 16, dims * 4);
@@ -391,7 +429,7 @@ class AttentionTask {
     alignas(64) float sums[16] = {};
     for (int c = 0; c < columns_of(t); c++)
       sums[c] = _mm512_reduce_add_ps(_mm512_load_ps(s_.sums[t][c]));
-    merge_partial(total, s_.maximum[t], sums, s_.output[t], columns_of(t), a_.head_dim);
+    merge_partial(total, s_.maximum[t], sums, output_of(t), columns_of(t), a_.head_dim);
   }
 
   const Attention& a_;

@@ -420,7 +420,7 @@ class Decoder {
     barrier(thread);
     for (int i; (i = threads_->take_in_order(int(kind.merges.size()))) >= 0;) {
       const Task& task = kind.merges[i];
-      float* total = own.scratch->total[0];
+      float* total = own.scratch->total;
       for (int head = 0; head < task.num_kv_heads; head++) {
         clear_partial(total, a.head_dim);
         for (int p = 0; p < task.partition; p++) {
