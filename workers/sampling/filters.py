@@ -52,22 +52,25 @@ def is_filtered(params: SamplingParams) -> bool:
 def _nucleus(weights: torch.Tensor, top_p: float) -> torch.Tensor:
     """The positions of the heaviest tokens before each of which less than `top_p` of all has been
     gathered, rising. The heaviest always is one of them."""
-    enough = top_p * float(weights.sum(dtype=torch.float64))
     if weights.numel() <= _SORTABLE:
+        enough = top_p * float(weights.sum(dtype=torch.float64))
         order = weights.argsort(descending=True, stable=True)
         return order[: _num_needed(weights[order], 0.0, enough)].sort().values
     # The bits of positive floats are in the order of the floats: tokens are weighed by buckets of
-    # similar weight, and only those of the bucket where `enough` is reached are sorted.
+    # similar weight, and only those of the bucket where enough is reached are sorted.
     buckets = weights.view(torch.int32) >> _BUCKET_SHIFT
     mass = torch.bincount(buckets, weights=weights.double()).flip(0).cumsum(0)
+    enough = top_p * float(mass[-1])
     position = int(torch.searchsorted(mass, torch.tensor([enough], dtype=torch.float64)))
     position = min(position, mass.numel() - 1)
     bucket = mass.numel() - 1 - position
     gathered = float(mass[position - 1]) if position else 0.0
-    order = falling(weights, (buckets == bucket).nonzero()[:, 0])
-    kept = buckets > bucket
-    kept[order[: _num_needed(weights[order], gathered, enough)]] = True
-    return kept.nonzero()[:, 0]
+    least = torch.tensor([bucket << _BUCKET_SHIFT], dtype=torch.int32).view(torch.float32)
+    kept = (weights >= least).nonzero()[:, 0]
+    own = falling(weights, kept[buckets[kept] == bucket])
+    wanted = torch.ones_like(kept, dtype=torch.bool)
+    wanted[torch.searchsorted(kept, own[_num_needed(weights[own], gathered, enough) :])] = False
+    return kept[wanted]
 
 
 def _num_needed(falling_weights: torch.Tensor, gathered: float, enough: float) -> int:
