@@ -6,6 +6,7 @@ tensors over the same bytes. Knows nothing of models.
 """
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def attach(
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "layout": "files" if map_files else "plain",
         "format": str(FORMAT_VERSION),
+        "names": f"transformers {importlib.metadata.version('transformers')}",  # its tables' names
     }
     opened = memory.open_weight_set(
         weight_set_key(checkpoint.path, fingerprint),
