@@ -127,6 +127,9 @@ class Soak:
         await self._idle()
         after = await asyncio.to_thread(self._look, started)
         windows = self._windows()
+        for window in windows:
+            if not all(self._within(*window)):
+                raise SystemExit(f"nothing to judge by in seconds {window}: soak for longer")
         self._judge(windows, before, after)
         return {
             "requests_per_s": round(rate, 3),
