@@ -15,30 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from tests.workers.byte_tokenizer import PIECES, byte_tokenizer
 from workers import grammar_problem
 from workers.errors import GrammarFailed, NoTokenLeft, UnknownVocabulary
 from workers.messages import GrammarKind, GrammarSpec, SamplingParams
 from workers.sampling import GrammarCompiler, Sampled, SequenceSampler, sample
 from workers.vocabulary import read_vocabulary
 
-PIECES = [
-    '{"',
-    '":',
-    ', "',
-    "yes",
-    "no",
-    "ab",
-    "abc",
-    "12",
-    "é",
-    '"}',
-    '{"a": ',
-    "true",
-    "  ",
-    "\n",
-]
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -58,20 +43,8 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path]:
-    """All bytes, PIECES, and two special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: index for index, letter in enumerate(alphabet)}
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    for piece in PIECES:
-        ((shown, _),) = byte_level.pre_tokenize_str(piece)
-        vocab.setdefault(shown, len(vocab))
-    made = Tokenizer(models.BPE(vocab, []))
-    made.pre_tokenizer = byte_level
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken("<end>"), AddedToken("<turn>")])
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(path))
-    return made, path
+    return byte_tokenizer(path), path
 
 
 Sampler = Callable[..., SequenceSampler]
