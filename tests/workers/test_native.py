@@ -39,11 +39,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"num_key_value_heads": 4},
     "llama-rope-scaled": {"attention_bias": True, "mlp_bias": True},
-    "mistral": {},
-    "qwen2": {},
-    "qwen2-sliding": {},
+    "mistral": {"num_attention_heads": 20, "num_key_value_heads": 1},
+    "qwen2": {"head_dim": 128},
+    "qwen2-sliding": {"num_attention_heads": 20, "num_key_value_heads": 20},
     "qwen3": {"head_dim": 64, "num_attention_heads": 6},
-    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma2": {"query_pre_attn_scalar": 256, "head_dim": 256},
     "gemma3": {"query_pre_attn_scalar": 32, "vocab_size": VOCAB_SIZE + 7},
     "phi3": {},
 }
@@ -225,7 +225,7 @@ def test_long_attention_is_that_of_fp64(window: int | None) -> None:
 
 
 @needs_amx
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding", "gemma2", "gemma3"])
 def test_bits_do_not_depend_on_chunks(family: str) -> None:
     module, token_ids = model_of(family), prompt(90)
     whole = alone(module, token_ids)
