@@ -47,8 +47,8 @@ tokenizer with a large vocabulary adds up to some 250 MB."""
 MAX_INSTANCES: Final = 256
 MAX_NUM_SEQS: Final = 4096
 """What `onecopy serve` takes at most."""
-_FULL_PAGES: Final = 128
-"""So many tokens fill whole pages, unless a head's keys take less than 32 bytes of a token."""
+_FULL_BLOCKS: Final = 128
+"""So many tokens fill whole KV blocks, and are round enough to propose."""
 
 
 class PlanFailed(Exception):
@@ -211,8 +211,11 @@ class _Device:
         for_kv = left - self.at_full_load(instances, sequences) + kv_bytes
         kv_tokens = longest = 0
         if self.kv_bytes_per_token:
-            kv_tokens = max(0, for_kv // self.kv_bytes_per_token) if weights_fit else 0
-            longest = kv_tokens // (instances * sequences) // _FULL_PAGES * _FULL_PAGES
+            # Blocks are held as a whole, and may take more than their tokens do.
+            in_blocks = -(-self.kv_bytes_per_sequence // load.max_model_len)
+            per_token = max(self.kv_bytes_per_token, in_blocks)
+            kv_tokens = max(0, for_kv // per_token) if weights_fit else 0
+            longest = kv_tokens // (instances * sequences) // _FULL_BLOCKS * _FULL_BLOCKS
         elif holds(instances, sequences):  # nothing is kept, so that length is no matter
             longest = load.max_model_len
         return Room(

@@ -42,6 +42,7 @@ def plan(
     size: int = 1,
     given: bool = True,
     embeds: bool = False,
+    sequence_bytes: int = 20 * MB,
     **load: int,
 ) -> Plan:
     """1 GB of weights, 20 MB a sequence unless it `embeds`, 40 MB a step."""
@@ -53,7 +54,7 @@ def plan(
         max_model_len=1024,
         segment_bytes=1000 * MB,
         kv_bytes_per_token=0 if embeds else 20_000,
-        kv_bytes_per_sequence=0 if embeds else 20 * MB,
+        kv_bytes_per_sequence=0 if embeds else sequence_bytes,
         prefill_bytes=40 * MB,
         logits_bytes_per_sequence=MB,
         rank=RANK if size > 1 else None,
@@ -148,8 +149,16 @@ def test_a_shorter_length_is_proposed_where_the_sequences_do_not_fit() -> None:
     missing = 30 * MB  # of 160 MB, so 13/16 of each sequence's 1,024 tokens are left
     room = plan(device.total_bytes_at_full_load + OTHER_PROCESSES_BYTES - missing).room
     assert room.max_kv_tokens == 130 * MB // 20_000
-    assert room.max_model_len == 768  # 812 tokens a sequence, of which full pages count
+    assert room.max_model_len == 768  # 812 tokens a sequence, of which full blocks count
     assert plan(100_000 * MB).room.max_model_len == 1024
+
+
+def test_what_is_proposed_fits_where_blocks_are_larger_than_their_tokens() -> None:
+    whole = plan(sequence_bytes=80 * MB).device
+    left = whole.total_bytes_at_full_load + OTHER_PROCESSES_BYTES - 300 * MB
+    room = plan(left, sequence_bytes=80 * MB).room
+    assert room.max_model_len == 512  # of 640 MB 340 are left: 42.5 MB each, 544 tokens
+    assert room.max_kv_tokens == 340 * MB // 78125
 
 
 def test_nothing_larger_is_proposed_than_can_be_served() -> None:
