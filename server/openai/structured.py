@@ -26,7 +26,12 @@ async def grammar_for(request: GenerationRequest) -> GrammarSpec | None:
         names = " and ".join(repr(name) for name, _ in asked)
         raise InvalidRequest(f"{names} exclude each other. Keep one.", param=asked[1][0])
     param, spec = asked[0]
-    size = len(spec.source.encode(errors="replace"))
+    try:
+        size = len(spec.source.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param!r} holds half of a surrogate pair, which is no text.", param=param
+        ) from error
     if size > MAX_GRAMMAR_BYTES:
         raise InvalidRequest(
             f"{param!r} has {size} bytes; at most {MAX_GRAMMAR_BYTES} are taken.", param=param

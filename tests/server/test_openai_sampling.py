@@ -110,11 +110,11 @@ def test_choices_have_seeds_in_a_row(http: httpx.Client, model: EchoModel, strea
     told = (events(response)[-1] if stream else response.json())["usage"]
     # A prompt counts once; each choice has an end token of its own.
     assert told == {
-            "prompt_tokens": 3,
-            "completion_tokens": 15,
-            "total_tokens": 18,
-            "prompt_tokens_details": {"cached_tokens": 0},
-        }
+        "prompt_tokens": 3,
+        "completion_tokens": 15,
+        "total_tokens": 18,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
     model.reset()
     response = chat(http, n=2, max_tokens=3, ignore_eos=True, stream=stream)
@@ -340,6 +340,20 @@ def test_what_is_wrong_for_one_endpoint_is_named(
 ) -> None:
     response = post(http, **fields)
     assert (response.status_code, error_of(response)["param"]) == (400, param)
+    assert model.submitted == []
+
+
+def test_half_a_surrogate_is_no_grammar(http: httpx.Client, model: EchoModel) -> None:
+    for field, value in (
+        ("guided_regex", '"a\\ud800"'),
+        ("guided_choice", '["\\ud800"]'),
+        ("guided_json", '{"const": "\\ud800"}'),
+        ("structured_outputs", '{"grammar": "\\ud800"}'),
+    ):
+        content = f'{{"model": "{NAME}", "prompt": "a", "{field}": {value}}}'
+        headers = {"Content-Type": "application/json"}
+        response = http.post("/v1/completions", content=content, headers=headers)
+        assert (response.status_code, error_of(response)["param"]) == (400, field)
     assert model.submitted == []
 
 
