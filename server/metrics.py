@@ -32,7 +32,8 @@ def read_devices(runtime_dir: RuntimeDir) -> list[Statistics]:
 
 
 def scrape(runtime_dir: RuntimeDir, *others: Collector) -> bytes:
-    """All metrics in Prometheus' text format, and those of `others`. Blocks; at most a few seconds."""
+    """All metrics in Prometheus' text format, and those of `others`. Blocks for some seconds at
+    most."""
     try:
         devices = read_devices(runtime_dir)
     except AllocatorError:
