@@ -77,8 +77,8 @@ test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." 
 test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
 
-bench: setup ## run every benchmark; each prints JSON (ARGS="..." goes to each)
-	@set -e; for file in $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))); do \
+bench: setup ## run the benchmarks but the soak of 30 minutes; each prints JSON (ARGS="..." goes to each)
+	@set -e; for file in $(sort $(filter-out benchmarks/_% benchmarks/soak.py,$(wildcard benchmarks/*.py))); do \
 	    echo "$$file" >&2; $(ENV_PYTHON) "$$file" $(ARGS); done
 
 clean: ## remove everything that make made, .venv too
