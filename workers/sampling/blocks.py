@@ -10,6 +10,8 @@ from typing import Final
 import torch
 
 BLOCK: Final = 128
+_SHORT: Final = 1 << 16
+"""Rows up to that length are as quickly looked at whole."""
 
 
 def block_maxima(rows: torch.Tensor) -> torch.Tensor:
@@ -57,20 +59,35 @@ def at_least(row: torch.Tensor, maxima: torch.Tensor, bound: float) -> torch.Ten
     return blocks[found[:, 0]] * BLOCK + found[:, 1]
 
 
+def largest_few(
+    row: torch.Tensor, count: int, maxima: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row's `count` largest elements, falling, and their indices. Equal ones are in any order,
+    and the last may be any of its equals. `maxima`: those of the row's blocks, if they are known.
+    """
+    if maxima is None or count > maxima.numel() or row.numel() <= _SHORT:
+        values, indices = row.topk(count)
+        return values, indices
+    # So many blocks have an element as large as that: no smaller one can be wanted.
+    candidates = at_least(row, maxima, float(maxima.topk(count).values[-1]))
+    values, positions = row[candidates].topk(count)
+    return values, candidates[positions]
+
+
 def top(row: torch.Tensor, count: int, maxima: torch.Tensor | None = None) -> torch.Tensor:
-    """The indices of a row's `count` largest elements, rising. `maxima`: those of its blocks, if
-    they are known."""
+    """The indices of a row's `count` largest elements, rising. `maxima` as above."""
     if count >= row.numel():
         return torch.arange(row.numel())
-    if maxima is not None and count < maxima.numel():
-        # So many blocks have an element as large as that: no smaller one can be wanted.
-        candidates = at_least(row, maxima, float(maxima.topk(count).values.min()))
-        return candidates[top(row[candidates], count)]
-    least = row.topk(count, sorted=False).values.min()
-    above = row > least
-    equal = (row == least).nonzero()[:, 0]
-    above[equal[: count - int(above.sum())]] = True
-    return above.nonzero()[:, 0]
+    values, indices = largest_few(row, count + 1, maxima)
+    if values[count - 1] > values[count]:
+        return indices[:count].sort().values
+    least = float(values[count])
+    maxima = block_maxima(row[None])[0] if maxima is None else maxima
+    candidates = at_least(row, maxima, least)
+    own = row[candidates]
+    kept = own > least
+    kept[(own == least).nonzero()[: count - int(kept.count_nonzero()), 0]] = True
+    return candidates[kept]
 
 
 def falling(row: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

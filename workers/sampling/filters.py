@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from workers.messages import SamplingParams
-from workers.sampling.blocks import at_least, falling, top
+from workers.sampling.blocks import at_least, block_sums, falling, largest_few, top
 
 _FEW: Final = 128
 """Tokens among which `top_p` is sought before all are looked at."""
@@ -36,12 +36,15 @@ def allowed(weights: torch.Tensor, maxima: torch.Tensor, params: SamplingParams)
         return torch.arange(weights.numel()) if token_ids is None else token_ids
     if token_ids is not None:
         return token_ids[_nucleus(weights[token_ids], params.top_p)]
-    few = falling(weights, top(weights, _FEW, maxima))
-    enough = params.top_p * float(weights.sum(dtype=torch.float64))
-    mass = weights[few].double().cumsum(0)
-    if float(mass[-1]) >= enough:
-        return few[: _num_needed(weights[few], 0.0, enough)].sort().values
-    return _nucleus(weights, params.top_p)
+    few = min(_FEW, weights.numel())
+    enough = params.top_p * float(block_sums(weights[None]).sum())
+    heaviest, token_ids = largest_few(weights, few, maxima)
+    needed = _num_needed(heaviest, 0.0, enough)
+    if needed == few:
+        return _nucleus(weights, params.top_p)
+    if heaviest[needed - 1] == heaviest[needed]:  # among equals their ids decide
+        token_ids = falling(weights, top(weights, few, maxima))
+    return token_ids[:needed].sort().values
 
 
 def is_filtered(params: SamplingParams) -> bool:
