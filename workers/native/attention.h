@@ -19,17 +19,6 @@ constexpr int kMaxHeadDim = 256;
 constexpr float kNothing = -1e30f;  // a maximum over no keys, finite so that differences are too
 constexpr float kUnseen = -1e35f;   // a score whose weight is zero beside any maximum
 
-// 2^x for x <= 0, to 4e-6: a weight is rounded to bf16. Exactly 1 for 0, 0 far below.
-inline __m512 weight_of(__m512 x) {
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-  __m512 p = _mm512_set1_ps(0.01342669f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05224246f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24128021f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69304484f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, x);  // which takes floor(x)
-}
-
 struct Attention {
   int num_heads, num_kv_heads, head_dim, block_size;
   float scale;    // times log2(e): the softmax is computed in powers of two
@@ -268,7 +257,7 @@ class AttentionTask {
       const float* scores = s_.scores[c];
       __m512 p[kKeys / 16];
       for (int i = 0; i < kKeys / 16; i++)
-        p[i] = weight_of(_mm512_fmsub_ps(_mm512_load_ps(scores + i * 16), scale, maximum));
+        p[i] = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(scores + i * 16), scale, maximum));
       for (int i = 0; i < kKeys / 16; i += 2)
         _mm512_store_si512(s_.weights[c] + i * 16, (__m512i)_mm512_cvtne2ps_pbh(p[i + 1], p[i]));
       const __m512 sum = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));

@@ -50,22 +50,19 @@ inline __m512i join(__m512 low, __m512 high) {
   return _mm512_permutexvar_epi16(interleave_index(), (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// 2^x to about 1e-7, for x <= 127; zero far below, and for -inf.
+// 2^x to 2e-7, for x < 128; exactly 1 for 0, zero far below.
 inline __m512 exp2_ps(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-300.f), x);  // in this order, NaN stays
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.339887440266574e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618437357674640e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550332471162809e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402264791363012e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472028550421e-1f));
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  __m512 p = _mm512_set1_ps(0.001867130701f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.009017028962f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.055799914102f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.240164449869f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69315131183f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, n);
+  return _mm512_scalef_ps(p, x);  // which takes floor(x)
 }
 inline __m512 exp_ps(__m512 x) {
-  x = _mm512_min_ps(x, _mm512_set1_ps(88.f));
+  x = _mm512_min_ps(_mm512_set1_ps(88.f), x);  // in this order, NaN stays
   return exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)));
 }
 // 1 / x to about 1e-7: half the time of a division.
