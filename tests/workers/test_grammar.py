@@ -173,6 +173,13 @@ def test_an_end_is_allowed_exactly_where_the_text_may_end(
         assert choice(one, turn=9.0) == a
         one.accept(a)
     assert choice(one, turn=9.0) == turn
+    # One that is text elsewhere is an end all the same.
+    b, c = made.token_to_id("b"), made.token_to_id("c")
+    one = sampler("regex", "[ab]c", stop_token_ids=(a,), **greedy)
+    for expected in (b, c, a):
+        assert choice(one, end=0.0, a=9.0) == expected
+        one.accept(expected)
+    assert one.finished
     # Where nothing can follow, the text ends whatever was asked for.
     for changes in ({"ignore_eos": True}, {"min_tokens": 50}):
         one = sampler("regex", "aaa?", **greedy, **changes)

@@ -58,6 +58,7 @@ class Grammar:
                 )
             bits[:] = np.frombuffer(mask, dtype=np.uint8)[: len(bits)]
             clear_bits(bits, self._beyond)
+            clear_bits(bits, end_ids)  # one that is text elsewhere would end it half-way
         if self._ended or self._matcher.is_accepting():
             set_bits(bits, end_ids)
 
