@@ -29,7 +29,7 @@ class Settings(BaseModel):
     sampling_defaults: SamplingDefaults = NO_ADVICE
     max_model_len: int | None = Field(default=None, ge=2)
     max_num_seqs: int = Field(default=16, ge=1, le=4096)
-    token_budget: int = Field(default=256, ge=1, le=1 << 20)
+    token_budget: int = Field(default=384, ge=1, le=1 << 20)
     """Prompt tokens that one step computes: more take in prompts faster, fewer hold up running
     streams less."""
     attention_workspace: int = Field(default=256 << 20, ge=1 << 20)

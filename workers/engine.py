@@ -16,7 +16,7 @@ import torch
 
 from workers.batch import Batch, Part
 from workers.drafts import propose
-from workers.errors import GrammarFailed, InvalidLogits, NoTokenLeft, WorkerError
+from workers.errors import GrammarFailed, InvalidLogits, NoTokenLeft
 from workers.kv.cache import KVCache
 from workers.kv.layout import KVLayout
 from workers.messages import (
@@ -81,12 +81,14 @@ class Engine:
         num_speculative_tokens: int = 0,
         tokenizer: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        attention_span: int | None = None,
     ) -> None:
         """`max_model_len` bounds prompt and generated tokens together, `max_num_seqs` the sequences
         that run at once, `token_budget` the prompt tokens of a step. `kv` None keeps keys and
         values in memory of this process, without a limit. `num_speculative_tokens` is the longest
         guess at a sequence's next tokens. `tokenizer` is the tokenizer.json for requests with a
-        grammar. Raises `ValueError` beyond the model's reach."""
+        grammar. `attention_span` is that of the scheduler. Raises `ValueError` beyond the model's
+        reach."""
         limit = model.geometry.max_model_len
         if not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 2 to {limit}")
@@ -96,7 +98,7 @@ class Engine:
         self._eos_token_ids = frozenset(model.geometry.eos_token_ids)
         vocab_size = model.geometry.vocab_size
         self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_token_ids)
-        self._scheduler = Scheduler(max_num_seqs, token_budget)
+        self._scheduler = Scheduler(max_num_seqs, token_budget, attention_span)
         layout = model.geometry.kv_layout
         self._room = KVRoom(kv or _unlimited(layout, max_model_len, max_num_seqs, model.device))
         self._requests: dict[str, _Request] = {}
@@ -317,7 +319,7 @@ class Engine:
         parts = [self._part(chunk) for chunk in chunks]
         try:
             logits = self._model.forward(Batch.of(parts))
-        except (RuntimeError, MemoryError, WorkerError) as error:
+        except Exception as error:  # the architectures are not our code
             logger.exception("a forward pass over %d sequences failed", len(chunks))
             problem = f"the forward pass failed: {error}"
             return [self._fail(chunk.sequence, problem, keep=False) for chunk in chunks]

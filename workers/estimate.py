@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--token-budget", type=int, default=512)
+    parser.add_argument("--token-budget", type=int, default=384)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
@@ -99,7 +99,7 @@ def estimate(
     checkpoint: Checkpoint,
     *,
     max_model_len: int | None = None,
-    token_budget: int = 512,
+    token_budget: int = 384,
     tensor_parallel_size: int = 1,
 ) -> Estimate:
     """All figures of `checkpoint`; lengths in tokens, None being the model's own.

@@ -43,6 +43,8 @@ class Geometry:
     kv_layout: KVLayout
     sliding_windows: tuple[int | None, ...]
     """Of each layer: how many of the nearest keys a query sees, or all."""
+    attention_span: int
+    """How many earlier tokens make a token cost twice as much as the first, about."""
     num_parameters: int
     """Tied ones counted once."""
     weights_bytes: int
@@ -297,9 +299,27 @@ def _geometry(module: Any, dtype: torch.dtype, generation_config: Mapping[str, A
         eos_token_ids=_eos_token_ids(config, generation_config),
         kv_layout=KVLayout(tuple(layers), dtype),
         sliding_windows=_sliding_windows(config),
+        attention_span=_attention_span(module),
         num_parameters=sum(part.numel() for part in parameters),
         weights_bytes=sum(part.nbytes for part in parameters),
     )
+
+
+def _attention_span(module: Any) -> int:
+    """2 operations a weight for each token, embeddings aside, against 4 for each number of a query
+    head and each earlier token: attention runs at about 0.6 of the speed of matrix products here
+    (benchmarks/decoder_step.py)."""
+    config = module.config
+    tables = {
+        id(table.weight)
+        for table in (module.get_input_embeddings(), module.get_output_embeddings())
+        if table is not None
+    }
+    num_weights = sum(
+        part.numel() for part in module.parameters() if part.dim() > 1 and id(part) not in tables
+    )
+    widths = sum(config.num_attention_heads * (_head_dim(one) or 0) for one in _attentions(module))
+    return max(1, int(0.6 * num_weights / (2 * widths)))
 
 
 def _max_model_len(config: Any) -> int:

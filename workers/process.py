@@ -163,6 +163,7 @@ class _Instance:
             kv,
             spec.num_speculative_tokens,
             Path(spec.tokenizer) if spec.tokenizer else None,
+            attention_span=model.geometry.attention_span,
         )
         self._announce(model.geometry.facts(max_model_len), weights)
         # A first pass touches every weight, so its length grows with the model: an instance that

@@ -12,6 +12,7 @@ whether there is room for tokens it asks `Room`.
 """
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -116,11 +117,16 @@ class Scheduler:
     waits at its old place, and is computed again when there is room.
     """
 
-    def __init__(self, max_num_seqs: int, token_budget: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, token_budget: int, attention_span: int | None = None
+    ) -> None:
+        """Behind `attention_span` other tokens a token costs twice as much as the first, so that a
+        step takes as long at the end of a long prompt as at its beginning. None counts tokens."""
         if max_num_seqs < 1 or token_budget < 1:
             raise ValueError("max_num_seqs and token_budget must be at least 1")
         self._max_num_seqs = max_num_seqs
         self._token_budget = token_budget
+        self._attention_span = attention_span
         self._waiting: list[GenerationSequence] = []  # in order
         self._running: list[GenerationSequence] = []  # in order
         self._by_id: dict[str, GenerationSequence] = {}
@@ -274,7 +280,7 @@ class Scheduler:
                 continue
             if newcomer:
                 room.admit(sequence)
-            stop = sequence.num_computed + _most(sequence, budget)
+            stop = sequence.num_computed + self._most(sequence, budget)
             if room.grow(sequence, stop):
                 chunks.append(Chunk(sequence, sequence.num_computed, stop))
                 if sequence is candidates[0]:
@@ -296,19 +302,38 @@ class Scheduler:
             return []
         first, *others = candidates
         left = self._token_budget
-        wanted = _most(first, left)
         if not others:
-            return [(first, wanted)]
+            return [(first, left)]
         if self._served_last is first and sum(one.num_pending for one in others) <= left // 2:
-            return [(one, _most(one, left)) for one in others]
+            return [(one, left) for one in others]
+        wanted = self._cost(first, self._most(first, left))
         reserved = min(wanted, left - left // 2)
         left -= reserved
         shares: dict[int, int] = {}
         for sequence in sorted(others, key=lambda one: (one.priority, one.num_pending)):
-            shares[id(sequence)] = _most(sequence, left) if left else 0
-            left -= shares[id(sequence)]
+            shares[id(sequence)] = self._cost(sequence, self._most(sequence, left)) if left else 0
+            left = max(0, left - shares[id(sequence)])
         shares[id(first)] = min(wanted, reserved + left)
         return [(one, shares[id(one)]) for one in candidates if shares[id(one)]]
+
+    def _most(self, sequence: GenerationSequence, budget: int) -> int:
+        """How many of its next tokens the budget pays for, one at least. A token counts for more
+        the more there are before it: of n tokens behind p others all together for
+        n + (n p + n^2 / 2) / attention_span."""
+        most = min(budget, sequence.num_pending, sequence.most_per_step or budget)
+        span = self._attention_span
+        if span is not None and self._cost(sequence, most) > budget:
+            linear = 1 + sequence.num_computed / span
+            paid = span * (math.sqrt(linear * linear + 2 * budget / span) - linear)
+            most = max(1, min(most, int(paid)))
+        return most
+
+    def _cost(self, sequence: GenerationSequence, num_tokens: int) -> int:
+        """What its next `num_tokens` take of the budget."""
+        if self._attention_span is None:
+            return num_tokens
+        pairs = num_tokens * (sequence.num_computed + num_tokens / 2)
+        return int(num_tokens + pairs / self._attention_span)
 
     def _make_way(self, room: Room) -> None:
         """Let the last of those that run give way to one that is more urgent."""
@@ -324,10 +349,6 @@ class Scheduler:
 def total_tokens(chunks: Sequence[Chunk]) -> int:
     """How many tokens a step computes."""
     return sum(chunk.num_tokens for chunk in chunks)
-
-
-def _most(sequence: GenerationSequence, budget: int) -> int:
-    return min(budget, sequence.num_pending, sequence.most_per_step or budget)
 
 
 def _order(sequence: GenerationSequence) -> tuple[int, int]:

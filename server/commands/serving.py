@@ -66,7 +66,7 @@ def serve(
             help="Prompt tokens that one step computes: more take in prompts faster, fewer hold up "
             "running streams less.",
         ),
-    ] = 256,
+    ] = 384,
     attention_workspace: Annotated[
         str, typer.Option(help="What attention may take for itself in a step, as 256MiB.")
     ] = "256MiB",

@@ -519,8 +519,8 @@ class Decoder {
   }
 
   __m512 final_logits(__m512 x) const {
-    x = rounded(x);
     if (spec_.logit_softcap != 0) {
+      x = rounded(x);
       const __m512 cap = _mm512_set1_ps(spec_.logit_softcap);
       x = rounded(_mm512_div_ps(x, cap));
       x = rounded(tanh_ps(x));

@@ -120,7 +120,7 @@ class NativeDecoder:
         A row is a token at a position of the sequence whose block addresses are a row of
         `addresses` [num_tables, max_blocks]; it attends to the positions up to its own, which
         earlier calls or earlier rows of this one have written. `logits_out` takes, for each of
-        `logit_rows`, fp32 logits rounded to bf16 as the model gives them; `greedy_out` takes the
+        `logit_rows`, fp32 logits, which are not rounded to bf16; `greedy_out` takes the
         first token of the highest. `num_threads` of the decoder's threads do it, by default all;
         the result does not depend on it. Raises ValueError, and RuntimeError if threads can't be
         started.
