@@ -100,8 +100,8 @@ def test_at_full_load_the_demo_takes_what_was_planned(
     small_demo: Server, planned_demo: dict[str, Any]
 ) -> None:
     """All sequences of all instances run up to their full length. Compared: the most that each
-    instance was seen to take. The sum may be up to a tenth less than the plan, which is an upper bound and whose
-    private part is an estimate, but hardly more."""
+    instance was seen to take. The sum may be up to a tenth less than the plan, which is an upper
+    bound and whose private part is an estimate, but hardly more."""
     planned = planned_demo
     ended, samples = threading.Event(), list[list[Taken]]()
 
