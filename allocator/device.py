@@ -143,6 +143,7 @@ class Device:
             one.writer == session.number and one.target_tier == "disk" for one in self.memory.sets
         )
         effects, changed = self.memory.end_session(session.number, now)
+        self._pool.end_session(session.number)
         for key in changed:
             self._note_set(key)
         self._apply(effects)

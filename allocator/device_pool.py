@@ -86,6 +86,10 @@ class DevicePool:
                 self._note_pins(session, digests, pinned=False)
         return Done()
 
+    def end_session(self, session: SessionId) -> None:
+        """It wants nothing any more."""
+        self._shares.served(session)
+
     def free_extent(self, extent: Extent) -> None:
         """Take its memory back."""
         if self._handle is not None:
