@@ -7,6 +7,7 @@ know how instances are chosen.
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Final, Protocol
 
@@ -40,7 +41,7 @@ class Aborter(Protocol):
         """Forget a request; its instance frees its memory."""
 
 
-class Request:
+class Request(ABC):
     """What the router places on an instance, and moves to another when that one ends."""
 
     def __init__(self, router: Aborter, request_id: str) -> None:
@@ -50,17 +51,17 @@ class Request:
         self.num_moves = 0
         self.ended = False
 
+    @abstractmethod
     def message(self) -> ToInstance:
         """What an instance must be told to go on from here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, output: Output | Embedded) -> bool:
         """An instance's answer. True if it is the last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fail(self, error: ServerError) -> None:
         """There will be no further answer."""
-        raise NotImplementedError
 
     async def aclose(self) -> None:
         """Abort the request if it has not ended. Idempotent."""

@@ -4,15 +4,11 @@ Owns the bodies' types and bounds. Invariants as in `schemas`: exact types, and 
 would change the answer is ignored. Extensions are named as in vLLM. Knows nothing of models.
 """
 
-import logging
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.errors import InvalidRequest
-from server.openai.schemas import TokenIds
-
-_log = logging.getLogger(__name__)
+from server.openai.schemas import TokenIds, refuse_unsupported
 
 MAX_INPUTS: Final = 2048
 
@@ -50,14 +46,7 @@ class EmbeddingRequest(BaseModel):
 
     def check_supported(self) -> None:
         """Raises `InvalidRequest` for a parameter that would have to be ignored."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in _UNSUPPORTED:
-                _log.debug("ignored unknown parameter %r", name[:100])
-                continue
-            neutral = _UNSUPPORTED[name]
-            if value is None or any(type(value) is type(v) and value == v for v in neutral):
-                continue
-            raise InvalidRequest(f"{name!r} isn't supported here. Omit it.", param=name)
+        refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
 
 
 class EmbeddingItem(BaseModel):

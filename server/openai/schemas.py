@@ -6,6 +6,8 @@ never ignored. Extensions are named as in vLLM. Knows nothing of models and toke
 """
 
 import logging
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -81,6 +83,22 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = None
 
 
+def refuse_unsupported(
+    given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raises `InvalidRequest` for a parameter in `unsupported` of another value than those listed
+    for it, which ask for nothing, or null. Parameters that nobody knows are left alone."""
+    for name, value in given.items():
+        if name not in unsupported:
+            _log.debug("ignored unknown parameter %r", name[:100])
+            continue
+        neutral = unsupported[name]
+        if value is None or any(type(value) is type(v) and value == v for v in neutral):
+            continue
+        allowed = f" (other than {neutral[0]!r})" if neutral else ""
+        raise InvalidRequest(f"{name!r}{allowed} isn't supported here. Omit it.", param=name)
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
@@ -138,15 +156,7 @@ class GenerationRequest(BaseModel):
 
     def check_supported(self) -> None:
         """Raises `InvalidRequest` for a parameter that would have to be ignored."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in _UNSUPPORTED:
-                _log.debug("ignored unknown parameter %r", name[:100])
-                continue
-            neutral = _UNSUPPORTED[name]
-            if value is None or any(type(value) is type(v) and value == v for v in neutral):
-                continue
-            allowed = f" (other than {neutral[0]!r})" if neutral else ""
-            raise InvalidRequest(f"{name!r}{allowed} isn't supported here. Omit it.", param=name)
+        refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
@@ -166,9 +176,9 @@ class GenerationRequest(BaseModel):
         return self.n or 1
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are wanted at each position; None: no figures at all."""
-        raise NotImplementedError
 
     @property
     def options(self) -> RequestOptions:

@@ -47,6 +47,16 @@ def test_a_late_session_gets_its_share_and_the_first_no_more_than_its_own(start_
         assert second.pool_share().held_bytes == 7 * MB
 
 
+def test_a_session_that_ended_lacks_nothing(start_daemon) -> None:  # type: ignore[no-untyped-def]
+    daemon: DaemonProcess = start_daemon("--memory-limit", "16MiB")
+    with daemon.connect() as first:
+        held = first.lease_many(MB, 16)
+        with daemon.connect() as second, pytest.raises(OutOfDeviceMemory):
+            second.lease(MB)
+        first.release_many(held)
+        assert len(first.lease_many(MB, 16)) == 16  # at once, not when a second has passed
+
+
 def test_sealed_blocks_count_for_everybody_who_pins_them(start_daemon) -> None:  # type: ignore[no-untyped-def]
     daemon: DaemonProcess = start_daemon("--memory-limit", "4MiB")
     digest = bytes(32)
