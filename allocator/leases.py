@@ -12,6 +12,7 @@ in a block.
 
 import contextlib
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,14 +62,18 @@ class _Mapped:
 
 
 @dataclass(eq=False)
-class Lease:
-    """An extent that this session may write, until it releases it or puts it into the index."""
+class _Held(ABC):
+    """An extent of the pool that this session maps until it lets go of it."""
 
     extent: Extent
-    generation: int
     _pool: "PoolClient"
     _mapped: _Mapped
-    _held: bool = True
+    _held: bool = field(default=True, init=False)
+
+    @property
+    @abstractmethod
+    def _end(self) -> str:
+        """What the user is told who goes on with it after its end."""
 
     @property
     def is_held(self) -> bool:
@@ -77,64 +82,58 @@ class Lease:
 
     @property
     def buffer(self) -> memoryview:
-        """Its bytes, zeros at first. Not to be touched after the release."""
+        """Its bytes. Not to be touched after the release."""
         self._check()
-        return _buffer(self)
+        begin = self.extent.offset
+        return self._mapped.window.buffer[begin : begin + self.extent.num_bytes]
+
+    def window(self) -> "torch.Tensor":
+        """The whole pool as this session sees it, uint8 # [num_bytes of the pool]: its own bytes
+        are at `extent.offset`, what is not mapped can't be touched. The same tensor for all leases
+        and blocks of one pool."""
+        self._check()
+        return self._mapped.as_bytes()
+
+    def _check(self) -> None:
+        if not self._held:
+            raise DoubleFree(self._end)
+
+
+@dataclass(eq=False)
+class Lease(_Held):
+    """An extent that this session may write, zeros at first, until it releases it or puts it into
+    the index."""
+
+    generation: int
+
+    @property
+    def _end(self) -> str:
+        return f"the lease of offset {self.extent.offset} has ended"
 
     def tensor(self) -> "torch.Tensor":
         """Its bytes as uint8 # [num_bytes], to be viewed as another dtype. As for `buffer`."""
         begin = self.extent.offset
         return self.window()[begin : begin + self.extent.num_bytes]
 
-    def window(self) -> "torch.Tensor":
-        """The whole pool as this session sees it, uint8 # [num_bytes of the pool]: the lease's
-        bytes are at `extent.offset`, what is not mapped can't be touched. The same tensor for all
-        leases and blocks of one pool."""
-        self._check()
-        return self._mapped.as_bytes()
-
     def release(self) -> None:
         """Its memory goes back to the device. Raises DoubleFree for the second time."""
         self._pool.release([self])
 
-    def _check(self) -> None:
-        if not self._held:
-            raise DoubleFree(f"the lease of offset {self.extent.offset} has ended")
-
 
 @dataclass(eq=False)
-class Block:
-    """A sealed block that this session maps, read-only, and pins."""
+class Block(_Held):
+    """A sealed block that this session maps, read-only, and pins: writing to it ends the
+    process."""
 
     digest: bytes
-    extent: Extent
-    _pool: "PoolClient"
-    _mapped: _Mapped
-    _held: bool = True
 
     @property
-    def is_held(self) -> bool:
-        """Whether it was not released yet."""
-        return self._held
-
-    @property
-    def buffer(self) -> memoryview:
-        """Its bytes; writing to them ends the process."""
-        self._check()
-        return _buffer(self)
-
-    def window(self) -> "torch.Tensor":
-        """As `Lease.window`; writing to the block's bytes ends the process."""
-        self._check()
-        return self._mapped.as_bytes()
+    def _end(self) -> str:
+        return f"the block {self.digest.hex()} was released"
 
     def release(self) -> None:
         """This session maps it no longer. Raises DoubleFree for the second time."""
         self._pool.release_blocks([self])
-
-    def _check(self) -> None:
-        if not self._held:
-            raise DoubleFree(f"the block {self.digest.hex()} was released")
 
 
 class PoolClient:
@@ -159,7 +158,7 @@ class PoolClient:
             except BaseException:
                 self._give_back([LeaseId(e.offset, leased.generation) for e in leased.extents])
                 raise
-            return [Lease(extent, leased.generation, self, mapped) for extent in leased.extents]
+            return [Lease(extent, self, mapped, leased.generation) for extent in leased.extents]
 
     def release(self, leases: Sequence[Lease]) -> None:
         """Give them back, all at once. Raises DoubleFree, and then gives nothing back. Where no
@@ -252,7 +251,7 @@ class PoolClient:
             self._unpin(digests[: len(blocks.extents)])
             raise
         return [
-            Block(digest, extent, self, mapped)
+            Block(extent, self, mapped, digest)
             for digest, extent in zip(digests, blocks.extents, strict=False)
         ]
 
@@ -281,7 +280,7 @@ class PoolClient:
                 lease._held = False
                 lease._mapped.window.map(lease.extent, writable=False)
             put.append(
-                Block(digest, lease.extent, self, lease._mapped) if id(lease) in stored else None
+                Block(lease.extent, self, lease._mapped, digest) if id(lease) in stored else None
             )
         return put
 
@@ -340,12 +339,7 @@ class PoolClient:
         return current
 
 
-def _buffer(held: Lease | Block) -> memoryview:
-    begin = held.extent.offset
-    return held._mapped.window.buffer[begin : begin + held.extent.num_bytes]
-
-
-def _end(held: Sequence[Lease] | Sequence[Block]) -> None:
+def _end(held: Sequence[_Held]) -> None:
     """From now on none of them is held. Raises DoubleFree, and then all still are."""
     for one in held:
         one._check()

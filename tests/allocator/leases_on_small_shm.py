@@ -6,38 +6,22 @@ object. Invariant: what it prints was seen through the public interfaces.
 
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 from allocator import Client, OutOfDeviceMemory, RuntimeDir
 from allocator.backends.host import SHM_ROOT
-from tests.daemon_process import ROOT, DaemonProcess
+from tests.daemon_process import DaemonProcess
+from tests.mount_namespace import run_on_tmpfs
 
+MODULE = "tests.allocator.leases_on_small_shm"
 MIB = 1 << 20
 FILLER = "another program's"
 
 
 def on_small_shm(runtime_dir: RuntimeDir) -> dict[str, Any]:
-    """What was found with such a /dev/shm; skips where this user can't have one."""
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"this user can't make a mount namespace: {probe.stderr.strip()}")
-    mount = 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$0" "$@"'
-    program = [sys.executable, "-m", "tests.allocator.leases_on_small_shm", str(runtime_dir.path)]
-    finished = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount, *program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=180,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    found: dict[str, Any] = json.loads(finished.stdout)
-    return found
+    """What was found with such a /dev/shm."""
+    return run_on_tmpfs("size=8m", str(SHM_ROOT), MODULE, str(runtime_dir.path))
 
 
 def used_bytes() -> int:

@@ -31,7 +31,7 @@ from allocator.messages import (
     encode,
 )
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 
 
 class RawSession:

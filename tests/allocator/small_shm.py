@@ -7,13 +7,10 @@ Invariant: what it prints was seen through the public interfaces, or in /proc.
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from allocator import Client, OutOfDeviceMemory, RuntimeDir, WeightSetWriter, connect
 from allocator.backends import for_handle
@@ -21,30 +18,17 @@ from allocator.backends.host import SHM_ROOT, HostBackend
 from allocator.backends.placement import huge_page_mode, placement_notes
 from allocator.messages import Extent, Handle, Manifest
 from tests.allocator.processes import in_fork
-from tests.daemon_process import ROOT, DaemonProcess
+from tests.daemon_process import DaemonProcess
 from tests.leaks import descriptors
+from tests.mount_namespace import run_on_tmpfs
 
+MODULE = "tests.allocator.small_shm"
 MIB = 1 << 20
 
 
 def on_own_shm(part: str, runtime_dir: RuntimeDir, options: str = "size=8m") -> dict[str, Any]:
     """What a part found on a /dev/shm that is mounted with these options, for it alone."""
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"this user can't make a mount namespace: {probe.stderr.strip()}")
-    mount = f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"'
-    program = [sys.executable, "-m", "tests.allocator.small_shm", part, str(runtime_dir.path)]
-    finished = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount, "sh", *program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=180,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    found: dict[str, Any] = json.loads(finished.stdout)
-    return found
+    return run_on_tmpfs(options, str(SHM_ROOT), MODULE, part, str(runtime_dir.path))
 
 
 def load(memory: Client, key: str, num_bytes: int) -> str:

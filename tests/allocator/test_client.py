@@ -38,12 +38,6 @@ ENTRY = TensorEntry(dtype="uint8", shape=(1000,), stride=(1,), offset=0, num_byt
 MANIFEST = Manifest(version=1, tensors={"x": ENTRY}, metadata={"made": "here"})
 
 
-@pytest.fixture
-def memory(daemon: DaemonProcess) -> Iterator[Client]:
-    with daemon.connect() as client:
-        yield client
-
-
 def sealed(memory: Client, key: str = "k") -> WeightSetReader:
     writer = memory.open_weight_set(key, {})
     assert isinstance(writer, WeightSetWriter)

@@ -492,7 +492,7 @@ def test_what_is_missing_is_named(tmp_path: Path, program: str, words: str) -> N
         capture_output=True,
         text=True,
         check=True,
-        timeout=180,
+        timeout=600,
     )
     assert ended.stdout.startswith("InvalidSetting")
     assert words in ended.stdout
@@ -564,7 +564,7 @@ def run_under_simulation(library: Path, tmp_path: Path, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout

@@ -38,13 +38,6 @@ def start(daemon: DaemonProcess) -> Iterator[Start]:
         yield lambda: stack.enter_context(ClientProcess(daemon.runtime_dir))
 
 
-@pytest.fixture
-def memory(daemon: DaemonProcess) -> Iterator[Client]:
-    """The test's own session."""
-    with daemon.connect() as client:
-        yield client
-
-
 def weight_set(memory: Client, key: str = "k") -> WeightSetStatistics | None:
     return next((s for s in memory.statistics().weight_sets if s.key == key), None)
 

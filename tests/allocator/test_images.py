@@ -1,6 +1,5 @@
 """Images on disk: the format byte for byte, damage of every kind, kills and full disks."""
 
-import json
 import logging
 import mmap
 import os
@@ -8,8 +7,6 @@ import resource
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +32,7 @@ from allocator.images import (
 from allocator.messages import Extent
 from tests.allocator.doomed import Doomed, Report
 from tests.allocator.processes import in_fork
-from tests.daemon_process import ROOT
+from tests.mount_namespace import run_on_tmpfs
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -500,22 +497,8 @@ def test_a_folder_that_cannot_be_written() -> None:
 @pytest.fixture(scope="module")
 def on_small_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/allocator/small_disk.py found on a disk of 24 MiB."""
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"this user can't make a mount namespace: {probe.stderr.strip()}")
-    mount = 'mount -t tmpfs -o size=24m tmpfs "$1" && exec "$2" -m tests.allocator.small_disk "$1"'
-    folder = tmp_path_factory.mktemp("disk")
-    finished = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount, "sh", str(folder), sys.executable],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=180,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    found: dict[str, Any] = json.loads(finished.stdout)
-    return found
+    folder = str(tmp_path_factory.mktemp("disk"))
+    return run_on_tmpfs("size=24m", folder, "tests.allocator.small_disk", folder)
 
 
 def test_images_on_a_full_disk(on_small_disk: dict[str, Any]) -> None:

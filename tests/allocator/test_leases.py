@@ -42,18 +42,6 @@ Connect = Callable[..., Client]
 
 
 @pytest.fixture
-def connect(daemon: DaemonProcess) -> Iterator[Connect]:
-    """Sessions of the test's own process; closed before the daemon is stopped."""
-    with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(daemon.connect(**options))
-
-
-@pytest.fixture
-def memory(connect: Connect) -> Client:
-    return connect()
-
-
-@pytest.fixture
 def start(daemon: DaemonProcess) -> Iterator[Start]:
     """Start client processes; they are stopped before the daemon is."""
     with ExitStack() as stack:

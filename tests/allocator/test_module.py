@@ -56,12 +56,6 @@ def start(nursery: Nursery, daemon: DaemonProcess, runtime_dir: RuntimeDir) -> I
         process.stop()
 
 
-@pytest.fixture
-def memory(daemon: DaemonProcess) -> Iterator[Client]:
-    with daemon.connect() as client:
-        yield client
-
-
 def sharing(start: Start, kind: str, *, seed: int = 0, device: str = "cpu") -> ModuleProcess:
     """A process that has shared such a module as "k"."""
     process = start()

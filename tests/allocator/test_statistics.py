@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from threading import Event
 
 import msgspec
@@ -46,13 +45,6 @@ MIB = 1 << 20
 GRANULE = HostBackend.granularity
 StartDaemon = Callable[..., DaemonProcess]
 Connect = Callable[..., Client]
-
-
-@pytest.fixture
-def connect(daemon: DaemonProcess) -> Iterator[Connect]:
-    """Sessions of the test's own process; closed before the daemon is stopped."""
-    with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(daemon.connect(**options))
 
 
 @pytest.fixture

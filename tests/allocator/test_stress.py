@@ -14,7 +14,7 @@ def test_nothing_is_lost_when_clients_and_daemons_are_killed() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

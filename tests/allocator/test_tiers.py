@@ -46,12 +46,6 @@ Start = Callable[[], ClientProcess]
 
 
 @pytest.fixture
-def memory(daemon: DaemonProcess) -> Iterator[Client]:
-    with daemon.connect() as client:
-        yield client
-
-
-@pytest.fixture
 def start(daemon: DaemonProcess) -> Iterator[Start]:
     """Start client processes; they are stopped before the daemon is."""
     with ExitStack() as stack:

@@ -6,40 +6,24 @@ object. Invariant: what it prints was seen through the public interfaces.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from allocator import Client, DiskFull, Manifest, RuntimeDir, TensorEntry, WeightSetWriter
-from tests.daemon_process import ROOT, DaemonProcess
+from tests.daemon_process import DaemonProcess
+from tests.mount_namespace import run_on_tmpfs
 
+MODULE = "tests.allocator.tiers_on_small_disk"
 MIB = 1 << 20
 FILLER = "another program's"
 
 
 def on_small_disk(runtime_dir: RuntimeDir) -> dict[str, Any]:
-    """What was found with such a disk; skips where this user can't have one."""
-    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        pytest.skip(f"this user can't make a mount namespace: {probe.stderr.strip()}")
-    mount = 'mount -t tmpfs -o size=8m tmpfs "$2" && exec "$0" -m "$1" "$2" "$3"'
+    """What was found with such a disk."""
     with tempfile.TemporaryDirectory() as folder:
-        program = [sys.executable, "tests.allocator.tiers_on_small_disk"]
-        finished = subprocess.run(
-            ["unshare", "-m", "sh", "-c", mount, *program, folder, str(runtime_dir.path)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=180,
-            check=False,
-        )
-    assert finished.returncode == 0, finished.stderr
-    found: dict[str, Any] = json.loads(finished.stdout)
-    return found
+        return run_on_tmpfs("size=8m", folder, MODULE, folder, str(runtime_dir.path))
 
 
 def state(memory: Client) -> list[str]:

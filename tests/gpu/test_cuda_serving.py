@@ -67,7 +67,7 @@ def test_two_instances_serve_one_copy(tmp_path: Path) -> None:
             assert ready is not None, "it did not become ready; why is on stderr"
             body = {"model": checkpoint.name, "prompt": "to and fro", "temperature": 0}
             answers = {
-                httpx.post(f"{ready[1]}/v1/completions", json=body, timeout=60).text
+                httpx.post(f"{ready[1]}/v1/completions", json=body, timeout=600).text
                 for _ in range(4)
             }
             texts = {json.loads(answer)["choices"][0]["text"] for answer in answers}

@@ -24,7 +24,7 @@ from workers.messages import ModelFacts, SamplingParams, TokenLogprobs
 
 NAME = "org/echo-1"
 EOS = 2
-DEADLINE_S = 30.0
+DEADLINE_S = 300.0
 FACTS = ModelFacts(
     architecture="echo",
     dtype="none",

@@ -467,7 +467,7 @@ def run_doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Comp
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=600,
     )
 
 

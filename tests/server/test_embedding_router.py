@@ -30,7 +30,7 @@ from tests.workers.tiny_embedders import (
 )
 from workers.messages import MAX_EMBED_INPUTS
 
-TIMEOUT_S = 90.0
+TIMEOUT_S = 600.0
 MANY = texts(*[1 + index % MAX_POSITIONS for index in range(300)])
 
 Serve = Callable[[], AbstractAsyncContextManager[tuple[Router, Fleet]]]

@@ -24,7 +24,7 @@ from workers.messages import Output, SamplingParams
 
 PROMPT = prompt(12)
 NUM_TOKENS = 80
-TIMEOUT_S = 180.0
+TIMEOUT_S = 600.0
 
 
 @pytest.fixture(scope="module")

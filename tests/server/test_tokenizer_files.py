@@ -21,15 +21,15 @@ from tests.workers.checkpoint_files import write_gguf
 
 
 def test_a_gguf_file_is_unpacked_once(
-    model_gguf: Path, tokenizer_cache: Path, tokenizer_dir: Path
+    smollm2_gguf: Path, tokenizer_cache: Path, tokenizer_dir: Path
 ) -> None:
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
         file.name for file in tokenizer_dir.iterdir()
     }
     before = (tokenizer_dir / "tokenizer.json").stat().st_ino
-    assert tokenizer_folder(model_gguf, tokenizer_cache) == tokenizer_dir
+    assert tokenizer_folder(smollm2_gguf, tokenizer_cache) == tokenizer_dir
     assert (tokenizer_dir / "tokenizer.json").stat().st_ino == before
-    assert list(tokenizer_dir.parent.glob(f"{model_gguf.stem}-*")) == [tokenizer_dir]
+    assert list(tokenizer_dir.parent.glob(f"{smollm2_gguf.stem}-*")) == [tokenizer_dir]
 
 
 def test_what_only_the_gguf_file_knows_is_kept(tokenizer_dir: Path) -> None:
@@ -72,11 +72,13 @@ def test_a_file_that_is_no_gguf_says_so_and_leaves_nothing(tmp_path: Path) -> No
     assert list((tmp_path / "cache" / "tokenizers").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_names_the_way_out(model_gguf: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_names_the_way_out(
+    smollm2_gguf: Path, tmp_path: Path
+) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.touch()
     with pytest.raises(CacheNotWritable, match="Set ONECOPY_CACHE_DIR"):
-        tokenizer_folder(model_gguf, in_the_way)
+        tokenizer_folder(smollm2_gguf, in_the_way)
 
 
 def test_folders_of_hugging_face_are_taken_as_they_are(tokenizer_dir: Path) -> None:

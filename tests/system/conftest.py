@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.running_server import Server
+from tests.system.running_server import TIMEOUT_S, Server
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,7 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "server.cli", "serve", model, "--port", "0"),
-                    *("--runtime-dir", str(folder), *arguments),
+                    *("--runtime-dir", str(folder), "--drain-timeout", str(TIMEOUT_S), *arguments),
                 ],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -64,11 +64,3 @@ def demo(make_server: Callable[..., Server]) -> Iterator[Server]:
     yield server
     server.remember()
     server.stop()
-
-
-@pytest.fixture(scope="session")
-def demo_path() -> Path:
-    """The demo model's file."""
-    from server.model_source import DEMO, find_model
-
-    return find_model(DEMO).path

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from tests.system.running_server import Server
+from tests.system.running_server import TIMEOUT_S, Server
 
 SENTENCES = [
     "A man is eating food.",
@@ -58,7 +58,7 @@ def embed(server: Server, given: Any, **fields: Any) -> Any:
 
 def post(server: Server, **fields: Any) -> httpx.Response:
     body = {"model": "org/minilm", "input": "One.", **fields}
-    return httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=60)
+    return httpx.post(f"{server.url}/v1/embeddings", json=body, timeout=TIMEOUT_S)
 
 
 def near(expected: list[float]) -> Any:

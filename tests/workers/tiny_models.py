@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 VOCAB_SIZE = 320
 EOS_TOKEN_ID = 2
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -78,7 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
     """The parsed config.json of a family's tiny model."""
-    return {**_COMMON, **CONFIGS[family], **changes}
+    return {**COMMON, **CONFIGS[family], **changes}
 
 
 def reference_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
