@@ -6,14 +6,14 @@
 #
 #   make serve MODEL=path/to/model ARGS="--port 9000 --instances 4"
 #   make test ARGS="tests/allocator -k arena"
-#   make test JOBS=2                     in two processes, each test file in one of them
+#   make test JOBS=1                     in one process: what --pdb and -s need
 #   make setup PYTHON=python3.12          the interpreter that .venv is made from
 #   make check ENV_PYTHON=python3         use an environment that is there already; install nothing
 
 PYTHON ?= python3
 MODEL ?= demo
 ARGS ?=
-JOBS ?= 1
+JOBS ?= 2
 
 ifeq ($(origin ENV_PYTHON),undefined)
 ENV_PYTHON := .venv/bin/python

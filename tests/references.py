@@ -1,38 +1,63 @@
 """What transformers itself makes of the GGUF files that the tests use.
 
-Its reader takes half a minute for a real file, so what several tests need is read once, by
-whichever process of the tests comes first, and kept as transformers stores it.
+Its reader takes half a minute for a real file: here it is spared what it does again and again, and
+what several tests need is read once, by whichever process of the tests comes first, and kept as
+transformers stores it.
 """
 
+import contextlib
+import functools
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import gguf
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
 
 
-def transformers_reads(gguf: Path, dtype: torch.dtype = torch.float32) -> Any:
+@contextlib.contextmanager
+def _quick_reader() -> Iterator[None]:
+    """A slice of a `memmap` costs ten times one of an array, and each word of a vocabulary is one;
+    the table of names is made anew for every module."""
+    memmap, name_map = np.memmap, functools.cache(gguf.get_tensor_name_map)
+
+    def array(*arguments: Any, **options: Any) -> np.ndarray:
+        return memmap(*arguments, **options).view(np.ndarray)
+
+    with (
+        mock.patch.object(np, "memmap", array),
+        mock.patch.object(gguf, "get_tensor_name_map", name_map),
+    ):
+        yield
+
+
+def transformers_reads(file: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model, its blocks dequantized."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with _quick_reader():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+        )
     return model.eval()
 
 
-def converted(gguf: Path, folder: Path) -> Path:
+def converted(file: Path, folder: Path) -> Path:
     """The model in fp32 and its tokenizer, as `save_pretrained` writes them to `folder`. Two
     processes may do so at once: the first to end is the one."""
     if not folder.exists():
         made = Path(tempfile.mkdtemp(prefix="converting-", dir=folder.parent))
-        model = transformers_reads(gguf)
-        model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+        transformers_reads(file).save_pretrained(made)
+        with _quick_reader():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.save_pretrained(made)
         try:
             made.rename(folder)
         except OSError:  # as it is there
