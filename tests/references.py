@@ -71,3 +71,8 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     """What `converted` made."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.eval()
+
+
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    """By name; tied ones by each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))

@@ -14,16 +14,12 @@ from gguf import GGUFReader
 
 from allocator import RuntimeDir
 from tests.daemon_process import DaemonProcess
-from tests.references import load, transformers_reads
+from tests.references import load, parameters, transformers_reads
 from tests.workers.checkpoint_files import read_whole, same_bytes, write_gguf
 from tests.workers.test_checkpoint_sharing import loaded_in_a_process
 from workers.checkpoint import attach, open_checkpoint
 from workers.checkpoint.gguf import HeaderReader
 from workers.errors import CheckpointCorrupt, CheckpointError, UnsupportedCheckpoint
-
-
-def parameters(model: Any) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False))
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tests.references import parameters, transformers_reads
 from tests.workers.checkpoint_files import read_whole, same_bytes, write_gguf
-from tests.workers.test_checkpoint_gguf import reference
 from workers.checkpoint import open_checkpoint
 from workers.checkpoint.gguf_metadata import completed
 from workers.errors import UnsupportedCheckpoint
@@ -29,7 +29,7 @@ KINDS = gguf.GGMLQuantizationType
 def test_blocks_are_dequantized_as_by_transformers(kind: Any, tmp_path: Path) -> None:
     """K-quants are in the real model (test_real_models.py); nobody here can write them."""
     path = write_gguf(tmp_path / "tiny.gguf", matrices=kind)
-    expected = reference(path, torch.bfloat16)
+    expected = parameters(transformers_reads(path, torch.bfloat16))
     read = read_whole(open_checkpoint(path, "bfloat16"))
     assert len(read) == 11
     assert [name for name in read if not same_bytes(read[name], expected[name].detach())] == []
