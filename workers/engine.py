@@ -56,6 +56,7 @@ class _Request:
     """What the engine keeps of a sequence beside its place in the schedule."""
 
     sampler: SequenceSampler
+    added_at: float
     expires_at: float | None
     num_cached: int | None = None
     """Tokens of the prompt that were found, until somebody was told."""
@@ -105,6 +106,7 @@ class Engine:
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
         self._is_idle = False
+        self._idle_since: float | None = None  # the first step in a row that found no room
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
 
@@ -189,8 +191,9 @@ class Engine:
                 Output(request_id=request.request_id, token_ids=(), finish_reason=reason)
             )
             return
-        expires_at = None if request.deadline_s is None else self._clock() + request.deadline_s
-        self._requests[request.request_id] = _Request(sampler, expires_at)
+        now = self._clock()
+        expires_at = None if request.deadline_s is None else now + request.deadline_s
+        self._requests[request.request_id] = _Request(sampler, now, expires_at)
         self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -211,6 +214,7 @@ class Engine:
         chunks = self._scheduler.schedule(self._room)
         self._is_idle = not chunks
         if chunks:
+            self._idle_since = None
             self._come_on(chunks)
             outputs += self._compute(chunks)
         elif self.num_waiting:
@@ -286,13 +290,16 @@ class Engine:
 
     def _out_of_room(self, now: float) -> list[Output]:
         """Nothing runs, and there is no room for the first of those that wait: for a while it waits
-        for other instances to give some back."""
+        for other instances to give some back. Those behind it wait as long, not one after another.
+        """
+        if self._idle_since is None:
+            self._idle_since = now
         first = self._scheduler.next_waiting
         if first is None:
             return []
         request = self._requests[first.request_id]
         if request.stalled_since is None:
-            request.stalled_since = now
+            request.stalled_since = max(self._idle_since, request.added_at)
         if now - request.stalled_since < NO_ROOM_PATIENCE_S:
             return []
         problem = f"there is no room for its keys and values: {self._room.kv.problem}"

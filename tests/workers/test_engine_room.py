@@ -374,6 +374,28 @@ def test_who_comes_behind_one_that_never_fits_is_served() -> None:
     assert [tokens(outputs[name]) for name in ("small", "other")] == expected("llama")[2:4]
 
 
+def test_all_that_lack_room_wait_at_the_same_time() -> None:
+    clock = Clock()
+    engine = engine_of(kv=room_for(2), clock=clock)
+    outputs: dict[str, list[Output]] = {}
+    for name in "abc":
+        engine.add(request(name, prompt(60)))
+    step(engine, outputs)
+    clock.now += NO_ROOM_PATIENCE_S / 2
+    engine.add(request("late", prompt(60)))
+    step(engine, outputs)
+    assert outputs == {}
+    clock.now += NO_ROOM_PATIENCE_S / 2
+    for _ in range(4):
+        step(engine, outputs)
+    assert outputs.keys() == set("abc")
+    assert engine.is_stalled
+    clock.now += NO_ROOM_PATIENCE_S / 2
+    step(engine, outputs)
+    assert [outputs[name][-1].problem for name in ("a", "b", "c", "late")] == ["no_room"] * 4
+    assert not engine.has_work
+
+
 def test_what_never_fits_ends_also_where_others_come_and_go() -> None:
     clock = Clock()
     engine = engine_of(kv=room_for(3), clock=clock, max_num_seqs=2, token_budget=16)
