@@ -1,5 +1,6 @@
 """Fixtures for all rooms: a private runtime directory, a real allocator, a check for leaks."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -14,6 +15,17 @@ import pytest
 from allocator import Client, RuntimeDir
 from tests.daemon_process import DaemonProcess
 from tests.leaks import Leaks, adopt_orphans
+
+
+def pytest_configure() -> None:
+    """What is imported and collected stays to the end: the collector need not look for it."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
