@@ -42,7 +42,6 @@ def main() -> int:
 def _preload(model: str, dtype: str) -> None:
     """Import what an instance of `model` needs. A model that can't be read is no error here: the
     instance will say what is wrong with it."""
-    gc.disable()  # of all these objects none is garbage, and looking took a fifth of the time
     import torch
 
     from workers import embedding, process
@@ -64,7 +63,6 @@ def _preload(model: str, dtype: str) -> None:
     # does not touch, and so copy, the pages it shares with us.
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 class Forkserver:
