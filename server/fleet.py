@@ -98,7 +98,7 @@ class Fleet:
         self._retry: asyncio.TimerHandle | None = None
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._changed = asyncio.Event()
+        self._waiting: set[asyncio.Future[None]] = set()  # for a change
         self._start_error: str | None = None
         self.num_wanted = settings.num_instances
         self.asleep = False
@@ -148,11 +148,12 @@ class Fleet:
 
     async def change(self) -> None:
         """Until anything about any instance changed. Raises what a watching task ended with."""
-        self._changed.clear()
-        changed = asyncio.create_task(self._changed.wait())
+        changed = asyncio.get_running_loop().create_future()
+        self._waiting.add(changed)
         try:
             await asyncio.wait([changed, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._waiting.remove(changed)
             changed.cancel()
         for task in self._tasks:
             if task.done():
@@ -165,6 +166,11 @@ class Fleet:
         for task in self._tasks:
             if task.done():
                 task.result()
+
+    def _tell_of_change(self) -> None:
+        for one in self._waiting:
+            if not one.done():
+                one.set_result(None)
 
     async def scale(self, num_instances: int) -> None:
         """Change how many instances there should be. Surplus ones, the youngest first, are drained:
@@ -203,10 +209,13 @@ class Fleet:
         for instance in self.instances:
             if instance.state != "draining":
                 await self._drain_instance(instance)
-        deadline = time.monotonic() + timeout_s
-        while self.instances and (left_s := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.change(), left_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_ended(), timeout_s)
+
+    async def _all_ended(self) -> None:
+        # In one task: a change between the look and the wait would go unnoticed.
+        while self.instances:
+            await self.change()
 
     async def close(self) -> None:
         """End every process and remove the sockets."""
@@ -246,7 +255,7 @@ class Fleet:
                             "the process that instances are forked from ended while it imported "
                             "torch and transformers; its own message is above"
                         )
-                    self._changed.set()
+                    self._tell_of_change()
                 if not self._draining:
                     log.warning("the forkserver ended; starting another")
                     await asyncio.sleep(self._retry_delay_s())
@@ -255,7 +264,7 @@ class Fleet:
         match event:
             case Started(name=name, pid=pid) if name in self._instances:
                 self._instances[name].pid = pid
-                self._changed.set()
+                self._tell_of_change()
             case Exited(name=name, status=status) if name in self._instances:
                 how = f"signal {-status}" if status < 0 else f"exit status {status}"
                 self._ended(self._instances[name], how)
@@ -275,7 +284,7 @@ class Fleet:
                     if instance.state == "starting":
                         instance.move("loading")
                     instance.loading = message
-                    self._changed.set()
+                    self._tell_of_change()
                 case Ready():
                     self._on_ready(instance, message)
                     if instance.state == "draining":  # it was not there yet when it was told first
@@ -283,7 +292,7 @@ class Fleet:
                 case StartFailed(message=text):
                     self._start_error = self._start_error or text
                     log.error("instance %s can't start: %s", name, text)
-                    self._changed.set()
+                    self._tell_of_change()
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
@@ -302,7 +311,7 @@ class Fleet:
             message.startup_ms.get("total", 0.0),
             "loaded the weights" if message.loaded else "attached to the shared weights",
         )
-        self._changed.set()
+        self._tell_of_change()
         self._fill_up()
 
     def _ended(self, instance: Instance, how: str) -> None:
@@ -323,7 +332,7 @@ class Fleet:
             self.num_replaced += 1
         del self._instances[instance.name]
         self._listeners.ended(instance)
-        self._changed.set()
+        self._tell_of_change()
         if self._num_failures:
             if self._retry is not None:
                 self._retry.cancel()
@@ -350,7 +359,7 @@ class Fleet:
                 self._forkserver.start(self._spec(instance))
             except ForkserverEnded:  # the watcher sees it too, and starts all over
                 return
-        self._changed.set()
+        self._tell_of_change()
 
     def _spec(self, instance: Instance) -> InstanceSpec:
         settings = self._settings
@@ -377,7 +386,7 @@ class Fleet:
 
     async def _drain_instance(self, instance: Instance) -> None:
         instance.move("draining")
-        self._changed.set()
+        self._tell_of_change()
         await self.send(instance, Drain())
 
     def _retry_delay_s(self) -> float:
