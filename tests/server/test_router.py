@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from server.router import Router, Stream
 from server.settings import Settings
 from tests.daemon_process import DaemonProcess
 from tests.workers.tiny_models import VOCAB_SIZE, prompt, write_checkpoint
-from workers.messages import Output, SamplingParams
+from workers.messages import Exited, Output, SamplingParams
 
 PROMPT = prompt(12)
 NUM_TOKENS = 80
@@ -244,6 +245,28 @@ def test_drained_instances_finish_and_end_and_are_not_replaced(serve: Serve) -> 
             assert (fleet.instances, len(served.ended), fleet.num_replaced) == ([], 2, 0)
 
     within_timeout(test)
+
+
+def test_a_drain_sees_ends_however_near_to_each_other(serve: Serve) -> None:
+    """Some turns of the loop apart: one may come between a look and the wait for a change."""
+
+    async def test(num_turns: int) -> None:
+        async with serve() as served:
+            fleet = served.fleet
+            await fleet.wait_ready()
+            drain = asyncio.create_task(fleet.drain(10 * TIMEOUT_S))
+            first, second = fleet.instances
+            while second.state != "draining":
+                await asyncio.sleep(0)
+            for one in (first, second):
+                for _ in range(num_turns):
+                    await asyncio.sleep(0)
+                fleet._on_forkserver_event(Exited(name=one.name, pid=one.pid or 0, status=0))
+            await drain
+            assert fleet.instances == []
+
+    for num_turns in range(6):
+        within_timeout(partial(test, num_turns))
 
 
 def test_a_drain_does_not_wait_for_ever(serve: Serve) -> None:
