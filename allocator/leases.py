@@ -72,7 +72,7 @@ class _Held(ABC):
 
     @property
     @abstractmethod
-    def _end(self) -> str:
+    def _end_message(self) -> str:
         """What the user is told who goes on with it after its end."""
 
     @property
@@ -96,7 +96,7 @@ class _Held(ABC):
 
     def _check(self) -> None:
         if not self._held:
-            raise DoubleFree(self._end)
+            raise DoubleFree(self._end_message)
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ class Lease(_Held):
     generation: int
 
     @property
-    def _end(self) -> str:
+    def _end_message(self) -> str:
         return f"the lease of offset {self.extent.offset} has ended"
 
     def tensor(self) -> "torch.Tensor":
@@ -128,7 +128,7 @@ class Block(_Held):
     digest: bytes
 
     @property
-    def _end(self) -> str:
+    def _end_message(self) -> str:
         return f"the block {self.digest.hex()} was released"
 
     def release(self) -> None:

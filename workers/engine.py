@@ -105,8 +105,7 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
-        self._is_idle = False
-        self._idle_since: float | None = None  # the first step in a row that found no room
+        self._idle_since: float | None = None  # the first of the last steps that did nothing
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
 
@@ -119,7 +118,7 @@ class Engine:
     def is_stalled(self) -> bool:
         """Whether the last step could do nothing: all wait, and there is no room for any. Another
         step makes sense after a while."""
-        return self._is_idle and self.num_waiting > 0 and not self._answered
+        return self._idle_since is not None and self.num_waiting > 0 and not self._answered
 
     @property
     def num_running(self) -> int:
@@ -212,13 +211,13 @@ class Engine:
         self._share(now)
         self._draft()
         chunks = self._scheduler.schedule(self._room)
-        self._is_idle = not chunks
         if chunks:
             self._idle_since = None
             self._come_on(chunks)
             outputs += self._compute(chunks)
-        elif self.num_waiting:
-            outputs += self._out_of_room(now)
+        else:
+            self._idle_since = now if self._idle_since is None else self._idle_since
+            outputs += self._out_of_room(now, self._idle_since)
         if not self._scheduler.num_running:
             self._room.kv.trim()
         return tuple(outputs)
@@ -288,18 +287,16 @@ class Engine:
                 request.num_reached = chunk.stop
                 request.stalled_since = None
 
-    def _out_of_room(self, now: float) -> list[Output]:
+    def _out_of_room(self, now: float, idle_since: float) -> list[Output]:
         """Nothing runs, and there is no room for the first of those that wait: for a while it waits
         for other instances to give some back. Those behind it wait as long, not one after another.
         """
-        if self._idle_since is None:
-            self._idle_since = now
         first = self._scheduler.next_waiting
         if first is None:
             return []
         request = self._requests[first.request_id]
         if request.stalled_since is None:
-            request.stalled_since = max(self._idle_since, request.added_at)
+            request.stalled_since = max(idle_since, request.added_at)
         if now - request.stalled_since < NO_ROOM_PATIENCE_S:
             return []
         problem = f"there is no room for its keys and values: {self._room.kv.problem}"

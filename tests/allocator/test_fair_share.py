@@ -5,6 +5,7 @@ import pytest
 from allocator import OutOfDeviceMemory
 from allocator.fair_share import PATIENCE_S, FairShare
 from tests.daemon_process import DaemonProcess
+from tests.leaks import wait_until
 
 MB = 1 << 20
 
@@ -54,6 +55,7 @@ def test_a_session_that_ended_lacks_nothing(start_daemon) -> None:  # type: igno
         with daemon.connect() as second, pytest.raises(OutOfDeviceMemory):
             second.lease(MB)
         first.release_many(held)
+        wait_until(lambda: first.statistics().num_sessions == 1, "the end of the second session")
         assert len(first.lease_many(MB, 16)) == 16  # at once, not when a second has passed
 
 
