@@ -4,6 +4,7 @@ Importing it is cheap: neither torch nor a device's library is loaded before it 
 """
 
 from allocator.backends import Mapping, file_handle
+from allocator.backends.nvml import DeviceUsage, device_usage, device_usages
 from allocator.client import Client, connect
 from allocator.daemon_settings import parse_bytes
 from allocator.digests import Digest
@@ -16,6 +17,7 @@ from allocator.errors import (
     FingerprintMismatch,
     ForeignExtent,
     InvalidMessage,
+    InvalidSetting,
     NotWriter,
     OutOfDeviceMemory,
     QuotaExceeded,
@@ -39,12 +41,14 @@ __all__ = [
     "AlreadyRunning",
     "Block",
     "Client",
+    "DeviceUsage",
     "Digest",
     "DiskFull",
     "DoubleFree",
     "FingerprintMismatch",
     "ForeignExtent",
     "InvalidMessage",
+    "InvalidSetting",
     "Lease",
     "Manifest",
     "Mapping",
@@ -64,6 +68,8 @@ __all__ = [
     "WeightSetReader",
     "WeightSetWriter",
     "connect",
+    "device_usage",
+    "device_usages",
     "file_handle",
     "manifest_bytes",
     "parse_bytes",

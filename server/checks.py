@@ -302,6 +302,21 @@ def nvidia(version: str | None, usable: Mapping[str, bool], failure: str | None)
     return ok(name, f"{seen}, libcuda.so.1 loads")
 
 
+def gpu(name: str, model: str, free_bytes: int, compute_mode: str) -> Check:
+    """One GPU as NVML tells of it. Several instances need a context each on it."""
+    seen = f"{model}, {size_text(free_bytes)} free"
+    if compute_mode == "prohibited":
+        fix = f"as root: `nvidia-smi -i {name} -c DEFAULT`"
+        return problem("GPU", f"{seen}, but its compute mode lets no program use it", fix)
+    if compute_mode.startswith("exclusive"):
+        return warning(
+            "GPU",
+            f"{seen}; its compute mode is {compute_mode}: it takes one process, so one instance",
+            f"as root: `nvidia-smi -i {name} -c DEFAULT`, or run NVIDIA's MPS daemon",
+        )
+    return ok("GPU", seen)
+
+
 def cpu(cpuinfo: str | None) -> Check:
     """/proc/cpuinfo: which of the instructions that matter for bfloat16 there are."""
     if cpuinfo is None:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from server.admin import ServerStatus
 from server.checks import Check
+from server.device_verify import DeviceVerdict
 from server.fleet import Instance
 from server.plan import MAX_INSTANCES, DevicePlan, Load, Plan, Room
 from server.process_memory import ProcessMemory
@@ -202,12 +203,21 @@ def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | Non
     return table
 
 
-def verdict_text(verdict: Verdict) -> Table:
+def verdict_text(verdict: Verdict | DeviceVerdict) -> Table:
     """The body of `onecopy verify`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("INSTANCE", no_wrap=True)
-    for name in ("PID", "WEIGHTS MAPPED", "RESIDENT", "SHARE", "PRIVATE", "KV"):
+    on_host = isinstance(verdict, Verdict)
+    own = ("WEIGHTS MAPPED", "RESIDENT", "SHARE", "PRIVATE", "KV")
+    for name in ("PID", *(own if on_host else ("BY THE DRIVER",))):
         table.add_column(name, justify="right", no_wrap=True)
+    if isinstance(verdict, DeviceVerdict):
+        for instance in verdict.instances:
+            seen = instance.driver_bytes
+            table.add_row(
+                instance.name, str(instance.pid), "-" if seen is None else megabytes(seen)
+            )
+        return table
     for one in verdict.instances:
         table.add_row(
             one.name,
@@ -221,24 +231,32 @@ def verdict_text(verdict: Verdict) -> Table:
     return table
 
 
-def verdict_lines(verdict: Verdict) -> str:
+def verdict_lines(verdict: Verdict | DeviceVerdict) -> str:
     """What the table adds up to."""
+    if not verdict.holds:
+        problems = [f"  - {problem}" for problem in verdict.problems]
+        return "\n".join((_shares(verdict), "One copy: DOES NOT HOLD.", *problems))
     count = len(verdict.instances)
-    shares = (
+    together = (
+        f"{count} instances take {megabytes(verdict.total_bytes)}; {count} private copies "
+        f"would take {megabytes(verdict.unshared_bytes)}."
+    )
+    return "\n".join((_shares(verdict), together, "One copy: holds."))
+
+
+def _shares(verdict: Verdict | DeviceVerdict) -> str:
+    if isinstance(verdict, DeviceVerdict):
+        return (
+            f"{megabytes(verdict.weights_bytes)} of weights on {verdict.device} ({verdict.model}). "
+            f"Of {megabytes(verdict.used_bytes)} in use there the allocator owns "
+            f"{megabytes(verdict.allocator_bytes)} and other programs have "
+            f"{megabytes(verdict.others_bytes)}; {megabytes(verdict.clients_bytes)} are the "
+            f"{verdict.num_clients} clients' own: contexts, kernels, workspaces."
+        )
+    return (
         f"{megabytes(verdict.weights_bytes)} of weights in {verdict.segment} (inode "
         f"{verdict.inode}); the instances' shares of them add up to "
         f"{megabytes(verdict.weights_pss_bytes)}."
-    )
-    if not verdict.holds:
-        problems = [f"  - {problem}" for problem in verdict.problems]
-        return "\n".join((shares, "One copy: DOES NOT HOLD.", *problems))
-    return "\n".join(
-        (
-            shares,
-            f"{count} instances take {megabytes(verdict.total_bytes)}; {count} private copies "
-            f"would take {megabytes(verdict.unshared_bytes)}.",
-            "One copy: holds.",
-        )
     )
 
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from allocator import RuntimeDir, RuntimeDirError
+from allocator import InvalidSetting, RuntimeDir, RuntimeDirError, device_usages
 from server import checks, package_checks
 from server.checks import Check
 
@@ -143,9 +143,20 @@ def _onecopy(path: Path | None) -> list[Check]:
 
 def _devices() -> list[Check]:
     usable = {one: os.access(one, os.R_OK | os.W_OK) for one in _nvidia_files()}
+    found = [checks.nvidia(read_text("/proc/driver/nvidia/version"), usable, _libcuda_failure())]
+    if usable:
+        found += _gpus()
+    return [*found, checks.cpu(read_text("/proc/cpuinfo"))]
+
+
+def _gpus() -> list[Check]:
+    try:
+        usages = device_usages()
+    except InvalidSetting as error:
+        return [checks.info("GPU", f"nothing more is known: {error}")]
     return [
-        checks.nvidia(read_text("/proc/driver/nvidia/version"), usable, _libcuda_failure()),
-        checks.cpu(read_text("/proc/cpuinfo")),
+        checks.gpu(one.name, one.model, one.total_bytes - one.used_bytes, one.compute_mode)
+        for one in usages
     ]
 
 

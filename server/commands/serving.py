@@ -9,9 +9,9 @@ from typing import Annotated, Final
 
 import typer
 
-from allocator import RuntimeDir, connect, parse_bytes
+from allocator import RuntimeDir, connect, device_usage, parse_bytes
 from allocator.messages import WeightSetStatistics
-from server import console, process_memory
+from server import console, device_verify, process_memory
 from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
 from server.commands.memory import show_memory
 from server.commands.options import (
@@ -22,10 +22,11 @@ from server.commands.options import (
     print_json,
 )
 from server.daemons import stop_process
+from server.device_verify import DeviceVerdict, judge_device
 from server.model_source import find_model
 from server.serve import serve as run_server
 from server.settings import Settings
-from server.verify import MAX_PRIVATE_BYTES, judge_all
+from server.verify import MAX_PRIVATE_BYTES, Verdict, judge_all
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
@@ -205,31 +206,50 @@ def ps(
 
 def verify(
     max_private: Annotated[
-        int, typer.Option(min=1, help="Private bytes an instance may have, KV cache aside.")
-    ] = MAX_PRIVATE_BYTES,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Private bytes an instance may have, KV cache aside. Default: {MAX_PRIVATE_BYTES}"
+            f", on a GPU {device_verify.MAX_PRIVATE_BYTES}.",
+        ),
+    ] = None,
     digests: Annotated[
         bool, typer.Option("--digests", help="Also check every tensor's bytes; reads all of them.")
     ] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
-    """Prove from the kernel's figures that all instances map one copy; exit 1 where they do not."""
+    """Prove that all instances map one copy, from the kernel's figures, on a GPU from the driver's;
+    exit 1 where they do not."""
     with one_line_errors():
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
         ready = [one for one in status.instances if one.state == "ready" and one.pid is not None]
         with connect(directory) as memory:
-            weight_sets = memory.statistics().weight_sets
+            statistics = memory.statistics()
         pids = {one.pid for one in ready}
-        used = [one for one in weight_sets if pids & set(one.reader_pids)]
+        used = [one for one in statistics.weight_sets if pids & set(one.reader_pids)]
         if not used:
             fail(
                 "the allocator knows of no weight set that a ready instance reads. Either none is "
                 "ready (`onecopy ps`), or the allocator was restarted after they attached: then "
                 "`onecopy stop` and start again, to hold one copy"
             )
-        memories = [(one.name, process_memory.read(one.pid or 0)) for one in ready]
-        verdict = judge_all(_segments(used[0]), memories, max_private)
+        verdict: Verdict | DeviceVerdict
+        if statistics.device == "host":
+            memories = [(one.name, process_memory.read(one.pid or 0)) for one in ready]
+            verdict = judge_all(_segments(used[0]), memories, max_private or MAX_PRIVATE_BYTES)
+        else:
+            verdict = judge_device(
+                statistics.device,
+                device_usage(statistics.device),
+                weights_bytes=used[0].num_bytes,
+                allocator_bytes=statistics.used_bytes,
+                instances=[(one.name, one.pid or 0) for one in ready],
+                readers=used[0].reader_pids,
+                clients={one.pid for one in statistics.sessions} - {os.getpid()},
+                max_private_bytes=max_private or device_verify.MAX_PRIVATE_BYTES,
+            )
         if len(used) > 1:
             verdict.holds = False
             verdict.problems.append(f"the instances read {len(used)} weight sets, not one")

@@ -425,6 +425,20 @@ def test_nvidia(
     seen(checks.nvidia(version, usable, failure), status, words)
 
 
+@pytest.mark.parametrize(
+    ("mode", "status", "words"),
+    [
+        ("default", "ok", "Some GPU, 70.00 GB free"),
+        ("unknown", "ok", ""),
+        ("exclusive", "warning", "one instance"),
+        ("exclusive thread", "warning", "nvidia-smi -i GPU-1 -c DEFAULT"),
+        ("prohibited", "problem", "lets no program use it"),
+    ],
+)
+def test_gpu(mode: str, status: str, words: str) -> None:
+    seen(checks.gpu("GPU-1", "Some GPU", 70_000_000_000, mode), status, words)
+
+
 def test_cpu() -> None:
     sapphire = (
         "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\n"

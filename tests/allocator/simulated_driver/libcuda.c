@@ -9,9 +9,7 @@
  * Invariant: what it accepts follows the documented rules. It shows that a sequence of calls and the
  * lifetimes in it are right by those rules, and proves nothing about a GPU or its real driver.
  *
- * SIMULATED_DRIVER_STATE    file that all processes of a test share: who holds which memory
- * SIMULATED_DRIVER_BYTES    memory of each device (256 MiB)
- * SIMULATED_DRIVER_DEVICES  how many devices (2)
+ * What it reads from the environment is in ledger.h, and
  * SIMULATED_DRIVER_LACKS    of "vmm fd": what the devices can't do
  */
 #define _GNU_SOURCE
@@ -28,12 +26,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "ledger.h"
+
 enum {
     OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100,
     INVALID_DEVICE = 101, INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700,
     NOT_SUPPORTED = 801,
 };
-enum { GRANULARITY = 2 << 20, MOST = 4096, MOST_DEVICES = 8, POSIX_FD = 1 };
+enum { GRANULARITY = 2 << 20, POSIX_FD = 1 };
 
 typedef uint64_t Address;
 typedef struct { int type, id; } Location;
@@ -51,7 +51,6 @@ typedef struct { int used; Address start; uint64_t size; } Range;
 typedef struct { int used, device, access; Address start; uint64_t size, inode; } Mapping;
 typedef struct { int used; } Stream;
 typedef struct { void *stream; char *to; const char *from; uint64_t size; } Copy;
-typedef struct { int32_t pid, device; uint64_t inode, size; int64_t references; } LedgerRow;
 
 static Handle handles[MOST];
 static Range reservations[MOST], pinned[MOST];
@@ -85,36 +84,22 @@ static int lacks(const char *what) {
     return list && strstr(list, what) != NULL;
 }
 
-static uint64_t device_bytes(void) {
-    const char *text = getenv("SIMULATED_DRIVER_BYTES");
-    return text ? strtoull(text, NULL, 10) : 256ull << 20;
-}
-
 static int current(void) { return context_stack[context_depth - 1]; }
 
 static int is_device(int ordinal) { return ordinal >= 0 && ordinal < num_devices; }
 
-/* --- who holds which memory, over all processes: rows of dead ones no longer count */
+/* --- who holds which memory, over all processes */
 
 static int charge(int device, uint64_t inode, uint64_t size, int references) {
     flock(ledger_fd, LOCK_EX);
+    drop_the_dead(ledger);
     LedgerRow *mine = NULL, *empty = NULL;
-    uint64_t used = 0, seen[MOST];
-    int num_seen = 0, known = 0, result = OK;
+    uint64_t used = used_bytes(ledger, device);
+    int known = 0, result = OK;
     for (LedgerRow *row = ledger; row < ledger + MOST; row++) {
-        if (row->references && kill(row->pid, 0) != 0) row->references = 0;
-        if (!row->references) {
-            empty = empty ? empty : row;
-            continue;
-        }
-        if (row->inode == inode) known = 1;
-        if (row->inode == inode && row->pid == getpid()) mine = row;
-        int counted = row->device != device;
-        for (int i = 0; i < num_seen; i++) counted |= seen[i] == row->inode;
-        if (!counted) {
-            seen[num_seen++] = row->inode;
-            used += row->size;
-        }
+        if (!row->references) empty = empty ? empty : row;
+        else if (row->inode == inode) known = 1;
+        if (row->references && row->inode == inode && row->pid == getpid()) mine = row;
     }
     if (!known && references > 0 && (size > device_bytes() || used > device_bytes() - size)) {
         result = OUT_OF_MEMORY;
@@ -133,9 +118,8 @@ static int charge(int device, uint64_t inode, uint64_t size, int references) {
 
 static int init_locked(void) {
     if (initialized_pid) return initialized_pid == getpid() ? OK : NOT_INITIALIZED;
-    const char *count = getenv("SIMULATED_DRIVER_DEVICES"), *state = getenv("SIMULATED_DRIVER_STATE");
     const char *mask = getenv("CUDA_VISIBLE_DEVICES");
-    int physical = count ? atoi(count) : 2;
+    int physical = physical_devices();
     num_devices = 0;
     if (!mask) {
         for (; num_devices < physical; num_devices++) visible[num_devices] = num_devices;
@@ -147,10 +131,7 @@ static int init_locked(void) {
         }
     }
     if (!num_devices) return NO_DEVICE;
-    ledger_fd = state ? open(state, O_RDWR | O_CREAT | O_CLOEXEC, 0600) : -1;
-    if (ledger_fd < 0 || ftruncate(ledger_fd, sizeof(LedgerRow) * MOST)) abort();
-    ledger = mmap(NULL, sizeof(LedgerRow) * MOST, PROT_READ | PROT_WRITE, MAP_SHARED, ledger_fd, 0);
-    if (ledger == MAP_FAILED) abort();
+    ledger = open_ledger(&ledger_fd);
     initialized_pid = getpid();
     return OK;
 }
@@ -179,7 +160,7 @@ int cuDeviceGetName(char *name, int length, int device) {
 int cuDeviceGetUuid_v2(Uuid *uuid, int device) {
     REQUIRE_INIT();
     REQUIRE(is_device(device), INVALID_DEVICE);
-    memset(uuid->bytes, 0xd0 + visible[device], sizeof uuid->bytes);
+    memset(uuid->bytes, UUID_BYTE + visible[device], sizeof uuid->bytes);
     return OK;
 }
 
@@ -189,6 +170,15 @@ int cuDeviceTotalMem_v2(size_t *bytes, int device) {
     REQUIRE_INIT();
     REQUIRE(is_device(device), INVALID_DEVICE);
     return *bytes = device_bytes(), OK;
+}
+
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+    REQUIRE_CONTEXT();
+    flock(ledger_fd, LOCK_EX);
+    drop_the_dead(ledger);
+    uint64_t used = used_bytes(ledger, visible[current()]);
+    flock(ledger_fd, LOCK_UN);
+    return *total = device_bytes(), *free_bytes = *total - used, OK;
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {

@@ -14,12 +14,14 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from typing import Any
 
 from allocator.backends import for_handle, open_device
 from allocator.backends.cuda import CUDABackend
 from allocator.backends.cuda_driver import current, load
 from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
+from allocator.backends.nvml import device_usage, device_usages
 from allocator.messages import Extent, Handle
 from tests.allocator.backend_peer import Died, Peer, Program, encoded
 from tests.allocator.processes import Refused, in_fork
@@ -254,6 +256,19 @@ class SimulatedProgram(Program):
 
     def devices(self) -> list[str]:
         return [open_device(f"cuda:{i}").device for i in range(load().cuDeviceGetCount()[1])]
+
+    def usage(self, device: str) -> dict[str, Any]:
+        """What the driver says of the device's memory."""
+        return asdict(device_usage(device))
+
+    def usages(self) -> list[dict[str, Any]]:
+        """The same of all devices."""
+        return [asdict(usage) for usage in device_usages()]
+
+    def free_bytes(self) -> int:
+        """Of the first device, as a process with a context is told."""
+        with current(0) as driver:
+            return int(driver.cuMemGetInfo()[1])
 
     def open_named(self, device: str) -> str:
         handle = Handle(backend="cuda", device=device, segment="s", num_bytes=1, generation=1)
