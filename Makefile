@@ -24,10 +24,10 @@ endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve fmt check test test-gpu bench clean
+.PHONY: help setup serve fmt check test test-gpu gpu-report gpu-wheels bench clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo model (once)
 
@@ -77,8 +77,15 @@ test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." 
 test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
 
+gpu-report: setup ## what holds on a GPU, stage by stage, in 7 minutes (ARGS="--out FILE --wheels .gpu")
+	@$(ENV_PYTHON) benchmarks/gpu_report.py $(ARGS)
+
+gpu-wheels: setup ## collect into .gpu what a machine with a GPU and no network lacks
+	@$(ENV_PYTHON) benchmarks/gpu/wheels.py .gpu
+
+NO_BENCH = benchmarks/_% benchmarks/soak.py benchmarks/gpu_report.py
 bench: setup ## run the benchmarks but the soak of 30 minutes; each prints JSON (ARGS="..." goes to each)
-	@set -e; for file in $(sort $(filter-out benchmarks/_% benchmarks/soak.py,$(wildcard benchmarks/*.py))); do \
+	@set -e; for file in $(sort $(filter-out $(NO_BENCH),$(wildcard benchmarks/*.py))); do \
 	    echo "$$file" >&2; $(ENV_PYTHON) "$$file" $(ARGS); done
 
 clean: ## remove everything that make made, .venv too

@@ -1,8 +1,10 @@
 """How fast a weight set in host memory reaches a GPU, and comes back.
 
 write       `Mapping.write` from shared memory, by 1, 2, 4 and 8 threads in pieces of 32 MiB
+pageable    one copy by the driver from memory that is not pinned
 registered  the same bytes: pinned (cuMemHostRegister), one copy, unpinned again
-pinned      the copy alone, from memory that is pinned already: what the link can do
+pinned      the copy alone, from memory that is pinned already: what the link can do; on one stream,
+            and in halves on two
 read        `Mapping.read` into shared memory, by one thread
 In turns in one run; medians. Prints why where there is no GPU.
 
@@ -74,8 +76,10 @@ def _measure(mapping: CUDAMapping, source: memoryview, rounds: int) -> dict[str,
     ways: dict[str, Callable[[], float]] = {
         f"write_{n}_threads": lambda n=n: _write(mapping, source, n) for n in THREADS
     }
-    ways["registered"] = lambda: _registered(mapping, source)[0]
-    ways["pinned"] = lambda: _registered(mapping, source)[1]
+    ways["pageable"] = lambda: _pageable(mapping, source)
+    ways["registered"] = lambda: _registered(mapping, source, 1)[0]
+    ways["pinned_1_stream"] = lambda: _registered(mapping, source, 1)[1]
+    ways["pinned_2_streams"] = lambda: _registered(mapping, source, 2)[1]
     ways["read_1_thread"] = lambda: _timed(lambda: mapping.read(0, source))
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
@@ -92,17 +96,32 @@ def _write(mapping: CUDAMapping, source: memoryview, num_threads: int) -> float:
         return _timed(lambda: list(threads.map(piece, range(0, len(source), PIECE_BYTES))))
 
 
-def _registered(mapping: CUDAMapping, source: memoryview) -> tuple[float, float]:
-    """Seconds with pinning and unpinning, and without."""
+def _pageable(mapping: CUDAMapping, source: memoryview) -> float:
     address = np.frombuffer(source, np.uint8).ctypes.data
     with current(mapping.__dlpack_device__()[1]) as driver:
+        return _timed(lambda: call(driver.cuMemcpyHtoD, mapping.address, address, len(source)))
+
+
+def _registered(mapping: CUDAMapping, source: memoryview, num_streams: int) -> tuple[float, float]:
+    """Seconds with pinning and unpinning, and without; a part of the bytes on each stream."""
+    address = np.frombuffer(source, np.uint8).ctypes.data
+    with current(mapping.__dlpack_device__()[1]) as driver:
+        streams = [call(driver.cuStreamCreate, 1) for _ in range(num_streams)]  # non-blocking
         started = time.perf_counter()
         call(driver.cuMemHostRegister, address, len(source), 0)
         pinned = time.perf_counter()
-        call(driver.cuMemcpyHtoD, mapping.address, address, len(source))
+        part = -(-len(source) // num_streams)
+        for stream, begin in zip(streams, range(0, len(source), part), strict=True):
+            size = min(part, len(source) - begin)
+            call(driver.cuMemcpyHtoDAsync, mapping.address + begin, address + begin, size, stream)
+        for stream in streams:
+            call(driver.cuStreamSynchronize, stream)
         copied = time.perf_counter()
         call(driver.cuMemHostUnregister, address)
-        return time.perf_counter() - started, copied - pinned
+        ended = time.perf_counter()
+        for stream in streams:
+            call(driver.cuStreamDestroy, stream)
+        return ended - started, copied - pinned
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -14,13 +14,13 @@ With `--random-layers N` the model is a Llama of that many layers, 2,048 wide, w
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from _checkpoints import LlamaSize, random_llama, save_served_weights
 from _machine import Machine, describe_machine, spread, steal_ticks
 from _server import onecopy, running_server, server_status, wait_ready
 
@@ -56,7 +56,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     checkpoint = folder / "checkpoint"
     model = arguments.model
     if arguments.random_layers:
-        model = str(_random_llama(folder / "random-llama", arguments.random_layers))
+        model = str(random_llama(folder / "random-llama", LlamaSize(arguments.random_layers)))
     steal = steal_ticks()
     with running_server(model, runtime_dir, num_instances=1) as ready_line_ms:
         status = server_status(runtime_dir)
@@ -64,7 +64,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         if arguments.random_layers:
             checkpoint = Path(model)
         else:
-            _save_for_peer(status["path"], runtime_dir, checkpoint)
+            save_served_weights(status["path"], runtime_dir, checkpoint)
         peer_ms: list[float] = []
         peer_private: list[int] = []
         for count in range(2, arguments.instances + 1):
@@ -99,72 +99,6 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
                 "private_bytes": spread(peer_private),
             },
         }
-
-
-def _random_llama(folder: Path, num_layers: int) -> Path:
-    """A Llama in bfloat16 with the demo model's tokenizer. The tensors are written one by one."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    from server.model_source import DEMO, find_model
-    from server.tokenizer_files import tokenizer_folder
-
-    shutil.copytree(tokenizer_folder(find_model(DEMO).path), folder)
-    hidden, inner, vocab = 2048, 5632, 49152
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=vocab,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
-    config.save_pretrained(folder)
-    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(num_layers):
-        shapes |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "self_attn.q_proj": (hidden, hidden),
-                "self_attn.k_proj": (512, hidden),
-                "self_attn.v_proj": (512, hidden),
-                "self_attn.o_proj": (hidden, hidden),
-                "mlp.gate_proj": (inner, hidden),
-                "mlp.up_proj": (inner, hidden),
-                "mlp.down_proj": (hidden, inner),
-                "input_layernorm": (hidden,),
-                "post_attention_layernorm": (hidden,),
-            }.items()
-        }
-    tensors = {
-        name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def _save_for_peer(source: str, runtime_dir: Path, checkpoint: Path) -> None:
-    """The very weights that are served, as a Hugging Face folder."""
-    script = """
-import json, sys
-from pathlib import Path
-from safetensors.torch import save_file
-from allocator import connect
-from workers.checkpoint import attach, open_checkpoint
-with connect(sys.argv[1]) as memory:
-    weights = attach(memory, open_checkpoint(sys.argv[2]))
-    folder = Path(sys.argv[3])
-    folder.mkdir()
-    (folder / "config.json").write_text(weights.metadata["config"])
-    save_file(weights.tensors, folder / "model.safetensors", metadata={"format": "pt"})
-"""
-    subprocess.run(
-        [sys.executable, "-c", script, str(runtime_dir), source, str(checkpoint)], check=True
-    )
 
 
 def _run_peer(checkpoint: Path) -> tuple[float, int]:

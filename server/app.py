@@ -6,7 +6,6 @@ can't use the API. Knows nothing of how tokens are made (`Generator`) or text is
 """
 
 import asyncio
-import importlib.metadata
 from collections.abc import Callable
 from typing import Final
 
@@ -17,6 +16,7 @@ from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, embeddings, errors, models
 from server.openai.admission import Serving
 from server.openai.body_limit import BodyLimit
+from server.version import version as own_version
 
 __all__ = ["MAX_BODY_BYTES", "Serving", "create_app"]
 
@@ -33,7 +33,7 @@ def create_app(
     Prometheus scrape gets; it may block."""
     app = FastAPI(
         title="onecopy",
-        version=_version(),
+        version=own_version(),
         # The pages would load their scripts from elsewhere; /openapi.json is there.
         docs_url=None,
         redoc_url=None,
@@ -54,7 +54,7 @@ def create_app(
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": _version()}
+        return {"version": own_version()}
 
     if metrics is not None:
 
@@ -63,10 +63,3 @@ def create_app(
             return Response(await asyncio.to_thread(metrics), media_type=CONTENT_TYPE)
 
     return app
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("onecopy")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+uninstalled"  # run from a checkout

@@ -1,12 +1,12 @@
 """The command line: which commands there are, and what each one's help shows."""
 
-import importlib.metadata
 from typing import Annotated, Final
 
 import typer
 
 from server import console
 from server.commands import machine, memory, serving
+from server.version import version
 
 _EXAMPLES: Final = """Begin with `onecopy serve demo`, and in a second terminal `onecopy ps`,
 `onecopy verify`, `onecopy scale 4`, `onecopy stop`."""
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        console.out.print(f"onecopy {importlib.metadata.version('onecopy')}")
+        console.out.print(f"onecopy {version()}")
         raise typer.Exit
 
 

@@ -6,7 +6,6 @@ anything is started; however the start or the serving ends, nothing that was sta
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 import os
 import signal
@@ -31,6 +30,7 @@ from server.settings import Settings
 from server.sleep import Sleeper
 from server.text import Text
 from server.tokenizer_files import tokenizer_folder
+from server.version import version
 from workers.messages import Task
 
 log = logging.getLogger("onecopy.server")
@@ -140,10 +140,9 @@ async def _print_ready(
     uds = str(settings.uds) if settings.uds else None
     name, chat = settings.served_model_name, text.has_chat_template
     curl = console.curl_line(url, uds, name, chat, task == "embed")
-    version = importlib.metadata.version("onecopy")
     chosen = RuntimeDir.default_path() != settings.runtime_dir
     runtime_dir = str(settings.runtime_dir) if chosen else None
-    lines = console.ready_lines(status, memories, curl, version, runtime_dir)
+    lines = console.ready_lines(status, memories, curl, version(), runtime_dir)
     console.out.print(lines, markup=False)
 
 

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 ROOMS = ("server", "workers", "allocator")
-CONTRACT = {"help", "setup", "serve", "fmt", "check", "test", "test-gpu", "bench", "clean"}
+CONTRACT = {
+    *("help", "setup", "serve", "fmt", "check", "test", "test-gpu", "bench", "clean"),
+    *("gpu-report", "gpu-wheels"),
+}
 # On a machine with a GPU, torch brings these and fixes their versions itself.
 LEFT_TO_TORCH = ("nvidia-", "cuda-", "triton")
 

@@ -42,6 +42,9 @@ def main() -> int:
 def _preload(model: str, dtype: str) -> None:
     """Import what an instance of `model` needs. A model that can't be read is no error here: the
     instance will say what is wrong with it."""
+    # Whoever asks torch on import whether there is a GPU must not initialise CUDA by that: it does
+    # not survive a fork.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     from workers import embedding, process

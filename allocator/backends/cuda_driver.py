@@ -19,6 +19,7 @@ from allocator.errors import DeviceError, InvalidSetting
 
 _UUID_PREFIX: Final = "GPU-"
 _NAME_BYTES: Final = 256
+_NOT_FOR_US: Final = ("CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA_ERROR_INVALID_DEVICE")
 
 
 class DriverError(DeviceError):
@@ -157,13 +158,26 @@ def current(ordinal: int) -> Iterator[Any]:
     driver = load()
     with _contexts_lock:
         if ordinal not in _contexts:
-            device = call(driver.cuDeviceGet, ordinal)
-            _contexts[ordinal] = call(driver.cuDevicePrimaryCtxRetain, device)
+            _contexts[ordinal] = _context(driver, ordinal)
     call(driver.cuCtxPushCurrent, _contexts[ordinal])
     try:
         yield driver
     finally:
         call(driver.cuCtxPopCurrent)
+
+
+def _context(driver: Any, ordinal: int) -> Any:
+    device = call(driver.cuDeviceGet, ordinal)
+    try:
+        return call(driver.cuDevicePrimaryCtxRetain, device)
+    except DriverError as error:
+        if error.result not in _NOT_FOR_US:
+            raise
+        raise InvalidSetting(
+            f"{_name(driver, ordinal)} lets this process not compute ({error.result}): its compute "
+            "mode is prohibited, or exclusive and another process uses it. As root: "
+            "`nvidia-smi -c DEFAULT`, or run NVIDIA's MPS daemon"
+        ) from error
 
 
 def _name(driver: Any, ordinal: int) -> str:

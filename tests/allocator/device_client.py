@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from allocator import Mapping, RuntimeDir
+from allocator.backends.cuda_driver import call, current, find
 from tests.allocator import client_program
 from tests.allocator.client_program import MANIFEST_BYTES
 from tests.allocator.processes import ClientProcess
@@ -67,8 +68,19 @@ class DeviceProgram(client_program.Program):
         self.reader._mappings[0].read(0, memoryview(out))
         return hashlib.sha256(out).hexdigest()
 
+    def load_as_elected(self, num_bytes: int, value: int) -> None:
+        """What is left of `load` once it is known who writes."""
+        self.reserve(num_bytes)
+        self.fill(value)
+        self.seal()
+
     def device(self) -> str:
         return self.memory.device
+
+    def make_context(self) -> None:
+        """What this process will need of its GPU in any case."""
+        with current(find(self.memory.device).ordinal) as driver:
+            call(driver.cuCtxSynchronize)
 
     # --- with tensors
 

@@ -475,6 +475,17 @@ def test_a_device_that_can_not_share_memory_is_refused(
     assert "use the device host" in refused.value.message
 
 
+def test_a_device_that_another_process_has_to_itself_is_told_so(start: Start) -> None:
+    """The allocator makes no context, so it does not notice; who maps does."""
+    owner, reader = start(), start(SIMULATED_DRIVER_LACKS="context")
+    owner.call("own", "cuda:0")
+    owner.call("reserve", "a", SIZE)
+    descriptor = owner.export("a")
+    with pytest.raises(Refused, match=r"InvalidSetting: .*exclusive.*nvidia-smi -c DEFAULT"):
+        reader.call("map", handle(), False, descriptor=descriptor)
+    os.close(descriptor)
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [

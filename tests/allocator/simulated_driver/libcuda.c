@@ -10,7 +10,7 @@
  * lifetimes in it are right by those rules, and proves nothing about a GPU or its real driver.
  *
  * What it reads from the environment is in ledger.h, and
- * SIMULATED_DRIVER_LACKS    of "vmm fd": what the devices can't do
+ * SIMULATED_DRIVER_LACKS    of "vmm fd context": what the devices can't do
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -29,7 +29,8 @@
 #include "ledger.h"
 
 enum {
-    OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100,
+    OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, DEVICE_UNAVAILABLE = 46,
+    NO_DEVICE = 100,
     INVALID_DEVICE = 101, INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700,
     NOT_SUPPORTED = 801,
 };
@@ -195,6 +196,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 int cuDevicePrimaryCtxRetain(void **context, int device) {
     REQUIRE_INIT();
     REQUIRE(is_device(device), INVALID_DEVICE);
+    REQUIRE(!lacks("context"), DEVICE_UNAVAILABLE); /* another process has it to itself */
     primary_contexts[device] = 1;
     return *context = (void *)(intptr_t)(device + 1), OK;
 }
@@ -582,11 +584,23 @@ int cuMemFreeHost(void *start) {
     return result;
 }
 
+int cuMemHostRegister_v2(void *start, size_t size, unsigned flags) {
+    REQUIRE_CONTEXT();
+    REQUIRE(start && size && !flags, INVALID_VALUE);
+    LOCKED(is_pinned(start, 1) ? INVALID_VALUE : pin_locked(start, size));
+}
+
+int cuMemHostUnregister(void *start) {
+    REQUIRE_CONTEXT();
+    LOCKED(unpin_locked(start));
+}
+
 /* --- names */
 
 static const struct { int code; const char *name; } errors[] = {
     {OK, "CUDA_SUCCESS"}, {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE"},
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"}, {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED"},
+    {DEVICE_UNAVAILABLE, "CUDA_ERROR_DEVICE_UNAVAILABLE"},
     {NO_DEVICE, "CUDA_ERROR_NO_DEVICE"}, {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"}, {NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
     {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED"},

@@ -1,0 +1,30 @@
+"""Host to device and back: `benchmarks/cuda_copies.py`, its ways and figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from gpu.stage import Stage, main
+
+_PROGRAM = Path(__file__).parents[2] / "cuda_copies.py"
+
+
+def run(stage: Stage) -> None:
+    size = ("0.03", "1") if stage.small else ("2", "3")
+    with stage.part("copies"):
+        ended = subprocess.run(
+            [sys.executable, str(_PROGRAM), "--gb", size[0], "--rounds", size[1]],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        document = json.loads(ended.stdout)
+        if "skipped" in document:
+            raise RuntimeError(document["skipped"])
+        for way, figures in document["gb_per_s"].items():
+            stage.figure(f"{way}_gb_per_s", figures["median"])
+
+
+if __name__ == "__main__":
+    main(run)
