@@ -18,6 +18,6 @@ answers_depend_on_company = pytest.mark.xfail(
     bool(why_not_native()),
     reason="transformers' modules round otherwise in company and behind a prefix that was found; "
     f"the native decoder does not, but can't be used here: {why_not_native()}",
-    strict=True,
+    strict=False,  # alone, with nothing in the prefix cache, some pass
 )
 """For tests that one seed gives one text, whatever else runs."""
