@@ -23,15 +23,18 @@ from workers.kv.layout import KVLayer, KVLayout
 from workers.native import NativeDecoder, NotNative, library, supports
 
 
-def why_not() -> str | None:
-    try:
-        library.load()
-    except library.Unavailable as reason:
-        return str(reason)
-    return None
+SETS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(why_not), reason=f"{name}: {why_not}"))
+    for name, why_not in library.usable().items()
+]
 
 
-needs_amx = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.fixture(params=SETS, autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test with every set that this machine can run."""
+    monkeypatch.setenv(library.VARIABLE, request.param)
+    name: str = request.param
+    return name
 
 SIZES: dict[str, Any] = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 160}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -155,7 +158,6 @@ def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor
 # --- the same numbers as transformers
 
 
-@needs_amx
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_as_good_as_those_of_transformers(family: str) -> None:
     module = model_of(family)
@@ -179,7 +181,6 @@ def smollm2(smollm2_gguf: Path) -> Any:
     return module.eval().requires_grad_(False)
 
 
-@needs_amx
 def test_a_real_model_continues_a_text_as_transformers_does(smollm2: Any) -> None:
     texts = [
         [504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 3575, 282, 260, 2784, 281, 2753],
@@ -200,7 +201,6 @@ def test_a_real_model_continues_a_text_as_transformers_does(smollm2: Any) -> Non
     assert float(agree.mean()) >= 0.9
 
 
-@needs_amx
 @pytest.mark.parametrize("window", [None, 300])
 def test_long_attention_is_that_of_fp64(window: int | None) -> None:
     """One layer whose output projection is the identity and whose MLP gives nothing: of the model
@@ -220,7 +220,6 @@ def test_long_attention_is_that_of_fp64(window: int | None) -> None:
 # --- the same bits however it is cut up
 
 
-@needs_amx
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding", "gemma2", "gemma3"])
 def test_bits_do_not_depend_on_chunks(family: str) -> None:
     module, token_ids = model_of(family), prompt(90)
@@ -234,7 +233,6 @@ def test_bits_do_not_depend_on_chunks(family: str) -> None:
         assert torch.equal(torch.cat(pieces), whole)
 
 
-@needs_amx
 @pytest.mark.parametrize("num_rows", [2, 7, 16, 17, 40])
 def test_bits_do_not_depend_on_other_rows(num_rows: int) -> None:
     """Decoding rows at positions of all lengths, among them a chunk of a prompt."""
@@ -256,7 +254,6 @@ def test_bits_do_not_depend_on_other_rows(num_rows: int) -> None:
     assert torch.equal(mixed[:50], alone(module, prompt(50), block_size=32))
 
 
-@needs_amx
 @pytest.mark.parametrize("num_threads", [1, 3, 5])
 def test_bits_do_not_depend_on_threads(num_threads: int) -> None:
     """The last rows are decoded one by one: long contexts are split over the threads there."""
@@ -271,7 +268,6 @@ def test_bits_do_not_depend_on_threads(num_threads: int) -> None:
         assert torch.equal(sequences.compute((sequence, at, token_ids[at : at + 1]))[0], whole[at])
 
 
-@needs_amx
 def test_each_call_may_be_done_by_another_number_of_threads() -> None:
     module, token_ids = model_of("llama"), prompt(120)
     whole = alone(module, token_ids)
@@ -296,7 +292,6 @@ def test_each_call_may_be_done_by_another_number_of_threads() -> None:
         )
 
 
-@needs_amx
 def test_only_the_rows_asked_for_are_written() -> None:
     module, token_ids = model_of("llama"), prompt(60)
     whole = alone(module, token_ids)
@@ -317,7 +312,6 @@ def test_only_the_rows_asked_for_are_written() -> None:
 # --- processes and threads
 
 
-@needs_amx
 def test_a_forked_child_starts_its_own_threads() -> None:
     module, token_ids = model_of("llama"), prompt(40)
     sequences = Sequences(module, num_threads=3)
@@ -340,7 +334,6 @@ def thread_times() -> dict[str, int]:
     return times
 
 
-@needs_amx
 def test_idle_threads_sleep_and_closed_ones_are_gone() -> None:
     known = set(thread_times())
     sequences = Sequences(model_of("llama"), num_threads=3)
@@ -375,7 +368,6 @@ def test_reasons_are_given() -> None:
     assert supports(torch.nn.Linear(2, 2), torch.bfloat16) is not None
 
 
-@needs_amx
 def test_what_a_family_does_not_have_is_refused() -> None:
     def changed(**changes: Any) -> Any:
         return reference_model("llama", torch.bfloat16, **{**SIZES, **changes})
@@ -395,7 +387,6 @@ def test_what_a_family_does_not_have_is_refused() -> None:
     assert "laid out" in str(supports(strided, torch.bfloat16))
 
 
-@needs_amx
 def test_a_wrong_argument_is_refused_before_anything_is_computed() -> None:
     sequences = Sequences(model_of("llama"), max_rows=8)
     table = sequences.blocks.table(20)[None]
@@ -441,7 +432,6 @@ def test_a_wrong_argument_is_refused_before_anything_is_computed() -> None:
     assert bool((right["logits_out"] != 0).any())
 
 
-@needs_amx
 def test_a_wrong_setting_is_refused() -> None:
     module = model_of("llama")
     layout = Blocks(module).layout

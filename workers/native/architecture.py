@@ -1,19 +1,20 @@
 """What a `transformers` decoder computes, read off its modules, or why not natively.
 
-Owns the list of families and the translation of their modules into the kernels' structures.
-Invariant: nothing is taken for granted that a module could do otherwise: each part has one of the
-known types and exactly the parameters that the kernels use. Parameters are referred to, never
-copied. Does not know how the kernels are called.
+Owns the translation of a family's modules into the kernels' structures. Invariant: nothing is taken
+for granted that a module could do otherwise: each part has one of the known types and exactly the
+parameters that the kernels use. Parameters are referred to, never copied. Does not know how the
+kernels are called.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 
 from workers.native import library
+from workers.native.families import ACTIVATIONS, FAMILIES, Family, NormKind, Residual, Rotation
 
 
 class NotNative(Exception):
@@ -31,46 +32,21 @@ class PagedLayout(Protocol):
     def layer_offsets(self) -> tuple[int, ...]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What the code of a model class says and its modules don't show."""
-
-    norm_plus_one: bool = False
-    """Norms multiply by 1 + weight, before rounding."""
-    sandwich_norms: bool = False
-    head_norms: bool = False
-    window_of_config: bool = False
-    """All layers take the window from the config; else each attention has its own, if any."""
-    softcaps_scores: bool = False
-    softcaps_logits: bool = False
-    fused: bool = False
-    """One matrix for queries, keys and values, and one for gate and up."""
-    rope_by_layer_type: bool = False
-
-
-FAMILIES: Final = {
-    "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(window_of_config=True),
-    "Qwen2ForCausalLM": Family(),
-    "Qwen3ForCausalLM": Family(head_norms=True),
-    "Phi3ForCausalLM": Family(fused=True, window_of_config=True),
-    "Gemma2ForCausalLM": Family(
-        norm_plus_one=True, sandwich_norms=True, softcaps_scores=True, softcaps_logits=True
-    ),
-    "Gemma3ForCausalLM": Family(
-        norm_plus_one=True,
-        sandwich_norms=True,
-        head_norms=True,
-        softcaps_logits=True,
-        rope_by_layer_type=True,
-    ),
-}
-
-_ACTIVATIONS: Final = {"SiLUActivation": 0, "SiLU": 0, "GELUTanh": 1}
 _STATIC_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
 _LENGTH_ROPES: Final = frozenset({"dynamic", "longrope"})
 """Their frequencies are those of the original length up to that length."""
 _LOG2_E: Final = math.log2(math.e)
+_MAX_HEAD_DIM: Final = 256
+
+
+@dataclass
+class Description:
+    """The structures of a module, less its rope tables and sizes, and what they refer to."""
+
+    spec: library.Decoder
+    layers: Any
+    """An array of library.Layer."""
+    kept: list[Any] = field(default_factory=list)
 
 
 def family_of(module: Any) -> Family:
@@ -79,6 +55,11 @@ def family_of(module: Any) -> Family:
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
         raise NotNative(f"{kind.__name__} is not one of the native decoder's families")
     return FAMILIES[kind.__name__]
+
+
+def base_of(module: Any) -> Any:
+    """The part without the head."""
+    return getattr(module, family_of(module).names.base)
 
 
 def rope_tables(module: Any) -> tuple[str | None, ...]:
@@ -103,118 +84,206 @@ def longest(module: Any) -> int | None:
     return min(limits, default=None)
 
 
-def describe(module: Any, layout: PagedLayout | None) -> tuple[library.Decoder, Any, list[Any]]:
-    """The structures of `module`, less its rope tables and sizes, and what must be kept alive.
-
-    Without a layout, block offsets are missing: enough to see whether it can be done at all.
-    Raises NotNative.
-    """
+def describe(module: Any, layout: PagedLayout | None) -> Description:
+    """Without a layout, block offsets are missing: enough to see whether it can be done at all.
+    Raises NotNative."""
     return _Reader(module, layout).read()
 
 
 class _Reader:
     def __init__(self, module: Any, layout: PagedLayout | None) -> None:
         self.family = family_of(module)
+        self.names = self.family.names
         self.module = module
+        self.base = base_of(module)
         self.config = module.config
+        self.hidden_size: int = module.config.hidden_size
         self.layout = layout
         self.kept: list[Any] = []
         self.seen: set[int] = set()
 
-    def read(self) -> tuple[library.Decoder, Any, list[Any]]:
+    def read(self) -> Description:
         longest(self.module)
-        base = self.module.model
-        spec = library.Decoder()
-        layers = (library.Layer * len(base.layers))()
-        self.hidden_size = self.config.hidden_size
-        for index, layer in enumerate(base.layers):
-            self._layer(layers[index], layer, index)
-        spec.num_layers = len(base.layers)
+        for attribute in self.family.unless:
+            if getattr(self.config, attribute, None):
+                raise NotNative(f"a model with {attribute}")
+        spec = library.Decoder(residual_scale=1.0, logit_scale=1.0)
+        layers = (library.Layer * len(self.base.layers))()
+        for to, layer, index in zip(layers, self.base.layers, range(len(layers)), strict=True):
+            self._layer(to, layer, index)
         spec.hidden_size = self.hidden_size
-        spec.intermediate_size = layers[0].down.width
-        self._embedding(spec, base.embed_tokens)
-        spec.activation = self._activation(base.layers[0].mlp)
-        spec.final_norm = self._norm(base.norm, self.hidden_size)
-        spec.head = self._linear([self.module.lm_head])
-        if spec.head.num_outputs < 16 or spec.head.width != self.hidden_size:
+        self._embedding(spec, getattr(self.base, self.names.embedding))
+        spec.activation = self._common_activation()
+        spec.final_norm = self._norm(getattr(self.base, self.names.final_norm), self.hidden_size)
+        spec.head = self._linear([getattr(self.module, self.names.head)])
+        if spec.head.width != self.hidden_size:
             raise NotNative("a head of another shape")
-        if self.family.softcaps_logits:
-            spec.logit_softcap = self.config.final_logit_softcapping or 0.0
-        spec.rotary_dim = self._rotary_dim(base.rotary_emb)
-        if spec.rotary_dim > layers[0].attention.head_dim or spec.rotary_dim % 32:
+        self._factors(spec)
+        spec.rotary_dim = self._rotary_dim(self.base.rotary_emb)
+        spec.rotation = self.family.rotation
+        heads = [layer.attention.head_dim for layer in layers]
+        if spec.rotary_dim > min(heads) or spec.rotary_dim % 2:
             raise NotNative(f"rotations over {spec.rotary_dim} of a head's elements")
+        self._sizes(spec, layers)
         unknown = [n for n, p in self.module.named_parameters() if id(p) not in self.seen]
         if unknown:
             raise NotNative(f"unknown parameters, such as {unknown[0]}")
         if self.module.training:
             raise NotNative("a module in training mode")
-        return spec, layers, self.kept
+        return Description(spec, layers, self.kept)
+
+    def _factors(self, spec: library.Decoder) -> None:
+        factors = {
+            name: float(getattr(self.config, attribute))
+            for name, attribute in self.family.factors.items()
+        }
+        if "embedding" in factors:
+            spec.embedding_scale = factors["embedding"]
+        spec.residual_scale = factors.get("residual", 1.0)
+        spec.logit_scale = factors.get("logits", 1.0)
+        if "logits_divisor" in factors:
+            spec.logit_scale = 1.0 / factors["logits_divisor"]
+        if self.family.softcaps_logits:
+            spec.logit_softcap = self.config.final_logit_softcapping or 0.0
+
+    def _sizes(self, spec: library.Decoder, layers: Any) -> None:
+        spec.intermediate_size = max(layer.down.width for layer in layers)
+        spec.max_outputs = max(layer.qkv.num_outputs for layer in layers)
+        spec.max_attended = max(layer.output.width for layer in layers)
+        spec.max_head_dim = max(layer.attention.head_dim for layer in layers)
+        spec.max_kv_heads = max(layer.attention.num_kv_heads for layer in layers)
+        spec.max_experts = max(layer.experts.num_experts for layer in layers)
+        spec.max_top_k = max(layer.experts.top_k for layer in layers)
+        spec.expert_intermediate = max(layer.experts.intermediate for layer in layers)
 
     def _layer(self, to: library.Layer, layer: Any, index: int) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._attention(to, attention, index)
-        if self.family.fused:
-            gate_up = mlp.gate_up_proj
-            to.gate_up = self._split(gate_up, [gate_up.out_features // 2] * 2)
+        family, norms = self.family, self.family.norms
+        self._attention(to, getattr(layer, self.names.attention), index)
+        to.residual = family.residual
+        if family.residual_flag and not getattr(layer, family.residual_flag):
+            to.residual = Residual.ONE_BY_ONE
+        mlp = getattr(layer, self.names.mlp)
+        if family.experts and hasattr(mlp, family.experts):
+            self._experts(to.experts, mlp)
         else:
-            to.gate_up = self._linear([mlp.gate_proj, mlp.up_proj])
-        to.down = self._linear([mlp.down_proj])
-        to.input_norm = self._norm(layer.input_layernorm, self.hidden_size)
-        if self.family.sandwich_norms:
-            to.attention_norm = self._norm(layer.post_attention_layernorm, self.hidden_size)
-            to.mlp_norm = self._norm(layer.pre_feedforward_layernorm, self.hidden_size)
-            to.mlp_output_norm = self._norm(layer.post_feedforward_layernorm, self.hidden_size)
-        else:
-            to.mlp_norm = self._norm(layer.post_attention_layernorm, self.hidden_size)
-        sizes = (to.qkv.width, to.gate_up.width, to.output.num_outputs, to.down.num_outputs)
-        if set(sizes) != {self.hidden_size}:
-            raise NotNative(f"layer {index} has another width than the rest")
-        if to.gate_up.matrices[0].num_rows != to.gate_up.matrices[1].num_rows or (
-            to.gate_up.num_outputs != 2 * to.down.width
-            or to.down.width != self.module.model.layers[0].mlp.down_proj.in_features
+            self._mlp(to, mlp, index)
+        for target, attribute in (
+            ("input_norm", norms.before_attention),
+            ("attention_norm", norms.after_attention),
+            ("mlp_norm", norms.before_mlp),
+            ("mlp_output_norm", norms.after_mlp),
         ):
-            raise NotNative(f"the MLP of layer {index} has another shape")
-        if self._activation(mlp) != self._activation(self.module.model.layers[0].mlp):
-            raise NotNative("activations that differ between layers")
+            if attribute:
+                setattr(to, target, self._norm(getattr(layer, attribute), self.hidden_size))
+        if to.qkv.width != self.hidden_size or to.output.num_outputs != self.hidden_size:
+            raise NotNative(f"layer {index} has another width than the rest")
 
     def _attention(self, to: library.Layer, attention: Any, index: int) -> None:
+        names = self.names
         if not attention.is_causal:
             raise NotNative(f"layer {index} is not causal")
-        head_dim = attention.head_dim
-        groups = attention.num_key_value_groups
-        num_heads, rest = divmod(attention.o_proj.in_features, head_dim)
+        head_dim = getattr(attention, names.head_dim)
+        groups = getattr(attention, "num_key_value_groups", 1)
+        output = getattr(attention, names.output)
+        num_heads, rest = divmod(output.in_features, head_dim)
         num_kv_heads = num_heads // groups
-        if rest or num_kv_heads * groups != num_heads or head_dim % 32 or head_dim > 256:
+        if rest or num_kv_heads * groups != num_heads or not 0 < head_dim <= _MAX_HEAD_DIM:
             raise NotNative(f"{num_heads} heads of {head_dim} in layer {index}")
-        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-        if self.family.fused:
-            to.qkv = self._split(attention.qkv_proj, sizes)
-        else:
-            to.qkv = self._linear([attention.q_proj, attention.k_proj, attention.v_proj])
-        if [to.qkv.matrices[i].num_rows for i in range(3)] != sizes:
-            raise NotNative(f"projections of other sizes in layer {index}")
-        to.output = self._linear([attention.o_proj])
-        if self.family.head_norms:
-            to.query_norm = self._norm(attention.q_norm, head_dim)
-            to.key_norm = self._norm(attention.k_norm, head_dim)
-        if self.family.window_of_config:
-            window = getattr(self.config, "sliding_window", None)
-        else:
-            window = getattr(attention, "sliding_window", None)
-        softcap = None
+        to.attention = library.Attention(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=attention.scaling * _LOG2_E,
+            window=self._window(attention) or 0,
+        )
+        self._projections(to, attention, index)
+        to.output = self._linear([output])
+        self._head_norms(to, attention)
         if self.family.softcaps_scores:
-            softcap = attention.attn_logit_softcapping
-        to.attention.num_heads = num_heads
-        to.attention.num_kv_heads = num_kv_heads
-        to.attention.head_dim = head_dim
-        to.attention.scale = attention.scaling * _LOG2_E
-        to.attention.softcap = (softcap or 0.0) * _LOG2_E
-        to.attention.window = window or 0
+            to.attention.softcap = (attention.attn_logit_softcapping or 0.0) * _LOG2_E
         if self.family.rope_by_layer_type:
             to.rope = rope_tables(self.module).index(attention.layer_type)
+        if self.family.unrotated and not getattr(attention, self.family.unrotated):
+            to.rope = -1
         if self.layout is not None:
             to.attention.block_size = self.layout.block_size
             to.attention.layer_offset = self.layout.layer_offsets[index]
+
+    def _projections(self, to: library.Layer, attention: Any, index: int) -> None:
+        """The matrices, and where in a row of their outputs each head's parts are."""
+        names, of = self.names, to.attention
+        head_dim, num_heads, num_kv_heads = of.head_dim, of.num_heads, of.num_kv_heads
+        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        of.query_step = of.key_step = of.value_step = head_dim
+        of.key, of.value = sizes[0], sizes[0] + sizes[1]
+        if names.by_heads:
+            fused = getattr(attention, names.by_heads)
+            to.qkv = self._linear([fused])
+            of.key, of.value = head_dim, 2 * head_dim
+            of.query_step = of.key_step = of.value_step = 3 * head_dim
+            if num_kv_heads != num_heads or fused.out_features != sum(sizes):
+                raise NotNative(f"projections of other sizes in layer {index}")
+            return
+        if names.queries_keys_values:
+            to.qkv = self._split(getattr(attention, names.queries_keys_values), sizes)
+        else:
+            to.qkv = self._linear(
+                [getattr(attention, name) for name in (names.query, names.key, names.value)]
+            )
+        if [to.qkv.matrices[i].num_rows for i in range(3)] != sizes:
+            raise NotNative(f"projections of other sizes in layer {index}")
+
+    def _head_norms(self, to: library.Layer, attention: Any) -> None:
+        if not self.family.head_norms:
+            return
+        of = to.attention
+        together = self.family.head_norms == "all"
+        to.norms_all_heads = together
+        for target, name, count in (
+            ("query_norm", self.names.query_norm, of.num_heads),
+            ("key_norm", self.names.key_norm, of.num_kv_heads),
+        ):
+            size = of.head_dim * (count if together else 1)
+            setattr(to, target, self._norm(getattr(attention, name), size))
+
+    def _window(self, attention: Any) -> int | None:
+        source = {"config": self.config, "attention": attention}.get(self.family.window)
+        window: int | None = getattr(source, "sliding_window", None)
+        return window
+
+    def _mlp(self, to: library.Layer, mlp: Any, index: int) -> None:
+        names = self.names
+        if names.gate_and_up:
+            both = getattr(mlp, names.gate_and_up)
+            to.gate_up = self._split(both, [both.out_features // 2] * 2)
+        else:
+            parts = [names.gate, names.up] if names.gate else [names.up]
+            to.gate_up = self._linear([getattr(mlp, name) for name in parts])
+        to.down = self._linear([getattr(mlp, names.down)])
+        rows = {to.gate_up.matrices[i].num_rows for i in range(to.gate_up.num_matrices)}
+        if (
+            rows != {to.down.width}
+            or to.gate_up.width != self.hidden_size
+            or to.down.num_outputs != self.hidden_size
+        ):
+            raise NotNative(f"the MLP of layer {index} has another shape")
+
+    def _experts(self, to: library.Experts, mlp: Any) -> None:
+        experts, router = getattr(mlp, self.family.experts), mlp.gate
+        gate_up, down = experts.gate_up_proj, experts.down_proj
+        count, twice, hidden = gate_up.shape
+        if hidden != self.hidden_size or twice % 2:
+            raise NotNative(f"experts of {list(gate_up.shape)}")
+        self._weight(router.weight, (count, hidden))
+        self._weight(gate_up, (count, twice, hidden))
+        self._weight(down, (count, hidden, twice // 2))
+        to.router = library.Linear(num_matrices=1, width=hidden, num_outputs=count)
+        to.router.matrices[0] = library.Matrix(router.weight.data_ptr(), None, count)
+        to.gate_up, to.down = gate_up.data_ptr(), down.data_ptr()
+        to.num_experts, to.top_k, to.intermediate = count, router.top_k, twice // 2
+        flag = self.family.normalizes_flag
+        to.normalizes = bool(getattr(router, flag)) if flag else True
+        to.rounds_weights = self.family.rounds_expert_weights
 
     def _embedding(self, spec: library.Decoder, embedding: Any) -> None:
         scale = getattr(embedding, "embed_scale", None)
@@ -225,12 +294,18 @@ class _Reader:
         if scale is not None:
             spec.embedding_scale = float(scale.to(torch.bfloat16))
 
-    def _activation(self, mlp: Any) -> int:
-        function = mlp.activation_fn if self.family.fused else mlp.act_fn
-        name = type(function).__name__
-        if name not in _ACTIVATIONS:
+    def _common_activation(self) -> int:
+        names = set()
+        for layer in self.base.layers:
+            mlp = getattr(layer, self.names.mlp)
+            owner = getattr(mlp, self.family.experts, mlp) if self.family.experts else mlp
+            names.add(type(getattr(owner, self.names.activation)).__name__)
+        if len(names) > 1:
+            raise NotNative("activations that differ between layers")
+        (name,) = names
+        if name not in ACTIVATIONS:
             raise NotNative(f"the activation {name}")
-        return _ACTIVATIONS[name]
+        return ACTIVATIONS[name]
 
     def _rotary_dim(self, rotary: Any) -> int:
         kinds = rope_tables(self.module)
@@ -241,11 +316,16 @@ class _Reader:
         return int(sizes.pop())
 
     def _norm(self, norm: Any, size: int) -> library.Norm:
-        if not type(norm).__name__.endswith("RMSNorm"):
-            raise NotNative(f"a norm of type {type(norm).__name__}")
+        kind, name = self.family.norm, type(norm).__name__
+        if not name.endswith("LayerNorm" if kind == NormKind.LAYER else "RMSNorm"):
+            raise NotNative(f"a norm of type {name}")
         self._weight(norm.weight, (size,))
-        eps = norm.eps if self.family.norm_plus_one else norm.variance_epsilon
-        return library.Norm(norm.weight.data_ptr(), eps, self.family.norm_plus_one)
+        bias = getattr(norm, "bias", None)
+        if bias is not None:
+            self._weight(bias, (size,))
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        address = bias.data_ptr() if bias is not None else None
+        return library.Norm(norm.weight.data_ptr(), address, eps, kind)
 
     def _linear(self, modules: list[Any]) -> library.Linear:
         linear = library.Linear(num_matrices=len(modules), width=modules[0].in_features)
@@ -283,12 +363,9 @@ class _Reader:
     def _check_linear(self, module: Any) -> None:
         if type(module) is not nn.Linear:
             raise NotNative(f"a linear layer of type {type(module).__name__}")
-        rows, width = module.out_features, module.in_features
-        if width % 32 or (rows % 32 and module is not self.module.lm_head):
-            raise NotNative(f"a matrix of {rows} x {width}: not multiples of 32")
-        self._weight(module.weight, (rows, width))
+        self._weight(module.weight, (module.out_features, module.in_features))
         if module.bias is not None:
-            self._weight(module.bias, (rows,))
+            self._weight(module.bias, (module.out_features,))
 
     def _weight(self, tensor: Any, shape: tuple[int, ...]) -> None:
         if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16:
@@ -297,3 +374,15 @@ class _Reader:
             raise NotNative(f"a weight laid out as {list(tensor.shape)}, {tensor.stride()}")
         self.kept.append(tensor)
         self.seen.add(id(tensor))
+
+
+__all__ = [
+    "Description",
+    "NotNative",
+    "PagedLayout",
+    "Rotation",
+    "base_of",
+    "describe",
+    "longest",
+    "rope_tables",
+]

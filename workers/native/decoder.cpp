@@ -1,20 +1,38 @@
-// A whole step of a decoder on the shared weights: embedding, layers, logits.
+// Some layers of a decoder on the shared weights, and embedding and logits where they are among them.
 //
 // The caller (decoder.py) checks every index and keeps every pointer alive; nothing is checked here.
 // Invariant: weights are read where they lie and never written or repacked, and a row's result
 // depends neither on the other rows of the call nor on the number of threads.
 //
-// A call of up to 16 rows is one block: each thread then norms and arranges it for itself, which
-// costs less than passing it around. More rows are shared out, 16 to a block.
-#include <cerrno>
+// A call of up to 16 rows is one block: each thread then norms it for itself, which costs less than
+// passing it around. More rows are shared out.
+#include <algorithm>
+#include <cmath>
 #include <new>
+#include <vector>
 
-#include "attention.h"
 #include "threads.h"
+#if defined(__AVX512BF16__)
+#include "pairs.h"
+using Vectors = Pairs;
+using VectorsAttention = PairsAttention;
+#else
+#include "floats.h"
+using Vectors = Floats;
+using VectorsAttention = FloatsAttention;
+#endif
+#if defined(SET_AMX)
+#include "tiles.h"
+#endif
 
 namespace {
 
-enum Activation { kSilu = 0, kGeluTanh = 1 };
+#if defined(SET_AMX)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+constexpr bool kWidens = sizeof(Vectors::Element) == 4;
 
 // Operations whose time is counted.
 enum Timed { kNorm, kQkv, kRotate, kAttend, kOutput, kGateUp, kDown, kLogits, kWait, kNumTimed };
@@ -25,35 +43,61 @@ constexpr int kTasksEach = 4;  // of attention, that a thread should have to cho
 
 extern "C" {
 
+// How a layer's two sublayers join the residual stream.
+enum Residual : int32_t {
+  kOneByOne = 0,       // x += attention(x); x += mlp(x)
+  kTogether = 1,       // x += attention(x) + mlp(x)
+  kOneAfterOther = 2,  // x = (x + attention(x)) + mlp(x), both of the same x
+};
+
+// A mixture of experts in the MLP's place. `gate_up` is [num_experts, 2 * intermediate, hidden], gate
+// rows first, `down` [num_experts, hidden, intermediate].
+struct Experts {
+  Linear router;
+  const bf16 *gate_up, *down;
+  int32_t num_experts;  // 0: none
+  int32_t top_k, intermediate;
+  int32_t normalizes;    // the weights of those chosen add up to 1
+  int32_t rounds_weights;  // to bf16, before they are used
+};
+
 struct LayerSpec {
-  Linear qkv, output, gate_up, down;
+  Linear qkv, output, gate_up, down;  // gate_up: one matrix where the MLP has no gate
   Norm input_norm, attention_norm, mlp_norm, mlp_output_norm, query_norm, key_norm;
   Attention attention;
-  int32_t rope;  // which of the tables
+  int32_t rope;            // which of the tables, or -1
+  int32_t norms_all_heads;  // query_norm and key_norm are over all heads together
+  int32_t residual;
+  Experts experts;
 };
 
 struct DecoderSpec {
-  const LayerSpec* layers;
-  int32_t num_layers, hidden_size, intermediate_size, activation;
+  int32_t hidden_size, intermediate_size, activation;
   const bf16* embedding;
   float embedding_scale;  // 0: none
+  float residual_scale;   // of what a sublayer gives; 1: none
   Norm final_norm;
   Linear head;
+  float logit_scale;    // 1: none
   float logit_softcap;  // 0: none
-  const bf16* rope_cos[2];  // [max_model_len, rotary_dim / 2]
-  const bf16* rope_sin[2];
-  int32_t rotary_dim, max_rows, max_model_len, num_threads;
+  const float* rope_cos[2];  // [max_model_len, rotary_dim / 2], and a vector more
+  const float* rope_sin[2];
+  int32_t rotary_dim, rotation, max_rows, max_model_len, num_threads;
+  int32_t max_outputs, max_attended, max_head_dim, max_kv_heads;  // of any layer
+  int32_t max_experts, max_top_k, expert_intermediate;            // likewise
 };
 
 struct Call {
-  const int32_t* token_ids;
+  const LayerSpec* layers;  // those to compute, one after the other
+  const int32_t* token_ids;  // or null: `hidden` holds what comes in
   const int32_t* positions;
   const int32_t* tables;
   const int64_t* addresses;
   const int32_t* logit_rows;
+  bf16* hidden;      // the residual stream, [num_rows][padded(hidden_size)]; or null
   float* logits;     // or null
   int32_t* greedy;   // or null
-  int32_t num_rows, max_blocks, num_logit_rows, num_threads;
+  int32_t num_layers, num_rows, max_blocks, num_logit_rows, num_threads;
 };
 
 }  // extern "C"
@@ -62,8 +106,18 @@ namespace {
 
 template <class T>
 T* aligned(size_t count, size_t& bytes) {
-  bytes += (count * sizeof(T) + 63) / 64 * 64;
-  return static_cast<T*>(operator new(count * sizeof(T), std::align_val_t(64)));
+  const size_t size = (count * sizeof(T) + 63) / 64 * 64;
+  bytes += size;
+  void* memory = operator new(size, std::align_val_t(64));
+  return static_cast<T*>(memory);
+}
+
+// Zeros, so that padding is.
+template <class T>
+T* zeros(size_t count, size_t& bytes) {
+  T* memory = aligned<T>(count, bytes);
+  memset((void*)memory, 0, count * sizeof(T));
+  return memory;
 }
 
 struct Best {
@@ -71,39 +125,76 @@ struct Best {
   int32_t index;
 };
 
+// Rows of activations in bf16, and in the form that products take them in.
+struct Operand {
+  const bf16* rows;
+  int64_t stride;
+  int width;
+  float* widened = nullptr;  // [num_rows][padded(width)]
+  bf16* paired = nullptr;    // blocks of 16 rows
+
+  const Vectors::Element* row(int index) const {
+    if constexpr (kWidens)
+      return (const Vectors::Element*)(widened + int64_t(index) * padded(width));
+    else
+      return (const Vectors::Element*)(rows + index * stride);
+  }
+  void block(int first, int num_rows, Block<Vectors::Element>& to) const {
+    to.num_rows = num_rows;
+    for (int m = 0; m < num_rows; m++) to.rows[m] = row(first + m);
+    to.paired = paired ? paired + int64_t(first) * padded(width) : nullptr;
+  }
+};
+
 class Decoder {
  public:
-  explicit Decoder(const DecoderSpec& spec)
-      : spec_(spec), layers_(spec.layers, spec.layers + spec.num_layers) {
-    for (const LayerSpec& layer : layers_) {
-      max_outputs_ = std::max(max_outputs_, layer.qkv.num_outputs);
-      attention_size_ = std::max(attention_size_, layer.output.width);
+  explicit Decoder(const DecoderSpec& spec) : spec_(spec), threads_(new Threads(spec.num_threads)) {
+    const int rows = (spec.max_rows + kRows - 1) / kRows * kRows;
+    hidden_stride_ = padded(spec.hidden_size);
+    projected_stride_ = padded(spec.max_outputs);
+    attended_stride_ = padded(spec.max_attended);
+    gated_stride_ = padded(spec.intermediate_size);
+    const int64_t widest = std::max({hidden_stride_, attended_stride_, gated_stride_});
+    hidden_ = zeros<bf16>(size_t(rows) * hidden_stride_, bytes_);
+    normed_ = zeros<bf16>(size_t(rows) * hidden_stride_, bytes_);
+    for (bf16*& one : sublayers_) one = zeros<bf16>(size_t(rows) * hidden_stride_, bytes_);
+    projected_ = zeros<bf16>(size_t(rows) * projected_stride_, bytes_);
+    attended_ = zeros<bf16>(size_t(rows) * attended_stride_, bytes_);
+    gated_ = zeros<bf16>(size_t(rows) * gated_stride_, bytes_);
+    if (spec.max_experts) {
+      const size_t choices = size_t(spec.max_rows) * spec.max_top_k;
+      routed_stride_ = padded(spec.max_experts);
+      inner_stride_ = padded(spec.expert_intermediate);
+      routed_ = zeros<bf16>(size_t(rows) * routed_stride_, bytes_);
+      expert_gated_ = zeros<bf16>(choices * inner_stride_, bytes_);
+      if (kWidens) expert_widened_ = zeros<float>(choices * inner_stride_, bytes_);
+      expert_out_ = zeros<bf16>(choices * hidden_stride_, bytes_);
+      choices_.reserve(choices);
+      experts_.reserve(size_t(spec.max_experts));
+      of_row_.resize(choices);
+      num_of_row_.resize(size_t(spec.max_rows));
+      probabilities_.resize(size_t(spec.max_experts));
     }
-    const int rows = (spec.max_rows + 15) / 16 * 16;
-    hidden_ = aligned<bf16>(size_t(rows) * spec.hidden_size, workspace_bytes_);
-    normed_ = aligned<bf16>(size_t(rows) * spec.hidden_size, workspace_bytes_);
-    sublayer_ = aligned<bf16>(size_t(rows) * spec.hidden_size, workspace_bytes_);
-    projected_ = aligned<bf16>(size_t(rows) * max_outputs_, workspace_bytes_);
-    attended_ = aligned<bf16>(size_t(rows) * attention_size_, workspace_bytes_);
-    attended_paired_ = aligned<bf16>(size_t(rows) * attention_size_, workspace_bytes_);
-    gated_ = aligned<bf16>(size_t(rows) * spec.intermediate_size, workspace_bytes_);
-    own_.resize(spec.num_threads);
+    if (kWidens) widened_ = zeros<float>(size_t(rows) * widest, bytes_);
+    if (kHasTiles) paired_ = zeros<bf16>(size_t(rows) * widest, bytes_);
+    own_.resize(size_t(spec.num_threads));
     for (Own& own : own_) {
-      own.hidden = aligned<bf16>(size_t(kRows) * spec.hidden_size, workspace_bytes_);
-      own.normed = aligned<bf16>(size_t(kRows) * spec.hidden_size, workspace_bytes_);
-      own.attended = aligned<bf16>(size_t(kRows) * attention_size_, workspace_bytes_);
-      own.best = aligned<Best>(rows, workspace_bytes_);
-      own.scratch = aligned<AttentionScratch>(1, workspace_bytes_);
-      memset((void*)own.scratch, 0, sizeof(AttentionScratch));
+      own.hidden = zeros<bf16>(size_t(kRows) * hidden_stride_, bytes_);
+      own.normed = zeros<bf16>(size_t(kRows) * hidden_stride_, bytes_);
+      if (kWidens) own.widened = zeros<float>(size_t(kRows) * widest, bytes_);
+      if (kHasTiles) own.paired = zeros<bf16>(size_t(kRows) * widest, bytes_);
+      own.row = zeros<bf16>(size_t(std::max(projected_stride_, hidden_stride_)), bytes_);
+      own.best = zeros<Best>(size_t(rows), bytes_);
+      own.scratch = zeros<AttentionScratch<VectorsAttention>>(1, bytes_);
+#if defined(SET_AMX)
+      own.tiles_scratch = zeros<AttentionScratch<TilesAttention>>(1, bytes_);
+#endif
     }
     // Only a run with more than 1 / max_split_runs() of all keys is split.
     const int64_t partitions = (spec.max_model_len + kPartition - 1) / kPartition;
-    int64_t floats = 0;
-    for (const LayerSpec& layer : layers_)
-      floats = std::max(floats, max_split_runs() * partitions * layer.attention.num_kv_heads *
-                                    partial_size(layer.attention.head_dim));
-    partials_ = aligned<float>(floats, workspace_bytes_);
-    threads_ = new Threads(spec.num_threads);
+    partials_ = aligned<float>(size_t(max_split_runs() * partitions * spec.max_kv_heads *
+                                      partial_size(spec.max_head_dim)),
+                               bytes_);
   }
 
   ~Decoder() {
@@ -111,13 +202,15 @@ class Decoder {
       threads_->stop();
       delete threads_;
     }
-    for (void* p : {(void*)hidden_, (void*)normed_, (void*)sublayer_, (void*)projected_,
-                    (void*)attended_, (void*)attended_paired_, (void*)gated_, (void*)partials_})
-      operator delete(p, std::align_val_t(64));
+    for (void* p : {(void*)hidden_, (void*)normed_, (void*)sublayers_[0], (void*)sublayers_[1],
+                    (void*)projected_, (void*)attended_, (void*)gated_, (void*)widened_,
+                    (void*)paired_, (void*)partials_, (void*)routed_, (void*)expert_gated_,
+                    (void*)expert_widened_, (void*)expert_out_})
+      release(p);
     for (Own& own : own_)
-      for (void* p : {(void*)own.hidden, (void*)own.normed, (void*)own.attended, (void*)own.best,
-                      (void*)own.scratch})
-        operator delete(p, std::align_val_t(64));
+      for (void* p : {(void*)own.hidden, (void*)own.normed, (void*)own.widened, (void*)own.paired,
+                      (void*)own.row, (void*)own.best, (void*)own.scratch, own.tiles_scratch_at()})
+        release(p);
   }
 
   bool forward(const Call& call) {
@@ -125,27 +218,36 @@ class Decoder {
     if (!threads_->of_this_process()) threads_ = new Threads(spec_.num_threads);
     threads_->use(call.num_threads);
     call_ = &call;
-    num_blocks_ = (call.num_rows + 15) / 16;
     plan_attention();
     return threads_->run([](void* self, int thread) { ((Decoder*)self)->step(thread); }, this);
   }
 
-  void stop() {
-    if (threads_->of_this_process()) threads_->stop();
-  }
-
-  size_t workspace_bytes() const { return workspace_bytes_; }
-  uint64_t cycles(int operation) const { return cycles_[operation]; }
+  size_t workspace_bytes() const { return bytes_; }
+  uint64_t counted(int operation) const { return counted_[operation]; }
 
  private:
   struct Own {
-    bf16 *hidden, *normed, *attended;
-    Best* best;
-    AttentionScratch* scratch;
-    bf16 *hidden_at, *normed_at, *attended_at;  // in this call
+    bf16 *hidden = nullptr, *normed = nullptr, *paired = nullptr, *row = nullptr;
+    float* widened = nullptr;
+    Best* best = nullptr;
+    AttentionScratch<VectorsAttention>* scratch = nullptr;
+#if defined(SET_AMX)
+    AttentionScratch<TilesAttention>* tiles_scratch = nullptr;
+    void* tiles_scratch_at() const { return tiles_scratch; }
+#else
+    void* tiles_scratch_at() const { return nullptr; }
+#endif
   };
 
-  bool alone() const { return num_blocks_ == 1; }
+  static void release(void* p) {
+    if (p) operator delete(p, std::align_val_t(64));
+  }
+
+  bool alone() const { return call_->num_rows <= kRows; }
+  int num_blocks() const { return (call_->num_rows + kRows - 1) / kRows; }
+  int rows_of(int block) const { return std::min(kRows, call_->num_rows - block * kRows); }
+
+  // --- attention's plan
 
   void plan_attention() {
     const Call& call = *call_;
@@ -164,9 +266,9 @@ class Decoder {
                        call.addresses + int64_t(call.tables[row]) * call.max_blocks});
     }
     kinds_.clear();
-    kind_of_.resize(layers_.size());
-    for (size_t i = 0; i < layers_.size(); i++) {
-      const Attention& a = layers_[i].attention;
+    kind_of_.resize(size_t(call.num_layers));
+    for (int i = 0; i < call.num_layers; i++) {
+      const Attention& a = call.layers[i].attention;
       size_t kind = 0;
       while (kind < kinds_.size() &&
              !(kinds_[kind].window == a.window && kinds_[kind].num_heads == a.num_heads &&
@@ -176,7 +278,7 @@ class Decoder {
         kinds_.push_back({a.window, a.num_heads, a.num_kv_heads, {}, {}});
         plan_kind(kinds_.back());
       }
-      kind_of_[i] = int(kind);
+      kind_of_[size_t(i)] = int(kind);
     }
   }
 
@@ -202,7 +304,7 @@ class Decoder {
     const int most = int(std::clamp<int64_t>(num_tiles / wanted, 1, kTiles));
     int slot = 0;
     for (int r = 0; r < int(runs_.size()); r++) {
-      const Run& run = runs_[r];
+      const Run& run = runs_[size_t(r)];
       const int count = run.num_rows * group;
       const int tiles = std::min((count + kRows - 1) / kRows, most);
       // Heads lie beside each other: reading several together goes faster.
@@ -231,7 +333,7 @@ class Decoder {
     }
     // The longest first.
     const auto cost = [&](const Task& task) {
-      const Run& run = runs_[task.run];
+      const Run& run = runs_[size_t(task.run)];
       const int last = run.position + (task.column + task.num_columns - 1) / group;
       const int64_t keys = task.partition < 0
                                ? last + 1 - first_key(last)
@@ -242,11 +344,13 @@ class Decoder {
                      [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
   }
 
+  // --- time
+
   // Thread 0's time since the last call goes to `operation`.
   void count(int thread, Timed operation) {
     if (thread) return;
-    const uint64_t now = __rdtsc();
-    cycles_[operation] += now - since_;
+    const uint64_t now = ticks();
+    counted_[operation] += now - since_;
     since_ = now;
   }
   void barrier(int thread) {
@@ -254,262 +358,529 @@ class Decoder {
     count(thread, kWait);
   }
 
+  // --- one step
+
   void step(int thread) {
+    const FlushDenormals flush;
+#if defined(SET_AMX)
     static const TileConfig config;
     _tile_loadconfig(&config);
-    // As in the tiles, what is too small to be normal is zero: it would take a hundred times longer.
-    const unsigned int control = _mm_getcsr();
-    _mm_setcsr(control | 0x8040);
-    if (thread == 0) since_ = __rdtsc();
-    Own& own = own_[thread];
-    own.hidden_at = alone() ? own.hidden : hidden_;
-    own.normed_at = alone() ? own.normed : normed_;
-    own.attended_at = alone() ? own.attended : attended_paired_;
-    embed(thread);
-    for (size_t i = 0; i < layers_.size(); i++) {
-      const LayerSpec& layer = layers_[i];
-      norm(thread, i ? &layers_[i - 1].mlp_output_norm : nullptr, &layer.input_norm);
-      project(thread, layer);
-      prefetch_first(thread, layer.output);
+#endif
+    if (thread == 0) since_ = ticks();
+    begin(thread);
+    const LayerSpec* previous = nullptr;
+    for (int i = 0; i < call_->num_layers; i++) {
+      const LayerSpec& layer = call_->layers[i];
+      join(thread, previous);
+      const bf16* x = norm(thread, layer.input_norm);
+      project(thread, layer, arranged(thread, x, hidden_stride_, spec_.hidden_size));
       barrier(thread);
       rotate_and_keep(thread, layer);
       barrier(thread);
-      attend(thread, layer, kinds_[kind_of_[i]]);
+      attend(thread, layer, kinds_[size_t(kind_of_[size_t(i)])]);
       barrier(thread);
-      arrange(thread, layer);
-      to_hidden(thread, layer.output, own.attended_at);
-      prefetch_first_gated(thread, layer.gate_up);
+      to_sublayer(thread, layer.output,
+                  arranged(thread, attended_, attended_stride_, layer.output.width), 0);
       count(thread, kOutput);
+      if (layer.residual == kOneByOne) {
+        barrier(thread);
+        add(thread, 0, layer.attention_norm);
+        x = norm(thread, layer.mlp_norm);
+      } else {
+        if (!alone()) barrier(thread);  // what the last products take is about to be rearranged
+        if (layer.mlp_norm.kind != kNoNorm) x = norm(thread, layer.mlp_norm);
+      }
+      const Operand normed = arranged(thread, x, hidden_stride_, spec_.hidden_size);
+      const int sublayer = layer.residual == kOneByOne ? 0 : 1;
+      if (layer.experts.num_experts) {
+        mix_experts(thread, layer.experts, normed, sublayer);
+      } else {
+        gate_up(thread, layer, normed);
+        count(thread, kGateUp);
+        barrier(thread);
+        to_sublayer(thread, layer.down,
+                    arranged(thread, gated_, gated_stride_, layer.down.width), sublayer);
+        count(thread, kDown);
+      }
       barrier(thread);
-      norm(thread, &layer.attention_norm, &layer.mlp_norm);
-      gate_up(thread, layer);
-      prefetch_first(thread, layer.down);
-      count(thread, kGateUp);
-      barrier(thread);
-      to_hidden(thread, layer.down, gated_);
-      prefetch_first(thread, i + 1 < layers_.size() ? layers_[i + 1].qkv : spec_.head);
-      count(thread, kDown);
-      barrier(thread);
+      previous = &layer;
     }
-    if (call_->num_logit_rows) logits(thread);
-    _mm_setcsr(control);
+    join(thread, previous);
+    end(thread);
+#if defined(SET_AMX)
     _tile_release();
+#endif
   }
 
-  // Blocks that a thread arranges itself: the only one, or its share.
-  int first_block(int thread) const { return alone() ? 0 : threads_->share(thread, num_blocks_); }
-  int end_block(int thread) const { return alone() ? 1 : threads_->share(thread + 1, num_blocks_); }
+  // Rows that a thread norms and arranges itself: all where there are few, or its share, in blocks.
+  int first_row(int thread) const {
+    return alone() ? 0 : threads_->share(thread, num_blocks()) * kRows;
+  }
+  int end_row(int thread) const {
+    if (alone()) return call_->num_rows;
+    return std::min(call_->num_rows, threads_->share(thread + 1, num_blocks()) * kRows);
+  }
+  bf16* hidden_at(int thread) { return alone() ? own_[size_t(thread)].hidden : hidden_; }
+  bf16* normed_at(int thread) { return alone() ? own_[size_t(thread)].normed : normed_; }
 
-  void embed(int thread) {
+  // The residual stream: embedded, or as an earlier call left it.
+  void begin(int thread) {
     const int size = spec_.hidden_size;
-    for (int b = first_block(thread); b < end_block(thread); b++) {
-      const bf16* rows[kRows] = {};
-      for (int m = 0; m < kRows && b * kRows + m < call_->num_rows; m++)
-        rows[m] = spec_.embedding + int64_t(call_->token_ids[b * kRows + m]) * size;
-      bf16* block = own_[thread].hidden_at + int64_t(b) * kRows * size;
-      pair_rows(rows, size, block);
-      if (spec_.embedding_scale != 0) {
-        const __m512 scale = _mm512_set1_ps(spec_.embedding_scale);
-        for (int k = 0; k < size; k += 2) {
-          const __m512i x = _mm512_load_si512(block + k * kRows);
-          _mm512_store_si512(block + k * kRows, join(_mm512_mul_ps(low_half(x), scale),
-                                                     _mm512_mul_ps(high_half(x), scale)));
+    bf16* hidden = hidden_at(thread);
+    for (int row = first_row(thread); row < end_row(thread); row++) {
+      bf16* to = hidden + row * hidden_stride_;
+      if (!call_->token_ids) {
+        memcpy(to, call_->hidden + row * hidden_stride_, size_t(hidden_stride_) * 2);
+        continue;
+      }
+      memcpy(to, spec_.embedding + int64_t(call_->token_ids[row]) * size, size_t(size) * 2);
+      if (spec_.embedding_scale != 0)
+        for (int k = 0; k < size; k += kLanes)
+          store16(to + k, load16(to + k) * splat(spec_.embedding_scale));
+    }
+  }
+
+  // Add what the last layer's sublayers gave, as far as that has not been done.
+  void join(int thread, const LayerSpec* layer) {
+    if (!layer) return;
+    if (layer->residual == kOneByOne) return add(thread, 0, layer->mlp_output_norm);
+    const Norm none{};
+    if (layer->residual == kTogether)
+      for (int row = first_row(thread); row < end_row(thread); row++) {
+        bf16* first = sublayers_[0] + row * hidden_stride_;
+        const bf16* second = sublayers_[1] + row * hidden_stride_;
+        bf16* hidden = hidden_at(thread) + row * hidden_stride_;
+        for (int k = 0; k < hidden_stride_; k += kLanes) {
+          const F both = rounded(load16(first + k) + load16(second + k));
+          store16(hidden + k, load16(hidden + k) + both);
         }
       }
-    }
+    else
+      for (int i = 0; i < 2; i++) add(thread, i, none);
+    count(thread, kNorm);
   }
 
-  // Add what the last sublayer gave, unless `before` is null, and norm for the next one.
-  void norm(int thread, const Norm* before, const Norm* next) {
-    const int size = spec_.hidden_size;
-    for (int b = first_block(thread); b < end_block(thread); b++) {
-      const int64_t at = int64_t(b) * kRows * size;
-      bf16* hidden = own_[thread].hidden_at + at;
-      if (before) add_block(hidden, sublayer_ + at, size, *before);
-      if (next) norm_block(hidden, size, *next, own_[thread].normed_at + at);
+  void add(int thread, int sublayer, const Norm& norm) {
+    for (int row = first_row(thread); row < end_row(thread); row++)
+      add_into(hidden_at(thread) + row * hidden_stride_,
+               sublayers_[sublayer] + row * hidden_stride_, spec_.hidden_size, norm,
+               spec_.residual_scale);
+    count(thread, kNorm);
+  }
+
+  // What goes into the next sublayer: the thread's own rows of it are there.
+  const bf16* norm(int thread, const Norm& norm) {
+    if (norm.kind == kNoNorm) return hidden_at(thread);
+    for (int row = first_row(thread); row < end_row(thread); row++)
+      norm_into(hidden_at(thread) + row * hidden_stride_, spec_.hidden_size, norm,
+                normed_at(thread) + row * hidden_stride_);
+    count(thread, kNorm);
+    return normed_at(thread);
+  }
+
+  // Rows as products take them. Of more than a block each thread arranges the rows that it has, and
+  // all wait for all.
+  Operand arranged(int thread, const bf16* rows, int64_t stride, int width) {
+    Own& own = own_[size_t(thread)];
+    Operand operand{rows, stride, width};
+    const int begin = first_row(thread), end = end_row(thread);
+    if constexpr (kWidens) {
+      operand.widened = alone() ? own.widened : widened_;
+      for (int row = begin; row < end; row++)
+        widen(rows + row * stride, width, operand.widened + int64_t(row) * padded(width));
+    }
+    if (kHasTiles) {
+      operand.paired = alone() ? own.paired : paired_;
+      for (int row = begin; row < end; row += kRows) {
+        const bf16* block[kRows] = {};
+        for (int m = 0; m < kRows && row + m < end; m++) block[m] = rows + (row + m) * stride;
+        pair_rows(block, width, operand.paired + int64_t(row) * padded(width));
+      }
     }
     count(thread, kNorm);
     if (!alone()) barrier(thread);
+    return operand;
   }
 
-  // Calls store(chunk, block, product) for each chunk that this thread takes and each block.
-  template <class ChunkOf, class Store>
-  void multiply(int thread, const Linear& linear, int chunks, const bf16* x, int blocks,
-                ChunkOf chunk_at, Store store) {
-    alignas(64) float out[2][2][256];
-    const int64_t block_size = int64_t(linear.width) * kRows;
+  static void widen(const bf16* from, int width, float* to) {
+    for (int k = 0; k < padded(width); k += kLanes) store(to + k, load16(from + k));
+  }
+
+  // Calls out(chunk, block, product) for each chunk that this thread takes and each block.
+  template <class ChunkOf, class Out>
+  void multiply(int thread, const Linear& linear, int chunks, const Operand& x, int num_rows,
+                ChunkOf chunk_at, Out out) {
+    Product products[2];
+    const int blocks = (num_rows + kRows - 1) / kRows;
     for (int index; (index = threads_->take(thread, chunks)) >= 0;) {
       const Chunk chunk = chunk_at(linear, index);
-      Chunk next;
-      const bool has_next = index + 1 < chunks;
-      if (has_next) next = chunk_at(linear, index + 1);
-      Ahead ahead(has_next ? &next : nullptr, linear.width, (blocks + 1) / 2);
-      int b = 0;
-      for (; b + 1 < blocks; b += 2) {
-        multiply2(chunk, x + b * block_size, linear.width, ahead, out);
-        store(chunk, b, out[0]);
-        store(chunk, b + 1, out[1]);
-      }
-      if (b < blocks) {
-        multiply1(chunk, x + b * block_size, linear.width, ahead, out);
-        store(chunk, b, out[0]);
+      for (int b = 0; b < blocks;) {
+#if defined(SET_AMX)
+        if (tiled(chunk, linear.width)) {
+          const bf16* paired[2];
+          int counts[2];
+          const int together = std::min(2, blocks - b);
+          for (int i = 0; i < together; i++) {
+            paired[i] = x.paired + int64_t(b + i) * kRows * padded(x.width);
+            counts[i] = std::min(kRows, num_rows - (b + i) * kRows);
+          }
+          if (together == 2)
+            Tiles::multiply<2>(chunk, linear.width, paired, counts, products);
+          else
+            Tiles::multiply<1>(chunk, linear.width, paired, counts, products);
+          for (int i = 0; i < together; i++) out(chunk, b + i, products[i]);
+          b += together;
+          continue;
+        }
+#endif
+        Block<Vectors::Element> block;
+        x.block(b * kRows, std::min(kRows, num_rows - b * kRows), block);
+        Vectors::multiply(chunk, linear.width, block, products[0]);
+        out(chunk, b, products[0]);
+        b++;
       }
     }
   }
 
-  void prefetch_first(int thread, const Linear& linear) {
-    if (alone())
-      prefetch_chunk(chunk_of(linear, threads_->share(thread, num_chunks(linear))), linear.width);
+#if defined(SET_AMX)
+  static bool tiled(const Chunk& chunk, int width) {
+    for (int g = 0; g < chunk.num_groups; g++)
+      if (!Tiles::takes(*chunk.groups[g].matrix, width)) return false;
+    return true;
   }
-  void prefetch_first_gated(int thread, const Linear& linear) {
-    if (alone())
-      prefetch_chunk(gated_chunk_of(linear, threads_->share(thread, num_gated_chunks(linear))),
-                     linear.width);
-  }
+#endif
 
-  int rows_of(int block) const { return std::min(kRows, call_->num_rows - block * kRows); }
-
-  void project(int thread, const LayerSpec& layer) {
-    const int64_t stride = layer.qkv.num_outputs;
-    multiply(thread, layer.qkv, num_chunks(layer.qkv), own_[thread].normed_at, num_blocks_,
-             chunk_of, [&](const Chunk& chunk, int block, const float(*out)[256]) {
-               by_rows(chunk, out, rows_of(block), [&](int i, int m, __m512 values) {
-                 store16(projected_ + (int64_t(block) * kRows + m) * stride + chunk.outputs[i],
-                         values);
+  // Products as bf16 rows.
+  void into_rows(int thread, const Linear& linear, const Operand& x, bf16* to, int64_t stride) {
+    multiply(thread, linear, num_chunks(linear), x, call_->num_rows, chunk_of,
+             [&](const Chunk& chunk, int block, const Product& product) {
+               each_row(chunk, product, rows_of(block), [&](int m, int output, int count, F value) {
+                 store16(to + (int64_t(block) * kRows + m) * stride + output, value, count);
                });
              });
+  }
+
+  void project(int thread, const LayerSpec& layer, const Operand& x) {
+    into_rows(thread, layer.qkv, x, projected_, projected_stride_);
     count(thread, kQkv);
+  }
+
+  void to_sublayer(int thread, const Linear& linear, const Operand& x, int sublayer) {
+    into_rows(thread, linear, x, sublayers_[sublayer], hidden_stride_);
   }
 
   // Norm and rotate the heads of queries and keys; put keys and values into the blocks.
   void rotate_and_keep(int thread, const LayerSpec& layer) {
     const Attention& a = layer.attention;
     const int units = a.num_heads + 2 * a.num_kv_heads;
+    const int values_from = a.num_heads + a.num_kv_heads;
     const int half = spec_.rotary_dim / 2;
+    bf16* scratch_row = own_[size_t(thread)].row;
+    if (layer.norms_all_heads) {
+      norm_all_heads(thread, layer);
+      barrier(thread);
+    }
     const int end = threads_->share(thread + 1, call_->num_rows * units);
     for (int unit = threads_->share(thread, call_->num_rows * units); unit < end; unit++) {
       const int row = unit / units, head = unit % units;
       const int position = call_->positions[row];
-      bf16* x = projected_ + int64_t(row) * layer.qkv.num_outputs + head * a.head_dim;
-      if (head < a.num_heads + a.num_kv_heads) {
+      bf16* x = projected_ + row * projected_stride_;
+      if (head < a.num_heads)
+        x += a.query + head * a.query_step;
+      else if (head < values_from)
+        x += a.key + (head - a.num_heads) * a.key_step;
+      else
+        x += a.value + (head - values_from) * a.value_step;
+      if (head < values_from) {
         const Norm& norm = head < a.num_heads ? layer.query_norm : layer.key_norm;
-        if (norm.weight) norm_row(x, a.head_dim, norm);
-        rotate(x, spec_.rotary_dim, spec_.rope_cos[layer.rope] + int64_t(position) * half,
-               spec_.rope_sin[layer.rope] + int64_t(position) * half);
+        if (norm.kind != kNoNorm && !layer.norms_all_heads) norm_apart(x, a.head_dim, norm, scratch_row);
+        if (layer.rope >= 0)
+          rotate(x, spec_.rotary_dim, spec_.rope_cos[layer.rope] + int64_t(position) * half,
+                 spec_.rope_sin[layer.rope] + int64_t(position) * half, spec_.rotation);
       }
       if (head >= a.num_heads) {
         const int64_t* blocks = call_->addresses + int64_t(call_->tables[row]) * call_->max_blocks;
         bf16* block = (bf16*)(blocks[position / a.block_size] + a.layer_offset);
         const int64_t slot = int64_t(head - a.num_heads) * a.block_size + position % a.block_size;
-        memcpy(block + slot * a.head_dim, x, a.head_dim * 2);
+        memcpy(block + slot * a.head_dim, x, size_t(a.head_dim) * 2);
       }
     }
     count(thread, kRotate);
   }
 
-  void attend(int thread, const LayerSpec& layer, const Kind& kind) {
+  // One norm over the queries of all heads, one over the keys, each in one piece.
+  void norm_all_heads(int thread, const LayerSpec& layer) {
     const Attention& a = layer.attention;
-    Own& own = own_[thread];
+    const int widths[2] = {a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim};
+    const int end = threads_->share(thread + 1, call_->num_rows * 2);
+    bf16* row = own_[size_t(thread)].row;
+    for (int unit = threads_->share(thread, call_->num_rows * 2); unit < end; unit++) {
+      const int which = unit % 2, width = widths[which];
+      bf16* x = projected_ + unit / 2 * projected_stride_ + (which ? a.key : a.query);
+      norm_apart(x, width, which ? layer.key_norm : layer.query_norm, row);
+    }
+  }
+
+  void attend(int thread, const LayerSpec& layer, const Kind& kind) {
+#if defined(SET_AMX)
+    if (layer.attention.head_dim % 32 == 0)
+      return attend_by<TilesAttention>(thread, layer, kind, own_[size_t(thread)].tiles_scratch);
+#endif
+    attend_by<VectorsAttention>(thread, layer, kind, own_[size_t(thread)].scratch);
+  }
+
+  template <class Policy>
+  void attend_by(int thread, const LayerSpec& layer, const Kind& kind,
+                 AttentionScratch<Policy>* scratch) {
+    const Attention& a = layer.attention;
     for (int i; (i = threads_->take_in_order(int(kind.tasks.size()))) >= 0;) {
-      const Task& task = kind.tasks[i];
-      AttentionTask(a, runs_[task.run], task, *own.scratch)
-          .compute(projected_, layer.qkv.num_outputs, partials_, attended_);
+      const Task& task = kind.tasks[size_t(i)];
+      AttentionTask<Policy>(a, runs_[size_t(task.run)], task, *scratch)
+          .compute(projected_, projected_stride_, partials_, attended_, attended_stride_);
     }
     count(thread, kAttend);
     if (kind.merges.empty()) return;
     barrier(thread);
     for (int i; (i = threads_->take_in_order(int(kind.merges.size()))) >= 0;) {
-      const Task& task = kind.merges[i];
-      float* total = own.scratch->total;
+      const Task& task = kind.merges[size_t(i)];
+      float* total = scratch->total;
       for (int head = 0; head < task.num_kv_heads; head++) {
         clear_partial(total, a.head_dim);
         for (int p = 0; p < task.partition; p++) {
           const int slot = task.slot + p * task.num_kv_heads + head;
           const float* part = partials_ + slot * partial_size(a.head_dim);
-          merge_partial(total, part, part + 16, part + 32, task.num_columns, a.head_dim);
+          merge_partial(total, part, part + 16, part + 32, task.num_columns, padded(a.head_dim));
         }
-        finish(a, runs_[task.run], task.kv_head + head, task.column, task.num_columns, total,
-               attended_);
+        finish(a, runs_[size_t(task.run)], task.kv_head + head, task.column, task.num_columns, total,
+               attended_, attended_stride_);
       }
     }
     count(thread, kAttend);
   }
 
-  // The attention's results, row by row so far, as operands.
-  void arrange(int thread, const LayerSpec& layer) {
-    const int size = layer.output.width;
-    for (int b = first_block(thread); b < end_block(thread); b++) {
-      const bf16* rows[kRows] = {};
-      for (int m = 0; m < rows_of(b); m++) rows[m] = attended_ + int64_t(b * kRows + m) * size;
-      pair_rows(rows, size, own_[thread].attended_at + int64_t(b) * kRows * size);
-    }
-    count(thread, kAttend);
-    if (!alone()) barrier(thread);
-  }
-
-  void to_hidden(int thread, const Linear& linear, const bf16* x) {
-    multiply(thread, linear, num_chunks(linear), x, num_blocks_, chunk_of,
-             [&](const Chunk& chunk, int block, const float(*out)[256]) {
-               store_paired(chunk, out, sublayer_ + int64_t(block) * kRows * spec_.hidden_size);
-             });
-  }
-
-  void gate_up(int thread, const LayerSpec& layer) {
-    const auto with = [&](auto activation) {
-      multiply(thread, layer.gate_up, num_gated_chunks(layer.gate_up), own_[thread].normed_at,
-               num_blocks_, gated_chunk_of,
-               [&](const Chunk& chunk, int block, const float(*out)[256]) {
-                 store_gated(chunk, out, gated_ + int64_t(block) * kRows * spec_.intermediate_size,
-                             activation);
-               });
+  void gate_up(int thread, const LayerSpec& layer, const Operand& x) {
+    const auto row_of = [&](int block, int m) {
+      return gated_ + (int64_t(block) * kRows + m) * gated_stride_;
     };
-    if (spec_.activation == kSilu)
-      with([](__m512 x) { return silu_ps(x); });
-    else
-      with([](__m512 x) { return gelu_tanh_ps(x); });
+    with_activation(spec_.activation, [&](auto activation) {
+      if (layer.gate_up.num_matrices == 1)
+        return multiply(thread, layer.gate_up, num_chunks(layer.gate_up), x, call_->num_rows,
+                        chunk_of, [&](const Chunk& chunk, int block, const Product& product) {
+                          each_row(chunk, product, rows_of(block),
+                                   [&](int m, int output, int count, F value) {
+                                     store16(row_of(block, m) + output,
+                                             activation(rounded(value)), count);
+                                   });
+                        });
+      multiply(thread, layer.gate_up, num_gated_chunks(layer.gate_up), x, call_->num_rows,
+               gated_chunk_of, [&](const Chunk& chunk, int block, const Product& product) {
+                 store_gated(chunk, product, rows_of(block), activation, row_of(block, 0),
+                             gated_stride_);
+               });
+    });
   }
 
-  // The last residual, the rows asked for, their norm, the head.
-  void logits(int thread) {
-    const int size = spec_.hidden_size, count_rows = call_->num_logit_rows;
-    const int blocks = (count_rows + 15) / 16;
-    Own& own = own_[thread];
-    norm(thread, &layers_.back().mlp_output_norm, nullptr);
-    const bool each_alone = blocks == 1;
-    bf16* x = each_alone ? own.normed : normed_;
-    const int begin = each_alone ? 0 : threads_->share(thread, blocks);
-    const int end = each_alone ? 1 : threads_->share(thread + 1, blocks);
-    for (int b = begin; b < end; b++) {
-      alignas(64) int32_t offsets[16];
-      for (int m = 0; m < kRows; m++) {
-        const int at = std::min(b * kRows + m, count_rows - 1);
-        const int row = call_->logit_rows[at];
-        offsets[m] = row / kRows * (kRows * size / 2) + row % kRows;
+  // --- experts
+
+  // A row with one of the experts that it chose. Sorted by expert, then by row.
+  struct Choice {
+    int expert, row;
+    float weight;
+  };
+
+  void mix_experts(int thread, const Experts& experts, const Operand& x, int sublayer) {
+    into_rows(thread, experts.router, x, routed_, routed_stride_);
+    barrier(thread);
+    if (thread == 0) choose_experts(experts);
+    barrier(thread);
+    Matrix gates[2]{{nullptr, nullptr, experts.intermediate, kBf16},
+                    {nullptr, nullptr, experts.intermediate, kBf16}};
+    const int64_t width = spec_.hidden_size, inner = experts.intermediate;
+    Product product;
+    Block<Vectors::Element> block;
+    const int gate_chunks = int((inner + kGroup - 1) / kGroup);
+    for_each_expert(thread, gate_chunks, [&](int expert, int index, int begin, int end) {
+      gates[0].weight = experts.gate_up + expert * 2 * inner * width;
+      gates[1].weight = (const bf16*)gates[0].weight + inner * width;
+      Chunk chunk;
+      chunk.num_groups = 2;
+      for (int i = 0; i < 2; i++) chunk.groups[i] = group_of(gates[i], index * kGroup, index * kGroup);
+      for (int at = begin; at < end; at += kRows) {
+        block.num_rows = std::min(kRows, end - at);
+        for (int m = 0; m < block.num_rows; m++) block.rows[m] = x.row(choices_[size_t(at + m)].row);
+        Vectors::multiply(chunk, int(width), block, product);
+        with_activation(spec_.activation, [&](auto activation) {
+          store_gated(chunk, product, block.num_rows, activation, expert_gated_ + at * inner_stride_,
+                      inner_stride_);
+        });
       }
-      const __m512i from = _mm512_load_si512(offsets);
-      bf16* block = x + int64_t(b) * kRows * size;
-      for (int k = 0; k < size / 2; k++)
-        _mm512_store_si512(
-            block + k * 32,
-            _mm512_i32gather_epi32(from, (const int*)own.hidden_at + k * kRows, 4));
-      norm_block(block, size, spec_.final_norm, block);
+    });
+    count(thread, kGateUp);
+    barrier(thread);
+    const int num_choices = int(choices_.size());
+    if constexpr (kWidens) {
+      const int stop = threads_->share(thread + 1, num_choices);
+      for (int at = threads_->share(thread, num_choices); at < stop; at++)
+        widen(expert_gated_ + at * inner_stride_, int(inner), expert_widened_ + at * inner_stride_);
+      barrier(thread);
     }
-    for (int i = 0; i < count_rows; i++) own.best[i] = {-INFINITY, 0};
-    if (!each_alone) barrier(thread);
+    Matrix down{nullptr, nullptr, width, kBf16};
+    for_each_expert(thread, chunks_of(width), [&](int expert, int index, int begin, int end) {
+      down.weight = experts.down + expert * inner * width;
+      Linear linear{{down}, 1, int32_t(inner), int32_t(width)};
+      const Chunk chunk = chunk_of(linear, index);
+      for (int at = begin; at < end; at += kRows) {
+        block.num_rows = std::min(kRows, end - at);
+        for (int m = 0; m < block.num_rows; m++) block.rows[m] = gated_row(at + m);
+        Vectors::multiply(chunk, int(inner), block, product);
+        each_row(chunk, product, block.num_rows, [&](int m, int output, int count, F value) {
+          store16(expert_out_ + (at + m) * hidden_stride_ + output, value, count);
+        });
+      }
+    });
+    count(thread, kDown);
+    barrier(thread);
+    for (int row = threads_->share(thread, call_->num_rows);
+         row < threads_->share(thread + 1, call_->num_rows); row++)
+      combine_experts(row, experts.top_k, sublayers_[sublayer] + row * hidden_stride_);
+    count(thread, kDown);
+  }
+
+  const Vectors::Element* gated_row(int choice) const {
+    if constexpr (kWidens)
+      return (const Vectors::Element*)(expert_widened_ + choice * inner_stride_);
+    else
+      return (const Vectors::Element*)(expert_gated_ + choice * inner_stride_);
+  }
+
+  // Of each row the experts with the highest probabilities, of equal ones the first. Takes no memory:
+  // the other threads wait.
+  void choose_experts(const Experts& experts) {
+    choices_.clear();
+    float* p = probabilities_.data();
+    for (int row = 0; row < call_->num_rows; row++) {
+      const bf16* logits = routed_ + row * routed_stride_;
+      float highest = -INFINITY, sum = 0.f, together = 0.f;
+      for (int e = 0; e < experts.num_experts; e++) highest = std::max(highest, one(logits[e]));
+      for (int e = 0; e < experts.num_experts; e++) sum += p[e] = std::exp(one(logits[e]) - highest);
+      const size_t first = choices_.size();
+      for (int k = 0; k < experts.top_k; k++) {
+        const int best = int(std::max_element(p, p + experts.num_experts) - p);
+        choices_.push_back({best, row, p[best] / sum});
+        together += choices_.back().weight;
+        p[best] = -1.f;
+      }
+      for (size_t at = first; at < choices_.size(); at++) {
+        float& weight = choices_[at].weight;
+        if (experts.normalizes) weight /= together;
+        if (experts.rounds_weights) weight = one(round_one(weight));
+      }
+    }
+    std::sort(choices_.begin(), choices_.end(), [](const Choice& a, const Choice& b) {
+      return a.expert != b.expert ? a.expert < b.expert : a.row < b.row;
+    });
+    experts_.clear();
+    std::fill(num_of_row_.begin(), num_of_row_.end(), 0);
+    for (int at = 0; at < int(choices_.size()); at++) {
+      const Choice& choice = choices_[size_t(at)];
+      if (!at || choices_[size_t(at) - 1].expert != choice.expert) experts_.push_back(at);
+      const int number = num_of_row_[size_t(choice.row)]++;
+      of_row_[size_t(choice.row * experts.top_k + number)] = at;
+    }
+  }
+
+  // work(expert, chunk, first choice, end of its choices) for the chunks that this thread takes.
+  template <class Work>
+  void for_each_expert(int thread, int chunks, Work work) {
+    const int num_experts = int(experts_.size());
+    for (int item; (item = threads_->take(thread, chunks * num_experts)) >= 0;) {
+      const int index = item / chunks, begin = experts_[size_t(index)];
+      const int end = index + 1 < num_experts ? experts_[size_t(index) + 1] : int(choices_.size());
+      work(choices_[size_t(begin)].expert, item % chunks, begin, end);
+    }
+  }
+
+  // The sum of what a row's experts gave, in their order, rounded after each.
+  void combine_experts(int row, int top_k, bf16* to) {
+    for (int k = 0; k < hidden_stride_; k += kLanes) {
+      F sum = splat(0.f);
+      for (int i = 0; i < num_of_row_[size_t(row)]; i++) {
+        const int at = of_row_[size_t(row * top_k + i)];
+        const F part = load16(expert_out_ + at * hidden_stride_ + k);
+        sum = rounded(sum + rounded(part * splat(choices_[size_t(at)].weight)));
+      }
+      store16(to + k, sum);
+    }
+  }
+
+  template <class Activation>
+  static void store_gated(const Chunk& chunk, const Product& product, int num_rows,
+                          Activation activation, bf16* to, int64_t stride) {
+    const Group &gate = chunk.groups[0], &up = chunk.groups[1];
+    for (int n = 0; n < gate.count; n += kLanes) {
+      const int count = gate.count - n;
+      const F gate_bias = bias_of(gate, n, count), up_bias = bias_of(up, n, count);
+      for (int m = 0; m < num_rows; m++) {
+        const F g = rounded(load(product.out[m] + n) + gate_bias);
+        const F u = rounded(load(product.out[m] + kGroup + n) + up_bias);
+        store16(to + m * stride + gate.output + n, rounded(activation(g)) * u, count);
+      }
+    }
+  }
+
+  static F bias_of(const Group& group, int n, int count) {
+    return group.biases() ? load16(group.biases() + n, count) : splat(0.f);
+  }
+
+  // The residual stream to whom it may concern; the rows asked for, their norm, the head.
+  void end(int thread) {
+    if (call_->hidden && (!alone() || thread == 0))
+      for (int row = first_row(thread); row < end_row(thread); row++)
+        memcpy(call_->hidden + row * hidden_stride_, hidden_at(thread) + row * hidden_stride_,
+               size_t(hidden_stride_) * 2);
+    if (call_->num_logit_rows) logits(thread);
+  }
+
+  void logits(int thread) {
+    const int size = spec_.hidden_size, num_rows = call_->num_logit_rows;
+    Own& own = own_[size_t(thread)];
+    if (!alone()) barrier(thread);  // all rows are there
+    // Few rows each thread norms for itself, whoever has computed them.
+    const bool few = num_rows <= kRows;
+    bf16* normed = few ? own.normed : normed_;
+    const int blocks = (num_rows + kRows - 1) / kRows;
+    const int begin = few ? 0 : threads_->share(thread, blocks) * kRows;
+    const int end = few ? num_rows : std::min(num_rows, threads_->share(thread + 1, blocks) * kRows);
+    Operand x{normed, hidden_stride_, size};
+    if (kWidens) x.widened = few ? own.widened : widened_;
+    if (kHasTiles) x.paired = few ? own.paired : paired_;
+    for (int at = begin; at < end; at++) {
+      bf16* row = normed + at * hidden_stride_;
+      norm_into(hidden_at(thread) + call_->logit_rows[at] * hidden_stride_, size, spec_.final_norm,
+                row);
+      if (kWidens) widen(row, size, x.widened + int64_t(at) * padded(size));
+    }
+    if (kHasTiles)
+      for (int at = begin; at < end; at += kRows) {
+        const bf16* block[kRows] = {};
+        for (int m = 0; m < kRows && at + m < end; m++) block[m] = normed + (at + m) * hidden_stride_;
+        pair_rows(block, size, x.paired + int64_t(at) * padded(size));
+      }
+    for (int i = 0; i < num_rows; i++) own.best[i] = {-INFINITY, 0};
+    if (!few) barrier(thread);
     const int64_t vocab = spec_.head.num_outputs;
-    multiply(thread, spec_.head, num_chunks(spec_.head), x, blocks, chunk_of,
-             [&](const Chunk& chunk, int block, const float(*out)[256]) {
-               by_rows(chunk, out, std::min(kRows, count_rows - block * kRows),
-                       [&](int i, int m, __m512 values) {
-                         const int64_t row = int64_t(block) * kRows + m;
-                         values = final_logits(values);
-                         const __mmask16 mine =
-                             _mm512_cmpge_epi32_mask(lane_index(), _mm512_set1_epi32(chunk.first[i]));
-                         if (call_->logits)
-                           _mm512_mask_storeu_ps(call_->logits + row * vocab + chunk.outputs[i],
-                                                 mine, values);
-                         if (call_->greedy) consider(own.best[row], values, chunk.outputs[i]);
-                       });
+    multiply(thread, spec_.head, num_chunks(spec_.head), x, num_rows, chunk_of,
+             [&](const Chunk& chunk, int block, const Product& product) {
+               each_row(chunk, product, std::min(kRows, num_rows - block * kRows),
+                        [&](int m, int output, int count, F value) {
+                          const int64_t row = int64_t(block) * kRows + m;
+                          alignas(64) float values[kLanes];
+                          store(values, final_logits(value));
+                          count = std::min(count, kLanes);
+                          if (call_->logits)
+                            memcpy(call_->logits + row * vocab + output, values, size_t(count) * 4);
+                          if (call_->greedy) consider(own.best[row], values, output, count);
+                        });
              });
     count(thread, kLogits);
     if (call_->greedy) {
@@ -518,31 +889,26 @@ class Decoder {
     }
   }
 
-  __m512 final_logits(__m512 x) const {
+  F final_logits(F x) const {
+    if (spec_.logit_scale != 1.f) x = x * splat(spec_.logit_scale);
     if (spec_.logit_softcap != 0) {
-      x = rounded(x);
-      const __m512 cap = _mm512_set1_ps(spec_.logit_softcap);
-      x = rounded(_mm512_div_ps(x, cap));
-      x = rounded(tanh_ps(x));
-      x = rounded(_mm512_mul_ps(x, cap));
+      const F cap = splat(spec_.logit_softcap);
+      x = rounded(rounded(tanh_of(rounded(rounded(x) / cap))) * cap);
     }
     return x;
   }
 
   // Of equal logits the first counts, whichever thread has seen it.
-  static void consider(Best& best, __m512 values, int output) {
-    const float most = _mm512_reduce_max_ps(values);
-    if (most < best.value) return;
-    const __mmask16 where = _mm512_cmpeq_ps_mask(values, _mm512_set1_ps(most));
-    if (!where) return;
-    const int index = output + __builtin_ctz(where);
-    if (most > best.value || index < best.index) best = {most, index};
+  static void consider(Best& best, const float* values, int output, int count) {
+    for (int i = 0; i < count; i++)
+      if (values[i] > best.value || (values[i] == best.value && output + i < best.index))
+        best = {values[i], output + i};
   }
   void choose() {
     for (int row = 0; row < call_->num_logit_rows; row++) {
       Best best = own_[0].best[row];
       for (int thread = 1; thread < threads_->count(); thread++) {
-        const Best& other = own_[thread].best[row];
+        const Best& other = own_[size_t(thread)].best[row];
         if (other.value > best.value || (other.value == best.value && other.index < best.index))
           best = other;
       }
@@ -551,33 +917,34 @@ class Decoder {
   }
 
   const DecoderSpec spec_;
-  const std::vector<LayerSpec> layers_;
   Threads* threads_;
   std::vector<Own> own_;
-  bf16 *hidden_, *normed_, *sublayer_, *attended_paired_;  // paired blocks
-  bf16 *projected_, *attended_;                            // rows
-  bf16* gated_;                                            // paired blocks
+  int64_t hidden_stride_, projected_stride_, attended_stride_, gated_stride_;
+  bf16 *hidden_, *normed_, *sublayers_[2], *projected_, *attended_, *gated_;
+  float* widened_ = nullptr;
+  bf16* paired_ = nullptr;
   float* partials_;
-  int max_outputs_ = 0, attention_size_ = 0;
-  size_t workspace_bytes_ = 0;
+  int64_t routed_stride_ = 0, inner_stride_ = 0;
+  bf16 *routed_ = nullptr, *expert_gated_ = nullptr, *expert_out_ = nullptr;
+  float* expert_widened_ = nullptr;
+  size_t bytes_ = 0;
   // Of the present call.
   const Call* call_ = nullptr;
-  int num_blocks_ = 0;
   std::vector<Run> runs_;
   std::vector<Kind> kinds_;
   std::vector<int> kind_of_;
-  uint64_t since_ = 0, cycles_[kNumTimed] = {};
+  std::vector<Choice> choices_;
+  std::vector<int> experts_;  // the first choice of each expert that was chosen
+  std::vector<int> of_row_, num_of_row_;  // each row's choices, [row][top_k]
+  std::vector<float> probabilities_;
+  uint64_t since_ = 0, counted_[kNumTimed] = {};
 };
 
 }  // namespace
 
 extern "C" {
 
-// Ask the kernel for the AMX registers. 0, or an errno.
-int onecopy_request_amx() {
-  constexpr int kRequest = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
-}
+int onecopy_request_registers() { return request_registers(); }
 // For a check that both sides mean the same: sizes of the structures.
 int onecopy_size_of_layer() { return sizeof(LayerSpec); }
 int onecopy_size_of_decoder() { return sizeof(DecoderSpec); }
@@ -601,10 +968,9 @@ int onecopy_decoder_forward(void* decoder, const Call* call) {
     return 1;
   }
 }
-void onecopy_decoder_cycles(void* decoder, uint64_t* out) {
-  for (int i = 0; i < kNumTimed; i++) out[i] = ((Decoder*)decoder)->cycles(i);
+void onecopy_decoder_counted(void* decoder, uint64_t* out) {
+  for (int i = 0; i < kNumTimed; i++) out[i] = ((Decoder*)decoder)->counted(i);
 }
-void onecopy_decoder_stop(void* decoder) { ((Decoder*)decoder)->stop(); }
 void onecopy_decoder_destroy(void* decoder) { delete (Decoder*)decoder; }
 
 }  // extern "C"

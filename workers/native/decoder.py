@@ -16,21 +16,30 @@ import numpy.typing as npt
 import torch
 
 from workers.native import library
-from workers.native.architecture import NotNative, PagedLayout, describe, longest, rope_tables
+from workers.native.architecture import (
+    NotNative,
+    PagedLayout,
+    Rotation,
+    base_of,
+    describe,
+    longest,
+    rope_tables,
+)
 
 _ROPE_STEP: Final = 1024  # positions whose rotations are computed at a time
 _MAX_THREADS: Final = 256
+_SPARE: Final = 16  # elements behind a rotation that a vector's load may reach
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
 
-def supports(module: Any, dtype: torch.dtype) -> str | None:
+def supports(module: Any, dtype: torch.dtype, kernels: str = "auto") -> str | None:
     """None if `NativeDecoder` computes `module`, else the reason why it does not."""
     if dtype != torch.bfloat16:
         return f"the native decoder computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
     try:
-        library.load()
+        library.load(kernels)
         describe(module, None)
     except (library.Unavailable, NotNative) as reason:
         return str(reason)
@@ -50,9 +59,12 @@ class NativeDecoder:
         max_rows: int,
         max_model_len: int,
         num_threads: int,
+        kernels: library.Kernels | None = None,
     ) -> None:
-        """Raises NotNative, library.Unavailable, ValueError, MemoryError."""
-        self._library = library.load()
+        """`kernels` are by default the best that this machine can run. Raises NotNative,
+        library.Unavailable, ValueError, MemoryError."""
+        self.kernels: Final = kernels or library.load()
+        self._library = self.kernels.library
         if max_rows < 1 or max_model_len < 1 or not 1 <= num_threads <= _MAX_THREADS:
             raise ValueError("max_rows, max_model_len and num_threads must be positive")
         limit = longest(module)
@@ -62,11 +74,14 @@ class NativeDecoder:
             raise NotNative(f"blocks of {layout.block_size} tokens: not a multiple of 16")
         if any(offset % 64 for offset in layout.layer_offsets):
             raise NotNative("layers that don't start at a multiple of 64 bytes")
-        if len(layout.layer_offsets) != len(module.model.layers):
+        base = base_of(module)
+        if len(layout.layer_offsets) != len(base.layers):
             raise ValueError("the layout is of another number of layers")
-        spec, self._layers, self._kept = describe(module, layout)
-        self._rotary = module.model.rotary_emb
+        described = describe(module, layout)
+        spec, self._layers, self._kept = described.spec, described.layers, described.kept
+        self._rotary = base.rotary_emb
         self._rope_kinds = rope_tables(module)
+        self._rotation = Rotation(spec.rotation)
         half = spec.rotary_dim // 2
         # Only what is filled takes memory.
         self._cos = [_untouched(max_model_len, half) for _ in self._rope_kinds]
@@ -75,13 +90,12 @@ class NativeDecoder:
         for index, (cos, sin) in enumerate(zip(self._cos, self._sin, strict=True)):
             spec.rope_cos[index] = cos.data_ptr()
             spec.rope_sin[index] = sin.data_ptr()
-        spec.layers = ctypes.cast(self._layers, ctypes.POINTER(library.Layer))
         spec.max_rows, spec.max_model_len, spec.num_threads = max_rows, max_model_len, num_threads
         self.max_rows: Final = max_rows
         self.max_model_len: Final = max_model_len
         self.num_threads: Final = num_threads
         self.vocab_size: Final = int(spec.head.num_outputs)
-        self._num_embeddings = module.model.embed_tokens.num_embeddings
+        self._num_embeddings = module.get_input_embeddings().num_embeddings
         self._block_size = layout.block_size
         self._lock = threading.Lock()
         self._call = library.Call()
@@ -97,11 +111,11 @@ class NativeDecoder:
         self._check_open()
         return int(self._library.onecopy_decoder_workspace_bytes(self._handle))
 
-    def cycles(self) -> dict[str, int]:
-        """Time stamp counter ticks of the calling thread since it was made, by operation."""
+    def counted(self) -> dict[str, int]:
+        """Ticks of the calling thread since it was made, by operation."""
         self._check_open()
         counts = (ctypes.c_uint64 * len(library.OPERATIONS))()
-        self._library.onecopy_decoder_cycles(self._handle, counts)
+        self._library.onecopy_decoder_counted(self._handle, counts)
         return dict(zip(library.OPERATIONS, counts, strict=True))
 
     def forward(
@@ -165,6 +179,8 @@ class NativeDecoder:
             self._check_open()
             self._fill_rotations(furthest + 1)
             call = self._call
+            call.layers = ctypes.cast(self._layers, ctypes.POINTER(library.Layer))
+            call.num_layers = len(self._layers)
             call.token_ids = token_ids.ctypes.data
             call.positions = positions.ctypes.data
             call.tables = tables.ctypes.data
@@ -199,6 +215,16 @@ class NativeDecoder:
         if (bad & needed).any():
             raise ValueError("a block has no address, or one that is not a multiple of 64")
 
+    def _once(self, values: torch.Tensor) -> torch.Tensor:
+        """Of rotations # [num_positions, 2 * half], in which each comes twice, one # [.., half]."""
+        half = values.shape[-1] // 2
+        first, second = values[:, :half], values[:, half:]
+        if self._rotation == Rotation.PAIRS_UNROUNDED:
+            first, second = values[:, ::2], values[:, 1::2]
+        if not torch.equal(first, second):
+            raise NotNative("rotations that differ between the halves of a head")
+        return first.float()
+
     def _fill_rotations(self, num_positions: int) -> None:
         while self._num_rotations < num_positions:
             start = self._num_rotations
@@ -209,16 +235,14 @@ class NativeDecoder:
                 arguments = () if kind is None else (kind,)
                 with torch.inference_mode():
                     cos, sin = self._rotary(like, position_ids, *arguments)
-                half = cos.shape[-1] // 2
                 for table, values in ((self._cos[index], cos[0]), (self._sin[index], sin[0])):
-                    if not torch.equal(values[:, :half], values[:, half:]):
-                        raise NotNative("rotations that differ between the halves of a head")
-                    table[start:stop] = values[:, :half]
+                    table[start:stop] = self._once(values)
             self._num_rotations = stop
 
 
 def _untouched(num_positions: int, size: int) -> torch.Tensor:
-    return torch.empty(num_positions, size, dtype=torch.bfloat16)
+    """fp32 # [num_positions, size], and room behind."""
+    return torch.empty(num_positions * size + _SPARE)[: num_positions * size].view(-1, size)
 
 
 def _check_array(name: str, array: Any, dtype: type) -> None:

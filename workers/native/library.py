@@ -1,25 +1,38 @@
-"""The compiled kernels: where they are, whether this machine runs them, and their C structures.
+"""The compiled kernels: one library for each instruction set, and their C structures.
 
-Owns the one handle of the library. Invariant: it is loaded only on a processor that has every
-instruction it was compiled for, and after the kernel has granted the AMX registers. The structures
-are those of decoder.cpp and linear.h, and their sizes are compared. Knows no model.
+Owns the handles of the libraries. Invariants: one is loaded only on a processor that has every
+instruction it was compiled for, and after the kernel has granted its registers; the structures are
+those of decoder.cpp, and their sizes are compared. Knows no model.
 
-Rebuild after a change: `python -c "import setuptools; setuptools.setup()" build_ext --inplace`.
+`build.py` beside this says how they are compiled.
 """
 
 import ctypes
 import functools
 import os
+import platform
 import sysconfig
 from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-_FILE: Final = Path(__file__).with_name(f"_decoder{sysconfig.get_config_var('EXT_SUFFIX')}")
-_FLAGS: Final = frozenset(
-    {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    | {"avx512_bf16", "avx512vbmi", "avx512_vnni", "avx512_fp16", "avx2", "fma", "bmi1", "bmi2"}
-)
+VARIABLE: Final = "ONECOPY_CPU_KERNELS"
+"""Environment variable that names the set where no option does."""
+
+SETS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+"""The best first."""
+
+_AVX2: Final = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
+_AVX512: Final = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_FLAGS: Final = {
+    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512 | {"avx512_bf16"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "portable": frozenset[str](),
+}
+"""What a set needs, in /proc/cpuinfo's words."""
 
 OPERATIONS: Final = (
     "norm",
@@ -40,9 +53,14 @@ class Unavailable(Exception):
 
 
 class Matrix(ctypes.Structure):
-    """Row-major bf16 [num_rows, width of the linear]."""
+    """Row-major [num_rows, width of the linear]; format 0 is bf16."""
 
-    _fields_: ClassVar = [("weight", c_void_p), ("bias", c_void_p), ("num_rows", c_int64)]
+    _fields_: ClassVar = [
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("num_rows", c_int64),
+        ("format", c_int32),
+    ]
 
 
 class Linear(ctypes.Structure):
@@ -57,9 +75,14 @@ class Linear(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """A null weight: no norm."""
+    """`kind` is one of `NormKind`."""
 
-    _fields_: ClassVar = [("weight", c_void_p), ("eps", c_float), ("plus_one", c_int32)]
+    _fields_: ClassVar = [
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("eps", c_float),
+        ("kind", c_int32),
+    ]
 
 
 class Attention(ctypes.Structure):
@@ -74,6 +97,27 @@ class Attention(ctypes.Structure):
         ("softcap", c_float),
         ("window", c_int32),
         ("layer_offset", c_int64),
+        ("query", c_int32),
+        ("query_step", c_int32),
+        ("key", c_int32),
+        ("key_step", c_int32),
+        ("value", c_int32),
+        ("value_step", c_int32),
+    ]
+
+
+class Experts(ctypes.Structure):
+    """No experts where `num_experts` is 0."""
+
+    _fields_: ClassVar = [
+        ("router", Linear),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("num_experts", c_int32),
+        ("top_k", c_int32),
+        ("intermediate", c_int32),
+        ("normalizes", c_int32),
+        ("rounds_weights", c_int32),
     ]
 
 
@@ -93,6 +137,9 @@ class Layer(ctypes.Structure):
         ("key_norm", Norm),
         ("attention", Attention),
         ("rope", c_int32),
+        ("norms_all_heads", c_int32),
+        ("residual", c_int32),
+        ("experts", Experts),
     ]
 
 
@@ -100,22 +147,30 @@ class Decoder(ctypes.Structure):
     """DecoderSpec."""
 
     _fields_: ClassVar = [
-        ("layers", POINTER(Layer)),
-        ("num_layers", c_int32),
         ("hidden_size", c_int32),
         ("intermediate_size", c_int32),
         ("activation", c_int32),
         ("embedding", c_void_p),
         ("embedding_scale", c_float),
+        ("residual_scale", c_float),
         ("final_norm", Norm),
         ("head", Linear),
+        ("logit_scale", c_float),
         ("logit_softcap", c_float),
         ("rope_cos", c_void_p * 2),
         ("rope_sin", c_void_p * 2),
         ("rotary_dim", c_int32),
+        ("rotation", c_int32),
         ("max_rows", c_int32),
         ("max_model_len", c_int32),
         ("num_threads", c_int32),
+        ("max_outputs", c_int32),
+        ("max_attended", c_int32),
+        ("max_head_dim", c_int32),
+        ("max_kv_heads", c_int32),
+        ("max_experts", c_int32),
+        ("max_top_k", c_int32),
+        ("expert_intermediate", c_int32),
     ]
 
 
@@ -123,13 +178,16 @@ class Call(ctypes.Structure):
     """Call."""
 
     _fields_: ClassVar = [
+        ("layers", POINTER(Layer)),
         ("token_ids", c_void_p),
         ("positions", c_void_p),
         ("tables", c_void_p),
         ("addresses", c_void_p),
         ("logit_rows", c_void_p),
+        ("hidden", c_void_p),
         ("logits", c_void_p),
         ("greedy", c_void_p),
+        ("num_layers", c_int32),
         ("num_rows", c_int32),
         ("max_blocks", c_int32),
         ("num_logit_rows", c_int32),
@@ -137,34 +195,84 @@ class Call(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """One library, loaded. `name` is that of its instruction set."""
+
+    name: str
+    library: Any
+
+
+def load(wanted: str = "auto") -> Kernels:
+    """The kernels of that set, or with "auto" those that ONECOPY_CPU_KERNELS names, or the best that
+    the machine has. Raises Unavailable."""
+    name = wanted if wanted != "auto" else os.environ.get(VARIABLE) or "auto"
+    if name == "auto":
+        return _best()
+    if name not in SETS:
+        raise Unavailable(f"there are no kernels {name!r}, only {', '.join(SETS)}")
+    return _load(name)
+
+
+def usable() -> dict[str, str]:
+    """Every set → why it can't be used here, "" where it can."""
+    reasons = {}
+    for name in SETS:
+        try:
+            _load(name)
+        except Unavailable as reason:
+            reasons[name] = str(reason)
+        else:
+            reasons[name] = ""
+    return reasons
+
+
+def _best() -> Kernels:
+    reasons = []
+    for name in SETS:
+        try:
+            return _load(name)
+        except Unavailable as reason:
+            reasons.append(f"{name}: {reason}")
+    raise Unavailable("; ".join(reasons))
+
+
 @functools.cache
-def load() -> Any:
-    """The library. Raises Unavailable."""
-    if not _FILE.exists():
-        raise Unavailable("the native decoder was not compiled when onecopy was installed")
-    missing = _FLAGS - _cpu_flags()
+def _load(name: str) -> Kernels:
+    file = Path(__file__).with_name(f"_decoder_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not file.exists():
+        raise Unavailable("not compiled when onecopy was installed")
+    if name != "portable" and platform.machine() != "x86_64":
+        raise Unavailable(f"a set of x86-64, and this is {platform.machine()}")
+    missing = _FLAGS[name] - _cpu_flags()
     if missing:
         raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
-    library = ctypes.CDLL(str(_FILE))
-    for name, structure in (("layer", Layer), ("decoder", Decoder), ("call", Call)):
-        if getattr(library, f"onecopy_size_of_{name}")() != ctypes.sizeof(structure):
-            raise Unavailable(f"{_FILE.name} was compiled from other sources: build it again")
-    error = library.onecopy_request_amx()
+    return open_library(name, file)
+
+
+def open_library(name: str, file: Path) -> Kernels:
+    """A library whose instructions the processor has. Raises Unavailable."""
+    library = ctypes.CDLL(str(file))
+    for part, structure in (("layer", Layer), ("decoder", Decoder), ("call", Call)):
+        if getattr(library, f"onecopy_size_of_{part}")() != ctypes.sizeof(structure):
+            raise Unavailable(f"{file.name} was compiled from other sources: build it again")
+    error = library.onecopy_request_registers()
     if error:
-        raise Unavailable(f"the kernel does not grant AMX: {os.strerror(error)}")
-    for name, result, arguments in (
+        raise Unavailable(f"the kernel does not grant its registers: {os.strerror(error)}")
+    for function_name, result, arguments in (
         ("create", c_void_p, [POINTER(Decoder)]),
         ("workspace_bytes", c_int64, [c_void_p]),
         ("forward", c_int32, [c_void_p, POINTER(Call)]),
-        ("cycles", None, [c_void_p, POINTER(c_uint64)]),
+        ("counted", None, [c_void_p, POINTER(c_uint64)]),
         ("destroy", None, [c_void_p]),
     ):
-        function = getattr(library, f"onecopy_decoder_{name}")
+        function = getattr(library, f"onecopy_decoder_{function_name}")
         function.restype = result
         function.argtypes = arguments
-    return library
+    return Kernels(name, library)
 
 
+@functools.cache
 def _cpu_flags() -> frozenset[str]:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):

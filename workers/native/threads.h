@@ -2,10 +2,9 @@
 //
 // Threads are started by the first call after a fork, wait on a futex between calls, and are joined
 // by `stop`. A call is done by as many of them as `use` said before it, the calling one included.
-// Invariant: a waiting thread spins for kSpinCycles at most, then sleeps. Knows nothing of what is
+// Invariant: a waiting thread spins for kSpinTicks at most, then sleeps. Knows nothing of what is
 // computed.
 #pragma once
-#include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
@@ -17,7 +16,7 @@
 #include <cstdint>
 #include <vector>
 
-constexpr uint64_t kSpinCycles = 120'000;  // about 50 us
+#include "platform.h"
 
 // A word that threads wait on until it changes.
 struct Signal {
@@ -25,10 +24,10 @@ struct Signal {
   alignas(64) std::atomic<uint32_t> num_sleeping{0};
 
   void wait_while(uint32_t value) {
-    const uint64_t start = __rdtsc();
+    const uint64_t start = ticks();
     while (word.load(std::memory_order_acquire) == value) {
-      _mm_pause();
-      if (__rdtsc() - start > kSpinCycles) {
+      pause_thread();
+      if (ticks() - start > kSpinTicks) {
         num_sleeping.fetch_add(1);
         while (word.load() == value)
           syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);

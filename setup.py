@@ -1,0 +1,61 @@
+"""The native kernels, compiled once for each instruction set; all else is in pyproject.toml.
+
+They are loaded through ctypes, not imported: which set a machine can run is decided there
+(workers/native/library.py). Without a compiler they are left out: `onecopy doctor` says so, and what
+to do.
+"""
+
+import copy
+import os
+import platform
+from pathlib import Path
+from typing import Final
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE: Final = Path("workers", "native")
+FLAGS: Final = {
+    "amx": ["-DSET_AMX", "-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "avx512": ["-march=x86-64-v4"],
+    "avx2": ["-march=x86-64-v3"],
+    "portable": [],
+}
+COMMON: Final = [
+    *("-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"),
+    *("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+]
+
+
+def kernels() -> list[Extension]:
+    """All sets of x86-64 there, whatever this machine has; elsewhere the portable one."""
+    sets = FLAGS if platform.machine() == "x86_64" else ["portable"]
+    headers = sorted(str(path) for path in NATIVE.glob("*.h"))
+    return [
+        Extension(
+            f"workers.native._decoder_{name}",
+            [str(NATIVE / "decoder.cpp")],
+            depends=headers,
+            language="c++",
+            extra_compile_args=[*COMMON, *FLAGS[name]],
+            optional=True,
+        )
+        for name in sets
+    ]
+
+
+class Build(build_ext):
+    """Several at a time, each in a folder of its own, for they have one source."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+    def build_extension(self, ext: Extension) -> None:
+        alone = copy.copy(self)
+        alone.build_temp = str(Path(self.build_temp, ext.name))
+        build_ext.build_extension(alone, ext)
+
+
+setup(ext_modules=kernels(), cmdclass={"build_ext": Build})
