@@ -100,6 +100,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         "weights_bytes": weights,
         "workspace_bytes": ours.decoder.workspace_bytes,
+        "kernels": ours.decoder.kernels.name,
         "read_gb_per_s": round(bytes_per_ms / 1e6, 1),
         "results": results,
         "steal_ticks": steal_ticks() - steal,

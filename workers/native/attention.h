@@ -6,18 +6,20 @@
 // columns beside it: for it, keys out of its sight contribute exact zeros. That makes decoding,
 // prefill in any chunks, and a split over threads agree bit for bit.
 //
+// In a block, each head's keys lie 16 tokens together, [head_dim / 2][16][2], so that a vector holds
+// a pair of elements of 16 keys; its values lie [token / 2][head_dim][2], so that one holds a pair of
+// tokens. The half of a pair whose token has not come yet is zero.
+//
 // How scores and weighted sums are made is up to a policy, one for each way of multiplying:
-//   Query, Key, Value, Weight   the elements that it works on
-//   load_query(row, dims, to)   one column's
-//   load_keys(rows, dims, to)   16 keys, one after the other in memory
-//   load_values(rows, count, dims, to)   two or more values, zeros after `count`
-//   scores(...), add_values(...)
-//   kKeyStep   the number of keys that scores and sums are made of is a multiple of this
+//   Query, Weight   the elements of its copies of queries and softmax weights
+//   load_queries(...), scores(...), store_weights(...), add_values(...)
+//   kKeyStep   the number of keys that scores are made of is a multiple of this
 #pragma once
 #include <algorithm>
 
-#include "paired.h"
+#include "matrix.h"
 
+constexpr int kSlots = 16;  // tokens whose keys lie together
 constexpr int kKeys = 64;
 constexpr int kPartition = 256;
 constexpr int kTiles = 16;  // of a task: keys and values are rearranged once for all of a head's
@@ -51,8 +53,8 @@ struct Task {
 // The softmax so far, as floats: of each column the maximum [16], the sum [16], the output [16][dims].
 inline int64_t partial_size(int head_dim) { return 32 + 16 * int64_t(padded(head_dim)); }
 
-inline void clear_partial(float* total, int head_dim) {
-  memset(total, 0, sizeof(float) * size_t(partial_size(head_dim)));
+inline void clear_partial(float* total, int num_columns, int head_dim) {
+  memset(total, 0, sizeof(float) * size_t(32 + num_columns * padded(head_dim)));
   for (int c = 0; c < 16; c++) total[c] = kNothing;
 }
 
@@ -89,11 +91,28 @@ inline void finish(const Attention& a, const Run& run, int kv_head, int column, 
   }
 }
 
+// Where the keys and values of kKeys tokens are: of each kSlots of them, the first's.
+struct Kept {
+  const bf16* keys[kKeys / kSlots];
+  const bf16* values[kKeys / kSlots];
+};
+
+inline void keep_key(bf16* keys, int slot, int head_dim, const bf16* key) {
+  bf16* to = keys + int64_t(slot / kSlots) * kSlots * head_dim + 2 * (slot % kSlots);
+  for (int d = 0; d < head_dim; d += 2) memcpy(to + d * kSlots, key + d, 4);
+}
+// With `ends`, no token comes with the next one's value in this call.
+inline void keep_value(bf16* values, int slot, int head_dim, const bf16* value, bool ends) {
+  bf16* to = values + int64_t(slot / 2) * 2 * head_dim + slot % 2;
+  for (int d = 0; d < head_dim; d++) to[2 * d] = value[d];
+  if (ends && slot % 2 == 0)
+    for (int d = 0; d < head_dim; d++) to[2 * d + 1] = 0;
+}
+
 template <class Policy>
 struct AttentionScratch {
   alignas(64) typename Policy::Query queries[kTiles * kRows * kMaxHeadDim];
-  alignas(64) typename Policy::Key keys[kKeys * kMaxHeadDim];
-  alignas(64) typename Policy::Value values[kKeys * kMaxHeadDim];
+  alignas(64) typename Policy::Arranged arranged;
   alignas(64) float scores[kRows][kKeys];
   alignas(64) typename Policy::Weight weights[kRows][kKeys];
   alignas(64) float output[kTiles * kRows * kMaxHeadDim];
@@ -115,6 +134,12 @@ class AttentionTask {
         head_tiles_((task.num_columns + kRows - 1) / kRows),
         num_tiles_(head_tiles_ * task.num_kv_heads) {}
 
+  // Have the first keys and values come.
+  void fetch_first() const {
+    fetch(a_.window ? std::max(0, position_of(0) - a_.window + 1) / kKeys * kKeys
+                    : std::max(0, task_.partition) * kPartition);
+  }
+
   // `queries` are rows of projections, `row_stride` elements each. A partition's result goes to
   // `partials`, the whole one's to `out`, `out_stride` elements a row.
   void compute(const bf16* queries, int64_t row_stride, float* partials, bf16* out,
@@ -128,12 +153,12 @@ class AttentionTask {
       partition(std::max(first, begin), std::min(last + 1, begin + kPartition));
       for (int t = 0; t < num_tiles_; t++) {
         float* to = partials + (task_.slot + t) * partial_size(a_.head_dim);
-        clear_partial(to, a_.head_dim);
+        clear_partial(to, columns_of(t), a_.head_dim);
         merge(t, to);
       }
       return;
     }
-    for (int t = 0; t < num_tiles_; t++) clear_partial(total_of(t), a_.head_dim);
+    for (int t = 0; t < num_tiles_; t++) clear_partial(total_of(t), columns_of(t), a_.head_dim);
     for (int p = first / kPartition; p <= last / kPartition; p++) {
       partition(std::max(first, p * kPartition), std::min(last + 1, (p + 1) * kPartition));
       for (int t = 0; t < num_tiles_; t++)
@@ -157,13 +182,15 @@ class AttentionTask {
   float* output_of(int tile) const { return s_.output + tile * kRows * dims_; }
   float* total_of(int tile) const { return s_.total + tile * partial_size(a_.head_dim); }
   int64_t head_bytes() const { return int64_t(a_.block_size) * a_.head_dim * 2; }
-  const bf16* key_at(int position, int kv_head) const {
+  // The block of the token at `position`, of that head, and where its tokens are within it.
+  const bf16* keys_at(int position, int kv_head) const {
+    const int within = position % a_.block_size / kSlots * kSlots;
     return (const bf16*)((const char*)run_.blocks[position / a_.block_size] + a_.layer_offset +
                          kv_head * head_bytes()) +
-           int64_t(position % a_.block_size) * a_.head_dim;
+           int64_t(within) * a_.head_dim;
   }
-  const bf16* value_at(int position, int kv_head) const {
-    return key_at(position, kv_head) + a_.num_kv_heads * head_bytes() / 2;
+  const bf16* values_at(int position, int kv_head) const {
+    return keys_at(position, kv_head) + a_.num_kv_heads * head_bytes() / 2;
   }
 
   void load_queries(int t, const bf16* queries, int64_t row_stride) {
@@ -179,8 +206,8 @@ class AttentionTask {
   // Keys [begin, end), within one partition, for all tiles.
   void partition(int begin, int end) {
     for (int t = 0; t < num_tiles_; t++) {
-      memset(output_of(t), 0, sizeof(float) * size_t(kRows * dims_));
-      memset(s_.sums[t], 0, sizeof s_.sums[t]);
+      memset(output_of(t), 0, sizeof(float) * size_t(columns_of(t) * dims_));
+      memset(s_.sums[t], 0, sizeof(float) * size_t(columns_of(t) * kLanes));
       for (int c = 0; c < kRows; c++) s_.maxima[t][c] = kNothing;
     }
     for (int start = begin / kKeys * kKeys; start < end; start += kKeys) {
@@ -188,25 +215,27 @@ class AttentionTask {
       const int stop = std::min(end, start + kKeys);
       for (int head = 0; head < task_.num_kv_heads; head++) {
         const int kv_head = task_.kv_head + head;
-        for (int at = start; at < stop; at += 16) {
-          Policy::load_keys(key_at(at, kv_head), a_.head_dim, s_.keys + (at - start) * dims_);
-          Policy::load_values(value_at(at, kv_head), std::min(16, stop - at), a_.head_dim,
-                              s_.values, at - start);
+        Kept kept;
+        for (int i = 0; i < kKeys / kSlots; i++) {
+          const int at = std::min(start + i * kSlots, stop - 1);
+          kept.keys[i] = keys_at(at, kv_head);
+          kept.values[i] = values_at(at, kv_head);
         }
+        Policy::arrange(kept, stop - start, a_.head_dim, s_.arranged);
         for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++)
-          if (last_position(t) >= start) step(t, start, stop);
+          if (last_position(t) >= start) step(t, start, stop, kept);
       }
     }
   }
 
   // The heads of a block lie one after the other.
   void fetch(int start) const {
-    const int64_t bytes = std::min<int64_t>(16, a_.block_size) * a_.head_dim * 2;
+    const int64_t bytes = int64_t(kSlots) * a_.head_dim * 2;
     const int end = std::min(position_of(task_.num_columns - 1) + 1, start + kKeys);
     for (int at = start; at < end; at += 16)
       for (int head = 0; head < task_.num_kv_heads; head++) {
-        const char* key = (const char*)key_at(at, task_.kv_head + head);
-        const char* value = (const char*)value_at(at, task_.kv_head + head);
+        const char* key = (const char*)keys_at(at, task_.kv_head + head);
+        const char* value = (const char*)values_at(at, task_.kv_head + head);
         for (int64_t i = 0; i < bytes; i += 64) {
           prefetch_near(key + i);
           prefetch_near(value + i);
@@ -215,11 +244,11 @@ class AttentionTask {
   }
 
   // One step of the online softmax of a tile, over keys [start, stop).
-  void step(int t, int start, int stop) {
+  void step(int t, int start, int stop, const Kept& kept) {
     const int columns = columns_of(t);
     // What is behind `stop` is seen by no column.
     const int num_keys = (stop - start + Policy::kKeyStep - 1) / Policy::kKeyStep * Policy::kKeyStep;
-    Policy::scores(queries_of(t), columns, s_.keys, num_keys, a_.head_dim, s_.scores);
+    Policy::scores(queries_of(t), columns, kept, num_keys, a_.head_dim, s_.scores);
     const float scale = a_.softcap != 0 ? 1.f : a_.scale;
     for (int c = 0; c < columns; c++) {
       const float highest = mask_and_maximize(t, c, start, num_keys) * scale;
@@ -240,7 +269,8 @@ class AttentionTask {
         for (int d = 0; d < dims_; d += kLanes) store(o + d, load(o + d) * splat(factor));
       }
     }
-    Policy::add_values(s_.weights, columns, s_.values, num_keys, dims_, output_of(t));
+    Policy::add_values(s_.weights, columns, kept, s_.arranged, stop - start, a_.head_dim,
+                       output_of(t));
   }
 
   static float power_of_two(float x) {

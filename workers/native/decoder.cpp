@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 
+#include "paired.h"
 #include "threads.h"
 #if defined(__AVX512BF16__)
 #include "pairs.h"
@@ -506,17 +507,34 @@ class Decoder {
     for (int k = 0; k < padded(width); k += kLanes) store(to + k, load16(from + k));
   }
 
+  // Rows up to which memory is the limit.
+  static constexpr int kFew = 4;
+
+  static Cut cut_for(const Linear& linear, int num_rows) {
+#if defined(SET_AMX)
+    for (int i = 0; i < linear.num_matrices; i++)
+      if (Tiles::takes(linear.matrices[i], linear.width)) return kDoubles;
+#endif
+    return num_rows <= kFew ? kBands : kGroups;
+  }
+
   // Calls out(chunk, block, product) for each chunk that this thread takes and each block.
-  template <class ChunkOf, class Out>
-  void multiply(int thread, const Linear& linear, int chunks, const Operand& x, int num_rows,
-                ChunkOf chunk_at, Out out) {
+  template <class Out>
+  void multiply(int thread, const Linear& linear, const Operand& x, int num_rows, Out out) {
+    const Cut cut = cut_for(linear, num_rows);
+    multiply(thread, linear.width, num_chunks(linear, cut), x, num_rows,
+             [&](int index) { return chunk_of(linear, index, cut); }, out);
+  }
+  template <class ChunkAt, class Out>
+  void multiply(int thread, int width, int chunks, const Operand& x, int num_rows, ChunkAt chunk_at,
+                Out out) {
     Product products[2];
     const int blocks = (num_rows + kRows - 1) / kRows;
     for (int index; (index = threads_->take(thread, chunks)) >= 0;) {
-      const Chunk chunk = chunk_at(linear, index);
+      const Chunk chunk = chunk_at(index);
       for (int b = 0; b < blocks;) {
 #if defined(SET_AMX)
-        if (tiled(chunk, linear.width)) {
+        if (tiled(chunk, width)) {
           const bf16* paired[2];
           int counts[2];
           const int together = std::min(2, blocks - b);
@@ -525,9 +543,9 @@ class Decoder {
             counts[i] = std::min(kRows, num_rows - (b + i) * kRows);
           }
           if (together == 2)
-            Tiles::multiply<2>(chunk, linear.width, paired, counts, products);
+            Tiles::multiply<2>(chunk, width, paired, counts, products);
           else
-            Tiles::multiply<1>(chunk, linear.width, paired, counts, products);
+            Tiles::multiply<1>(chunk, width, paired, counts, products);
           for (int i = 0; i < together; i++) out(chunk, b + i, products[i]);
           b += together;
           continue;
@@ -535,7 +553,7 @@ class Decoder {
 #endif
         Block<Vectors::Element> block;
         x.block(b * kRows, std::min(kRows, num_rows - b * kRows), block);
-        Vectors::multiply(chunk, linear.width, block, products[0]);
+        Vectors::multiply(chunk, width, block, products[0]);
         out(chunk, b, products[0]);
         b++;
       }
@@ -552,11 +570,13 @@ class Decoder {
 
   // Products as bf16 rows.
   void into_rows(int thread, const Linear& linear, const Operand& x, bf16* to, int64_t stride) {
-    multiply(thread, linear, num_chunks(linear), x, call_->num_rows, chunk_of,
+    multiply(thread, linear, x, call_->num_rows,
              [&](const Chunk& chunk, int block, const Product& product) {
-               each_row(chunk, product, rows_of(block), [&](int m, int output, int count, F value) {
-                 store16(to + (int64_t(block) * kRows + m) * stride + output, value, count);
-               });
+               each_row(chunk, product, rows_of(block),
+                        [&](int m, int output, int step, int count, F value) {
+                          bf16* row = to + (int64_t(block) * kRows + m) * stride;
+                          scatter16(row + output, step, value, count);
+                        });
              });
   }
 
@@ -601,11 +621,22 @@ class Decoder {
       if (head >= a.num_heads) {
         const int64_t* blocks = call_->addresses + int64_t(call_->tables[row]) * call_->max_blocks;
         bf16* block = (bf16*)(blocks[position / a.block_size] + a.layer_offset);
-        const int64_t slot = int64_t(head - a.num_heads) * a.block_size + position % a.block_size;
-        memcpy(block + slot * a.head_dim, x, size_t(a.head_dim) * 2);
+        block += int64_t(head - a.num_heads) * a.block_size * a.head_dim;
+        const int slot = position % a.block_size;
+        if (head < values_from)
+          keep_key(block, slot, a.head_dim, x);
+        else
+          keep_value(block, slot, a.head_dim, x, ends_run(row));
       }
     }
     count(thread, kRotate);
+  }
+
+  // Whether the next row is not the next token of the same sequence.
+  bool ends_run(int row) const {
+    const int next = row + 1;
+    return next == call_->num_rows || call_->tables[next] != call_->tables[row] ||
+           call_->positions[next] != call_->positions[row] + 1;
   }
 
   // One norm over the queries of all heads, one over the keys, each in one piece.
@@ -635,6 +666,11 @@ class Decoder {
     const Attention& a = layer.attention;
     for (int i; (i = threads_->take_in_order(int(kind.tasks.size()))) >= 0;) {
       const Task& task = kind.tasks[size_t(i)];
+      const size_t next = size_t(i + threads_->count());
+      if (next < kind.tasks.size()) {
+        const Task& later = kind.tasks[next];
+        AttentionTask<Policy>(a, runs_[size_t(later.run)], later, *scratch).fetch_first();
+      }
       AttentionTask<Policy>(a, runs_[size_t(task.run)], task, *scratch)
           .compute(projected_, projected_stride_, partials_, attended_, attended_stride_);
     }
@@ -645,7 +681,7 @@ class Decoder {
       const Task& task = kind.merges[size_t(i)];
       float* total = scratch->total;
       for (int head = 0; head < task.num_kv_heads; head++) {
-        clear_partial(total, a.head_dim);
+        clear_partial(total, task.num_columns, a.head_dim);
         for (int p = 0; p < task.partition; p++) {
           const int slot = task.slot + p * task.num_kv_heads + head;
           const float* part = partials_ + slot * partial_size(a.head_dim);
@@ -664,16 +700,18 @@ class Decoder {
     };
     with_activation(spec_.activation, [&](auto activation) {
       if (layer.gate_up.num_matrices == 1)
-        return multiply(thread, layer.gate_up, num_chunks(layer.gate_up), x, call_->num_rows,
-                        chunk_of, [&](const Chunk& chunk, int block, const Product& product) {
+        return multiply(thread, layer.gate_up, x, call_->num_rows,
+                        [&](const Chunk& chunk, int block, const Product& product) {
                           each_row(chunk, product, rows_of(block),
-                                   [&](int m, int output, int count, F value) {
-                                     store16(row_of(block, m) + output,
-                                             activation(rounded(value)), count);
+                                   [&](int m, int output, int step, int count, F value) {
+                                     scatter16(row_of(block, m) + output, step,
+                                               activation(rounded(value)), count);
                                    });
                         });
-      multiply(thread, layer.gate_up, num_gated_chunks(layer.gate_up), x, call_->num_rows,
-               gated_chunk_of, [&](const Chunk& chunk, int block, const Product& product) {
+      const Cut cut = cut_for(layer.gate_up, call_->num_rows) == kBands ? kBands : kGroups;
+      multiply(thread, layer.gate_up.width, num_gated_chunks(layer.gate_up), x, call_->num_rows,
+               [&](int index) { return gated_chunk_of(layer.gate_up.matrices, index, cut); },
+               [&](const Chunk& chunk, int block, const Product& product) {
                  store_gated(chunk, product, rows_of(block), activation, row_of(block, 0),
                              gated_stride_);
                });
@@ -698,13 +736,11 @@ class Decoder {
     const int64_t width = spec_.hidden_size, inner = experts.intermediate;
     Product product;
     Block<Vectors::Element> block;
-    const int gate_chunks = int((inner + kGroup - 1) / kGroup);
+    const int gate_chunks = num_chunks_of(inner, kGroups);
     for_each_expert(thread, gate_chunks, [&](int expert, int index, int begin, int end) {
       gates[0].weight = experts.gate_up + expert * 2 * inner * width;
       gates[1].weight = (const bf16*)gates[0].weight + inner * width;
-      Chunk chunk;
-      chunk.num_groups = 2;
-      for (int i = 0; i < 2; i++) chunk.groups[i] = group_of(gates[i], index * kGroup, index * kGroup);
+      const Chunk chunk = gated_chunk_of(gates, index, end - begin <= kFew ? kBands : kGroups);
       for (int at = begin; at < end; at += kRows) {
         block.num_rows = std::min(kRows, end - at);
         for (int m = 0; m < block.num_rows; m++) block.rows[m] = x.row(choices_[size_t(at + m)].row);
@@ -725,17 +761,19 @@ class Decoder {
       barrier(thread);
     }
     Matrix down{nullptr, nullptr, width, kBf16};
-    for_each_expert(thread, chunks_of(width), [&](int expert, int index, int begin, int end) {
+    const int down_chunks = num_chunks_of(width, kGroups);
+    for_each_expert(thread, down_chunks, [&](int expert, int index, int begin, int end) {
       down.weight = experts.down + expert * inner * width;
-      Linear linear{{down}, 1, int32_t(inner), int32_t(width)};
-      const Chunk chunk = chunk_of(linear, index);
+      const Chunk chunk = chunk_of(down, index, 0, end - begin <= kFew ? kBands : kGroups);
       for (int at = begin; at < end; at += kRows) {
         block.num_rows = std::min(kRows, end - at);
         for (int m = 0; m < block.num_rows; m++) block.rows[m] = gated_row(at + m);
         Vectors::multiply(chunk, int(inner), block, product);
-        each_row(chunk, product, block.num_rows, [&](int m, int output, int count, F value) {
-          store16(expert_out_ + (at + m) * hidden_stride_ + output, value, count);
-        });
+        each_row(chunk, product, block.num_rows,
+                 [&](int m, int output, int step, int count, F value) {
+                   bf16* row = expert_out_ + (at + m) * hidden_stride_;
+                   scatter16(row + output, step, value, count);
+                 });
       }
     });
     count(thread, kDown);
@@ -819,17 +857,14 @@ class Decoder {
     const Group &gate = chunk.groups[0], &up = chunk.groups[1];
     for (int n = 0; n < gate.count; n += kLanes) {
       const int count = gate.count - n;
-      const F gate_bias = bias_of(gate, n, count), up_bias = bias_of(up, n, count);
+      const F gate_bias = biases_of(gate, n, count), up_bias = biases_of(up, n, count);
       for (int m = 0; m < num_rows; m++) {
         const F g = rounded(load(product.out[m] + n) + gate_bias);
         const F u = rounded(load(product.out[m] + kGroup + n) + up_bias);
-        store16(to + m * stride + gate.output + n, rounded(activation(g)) * u, count);
+        scatter16(to + m * stride + gate.output + n * gate.step, gate.step,
+                  rounded(activation(g)) * u, count);
       }
     }
-  }
-
-  static F bias_of(const Group& group, int n, int count) {
-    return group.biases() ? load16(group.biases() + n, count) : splat(0.f);
   }
 
   // The residual stream to whom it may concern; the rows asked for, their norm, the head.
@@ -869,17 +904,17 @@ class Decoder {
     for (int i = 0; i < num_rows; i++) own.best[i] = {-INFINITY, 0};
     if (!few) barrier(thread);
     const int64_t vocab = spec_.head.num_outputs;
-    multiply(thread, spec_.head, num_chunks(spec_.head), x, num_rows, chunk_of,
+    multiply(thread, spec_.head, x, num_rows,
              [&](const Chunk& chunk, int block, const Product& product) {
                each_row(chunk, product, std::min(kRows, num_rows - block * kRows),
-                        [&](int m, int output, int count, F value) {
+                        [&](int m, int output, int step, int count, F value) {
                           const int64_t row = int64_t(block) * kRows + m;
                           alignas(64) float values[kLanes];
                           store(values, final_logits(value));
                           count = std::min(count, kLanes);
                           if (call_->logits)
-                            memcpy(call_->logits + row * vocab + output, values, size_t(count) * 4);
-                          if (call_->greedy) consider(own.best[row], values, output, count);
+                            scatter(call_->logits + row * vocab + output, step, values, count);
+                          if (call_->greedy) consider(own.best[row], values, output, step, count);
                         });
              });
     count(thread, kLogits);
@@ -899,10 +934,14 @@ class Decoder {
   }
 
   // Of equal logits the first counts, whichever thread has seen it.
-  static void consider(Best& best, const float* values, int output, int count) {
+  static void consider(Best& best, const float* values, int output, int step, int count) {
     for (int i = 0; i < count; i++)
-      if (values[i] > best.value || (values[i] == best.value && output + i < best.index))
-        best = {values[i], output + i};
+      if (values[i] > best.value || (values[i] == best.value && output + i * step < best.index))
+        best = {values[i], output + i * step};
+  }
+  static void scatter(float* to, int step, const float* values, int count) {
+    if (step == 1) return (void)memcpy(to, values, size_t(count) * sizeof(float));
+    for (int i = 0; i < count; i++) to[int64_t(i) * step] = values[i];
   }
   void choose() {
     for (int row = 0; row < call_->num_logit_rows; row++) {

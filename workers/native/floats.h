@@ -10,41 +10,48 @@
 struct Floats {
   using Element = float;  // activations are widened once for all products
 
-  static void widen_row(const bf16* from, int width, float* to) {
-    for (int k = 0; k < padded(width); k += kLanes) store(to + k, load16(from + k));
-  }
-
   static void multiply(const Chunk& chunk, int width, const Block<Element>& x, Product& product) {
-    for (int g = 0; g < chunk.num_groups; g++) {
-      const Group& group = chunk.groups[g];
-      const bf16* weight = group.bf16_rows(width);
-      float* out = product.out[0] + g * kGroup;
-      if (group.count < kGroup) {
-        for (int m = 0; m < x.num_rows; m++)
-          for (int r = 0; r < group.count; r++)
-            dots<1, 1>(weight + int64_t(r) * width, width, x.rows + m, out + m * kOutputs + r);
-        continue;
-      }
-      int m = 0;
-      for (; m + 4 <= x.num_rows; m += 4)
-        for (int r = 0; r < kGroup; r += kLanes / 4)
-          dots<kLanes / 4, 4>(weight + int64_t(r) * width, width, x.rows + m,
-                              out + m * kOutputs + r);
-      if (m + 2 <= x.num_rows) {
-        for (int r = 0; r < kGroup; r += kLanes / 2)
-          dots<kLanes / 2, 2>(weight + int64_t(r) * width, width, x.rows + m,
-                              out + m * kOutputs + r);
-        m += 2;
-      }
-      if (m < x.num_rows)
-        for (int r = 0; r < kGroup; r += kLanes)
-          dots<kLanes, 1>(weight + int64_t(r) * width, width, x.rows + m, out + m * kOutputs + r);
-    }
+    for (int g = 0; g < chunk.num_groups; g++)
+      multiply(chunk.groups[g], width, x, product.out[0] + g * kGroup);
   }
 
  private:
-  template <int R, int M>
-  static void dots(const bf16* weight, int width, const Element* const* x, float* out) {
+  struct Rows {
+    const bf16* first;
+    int64_t step, ahead;  // in elements
+
+    Rows from(int r) const { return {first + r * step, step, ahead}; }
+  };
+
+  static void multiply(const Group& group, int width, const Block<Element>& x, float* out) {
+    const int64_t step = int64_t(group.step) * width;
+    const Rows rows{group.bf16_rows(width), step, group.step == 1 ? kGroup * step : width};
+    if (group.count < kGroup) {
+      for (int m = 0; m < x.num_rows; m++)
+        for (int r = 0; r < group.count; r++)
+          dots<1, 1, false>(rows.from(r), width, x.rows + m, out + m * kOutputs + r);
+      return;
+    }
+    const int fours = x.num_rows / 4 * 4;
+    int m = fours;
+    for (int r = 0; fours && r < kGroup; r += kLanes / 4) {
+      dots<kLanes / 4, 4, true>(rows.from(r), width, x.rows, out + r);
+      for (int n = 4; n < fours; n += 4)
+        dots<kLanes / 4, 4, false>(rows.from(r), width, x.rows + n, out + n * kOutputs + r);
+    }
+    if (m + 2 <= x.num_rows) {
+      for (int r = 0; r < kGroup; r += kLanes / 2)
+        dots<kLanes / 2, 2, true>(rows.from(r), width, x.rows + m, out + m * kOutputs + r);
+      m += 2;
+    }
+    if (m < x.num_rows)
+      for (int r = 0; r < kGroup; r += kLanes)
+        dots<kLanes, 1, true>(rows.from(r), width, x.rows + m, out + m * kOutputs + r);
+  }
+
+  // R weight rows with M rows of activations: out[m * kOutputs + r].
+  template <int R, int M, bool kFetches>
+  static void dots(const Rows& weights, int width, const Element* const* x, float* out) {
     F sums[kLanes];
     for (int i = 0; i < kLanes; i++) sums[i] = splat(0.f);
     const Element* rows[M];
@@ -54,16 +61,16 @@ struct Floats {
       F inputs[M];
       for (int m = 0; m < M; m++) inputs[m] = load(rows[m] + k);
       for (int r = 0; r < R; r++) {
-        const bf16* at = weight + int64_t(r) * width + k;
+        const bf16* at = weights.first + r * weights.step + k;
         const F w = load16(at);
-        if (k % 32 == 0) prefetch(at + int64_t(kGroup) * width);
+        if (kFetches && k % 32 == 0) prefetch(at + weights.ahead);
         for (int m = 0; m < M; m++) sums[m * R + r] = fma(w, inputs[m], sums[m * R + r]);
       }
     }
     if (k < width)
       for (int m = 0; m < M; m++)
         for (int r = 0; r < R; r++) {
-          const F w = load16(weight + int64_t(r) * width + k, width - k);
+          const F w = load16(weights.first + r * weights.step + k, width - k);
           sums[m * R + r] = fma(w, load(rows[m] + k), sums[m * R + r]);
         }
     alignas(64) float all[kLanes];
@@ -72,114 +79,116 @@ struct Floats {
   }
 };
 
-// Attention in fp32: keys transposed, so that a lane is a key; values widened.
+// Attention in fp32: a lane is a key for scores, an element of a head for values.
 struct FloatsAttention {
-  using Query = float;   // [column][dims]
-  using Key = float;     // of 16 keys: [dims][16]
-  using Value = float;   // [key][dims]
+  using Query = float;   // [column][padded(head_dim)]
   using Weight = float;  // [column][key]
-
-  static constexpr int kKeyStep = 16;
+  struct Arranged {};
+  static constexpr int kKeyStep = kSlots;
 
   static void load_queries(const bf16* const rows[kRows], int columns, int head_dim, Query* to) {
     const int dims = padded(head_dim);
     for (int c = 0; c < columns; c++)
-      for (int d = 0; d < dims; d += kLanes)
-        store(to + c * dims + d, d < head_dim ? load16(rows[c] + d, head_dim - d) : splat(0.f));
+      for (int d = 0; d < head_dim; d += kLanes)
+        store(to + c * dims + d, load16(rows[c] + d, head_dim - d));
   }
 
-  static void load_keys(const bf16* keys, int head_dim, Key* to) {
-    const bf16* rows[kRows];
-    for (int i = 0; i < kRows; i++) rows[i] = keys + i * head_dim;
-    alignas(64) bf16 paired[kRows * kMaxHeadDim];
-    pair_rows(rows, head_dim, paired);
-    for (int d = 0; d < padded(head_dim); d += 2)
-      for (int i = 0; i < kRows; i += kLanes) {
-        Int pair;
-        memcpy(&pair, paired + d * kRows + 2 * i, sizeof pair);
-        store(to + d * kRows + i, (F)(pair << 16));
-        store(to + (d + 1) * kRows + i, (F)(pair & int32_t(0xffff0000)));
-      }
-  }
+  static void arrange(const Kept&, int, int, Arranged&) {}
 
-  static void load_values(const bf16* values, int count, int head_dim, Value* to, int key) {
+  static void scores(const Query* queries, int columns, const Kept& kept, int num_keys,
+                     int head_dim, float (*out)[kKeys]) {
     const int dims = padded(head_dim);
-    for (int i = 0; i < 16; i++)
-      for (int d = 0; d < dims; d += kLanes) {
-        const bool there = i < count && d < head_dim;
-        store(to + (key + i) * dims + d,
-              there ? load16(values + i * head_dim + d, head_dim - d) : splat(0.f));
-      }
-  }
-
-  static void scores(const Query* queries, int columns, const Key* keys, int num_keys, int head_dim,
-                     float (*out)[kKeys]) {
-    const int dims = padded(head_dim);
-    for (int key = 0; key < num_keys; key += kRows) {
+    for (int key = 0; key < num_keys; key += kSlots) {
+      const bf16* keys = kept.keys[key / kSlots];
       int c = 0;
-      for (; c + 4 <= columns; c += 4)
-        scores_of<4>(queries + c * dims, keys + key * dims, dims, key, out + c);
-      for (; c < columns; c++)
-        scores_of<1>(queries + c * dims, keys + key * dims, dims, key, out + c);
+      for (; c + kColumns <= columns; c += kColumns)
+        scores_of<kColumns>(queries + c * dims, keys, head_dim, key, out + c);
+      for (; c + 2 <= columns; c += 2)
+        scores_of<2>(queries + c * dims, keys, head_dim, key, out + c);
+      for (; c < columns; c++) scores_of<1>(queries + c * dims, keys, head_dim, key, out + c);
     }
   }
 
   static void store_weights(Weight* to, F p) { store(to, p); }
 
-  static void add_values(const Weight (*weights)[kKeys], int columns, const Value* values,
-                         int num_keys, int dims, float* output) {
+  static void add_values(const Weight (*weights)[kKeys], int columns, const Kept& kept,
+                         const Arranged&, int num_keys, int head_dim, float* output) {
+    const int dims = padded(head_dim);
     int c = 0;
-    for (; c + 4 <= columns; c += 4)
-      add_to<4>(weights + c, values, num_keys, dims, output + c * dims);
-    for (; c < columns; c++) add_to<1>(weights + c, values, num_keys, dims, output + c * dims);
+    for (; c + kColumns <= columns; c += kColumns)
+      add_to<kColumns, 2>(weights + c, kept, num_keys, head_dim, output + c * dims);
+    for (; c + 2 <= columns; c += 2)
+      add_to<2, 4>(weights + c, kept, num_keys, head_dim, output + c * dims);
+    for (; c < columns; c++)
+      add_to<1, 4>(weights + c, kept, num_keys, head_dim, output + c * dims);
   }
 
  private:
-  static constexpr int kVectors = kRows / kLanes;  // of 16 keys
+  static constexpr int kColumns = 4;                    // at a time, where there are as many
+  static constexpr int kVectors = kSlots / kLanes;  // of keys that lie together
+
+  // The elements of a pair, from kLanes pairs beside each other.
+  static F first(Int pairs) { return (F)(pairs << 16); }
+  static F second(Int pairs) { return (F)(pairs & int32_t(0xffff0000)); }
+  static Int load_pairs(const bf16* p) {
+    Int pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  }
+  static Int load_pairs(const bf16* p, int count) {
+    if (count >= kLanes) return load_pairs(p);
+    Int pairs = {};
+    memcpy(&pairs, p, size_t(count) * 4);
+    return pairs;
+  }
 
   template <int C>
-  static void scores_of(const Query* queries, const Key* keys, int dims, int key,
+  static void scores_of(const Query* queries, const bf16* keys, int head_dim, int key,
                         float (*out)[kKeys]) {
+    const int dims = padded(head_dim);
     F sums[C][kVectors];
     for (int c = 0; c < C; c++)
       for (int i = 0; i < kVectors; i++) sums[c][i] = splat(0.f);
-    for (int d = 0; d < dims; d++) {
-      F k[kVectors];
-      for (int i = 0; i < kVectors; i++) k[i] = load(keys + d * kRows + i * kLanes);
-      for (int c = 0; c < C; c++) {
-        const F q = splat(queries[c * dims + d]);
-        for (int i = 0; i < kVectors; i++) sums[c][i] = fma(k[i], q, sums[c][i]);
+    for (int d = 0; d < head_dim; d += 2)
+      for (int i = 0; i < kVectors; i++) {
+        const Int pairs = load_pairs(keys + d * kSlots + 2 * i * kLanes);
+        const F a = first(pairs), b = second(pairs);
+        for (int c = 0; c < C; c++) {
+          sums[c][i] = fma(a, splat(queries[c * dims + d]), sums[c][i]);
+          sums[c][i] = fma(b, splat(queries[c * dims + d + 1]), sums[c][i]);
+        }
       }
-    }
     for (int c = 0; c < C; c++)
       for (int i = 0; i < kVectors; i++) store(out[c] + key + i * kLanes, sums[c][i]);
   }
 
-  template <int C>
-  static void add_to(const Weight (*weights)[kKeys], const Value* values, int num_keys, int dims,
+  // D vectors at a time.
+  template <int C, int D>
+  static void add_to(const Weight (*weights)[kKeys], const Kept& kept, int num_keys, int head_dim,
                      float* output) {
-    constexpr int kWidth = C == 1 ? 4 : 2;  // vectors of a column at a time
-    for (int d = 0; d < dims; d += kWidth * kLanes) {
-      const int width = std::min(kWidth, (dims - d) / kLanes);
-      if (width == kWidth)
-        add_to<C, kWidth>(weights, values, num_keys, dims, d, output);
-      else
-        for (int i = 0; i < width; i++)
-          add_to<C, 1>(weights, values, num_keys, dims, d + i * kLanes, output);
-    }
+    int d = 0;
+    for (; d + D * kLanes <= head_dim; d += D * kLanes)
+      add_vectors<C, D>(weights, kept, num_keys, head_dim, d, output);
+    for (; d < head_dim; d += kLanes)
+      add_vectors<C, 1>(weights, kept, num_keys, head_dim, d, output);
   }
   template <int C, int D>
-  static void add_to(const Weight (*weights)[kKeys], const Value* values, int num_keys, int dims,
-                     int d, float* output) {
+  static void add_vectors(const Weight (*weights)[kKeys], const Kept& kept, int num_keys,
+                          int head_dim, int d, float* output) {
+    const int dims = padded(head_dim);
     F sums[C][D];
     for (int c = 0; c < C; c++)
       for (int i = 0; i < D; i++) sums[c][i] = load(output + c * dims + d + kLanes * i);
-    for (int key = 0; key < num_keys; key++) {
-      F v[D];
-      for (int i = 0; i < D; i++) v[i] = load(values + key * dims + d + kLanes * i);
-      for (int c = 0; c < C; c++) {
-        const F p = splat(weights[c][key]);
-        for (int i = 0; i < D; i++) sums[c][i] = fma(v[i], p, sums[c][i]);
+    for (int key = 0; key < num_keys; key += 2) {
+      const bf16* values = kept.values[key / kSlots] + key % kSlots * head_dim + 2 * d;
+      for (int i = 0; i < D; i++) {
+        const bf16* at = values + 2 * kLanes * i;
+        const Int pairs = D == 1 ? load_pairs(at, head_dim - d) : load_pairs(at);
+        const F a = first(pairs), b = second(pairs);
+        for (int c = 0; c < C; c++) {
+          sums[c][i] = fma(a, splat(weights[c][key]), sums[c][i]);
+          sums[c][i] = fma(b, splat(weights[c][key + 1]), sums[c][i]);
+        }
       }
     }
     for (int c = 0; c < C; c++)

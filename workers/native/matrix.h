@@ -26,12 +26,13 @@ struct Linear {
   int32_t num_outputs;
 };
 
-// Up to 16 rows of a matrix.
+// Up to 16 rows of a matrix, `step` rows apart.
 struct Group {
   const Matrix* matrix;
   int64_t row;  // the first
   int count;
   int output;  // the first one's index among the linear's
+  int step;
 
   const bf16* bf16_rows(int width) const { return (const bf16*)matrix->weight + row * width; }
   const bf16* biases() const { return matrix->bias ? matrix->bias + row : nullptr; }
@@ -42,46 +43,78 @@ struct Chunk {
   int num_groups;
 };
 
-inline int chunks_of(int64_t rows) { return int((rows + 2 * kGroup - 1) / (2 * kGroup)); }
+// How a matrix is cut into chunks.
+//
+// Few rows of activations leave memory as the limit, and a processor that reads 16 places at once is
+// given more of it than one that reads a single one: so a group takes one row of each of 16 bands of
+// the matrix, and each band is read from its begin to its end. Many rows leave arithmetic as the
+// limit: a group is 16 rows beside each other, whose outputs can be stored together.
+enum Cut {
+  kBands,   // one group, across bands
+  kGroups,  // one group of neighbours
+  kDoubles  // two
+};
 
-inline int num_chunks(const Linear& linear) {
+inline int num_chunks_of(int64_t rows, Cut cut) {
+  const int64_t size = cut == kDoubles ? 2 * kGroup : kGroup;
+  return int((rows + size - 1) / size);
+}
+
+inline int num_chunks(const Linear& linear, Cut cut) {
   int count = 0;
-  for (int i = 0; i < linear.num_matrices; i++) count += chunks_of(linear.matrices[i].num_rows);
+  for (int i = 0; i < linear.num_matrices; i++)
+    count += num_chunks_of(linear.matrices[i].num_rows, cut);
   return count;
 }
 
-inline Group group_of(const Matrix& matrix, int64_t row, int output) {
+inline Group neighbours(const Matrix& matrix, int64_t row, int base) {
   const int64_t left = matrix.num_rows - row;
-  return {&matrix, row, int(left < kGroup ? left : kGroup), output};
+  return {&matrix, row, int(left < kGroup ? left : kGroup), base + int(row), 1};
 }
 
-inline Chunk chunk_of(const Linear& linear, int index) {
+// The group of that number; what bands leave over are neighbours at the matrix's end.
+inline Group group_of(const Matrix& matrix, int index, int base, Cut cut) {
+  const int bands = int(matrix.num_rows / kGroup);
+  if (cut == kBands && index < bands) return {&matrix, index, kGroup, base + index, bands};
+  return neighbours(matrix, int64_t(index) * kGroup, base);
+}
+
+inline Chunk chunk_of(const Matrix& matrix, int index, int base, Cut cut) {
+  Chunk chunk;
+  chunk.num_groups = 1;
+  if (cut != kDoubles) {
+    chunk.groups[0] = group_of(matrix, index, base, cut);
+    return chunk;
+  }
+  const int64_t row = int64_t(index) * 2 * kGroup;
+  chunk.groups[0] = neighbours(matrix, row, base);
+  if (matrix.num_rows - row > kGroup) {
+    chunk.groups[1] = neighbours(matrix, row + kGroup, base);
+    chunk.num_groups = 2;
+  }
+  return chunk;
+}
+
+inline Chunk chunk_of(const Linear& linear, int index, Cut cut) {
   int base = 0;
   const Matrix* matrix = linear.matrices;
   for (;; matrix++) {
-    const int count = chunks_of(matrix->num_rows);
+    const int count = num_chunks_of(matrix->num_rows, cut);
     if (index < count) break;
     index -= count;
     base += int(matrix->num_rows);
   }
-  Chunk chunk;
-  const int64_t row = int64_t(index) * 2 * kGroup;
-  chunk.groups[0] = group_of(*matrix, row, base + int(row));
-  chunk.num_groups = matrix->num_rows - row > kGroup ? 2 : 1;
-  if (chunk.num_groups == 2)
-    chunk.groups[1] = group_of(*matrix, row + kGroup, base + int(row) + kGroup);
-  return chunk;
+  return chunk_of(*matrix, index, base, cut);
 }
 
 // Gate and up: rows of the same numbers.
 inline int num_gated_chunks(const Linear& linear) {
-  return int((linear.matrices[0].num_rows + kGroup - 1) / kGroup);
+  return num_chunks_of(linear.matrices[0].num_rows, kGroups);
 }
 
-inline Chunk gated_chunk_of(const Linear& linear, int index) {
+inline Chunk gated_chunk_of(const Matrix matrices[2], int index, Cut cut) {
   Chunk chunk;
   chunk.num_groups = 2;
-  for (int i = 0; i < 2; i++)
-    chunk.groups[i] = group_of(linear.matrices[i], int64_t(index) * kGroup, index * kGroup);
+  for (int i = 0; i < 2; i++) chunk.groups[i] = group_of(matrices[i], index, 0, cut);
   return chunk;
 }

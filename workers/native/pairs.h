@@ -12,33 +12,78 @@ struct Pairs {
   static constexpr int kStep = 32;
 
   static void multiply(const Chunk& chunk, int width, const Block<Element>& x, Product& product) {
-    for (int g = 0; g < chunk.num_groups; g++) {
-      const Group& group = chunk.groups[g];
-      const bf16* weight = group.bf16_rows(width);
-      float* out = product.out[0] + g * kGroup;
-      if (group.count < kGroup) {
-        for (int m = 0; m < x.num_rows; m++)
-          for (int r = 0; r < group.count; r++)
-            dots<1, 1>(weight + int64_t(r) * width, width, x.rows + m, out + m * kOutputs + r);
-        continue;
-      }
-      int m = 0;
-      for (; m + 4 <= x.num_rows; m += 4)
-        for (int r = 0; r < kGroup; r += 4)
-          dots<4, 4>(weight + int64_t(r) * width, width, x.rows + m, out + m * kOutputs + r);
-      if (m + 2 <= x.num_rows) {
-        for (int r = 0; r < kGroup; r += 8)
-          dots<8, 2>(weight + int64_t(r) * width, width, x.rows + m, out + m * kOutputs + r);
-        m += 2;
-      }
-      if (m < x.num_rows) dots<16, 1>(weight, width, x.rows + m, out + m * kOutputs);
-    }
+    for (int g = 0; g < chunk.num_groups; g++)
+      multiply(chunk.groups[g], width, x, product.out[0] + g * kGroup);
   }
 
  private:
-  // R weight rows with M rows of activations: out[m * kOutputs + r].
-  template <int R, int M>
-  static void dots(const bf16* weight, int width, const Element* const* x, float* out) {
+  // What is fetched ahead while a row is read: its successor in the next group.
+  struct Rows {
+    const bf16* first;
+    int64_t step, ahead;  // in elements
+
+    Rows from(int r) const { return {first + r * step, step, ahead}; }
+  };
+
+  static void multiply(const Group& group, int width, const Block<Element>& x, float* out) {
+    const int64_t step = int64_t(group.step) * width;
+    const Rows rows{group.bf16_rows(width), step, group.step == 1 ? kGroup * step : width};
+    if (group.count < kGroup) {
+      for (int m = 0; m < x.num_rows; m++)
+        for (int r = 0; r < group.count; r++)
+          dots<1, 1, 0, 0>(rows.from(r), width, x.rows + m, out + m * kOutputs + r);
+      return;
+    }
+    const int fours = x.num_rows / 4 * 4;
+    int m = fours;
+    for (int r = 0; fours && r < kGroup; r += 4) {
+      // Fetching ahead is spread over the passes, for it must not wait for memory.
+      float* to = out + r;
+      if (fours == 4) {
+        dots<4, 4, 0, 4>(rows.from(r), width, x.rows, to);
+      } else if (fours == 8) {
+        dots<4, 4, 0, 2>(rows.from(r), width, x.rows, to);
+        dots<4, 4, 2, 4>(rows.from(r), width, x.rows + 4, to + 4 * kOutputs);
+      } else {
+        dots<4, 4, 0, 2>(rows.from(r), width, x.rows, to);
+        dots<4, 4, 2, 3>(rows.from(r), width, x.rows + 4, to + 4 * kOutputs);
+        dots<4, 4, 3, 4>(rows.from(r), width, x.rows + 8, to + 8 * kOutputs);
+        if (fours == 16) dots<4, 4, 0, 0>(rows.from(r), width, x.rows + 12, to + 12 * kOutputs);
+      }
+    }
+    if (m + 3 == x.num_rows) {
+      for (int r = 0; r < kGroup; r += 4) {
+        float* to = out + m * kOutputs + r;
+        if (fours)
+          dots<4, 3, 0, 0>(rows.from(r), width, x.rows + m, to);
+        else
+          dots<4, 3, 0, 4>(rows.from(r), width, x.rows + m, to);
+      }
+      return;
+    }
+    if (m + 2 == x.num_rows) {
+      for (int r = 0; r < kGroup; r += 8) {
+        float* to = out + m * kOutputs + r;
+        if (fours)
+          dots<8, 2, 0, 0>(rows.from(r), width, x.rows + m, to);
+        else
+          dots<8, 2, 0, 8>(rows.from(r), width, x.rows + m, to);
+      }
+      return;
+    }
+    if (m + 1 == x.num_rows) {
+      float* to = out + m * kOutputs;
+      if (m)
+        dots<16, 1, 0, 0>(rows, width, x.rows + m, to);
+      else
+        dots<16, 1, 0, 16>(rows, width, x.rows + m, to);
+    }
+  }
+
+  // R weight rows with M rows of activations: out[m * kOutputs + r]. Fetches ahead for the rows
+  // [kFrom, kTo) of them.
+  template <int R, int M, int kFrom, int kTo>
+  static void dots(const Rows& weights, int width, const Element* const* x, float* out) {
     F sums[16];
     for (int i = 0; i < 16; i++) sums[i] = splat(0.f);
     const Element* rows[M];
@@ -48,9 +93,9 @@ struct Pairs {
       __m512bh inputs[M];
       for (int m = 0; m < M; m++) inputs[m] = (__m512bh)_mm512_loadu_si512(rows[m] + k);
       for (int r = 0; r < R; r++) {
-        const bf16* at = weight + int64_t(r) * width + k;
+        const bf16* at = weights.first + r * weights.step + k;
         const __m512bh w = (__m512bh)_mm512_loadu_si512(at);
-        prefetch(at + int64_t(kGroup) * width);
+        if (r >= kFrom && r < kTo) prefetch(at + weights.ahead);
         for (int m = 0; m < M; m++)
           sums[m * R + r] = _mm512_dpbf16_ps(sums[m * R + r], w, inputs[m]);
       }
@@ -60,7 +105,7 @@ struct Pairs {
       for (int m = 0; m < M; m++) {
         const __m512bh input = (__m512bh)_mm512_loadu_si512(rows[m] + k);
         for (int r = 0; r < R; r++) {
-          const bf16* at = weight + int64_t(r) * width + k;
+          const bf16* at = weights.first + r * weights.step + k;
           const __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(there, at);
           sums[m * R + r] = _mm512_dpbf16_ps(sums[m * R + r], w, input);
         }
@@ -72,73 +117,45 @@ struct Pairs {
   }
 };
 
-// Attention by the same instruction: scores by pairs of a head's elements, values by pairs of keys.
+// Attention by the same instruction: scores by pairs of a head's elements, values by pairs of tokens.
 struct PairsAttention {
-  using Query = bf16;   // [column][dims]
-  using Key = bf16;     // of 16 keys: paired
-  using Value = bf16;   // [key / 2][dims][2]
+  using Query = bf16;   // [column][padded(head_dim)]
   using Weight = bf16;  // [column][key]
-
-  static constexpr int kKeyStep = 16;
+  struct Arranged {};
+  static constexpr int kKeyStep = kSlots;
 
   static void load_queries(const bf16* const rows[kRows], int columns, int head_dim, Query* to) {
     const int dims = padded(head_dim);
-    for (int c = 0; c < columns; c++) {
-      memcpy(to + c * dims, rows[c], size_t(head_dim) * 2);
-      memset(to + c * dims + head_dim, 0, size_t(dims - head_dim) * 2);
-    }
+    for (int c = 0; c < columns; c++) memcpy(to + c * dims, rows[c], size_t(head_dim) * 2);
   }
 
-  static void load_keys(const bf16* keys, int head_dim, Key* to) {
-    const bf16* rows[kRows];
-    for (int i = 0; i < kRows; i++) rows[i] = keys + i * head_dim;
-    pair_rows(rows, head_dim, to);
-  }
+  static void arrange(const Kept&, int, int, Arranged&) {}
 
-  static void load_values(const bf16* values, int count, int head_dim, Value* to, int key) {
-    alignas(64) static constexpr uint16_t upper[32] = {
-        16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-        24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-    const __m512i high = _mm512_load_si512(upper);
-    const __m512i low = _mm512_sub_epi16(high, _mm512_set1_epi16(16));
-    const int dims = padded(head_dim);
-    for (int pair = 0; pair < 8; pair++)
-      for (int d = 0; d < dims; d += 32) {
-        const __mmask32 there = head_dim - d >= 32 ? ~0u : (1u << (head_dim - d)) - 1;
-        const bf16* at = values + 2 * pair * head_dim + d;
-        __m512i x = _mm512_setzero_si512(), y = x;
-        if (2 * pair < count) x = _mm512_maskz_loadu_epi16(there, at);
-        if (2 * pair + 1 < count) y = _mm512_maskz_loadu_epi16(there, at + head_dim);
-        Value* out = to + (key / 2 + pair) * 2 * dims + 2 * d;
-        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, low, y));
-        _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, high, y));
-      }
-  }
-
-  static void scores(const Query* queries, int columns, const Key* keys, int num_keys, int head_dim,
-                     float (*out)[kKeys]) {
+  static void scores(const Query* queries, int columns, const Kept& kept, int num_keys,
+                     int head_dim, float (*out)[kKeys]) {
     const int dims = padded(head_dim);
     int c = 0;
     for (; c + 4 <= columns; c += 4)
-      scores_of<4>(queries + c * dims, keys, num_keys, dims, out + c);
+      scores_of<4>(queries + c * dims, kept, num_keys, head_dim, out + c);
     switch (columns - c) {
-      case 3: return scores_of<3>(queries + c * dims, keys, num_keys, dims, out + c);
-      case 2: return scores_of<2>(queries + c * dims, keys, num_keys, dims, out + c);
-      case 1: return scores_of<1>(queries + c * dims, keys, num_keys, dims, out + c);
+      case 3: return scores_of<3>(queries + c * dims, kept, num_keys, head_dim, out + c);
+      case 2: return scores_of<2>(queries + c * dims, kept, num_keys, head_dim, out + c);
+      case 1: return scores_of<1>(queries + c * dims, kept, num_keys, head_dim, out + c);
     }
   }
 
   static void store_weights(Weight* to, F p) { store16(to, p); }
 
-  static void add_values(const Weight (*weights)[kKeys], int columns, const Value* values,
-                         int num_keys, int dims, float* output) {
+  static void add_values(const Weight (*weights)[kKeys], int columns, const Kept& kept,
+                         const Arranged&, int num_keys, int head_dim, float* output) {
+    const int dims = padded(head_dim);
     int c = 0;
     for (; c + 4 <= columns; c += 4)
-      add_to<4>(weights + c, values, num_keys, dims, output + c * dims);
+      add_to<4>(weights + c, kept, num_keys, head_dim, output + c * dims);
     switch (columns - c) {
-      case 3: return add_to<3>(weights + c, values, num_keys, dims, output + c * dims);
-      case 2: return add_to<2>(weights + c, values, num_keys, dims, output + c * dims);
-      case 1: return add_to<1>(weights + c, values, num_keys, dims, output + c * dims);
+      case 3: return add_to<3>(weights + c, kept, num_keys, head_dim, output + c * dims);
+      case 2: return add_to<2>(weights + c, kept, num_keys, head_dim, output + c * dims);
+      case 1: return add_to<1>(weights + c, kept, num_keys, head_dim, output + c * dims);
     }
   }
 
@@ -150,54 +167,65 @@ struct PairsAttention {
   }
 
   template <int C>
-  static void scores_of(const Query* queries, const Key* keys, int num_keys, int dims,
+  static void scores_of(const Query* queries, const Kept& kept, int num_keys, int head_dim,
                         float (*out)[kKeys]) {
     int key = 0;
-    for (; key + 32 <= num_keys; key += 32) scores_of<C, 2>(queries, keys, dims, key, out);
-    if (key < num_keys) scores_of<C, 1>(queries, keys, dims, key, out);
+    for (; key + 2 * kSlots <= num_keys; key += 2 * kSlots)
+      scores_of<C, 2>(queries, kept, head_dim, key, out);
+    if (key < num_keys) scores_of<C, 1>(queries, kept, head_dim, key, out);
   }
   // C columns with 16 S keys from `key` on.
   template <int C, int S>
-  static void scores_of(const Query* queries, const Key* keys, int dims, int key,
+  static void scores_of(const Query* queries, const Kept& kept, int head_dim, int key,
                         float (*out)[kKeys]) {
+    const int dims = padded(head_dim);
+    const bf16* keys[S];
+    for (int s = 0; s < S; s++) keys[s] = kept.keys[key / kSlots + s];
     F sums[C][S];
     for (int c = 0; c < C; c++)
       for (int s = 0; s < S; s++) sums[c][s] = splat(0.f);
-    const Key* at = keys + key * dims;
-    for (int d = 0; d < dims; d += 2) {
+    for (int d = 0; d < head_dim; d += 2) {
       __m512bh k[S];
-      for (int s = 0; s < S; s++)
-        k[s] = (__m512bh)_mm512_loadu_si512(at + s * 16 * dims + d * 16);
+      for (int s = 0; s < S; s++) k[s] = (__m512bh)_mm512_loadu_si512(keys[s] + d * kSlots);
       for (int c = 0; c < C; c++) {
         const __m512bh q = pair_at(queries + c * dims + d);
         for (int s = 0; s < S; s++) sums[c][s] = _mm512_dpbf16_ps(sums[c][s], k[s], q);
       }
     }
     for (int c = 0; c < C; c++)
-      for (int s = 0; s < S; s++) store(out[c] + key + s * 16, sums[c][s]);
+      for (int s = 0; s < S; s++) store(out[c] + key + s * kSlots, sums[c][s]);
   }
 
   template <int C>
-  static void add_to(const Weight (*weights)[kKeys], const Value* values, int num_keys, int dims,
+  static void add_to(const Weight (*weights)[kKeys], const Kept& kept, int num_keys, int head_dim,
                      float* output) {
     int d = 0;
-    for (; d + 64 <= dims; d += 64) add_to<C, 4>(weights, values, num_keys, dims, d, output);
-    if (d < dims) add_to<C, 2>(weights, values, num_keys, dims, d, output);
+    for (; d + 64 <= head_dim; d += 64) add_to<C, 4>(weights, kept, num_keys, head_dim, d, output);
+    for (; d < head_dim; d += 16) add_to<C, 1>(weights, kept, num_keys, head_dim, d, output);
   }
-  // 16 D elements of C columns, from element `d` on.
+  // 16 D elements of C columns, from element `d` on; fewer where the head has no more.
   template <int C, int D>
-  static void add_to(const Weight (*weights)[kKeys], const Value* values, int num_keys, int dims,
+  static void add_to(const Weight (*weights)[kKeys], const Kept& kept, int num_keys, int head_dim,
                      int d, float* output) {
+    const int dims = padded(head_dim);
+    const __mmask16 there = head_dim - d >= 16 ? __mmask16(~0u) : __mmask16((1u << (head_dim - d)) - 1);
     F sums[C][D];
     for (int c = 0; c < C; c++)
       for (int i = 0; i < D; i++) sums[c][i] = load(output + c * dims + d + 16 * i);
-    for (int pair = 0; pair < num_keys / 2; pair++) {
-      __m512bh v[D];
-      for (int i = 0; i < D; i++)
-        v[i] = (__m512bh)_mm512_loadu_si512(values + pair * 2 * dims + 2 * (d + 16 * i));
-      for (int c = 0; c < C; c++) {
-        const __m512bh p = pair_at(weights[c] + 2 * pair);
-        for (int i = 0; i < D; i++) sums[c][i] = _mm512_dpbf16_ps(sums[c][i], v[i], p);
+    for (int key = 0; key < num_keys; key += kSlots) {
+      const bf16* values = kept.values[key / kSlots] + 2 * d;
+      const int pairs = num_keys - key < kSlots ? (num_keys - key + 1) / 2 : kSlots / 2;
+      for (int pair = 0; pair < pairs; pair++) {
+        __m512bh v[D];
+        for (int i = 0; i < D; i++) {
+          const bf16* at = values + pair * 2 * head_dim + 32 * i;
+          v[i] = D == 1 ? (__m512bh)_mm512_maskz_loadu_epi32(there, at)
+                        : (__m512bh)_mm512_loadu_si512(at);
+        }
+        for (int c = 0; c < C; c++) {
+          const __m512bh p = pair_at(weights[c] + key + 2 * pair);
+          for (int i = 0; i < D; i++) sums[c][i] = _mm512_dpbf16_ps(sums[c][i], v[i], p);
+        }
       }
     }
     for (int c = 0; c < C; c++)

@@ -6,6 +6,7 @@
 // computed beside it.
 #pragma once
 #include "attention.h"
+#include "paired.h"
 #include "product.h"
 #if defined(EMULATE_AMX)
 #include "emulated_tiles.h"
@@ -100,56 +101,42 @@ struct Tiles {
 };
 
 struct TilesAttention {
-  using Query = bf16;   // [column][dims]
-  using Key = bf16;     // of 16 keys: paired
-  using Value = bf16;   // [keys / 32][dims / 16][16 pairs of keys][16][2]
+  using Query = bf16;   // [column][head_dim]
   using Weight = bf16;  // [column][key]
-
+  struct Arranged {
+    alignas(64) bf16 values[kKeys * kMaxHeadDim];  // [key / 32][dims / 16][16 pairs][16][2]
+  };
   static constexpr int kKeyStep = 32;
 
   static void load_queries(const bf16* const rows[kRows], int columns, int head_dim, Query* to) {
     for (int c = 0; c < columns; c++) memcpy(to + c * head_dim, rows[c], size_t(head_dim) * 2);
   }
 
-  static void load_keys(const bf16* keys, int head_dim, Key* to) {
-    const bf16* rows[kRows];
-    for (int i = 0; i < kRows; i++) rows[i] = keys + i * head_dim;
-    pair_rows(rows, head_dim, to);
-  }
-
-  static void load_values(const bf16* values, int count, int dims, Value* to, int key) {
-    alignas(64) static constexpr uint16_t upper[32] = {
-        16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-        24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-    const __m512i high = _mm512_load_si512(upper);
-    const __m512i low = _mm512_sub_epi16(high, _mm512_set1_epi16(16));
-    const __m512i zero = _mm512_setzero_si512();
-    to += key / 32 * 32 * dims + key % 32 / 2 * 32;
-    for (int pair = 0; pair < 8; pair++)
-      for (int d = 0; d < dims; d += 32) {
-        __m512i x = zero, y = zero;
-        if (2 * pair < count) x = _mm512_loadu_si512(values + 2 * pair * dims + d);
-        if (2 * pair + 1 < count) y = _mm512_loadu_si512(values + (2 * pair + 1) * dims + d);
-        Value* tile = to + d / 16 * 512 + pair * 32;
-        _mm512_storeu_si512(tile, _mm512_permutex2var_epi16(x, low, y));
-        _mm512_storeu_si512(tile + 512, _mm512_permutex2var_epi16(x, high, y));
-        if (key % 32 == 0) {  // the second half, should no keys come for it
-          _mm512_storeu_si512(tile + 8 * 32, zero);
-          _mm512_storeu_si512(tile + 512 + 8 * 32, zero);
-        }
+  // The values of 32 tokens as a tile has them; zeros where there is no token.
+  static void arrange(const Kept& kept, int num_keys, int dims, Arranged& arranged) {
+    const int end = (num_keys + 31) / 32 * 32;
+    for (int key = 0; key < end; key += 2) {
+      const bf16* from = kept.values[key / kSlots] + key % kSlots * dims;
+      bf16* to = arranged.values + key / 32 * 32 * dims + key % 32 / 2 * 32;
+      for (int d = 0; d < dims; d += 16) {
+        const __m512i pairs =
+            key < num_keys ? _mm512_loadu_si512(from + 2 * d) : _mm512_setzero_si512();
+        _mm512_store_si512(to + d / 16 * 512, pairs);
       }
+    }
   }
 
-  static void scores(const Query* queries, int, const Key* keys, int num_keys, int dims,
+  static void scores(const Query* queries, int, const Kept& kept, int num_keys, int dims,
                      float (*out)[kKeys]) {
     for (int key = 0; key < num_keys; key += 32) {
+      const bf16 *first = kept.keys[key / kSlots], *second = kept.keys[key / kSlots + 1];
       _tile_zero(0);
       _tile_zero(1);
       for (int d = 0; d < dims / 32; d++) {
         _tile_loadd(6, queries + d * 32, dims * 2);
-        _tile_loadd(4, keys + key * dims + d * 512, 64);
+        _tile_loadd(4, first + d * 512, 64);
         _tile_dpbf16ps(0, 6, 4);
-        _tile_loadd(5, keys + (key + 16) * dims + d * 512, 64);
+        _tile_loadd(5, second + d * 512, 64);
         _tile_dpbf16ps(1, 6, 5);
       }
       _tile_stored(0, out[0] + key, kKeys * 4);
@@ -159,13 +146,13 @@ struct TilesAttention {
 
   static void store_weights(Weight* to, F p) { store16(to, p); }
 
-  static void add_values(const Weight (*weights)[kKeys], int, const Value* values, int num_keys,
-                         int dims, float* output) {
+  static void add_values(const Weight (*weights)[kKeys], int, const Kept&, const Arranged& arranged,
+                         int num_keys, int dims, float* output) {
     _tile_loadd(4, weights[0], kKeys * 2);
     if (num_keys > 32) _tile_loadd(5, weights[0] + 32, kKeys * 2);
     for (int d = 0; d < dims; d += 32) {
       float* o = output + d;
-      const Value* at = values + d * 32;
+      const bf16* at = arranged.values + d * 32;
       _tile_loadd(0, o, dims * 4);
       _tile_loadd(1, o + 16, dims * 4);
       _tile_loadd(6, at, 64);
