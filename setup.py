@@ -58,4 +58,5 @@ class Build(build_ext):
         build_ext.build_extension(alone, ext)
 
 
-setup(ext_modules=kernels(), cmdclass={"build_ext": Build})
+if __name__ == "__main__":
+    setup(ext_modules=kernels(), cmdclass={"build_ext": Build})

@@ -6,6 +6,9 @@ transformers' own bf16 logits are off, and the native ones may not be off furthe
 
 import json
 import os
+import runpy
+import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -17,37 +20,94 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tests.workers.tiny_models import VOCAB_SIZE, prompt, reference_model
+from tests.daemon_process import ROOT
+from tests.workers.tiny_families import tiny_model
+from tests.workers.tiny_models import CONFIGS, VOCAB_SIZE, prompt, reference_model
 from workers.checkpoint import open_checkpoint
 from workers.kv.layout import KVLayer, KVLayout
 from workers.native import NativeDecoder, NotNative, library, supports
 
 
+def kernel_flags(name: str) -> list[str]:
+    """As setup.py compiles a set."""
+    made = runpy.run_path(str(ROOT / "setup.py"))
+    return [*made["COMMON"], *made["FLAGS"][name]]
+
+
+USABLE = library.usable()
 SETS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(why_not), reason=f"{name}: {why_not}"))
-    for name, why_not in library.usable().items()
+    for name, why_not in USABLE.items()
 ]
+EMULATED = "amx, emulated"
+"""The code for AMX tiles, with tiles in plain C++: what a machine without AMX can test of it."""
 
 
-@pytest.fixture(params=SETS, autouse=True)
+@pytest.fixture(scope="session")
+def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> library.Kernels:
+    if USABLE["avx512_bf16"]:
+        pytest.skip(f"the vector part of the set amx: {USABLE['avx512_bf16']}")
+    compiler, file = shutil.which("c++"), tmp_path_factory.mktemp("emulated") / "decoder.so"
+    if compiler is None:
+        pytest.skip("there is no compiler c++")
+    flags = [flag for flag in kernel_flags("amx") if not flag.startswith("-mamx")]
+    source = str(Path(library.__file__).with_name("decoder.cpp"))
+    subprocess.run(
+        [compiler, *flags, "-DEMULATE_AMX", "-fPIC", "-shared", source, "-o", str(file)], check=True
+    )
+    return library.open_library("amx", file)
+
+
+@pytest.fixture(params=[*SETS, EMULATED], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test with every set that this machine can run."""
-    monkeypatch.setenv(library.VARIABLE, request.param)
     name: str = request.param
+    if name == EMULATED:
+        emulated = request.getfixturevalue("emulated_tiles")
+        monkeypatch.setattr(library, "load", lambda _wanted="auto": emulated)
+    else:
+        monkeypatch.setenv(library.VARIABLE, name)
     return name
 
 SIZES: dict[str, Any] = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 160}
+ODD: dict[str, Any] = {"head_dim": 20, "hidden_size": 100, "intermediate_size": 77}
+"""No multiple of anything that a register holds."""
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 48}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"num_key_value_heads": 4},
-    "llama-rope-scaled": {"attention_bias": True, "mlp_bias": True},
+    "llama-rope-scaled": {"attention_bias": True, "mlp_bias": True, **ODD},
     "mistral": {"num_attention_heads": 20, "num_key_value_heads": 1},
     "qwen2": {"head_dim": 128},
     "qwen2-sliding": {"num_attention_heads": 20, "num_key_value_heads": 20},
     "qwen3": {"head_dim": 64, "num_attention_heads": 6},
+    "qwen3_moe": {"num_experts": 12, **EXPERTS},
+    "qwen3_moe odd": {"num_experts": 7, **EXPERTS, "hidden_size": 104, "moe_intermediate_size": 40},
+    "mixtral": {"num_local_experts": 5},
+    "gemma": {"head_dim": 80},
     "gemma2": {"query_pre_attn_scalar": 256, "head_dim": 256},
     "gemma3": {"query_pre_attn_scalar": 32, "vocab_size": VOCAB_SIZE + 7},
+    "gemma3 odd": {"query_pre_attn_scalar": 32, **ODD},
     "phi3": {},
+    "phi3 odd": ODD,
+    "olmo2": {"attention_bias": True},
+    "olmo2 odd": ODD,
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"use_bias": True},
+    "starcoder2 odd": {**ODD, "use_bias": True},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi odd": {"partial_rotary_factor": 0.4, "hidden_size": 80, "intermediate_size": 77},
+    "gpt_neox": {"rotary_pct": 0.25, "head_dim": None},
+    "gpt_neox one by one": {"rotary_pct": 1.0, "use_parallel_residual": False, "head_dim": None},
+    "gpt_neox odd": {"hidden_size": 80, "intermediate_size": 77, "head_dim": None},
+    "cohere": {"logit_scale": 0.5},
+    "cohere odd": {"logit_scale": 0.25, "hidden_size": 80, "head_dim": 20},
 }
 MAX_MODEL_LEN = 1280
 
@@ -55,7 +115,13 @@ MAX_MODEL_LEN = 1280
 @cache
 def model_of(family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     changes = {**SIZES, "max_position_embeddings": MAX_MODEL_LEN, **FAMILIES[family]}
-    return reference_model(family, dtype, **changes)
+    name = family.partition(" ")[0]
+    if name in CONFIGS:
+        return reference_model(name, dtype, **changes)
+    model = tiny_model(name, **changes)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @cache
@@ -68,15 +134,20 @@ def in_fp32(family: str) -> Any:
     return model
 
 
+def kv_layers(module: Any) -> tuple[KVLayer, ...]:
+    """As workers.model finds them."""
+    config = module.config
+    attentions = [part for part in module.modules() if hasattr(part, "is_causal")]
+    head_dim = getattr(attentions[0], "head_dim", None) or attentions[0].head_size
+    groups = getattr(attentions[0], "num_key_value_groups", 1)
+    return (KVLayer(config.num_attention_heads // groups, head_dim),) * config.num_hidden_layers
+
+
 class Blocks:
     """Private memory for blocks in shuffled order, filled with NaN."""
 
     def __init__(self, module: Any, num_blocks: int = 400, block_size: int = 16) -> None:
-        config = module.config
-        head_dim = module.model.layers[0].self_attn.head_dim
-        layer = KVLayer(config.num_key_value_heads, head_dim)
-        layers = (layer,) * config.num_hidden_layers
-        self.layout = KVLayout(layers, torch.bfloat16, block_size)
+        self.layout = KVLayout(kv_layers(module), torch.bfloat16, block_size)
         elements = num_blocks * self.layout.block_bytes // 2 + 32
         self._memory = torch.full((elements,), float("nan"), dtype=torch.bfloat16)
         base = -(-self._memory.data_ptr() // 64) * 64
@@ -220,7 +291,7 @@ def test_long_attention_is_that_of_fp64(window: int | None) -> None:
 # --- the same bits however it is cut up
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bits_do_not_depend_on_chunks(family: str) -> None:
     module, token_ids = model_of(family), prompt(90)
     whole = alone(module, token_ids)
@@ -372,11 +443,8 @@ def test_what_a_family_does_not_have_is_refused() -> None:
     def changed(**changes: Any) -> Any:
         return reference_model("llama", torch.bfloat16, **{**SIZES, **changes})
 
-    assert "elements" in str(
-        supports(changed(head_dim=16), torch.bfloat16)
-    ) or "heads of 16" in str(supports(changed(head_dim=16), torch.bfloat16))
-    assert "multiples of 32" in str(supports(changed(intermediate_size=100), torch.bfloat16))
-    assert "activation" in str(supports(changed(hidden_act="relu"), torch.bfloat16))
+    assert "heads of 288" in str(supports(changed(head_dim=288), torch.bfloat16))
+    assert "activation" in str(supports(changed(hidden_act="tanh"), torch.bfloat16))
     assert "float32" in str(supports(model_of("llama", torch.float32), torch.bfloat16))
     extra = changed()
     extra.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))

@@ -388,7 +388,7 @@ class Decoder {
         add(thread, 0, layer.attention_norm);
         x = norm(thread, layer.mlp_norm);
       } else {
-        if (!alone()) barrier(thread);  // what the last products take is about to be rearranged
+        barrier(thread);  // of one operation's chunks before another's
         if (layer.mlp_norm.kind != kNoNorm) x = norm(thread, layer.mlp_norm);
       }
       const Operand normed = arranged(thread, x, hidden_stride_, spec_.hidden_size);
