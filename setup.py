@@ -1,8 +1,8 @@
 """The native kernels, compiled once for each instruction set; all else is in pyproject.toml.
 
 They are loaded through ctypes, not imported: which set a machine can run is decided there
-(workers/native/library.py). Without a compiler they are left out: `onecopy doctor` says so, and what
-to do.
+(workers/native/library.py). Without a compiler they are left out: `onecopy doctor` says so, and
+what to do.
 """
 
 import copy

@@ -32,7 +32,7 @@ from server.model_source import find_model
 from workers.checkpoint import open_checkpoint
 from workers.kv.layout import KVLayout
 from workers.model import build_model
-from workers.native import NativeDecoder, supports
+from workers.native.decoder import NativeDecoder, supports
 
 _DECODE_ROWS = (1, 2, 4, 8, 16)
 _PREFILL_ROWS = (32, 128, 512)

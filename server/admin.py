@@ -39,6 +39,8 @@ class InstanceStatus(BaseModel):
     """Whether it copied the weights in, once it is ready."""
     ready_ms: float | None
     startup_ms: dict[str, float]
+    cpu_kernels: str | None
+    """The native decoder's, once it is ready; None where others compute the model."""
     uptime_s: float
     num_requests: int
     num_running: int
@@ -152,6 +154,7 @@ def _instance_status(instance: Instance) -> InstanceStatus:
         loaded=ready.loaded if ready else None,
         ready_ms=ready.startup_ms.get("total") if ready else None,
         startup_ms=ready.startup_ms if ready else {},
+        cpu_kernels=(ready.cpu_kernels or None) if ready else None,
         uptime_s=time.monotonic() - instance.requested_at,
         num_requests=len(instance.requests),
         num_running=load.num_running if load else 0,

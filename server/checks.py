@@ -335,6 +335,23 @@ def cpu(cpuinfo: str | None) -> Check:
     return info("CPU", model + "; ".join(filter(None, parts)))
 
 
+def cpu_kernels(reasons: Mapping[str, str]) -> Check:
+    """`reasons`: the instruction sets that the processor has, the best first, and why the kernels
+    for each can't be used all the same, "" where they can."""
+    name = "CPU kernels"
+    usable = [kernels for kernels, reason in reasons.items() if not reason]
+    if not usable:
+        return warning(
+            name,
+            "none: models are computed by transformers, several times slower, and a text may "
+            "depend on what else runs",
+            "install a C++ compiler (as root: `apt install g++`), then onecopy again",
+        )
+    missed = [f"not {kernels}: {reason}" for kernels, reason in reasons.items() if reason]
+    others = [f"{', '.join(usable[1:])} by --cpu-kernels"] if usable[1:] else []
+    return info(name, "; ".join([usable[0], *others, *missed]))
+
+
 # --- parts
 
 

@@ -22,6 +22,7 @@ from typing import Final
 from allocator import InvalidSetting, RuntimeDir, RuntimeDirError, device_usages
 from server import checks, package_checks
 from server.checks import Check
+from workers import NotThisProcessor, usable_kernels
 
 SHM_ROOT: Final = Path("/dev/shm")  # noqa: S108 - where Linux mounts POSIX shared memory
 PACKAGES: Final = ("torch", "transformers", "pyzmq")
@@ -146,7 +147,12 @@ def _devices() -> list[Check]:
     found = [checks.nvidia(read_text("/proc/driver/nvidia/version"), usable, _libcuda_failure())]
     if usable:
         found += _gpus()
-    return [*found, checks.cpu(read_text("/proc/cpuinfo"))]
+    reasons = {
+        name: str(reason or "")
+        for name, reason in usable_kernels().items()
+        if not isinstance(reason, NotThisProcessor)
+    }
+    return [*found, checks.cpu(read_text("/proc/cpuinfo")), checks.cpu_kernels(reasons)]
 
 
 def _gpus() -> list[Check]:

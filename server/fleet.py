@@ -382,6 +382,7 @@ class Fleet:
             attention_workspace_bytes=settings.attention_workspace,
             num_speculative_tokens=settings.num_speculative_tokens,
             prefix_caching=settings.prefix_caching,
+            cpu_kernels=settings.cpu_kernels,
         )
 
     async def _drain_instance(self, instance: Instance) -> None:

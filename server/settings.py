@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.generation import NO_ADVICE, SamplingDefaults
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+KernelsName = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "portable"]
 
 
 class Settings(BaseModel):
@@ -36,6 +37,8 @@ class Settings(BaseModel):
     """What attention may take for itself in a step, in bytes."""
     num_speculative_tokens: int = Field(default=0, ge=0, le=16)
     """The longest guess at a sequence's next tokens, looked up in what it has said; 0 for none."""
+    cpu_kernels: KernelsName = "auto"
+    """The instruction set of the kernels that compute on the processor."""
     prefix_caching: bool = True
     """Whether instances find what any of them has computed of a common beginning."""
     num_threads: int = Field(default=1, ge=1, le=1024)

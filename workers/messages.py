@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
@@ -159,7 +159,8 @@ class Ready(Message, tag="ready", frozen=True):
     """The instance answers requests from now on.
 
     `startup_ms` maps a phase of the start to its length; `loaded` says whether this instance copied
-    the weights in (a cold start) or attached to a sealed set, the one under the key `weight_set`.
+    the weights in (a cold start) or attached to a sealed set, the one under the key `weight_set`;
+    `cpu_kernels` names the native decoder's, "" where others compute the model.
     """
 
     version: int
@@ -168,6 +169,7 @@ class Ready(Message, tag="ready", frozen=True):
     loaded: bool
     weight_set: Bounded
     startup_ms: dict[str, float]
+    cpu_kernels: Bounded = ""
 
 
 class StartFailed(Message, tag="start_failed", frozen=True):
@@ -272,6 +274,8 @@ class InstanceSpec(Message, frozen=True):
     attention_workspace_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 256 << 20
     num_speculative_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
     prefix_caching: bool = True
+    cpu_kernels: Bounded = "auto"
+    """The instruction set of the native decoder's kernels."""
 
 
 class Start(Message, tag="start", frozen=True):

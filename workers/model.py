@@ -25,7 +25,9 @@ from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.messages import ModelFacts
-from workers.native import NativeDecoder, NotNative, supports
+from workers.native import load
+from workers.native.architecture import NotNative
+from workers.native.decoder import NativeDecoder, supports
 
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _OTHER_MEDIA = frozenset({"audio_config", "vision_config"})
@@ -76,6 +78,8 @@ class Model:
         self.workspace_bytes = DEFAULT_WORKSPACE_BYTES
         """What attention may take for itself."""
         self._native: NativeDecoder | None = None
+        self.kernels: str | None = None
+        """The native decoder's, once it computes."""
         self._threads: Callable[[], int] = lambda: 1
 
     @property
@@ -88,9 +92,11 @@ class Model:
         """Compute the batch's tokens, which then belong to their tables.
 
         Returns the logits [num_logit_rows, vocab_size], in the model's dtype and on its device or
-        float32 on the processor. If it raises, no table has changed.
+        float32 on the processor. If it raises, no table has changed. Raises ValueError where the
+        batch has more rows than the native decoder was made for: the modules could not go on with
+        its keys and values, which lie in another order.
         """
-        if self._native is not None and batch.num_rows <= self._native.max_rows:
+        if self._native is not None:
             logits = torch.empty(len(batch.logit_rows), self.geometry.vocab_size)
             tables, addresses = batch.tables()
             self._native.forward(
@@ -113,19 +119,23 @@ class Model:
         max_model_len: int,
         num_threads: int,
         threads_now: Callable[[], int] | None = None,
+        kernels: str = "auto",
     ) -> str | None:
-        """From now on compute batches of up to `max_rows` rows by the native decoder, on the same
-        weights, with up to `num_threads` threads; `threads_now` says how many for each. Returns why
-        not, where it does not know this model or this machine."""
-        reason = supports(self._module, self.geometry.kv_layout.dtype)
+        """From now on compute by the native decoder, on the same weights, batches of up to
+        `max_rows` rows with up to `num_threads` threads; `threads_now` says how many for each, and
+        `kernels` names the instruction set. Returns why not, where it does not know this model or
+        this machine. No table may hold anything yet."""
+        reason = supports(self._module, self.geometry.kv_layout.dtype, kernels)
         if reason is None:
             layout = self.geometry.kv_layout
             try:
-                self._native = NativeDecoder(
-                    self._module, layout, max_rows, max_model_len, num_threads
+                native = NativeDecoder(
+                    self._module, layout, max_rows, max_model_len, num_threads, load(kernels)
                 )
             except (NotNative, MemoryError) as error:
                 reason = str(error)
+            else:
+                self._native, self.kernels = native, native.kernels.name
         self._threads = threads_now or (lambda: num_threads)
         return reason
 

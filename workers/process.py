@@ -48,6 +48,7 @@ from workers.messages import (
     encode,
 )
 from workers.model import build_model
+from workers.native import Unavailable, load
 
 log = logging.getLogger("onecopy.instance")
 
@@ -136,14 +137,14 @@ class _Instance:
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes
         most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
+        self._check_kernels()
+        most, now = spec.num_threads, None
         if self._cores is not None:
             most, now = self._cores.num_cores, self._cores.fair_part
-            reason = model.accelerate(most_rows, max_model_len, most, now)
-        else:
-            reason = model.accelerate(most_rows, max_model_len, spec.num_threads)
+        reason = model.accelerate(most_rows, max_model_len, most, now, spec.cpu_kernels)
         self._ended("model")
         if weights.loaded:  # who loads a model finds out whether it can be computed at all
-            how = "by the native decoder" if reason is None else f"by transformers: {reason}"
+            how = f"by transformers: {reason}" if reason else f"by kernels for {model.kernels}"
             log.info("%s is computed %s", model.geometry.architecture, how)
             model.warm_up()
             self._ended("first_forward")
@@ -151,7 +152,7 @@ class _Instance:
         kv = KVCache(
             layout,
             PoolSource(memory, layout),
-            weights=_identity(weights),
+            weights=_identity(weights, model.kernels),
             device=model.device,
             prefix_caching=spec.prefix_caching,
         )
@@ -165,7 +166,7 @@ class _Instance:
             Path(spec.tokenizer) if spec.tokenizer else None,
             attention_span=model.geometry.attention_span,
         )
-        self._announce(model.geometry.facts(max_model_len), weights)
+        self._announce(model.geometry.facts(max_model_len), weights, model.kernels)
         # A first pass touches every weight, so its length grows with the model: an instance that
         # attached is ready before it, and makes it only if no request is there to do so.
         if not weights.loaded and not self._server.poll(0):
@@ -202,7 +203,18 @@ class _Instance:
             )
         return asked
 
-    def _announce(self, facts: ModelFacts, weights: AttachedWeights) -> None:
+    def _check_kernels(self) -> None:
+        """Raises InvalidSetting where those asked for can't be used here."""
+        wanted = self._spec.cpu_kernels
+        try:
+            if wanted != "auto":
+                load(wanted)
+        except Unavailable as reason:
+            raise InvalidSetting(f"--cpu-kernels {wanted}: {reason}") from reason
+
+    def _announce(
+        self, facts: ModelFacts, weights: AttachedWeights, kernels: str | None = None
+    ) -> None:
         kernel.trim_heap()
         self._phases["total"] = (time.monotonic() - self._spec.requested_at) * 1000
         self._send(
@@ -213,6 +225,7 @@ class _Instance:
                 loaded=weights.loaded,
                 weight_set=weights.reader.key,
                 startup_ms=self._phases,
+                cpu_kernels=kernels or "",
             )
         )
 
@@ -304,9 +317,10 @@ class _Instance:
         self._server.send(encode(message))
 
 
-def _identity(weights: AttachedWeights) -> str:
-    """What tells these weights from all others: their bytes, as far as they have digests."""
-    known = hashlib.sha256(weights.reader.key.encode())
+def _identity(weights: AttachedWeights, kernels: str | None) -> str:
+    """What tells the keys and values of these weights from all others: the weights' bytes, as far
+    as they have digests, and who computes, since each rounds and orders them in its own way."""
+    known = hashlib.sha256(f"{weights.reader.key} {kernels} ".encode())
     for name, entry in sorted(weights.reader.manifest.tensors.items()):
         known.update(f"{name} {entry.digest} ".encode())
     return known.hexdigest()

@@ -27,6 +27,7 @@ from server.model_source import find_model
 from server.serve import serve as run_server
 from server.settings import Settings
 from server.verify import MAX_PRIVATE_BYTES, Verdict, judge_all
+from workers import KERNEL_SETS, KERNELS_VARIABLE
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
@@ -86,6 +87,13 @@ def serve(
             help="Let instances find what any of them has computed of a common beginning."
         ),
     ] = True,
+    cpu_kernels: Annotated[
+        str,
+        typer.Option(
+            envvar=KERNELS_VARIABLE,
+            help=f"Instructions to use: {', '.join(KERNEL_SETS)}; auto: the best there are.",
+        ),
+    ] = "auto",
     dtype: Annotated[
         str,
         typer.Option(
@@ -146,6 +154,7 @@ def serve(
             attention_workspace=parse_bytes(attention_workspace),
             num_speculative_tokens=num_speculative_tokens,
             prefix_caching=prefix_caching,
+            cpu_kernels=cpu_kernels,  # type: ignore[arg-type]  # pydantic checks it
             num_threads=threads or default_threads(instances),
             shares_cores=threads is None,
             drain_timeout_s=drain_timeout,

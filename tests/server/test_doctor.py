@@ -457,6 +457,16 @@ def test_cpu() -> None:
     seen(checks.cpu(None), "info", "can't be read")
 
 
+def test_cpu_kernels() -> None:
+    seen(checks.cpu_kernels({"avx2": "", "portable": ""}), "info")
+    assert (
+        checks.cpu_kernels({"avx2": "", "portable": ""}).seen == "avx2; portable by --cpu-kernels"
+    )
+    withheld = checks.cpu_kernels({"amx": "the kernel does not grant it", "avx2": ""})
+    assert withheld.seen == "avx2; not amx: the kernel does not grant it"
+    seen(checks.cpu_kernels({"portable": "not compiled"}), "warning", "none", "apt install g++")
+
+
 # --- what it adds up to
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import openai
 import pytest
 
-from tests.processor import answers_depend_on_company
 from tests.system.running_server import Server
 
 PERSON = {
@@ -142,7 +141,6 @@ def test_log_probabilities_add_up(demo: Server) -> None:
     assert again == pytest.approx(choice.logprobs.token_logprobs, abs=0.1)  # made in bfloat16
 
 
-@answers_depend_on_company
 def test_choices_are_those_of_their_seeds(demo: Server) -> None:
     common: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12}
     together = [one.message.content for one in ask(demo, "Tell a joke.", n=3, seed=20, **common)]

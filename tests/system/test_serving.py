@@ -13,7 +13,6 @@ import pytest
 
 from allocator import RuntimeDir
 from server.admin import AdminClient
-from tests.processor import answers_depend_on_company
 from tests.system.running_server import TIMEOUT_S, Server
 from tests.workers.ties import BF16_TIE_ULPS, ulps_below_the_best
 
@@ -49,7 +48,6 @@ def test_the_curl_line_that_is_printed_says_paris(demo: Server) -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "The capital of France is Paris."
 
 
-@answers_depend_on_company
 def test_where_a_request_does_not_say_the_models_own_advice_holds(demo: Server) -> None:
     """Not OpenAI's temperature 1."""
 

@@ -25,7 +25,9 @@ from tests.workers.tiny_families import tiny_model
 from tests.workers.tiny_models import CONFIGS, VOCAB_SIZE, prompt, reference_model
 from workers.checkpoint import open_checkpoint
 from workers.kv.layout import KVLayer, KVLayout
-from workers.native import NativeDecoder, NotNative, library, supports
+from workers.native import library
+from workers.native.architecture import NotNative
+from workers.native.decoder import NativeDecoder, supports
 
 
 def kernel_flags(name: str) -> list[str]:
@@ -68,6 +70,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         monkeypatch.setenv(library.VARIABLE, name)
     return name
+
 
 SIZES: dict[str, Any] = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 160}
 ODD: dict[str, Any] = {"head_dim": 20, "hidden_size": 100, "intermediate_size": 77}

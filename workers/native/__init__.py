@@ -1,7 +1,17 @@
-"""A native decoder for common families on CPUs with AMX, on the shared weights as they lie."""
+"""A native decoder for common families on CPUs, on the shared weights as they lie.
 
-from workers.native.architecture import NotNative, PagedLayout
-from workers.native.decoder import NativeDecoder, supports
-from workers.native.library import Unavailable
+Here is what can be asked without importing torch: which instruction sets there are kernels for.
+The decoder is `decoder.NativeDecoder`.
+"""
 
-__all__ = ["NativeDecoder", "NotNative", "PagedLayout", "Unavailable", "supports"]
+from workers.native.library import (
+    SETS,
+    VARIABLE,
+    Kernels,
+    NotThisProcessor,
+    Unavailable,
+    load,
+    usable,
+)
+
+__all__ = ["SETS", "VARIABLE", "Kernels", "NotThisProcessor", "Unavailable", "load", "usable"]

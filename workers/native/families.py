@@ -1,8 +1,8 @@
 """The families that the native decoder computes, each as a row of a table.
 
 Owns what the code of a model class says and its modules don't show: which module is what, and how
-they are joined. Invariant: a family is data; what it needs of the kernels is one of the choices that
-they offer. Does not know how modules are read (`architecture`).
+they are joined. Invariant: a family is data; what it needs of the kernels is one of the choices
+that they offer. Does not know how modules are read (`architecture`).
 """
 
 from collections.abc import Mapping

@@ -52,6 +52,10 @@ class Unavailable(Exception):
     """The message says why there are no kernels here."""
 
 
+class NotThisProcessor(Unavailable):
+    """It has not the instructions."""
+
+
 class Matrix(ctypes.Structure):
     """Row-major [num_rows, width of the linear]; format 0 is bf16."""
 
@@ -204,8 +208,8 @@ class Kernels:
 
 
 def load(wanted: str = "auto") -> Kernels:
-    """The kernels of that set, or with "auto" those that ONECOPY_CPU_KERNELS names, or the best that
-    the machine has. Raises Unavailable."""
+    """The kernels of that set, or with "auto" those that ONECOPY_CPU_KERNELS names, or the best
+    that the machine has. Raises Unavailable."""
     name = wanted if wanted != "auto" else os.environ.get(VARIABLE) or "auto"
     if name == "auto":
         return _best()
@@ -214,16 +218,16 @@ def load(wanted: str = "auto") -> Kernels:
     return _load(name)
 
 
-def usable() -> dict[str, str]:
-    """Every set → why it can't be used here, "" where it can."""
-    reasons = {}
+def usable() -> dict[str, Unavailable | None]:
+    """Every set → why it can't be used here, None where it can."""
+    reasons: dict[str, Unavailable | None] = {}
     for name in SETS:
         try:
             _load(name)
         except Unavailable as reason:
-            reasons[name] = str(reason)
+            reasons[name] = reason
         else:
-            reasons[name] = ""
+            reasons[name] = None
     return reasons
 
 
@@ -240,13 +244,13 @@ def _best() -> Kernels:
 @functools.cache
 def _load(name: str) -> Kernels:
     file = Path(__file__).with_name(f"_decoder_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if not file.exists():
-        raise Unavailable("not compiled when onecopy was installed")
     if name != "portable" and platform.machine() != "x86_64":
-        raise Unavailable(f"a set of x86-64, and this is {platform.machine()}")
+        raise NotThisProcessor(f"a set of x86-64, and this is {platform.machine()}")
     missing = _FLAGS[name] - _cpu_flags()
     if missing:
-        raise Unavailable(f"the processor lacks {', '.join(sorted(missing))}")
+        raise NotThisProcessor(f"the processor lacks {', '.join(sorted(missing))}")
+    if not file.exists():
+        raise Unavailable("not compiled when onecopy was installed")
     return open_library(name, file)
 
 
@@ -274,7 +278,12 @@ def open_library(name: str, file: Path) -> Kernels:
 
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    """None where the kernel does not say them: the portable set needs none."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in cpuinfo.splitlines():
         if line.startswith("flags"):
             return frozenset(line.split())
     return frozenset()
