@@ -11,10 +11,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from allocator import Client, RuntimeDir
 from tests.daemon_process import DaemonProcess
 from tests.leaks import Leaks, adopt_orphans
+
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def pytest_configure() -> None:

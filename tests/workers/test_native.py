@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.daemon_process import ROOT
@@ -179,7 +181,9 @@ class Sequences:
         self.tables.append(self.blocks.table(num_tokens))
         return len(self.tables) - 1
 
-    def compute(self, *parts: tuple[int, int, Sequence[int]]) -> torch.Tensor:
+    def compute(
+        self, *parts: tuple[int, int, Sequence[int]], num_threads: int | None = None
+    ) -> torch.Tensor:
         """Logits of all rows; a part is a sequence, its next position, and tokens."""
         ids = [token for _, _, tokens in parts for token in tokens]
         positions = [start + i for _, start, tokens in parts for i in range(len(tokens))]
@@ -194,6 +198,7 @@ class Sequences:
             np.arange(len(ids), dtype=np.int32),
             logits,
             greedy,
+            num_threads,
         )
         assert greedy.tolist() == logits.argmax(-1).tolist()
         return logits
@@ -307,6 +312,43 @@ def test_bits_do_not_depend_on_chunks(family: str) -> None:
         assert torch.equal(torch.cat(pieces), whole)
 
 
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_bits_depend_on_the_own_sequence_alone(data: st.DataObject) -> None:
+    """Sequences of any lengths, in any chunks, in any company, by any number of threads."""
+    family = data.draw(st.sampled_from(["llama", "gemma3 odd", "qwen3_moe odd", "gpt_neox"]))
+    module = model_of(family)
+    sequences = Sequences(module, num_threads=3, max_rows=200)
+    texts = [
+        prompt(length, seed=length)
+        for length in data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=6))
+    ]
+    numbers = [sequences.add(len(text)) for text in texts]
+    done = [0] * len(texts)
+    found: list[list[torch.Tensor]] = [[] for _ in texts]
+    while any(at < len(text) for at, text in zip(done, texts, strict=True)):
+        parts, room = [], 200
+        for index in data.draw(st.permutations(range(len(texts)))):
+            left = len(texts[index]) - done[index]
+            count = data.draw(st.integers(0, min(left, room)))
+            if not parts and left:
+                count = max(count, 1)
+            if count:
+                piece = texts[index][done[index] : done[index] + count]
+                parts.append((index, (numbers[index], done[index], piece)))
+                done[index] += count
+                room -= count
+        if not parts:
+            continue
+        num_threads = data.draw(st.integers(1, 3))
+        logits = sequences.compute(*(part for _, part in parts), num_threads=num_threads)
+        for index, (_, _, piece) in parts:
+            found[index].append(logits[: len(piece)])
+            logits = logits[len(piece) :]
+    for text, pieces in zip(texts, found, strict=True):
+        assert torch.equal(torch.cat(pieces), alone(module, text))
+
+
 @pytest.mark.parametrize("num_rows", [2, 7, 16, 17, 40])
 def test_bits_do_not_depend_on_other_rows(num_rows: int) -> None:
     """Decoding rows at positions of all lengths, among them a chunk of a prompt."""
@@ -381,6 +423,75 @@ def test_only_the_rows_asked_for_are_written() -> None:
     sequences.decoder.forward(int32(token_ids), positions, zeros, table, rows, None, greedy)
     assert greedy.tolist() == whole[[59, 3, 17]].argmax(-1).tolist()
     sequences.decoder.forward(int32(token_ids), positions, zeros, table, int32([]))
+
+
+# --- some of the layers
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3 odd", "gpt_neox", "phi3 odd", "qwen3_moe"])
+def test_layers_one_by_one_with_weights_elsewhere_give_the_same_bits(family: str) -> None:
+    """All layers' weights come to the same place, one layer after the other."""
+    module, token_ids = model_of(family), prompt(70)
+    whole = alone(module, token_ids)
+    sequences = Sequences(module)
+    decoder = sequences.decoder
+    table = sequences.blocks.table(70)[None]
+    for start, stop in ((0, 40), (40, 69), (69, 70)):
+        rows = stop - start
+        hidden = torch.full((rows, decoder.hidden_stride), float("nan"), dtype=torch.bfloat16)
+        logits = torch.empty(rows, decoder.vocab_size)
+        for layer in decoder.layers:
+            slot = {
+                name: torch.full((tensor.numel() + 3,), float("nan"), dtype=torch.bfloat16)[3:]
+                for name, tensor in layer.parameters.items()
+            }  # at addresses that are odd multiples of 2
+            placed = layer.at(
+                {name: slot[name].view(tensor.shape) for name, tensor in layer.parameters.items()}
+            )
+            for name, tensor in layer.parameters.items():
+                placed.parameters[name].copy_(tensor)
+            last = layer.index + 1 == len(decoder.layers)
+            decoder.forward(
+                int32(token_ids[start:stop]),
+                np.arange(start, stop, dtype=np.int32),
+                np.zeros(rows, np.int32),
+                table,
+                np.arange(rows if last else 0, dtype=np.int32),
+                logits if last else None,
+                layers=[placed],
+                hidden=hidden,
+            )
+        assert torch.equal(logits, whole[start:stop])
+
+
+def test_layers_that_do_not_fit_are_refused() -> None:
+    sequences = Sequences(model_of("llama"), max_rows=8)
+    decoder = sequences.decoder
+    table = sequences.blocks.table(20)[None]
+    hidden = torch.zeros(2, decoder.hidden_stride, dtype=torch.bfloat16)
+
+    def compute(layers: Any, hidden: Any, logit_rows: Any = ()) -> None:
+        two = int32([0, 1]), int32([0, 1]), int32([0, 0])
+        decoder.forward(*two, table, int32(logit_rows), layers=layers, hidden=hidden)
+
+    for match, layers, stream, logit_rows in (
+        ("follow one on another", [], hidden, ()),
+        ("follow one on another", decoder.layers[::-1], hidden, ()),
+        ("without a residual stream", decoder.layers[:1], None, ()),
+        ("before the last layer", decoder.layers[:1], hidden, (1,)),
+        ("hidden must be", decoder.layers[:1], hidden.float(), ()),
+        ("hidden must be", decoder.layers[:1], hidden[:1], ()),
+    ):
+        with pytest.raises(ValueError, match=match):
+            compute(layers, stream, logit_rows)
+    parameters = dict(decoder.layers[0].parameters)
+    name, weight = "self_attn.o_proj.weight", parameters["self_attn.o_proj.weight"]
+    for wrong in (weight.float(), weight[:, 1:], weight.t().contiguous().t()):
+        with pytest.raises(ValueError, match=name):
+            decoder.layers[0].at({**parameters, name: wrong})
+    del parameters[name]
+    with pytest.raises(ValueError, match=name):
+        decoder.layers[0].at(parameters)
 
 
 # --- processes and threads
@@ -506,9 +617,9 @@ def test_a_wrong_argument_is_refused_before_anything_is_computed() -> None:
 def test_a_wrong_setting_is_refused() -> None:
     module = model_of("llama")
     layout = Blocks(module).layout
-    for settings in ((0, 8, 1), (8, 0, 1), (8, 8, 0), (8, 8, 1000)):
+    for wrong in ((0, 8, 1), (8, 0, 1), (8, 8, 0), (8, 8, 1000)):
         with pytest.raises(ValueError, match="positive"):
-            NativeDecoder(module, layout, *settings)
+            NativeDecoder(module, layout, *wrong)
     with pytest.raises(NotNative, match="multiple of 16"):
         NativeDecoder(module, KVLayout(layout.layers, torch.bfloat16, 8), 8, 8, 1)
     with pytest.raises(ValueError, match="layers"):

@@ -223,6 +223,7 @@ class Decoder {
     return threads_->run([](void* self, int thread) { ((Decoder*)self)->step(thread); }, this);
   }
 
+  int64_t hidden_stride() const { return hidden_stride_; }
   size_t workspace_bytes() const { return bytes_; }
   uint64_t counted(int operation) const { return counted_[operation]; }
 
@@ -999,6 +1000,8 @@ void* onecopy_decoder_create(const DecoderSpec* spec) {
 int64_t onecopy_decoder_workspace_bytes(void* decoder) {
   return int64_t(((Decoder*)decoder)->workspace_bytes());
 }
+// Elements from one row of the residual stream to the next.
+int64_t onecopy_decoder_hidden_stride(void* decoder) { return ((Decoder*)decoder)->hidden_stride(); }
 // 0, or 1 if no thread can be started.
 int onecopy_decoder_forward(void* decoder, const Call* call) {
   try {

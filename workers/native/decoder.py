@@ -9,6 +9,7 @@ know requests, blocks' owners or sampling.
 import ctypes
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +26,7 @@ from workers.native.architecture import (
     longest,
     rope_tables,
 )
+from workers.native.placed import PlacedLayer
 
 _ROPE_STEP: Final = 1024  # positions whose rotations are computed at a time
 _MAX_THREADS: Final = 256
@@ -79,6 +81,13 @@ class NativeDecoder:
             raise ValueError("the layout is of another number of layers")
         described = describe(module, layout)
         spec, self._layers, self._kept = described.spec, described.layers, described.kept
+        self.layers: Final = tuple(
+            PlacedLayer(index, structure, dict(layer.named_parameters()))
+            for index, (structure, layer) in enumerate(
+                zip(described.layers, base.layers, strict=True)
+            )
+        )
+        """Each with its weights where the module has them."""
         self._rotary = base.rotary_emb
         self._rope_kinds = rope_tables(module)
         self._rotation = Rotation(spec.rotation)
@@ -103,6 +112,8 @@ class NativeDecoder:
         if not handle:
             raise MemoryError("no memory for the native decoder's workspace")
         self._handle = handle
+        self.hidden_stride: Final = int(self._library.onecopy_decoder_hidden_stride(handle))
+        """Elements from one row of the residual stream to the next."""
         self._finalizer = weakref.finalize(self, self._library.onecopy_decoder_destroy, handle)
 
     @property
@@ -128,6 +139,8 @@ class NativeDecoder:
         logits_out: torch.Tensor | None = None,
         greedy_out: Int32s | None = None,
         num_threads: int | None = None,
+        layers: Sequence[PlacedLayer] | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Compute rows: write their keys and values into blocks, and the logits asked for.
 
@@ -136,8 +149,13 @@ class NativeDecoder:
         earlier calls or earlier rows of this one have written. `logits_out` takes, for each of
         `logit_rows`, fp32 logits, which are not rounded to bf16; `greedy_out` takes the
         first token of the highest. `num_threads` of the decoder's threads do it, by default all;
-        the result does not depend on it. Raises ValueError, and RuntimeError if threads can't be
-        started.
+        the result does not depend on it.
+
+        With `layers`, only those are computed, which must follow one on another. `hidden`, a bf16
+        tensor # [num_rows, hidden_stride], then takes the residual stream as the last of them
+        leaves it, and holds that which the first takes, unless it is the decoder's first. Logits
+        can be had where the last is the decoder's last. Raises ValueError, and RuntimeError if
+        threads can't be started.
         """
         num_rows, num_logit_rows = token_ids.size, logit_rows.size
         if num_threads is not None and not 1 <= num_threads <= self.num_threads:
@@ -175,13 +193,24 @@ class NativeDecoder:
             _check_array("greedy_out", greedy_out, np.int32)
             if greedy_out.shape != (num_logit_rows,) or not greedy_out.flags.writeable:
                 raise ValueError(f"greedy_out must be a writable int32 array [{num_logit_rows}]")
+        if layers is not None:
+            self._check_layers(layers, num_logit_rows)
+        if hidden is None and layers is not None and len(layers) < len(self.layers):
+            raise ValueError("some of the layers without a residual stream")
+        if hidden is not None:
+            _check_hidden(hidden, (num_rows, self.hidden_stride))
         with self._lock:
             self._check_open()
             self._fill_rotations(furthest + 1)
             call = self._call
-            call.layers = ctypes.cast(self._layers, ctypes.POINTER(library.Layer))
-            call.num_layers = len(self._layers)
-            call.token_ids = token_ids.ctypes.data
+            structures, first = self._layers, 0
+            if layers is not None:
+                structures = (library.Layer * len(layers))(*(one.structure for one in layers))
+                first = layers[0].index
+            call.layers = ctypes.cast(structures, ctypes.POINTER(library.Layer))
+            call.num_layers = len(structures)
+            call.hidden = hidden.data_ptr() if hidden is not None else None
+            call.token_ids = token_ids.ctypes.data if first == 0 else None
             call.positions = positions.ctypes.data
             call.tables = tables.ctypes.data
             call.addresses = addresses.ctypes.data
@@ -203,6 +232,15 @@ class NativeDecoder:
     def _check_open(self) -> None:
         if not self._finalizer.alive:
             raise ValueError("the native decoder is closed")
+
+    def _check_layers(self, layers: Sequence[PlacedLayer], num_logit_rows: int) -> None:
+        indices = [one.index for one in layers]
+        if not indices or indices != list(range(indices[0], indices[0] + len(indices))):
+            raise ValueError(f"layers {indices}: not some that follow one on another")
+        if indices[-1] >= len(self.layers):
+            raise ValueError(f"layer {indices[-1]} of {len(self.layers)}")
+        if num_logit_rows and indices[-1] + 1 != len(self.layers):
+            raise ValueError("logits before the last layer")
 
     def _check_blocks(self, positions: Int32s, tables: Int32s, addresses: Int64s) -> None:
         """Every block up to a row's own must have an address."""
@@ -259,3 +297,9 @@ def _check_logits(logits: torch.Tensor, shape: tuple[int, int]) -> None:
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu"
     if not fits or tuple(logits.shape) != shape or not logits.is_contiguous():
         raise ValueError(f"logits_out must be a contiguous fp32 tensor {list(shape)} on the CPU")
+
+
+def _check_hidden(hidden: torch.Tensor, shape: tuple[int, int]) -> None:
+    fits = hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu"
+    if not fits or tuple(hidden.shape) != shape or not hidden.is_contiguous():
+        raise ValueError(f"hidden must be a contiguous bf16 tensor {list(shape)} on the CPU")

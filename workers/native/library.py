@@ -266,6 +266,7 @@ def open_library(name: str, file: Path) -> Kernels:
     for function_name, result, arguments in (
         ("create", c_void_p, [POINTER(Decoder)]),
         ("workspace_bytes", c_int64, [c_void_p]),
+        ("hidden_stride", c_int64, [c_void_p]),
         ("forward", c_int32, [c_void_p, POINTER(Call)]),
         ("counted", None, [c_void_p, POINTER(c_uint64)]),
         ("destroy", None, [c_void_p]),
