@@ -10,7 +10,7 @@ import runpy
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.daemon_process import ROOT
+from tests.workers.foreign.library import ForeignLibrary, compile_server
 from tests.workers.tiny_families import tiny_model
 from tests.workers.tiny_models import CONFIGS, VOCAB_SIZE, prompt, reference_model
 from workers.checkpoint import open_checkpoint
@@ -45,6 +46,7 @@ SETS = [
 ]
 EMULATED = "amx, emulated"
 """The code for AMX tiles, with tiles in plain C++: what a machine without AMX can test of it."""
+AARCH64 = "portable, aarch64"
 
 
 @pytest.fixture(scope="session")
@@ -62,12 +64,27 @@ def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> library.Kernels:
     return library.open_library("amx", file)
 
 
-@pytest.fixture(params=[*SETS, EMULATED], autouse=True)
+@pytest.fixture(scope="session")
+def on_aarch64(tmp_path_factory: pytest.TempPathFactory) -> Iterator[library.Kernels]:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs the Debian packages g++-aarch64-linux-gnu and qemu-user")
+    file = tmp_path_factory.mktemp("aarch64") / "decoder_server"
+    compile_server(compiler, kernel_flags("portable"), file)
+    foreign = ForeignLibrary([emulator, str(file)])
+    yield library.Kernels("portable", foreign)
+    foreign.close()
+
+
+@pytest.fixture(params=[*SETS, EMULATED, AARCH64], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test with every set that this machine can run."""
+    """Every test with every set that this machine can run, or emulate."""
     name: str = request.param
-    if name == EMULATED:
-        emulated = request.getfixturevalue("emulated_tiles")
+    if name in (EMULATED, AARCH64):
+        if name == AARCH64 and request.node.get_closest_marker("this_process"):
+            pytest.skip("the emulated process is another one")
+        fixture = "emulated_tiles" if name == EMULATED else "on_aarch64"
+        emulated = request.getfixturevalue(fixture)
         monkeypatch.setattr(library, "load", lambda _wanted="auto": emulated)
     else:
         monkeypatch.setenv(library.VARIABLE, name)
@@ -497,6 +514,7 @@ def test_layers_that_do_not_fit_are_refused() -> None:
 # --- processes and threads
 
 
+@pytest.mark.this_process
 def test_a_forked_child_starts_its_own_threads() -> None:
     module, token_ids = model_of("llama"), prompt(40)
     sequences = Sequences(module, num_threads=3)
@@ -519,6 +537,7 @@ def thread_times() -> dict[str, int]:
     return times
 
 
+@pytest.mark.this_process
 def test_idle_threads_sleep_and_closed_ones_are_gone() -> None:
     known = set(thread_times())
     sequences = Sequences(model_of("llama"), num_threads=3)

@@ -130,8 +130,9 @@ class Threads {
       for (int i = 0; i < most_; i++) seats_.push_back({this, i, 0});
     if (int(handles_.size()) == most_ - 1) return true;
     sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are the interpreter's
+    sigfillset(&all);  // signals are the interpreter's, but for a thread's own faults
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&all, fault);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     while (int(handles_.size()) < most_ - 1) {
       pthread_t handle;
       seats_[handles_.size() + 1].seen = calls_.word.load();

@@ -1,0 +1,1 @@
+"""The decoder compiled for another instruction set, run by an emulator."""
