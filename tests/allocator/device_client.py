@@ -107,11 +107,10 @@ class DeviceProgram(client_program.Program):
         self.tensor = None
 
     def free_bytes(self) -> int:
-        """Of the device, for whoever asks."""
-        import torch
-
-        torch.cuda.synchronize()
-        return torch.cuda.mem_get_info()[0]
+        """Of the device, for whoever asks. Makes a context."""
+        with current(find(self.memory.device).ordinal) as driver:
+            call(driver.cuCtxSynchronize)
+            return int(call(driver.cuMemGetInfo)[0])
 
     def fill_leases(self, values: list[tuple[int, int]]) -> None:
         """(offset, the value of all its bytes)."""

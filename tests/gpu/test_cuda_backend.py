@@ -26,6 +26,7 @@ from tests.allocator.backend_contract import (
     mapped,
 )
 from tests.allocator.processes import Refused
+from tests.leaks import descriptors
 
 LARGE = (300 << 20) + 12345
 GPU = torch.device("cuda:0")
@@ -175,6 +176,18 @@ def test_a_mapping_is_unmapped_only_after_the_kernels_that_use_it(
     mapping.close()
     del mapping, view  # the device is still at work
     assert result.item() == 30 * 3 * LARGE
+
+
+def test_mapping_again_and_again_leaves_no_descriptor_behind(backend: Backend) -> None:
+    num_bytes, rounds = 2 * backend.granularity, 100
+    backend.reserve("again", num_bytes)
+    named = handle_of(backend, "again", num_bytes)
+    before = len(descriptors())
+    for _ in range(rounds):
+        with contextlib.closing(mapped(backend, named, writable=True)) as mapping:
+            mapping.write(0, b"abc")
+    assert len(descriptors()) - before < rounds // 2
+    backend.free("again")
 
 
 @pytest.fixture
