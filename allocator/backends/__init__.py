@@ -142,6 +142,18 @@ def open_device(device: str, placement: str = "") -> Backend:
     raise InvalidSetting(f"the device {device!r} is not one of host, cuda:N, cuda:GPU-UUID")
 
 
+def device_fault(device: str) -> str | None:
+    """Why this process can't use the device "host" or "cuda:…" any more, as after a kernel that
+    touched memory that is not its own; None where it can. Other processes are not concerned, and
+    only a new one can go on. Waits for what the device was told; for clients, which have a context.
+    """
+    if not device.startswith("cuda"):
+        return None
+    from allocator.backends.cuda_driver import fault
+
+    return fault(device)
+
+
 def file_handle(path: Path) -> Handle:
     """A handle for the regular file that is at `path` now, without symbolic links. Raises
     StaleGeneration where there is none."""

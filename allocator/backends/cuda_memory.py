@@ -233,12 +233,16 @@ class CUDAPoolWindow(_DeviceView):
             opened.unmap(there.offset)
 
     def close(self) -> None:
-        """Idempotent. A view that is left keeps the addresses, without memory."""
+        """Idempotent. A view that is left keeps the addresses, without memory. Where a fault has
+        spoilt the context nothing can be unmapped, and the process's end does it."""
         if self._range is None:
             return
         opened, self._range = self._range, None
-        for there in opened.overlapping(0, opened.num_bytes):
-            opened.unmap(there.offset)
+        try:
+            for there in opened.overlapping(0, opened.num_bytes):
+                opened.unmap(there.offset)
+        except DriverError as error:
+            log.warning("what is mapped of the pool stays so until this process ends: %s", error)
 
     def _within(self, extent: Extent) -> DeviceRange:
         opened, offset, num_bytes = self._opened(), extent.offset, extent.num_bytes

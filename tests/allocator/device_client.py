@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from allocator import Mapping, RuntimeDir
+from allocator import Mapping, RuntimeDir, device_fault
 from allocator.backends.cuda_driver import call, current, find
 from tests.allocator import client_program
 from tests.allocator.client_program import MANIFEST_BYTES
@@ -81,6 +81,10 @@ class DeviceProgram(client_program.Program):
         """What this process will need of its GPU in any case."""
         with current(find(self.memory.device).ordinal) as driver:
             call(driver.cuCtxSynchronize)
+
+    def fault(self) -> str | None:
+        """Why this process can't use its GPU any more, if so."""
+        return device_fault(self.memory.device)
 
     # --- with tensors
 
