@@ -59,6 +59,10 @@ class PoolWindow(Protocol):
         changes the access. `descriptor` is what `Backend.export` made; it stays the caller's.
         Raises OutOfDeviceMemory, StaleGeneration."""
 
+    def settle(self) -> None:
+        """What this process has written, or told the device to write, is there for every process
+        that maps it once this returns."""
+
     def unmap(self, extent: Extent, *, discard: bool = False) -> None:
         """Make it inaccessible; with `discard` its memory goes back to the device first."""
 

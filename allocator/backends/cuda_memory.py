@@ -225,6 +225,11 @@ class CUDAPoolWindow(_DeviceView):
         if writable and there != [extent]:
             erase(opened.device.ordinal, opened.address + extent.offset, extent.num_bytes)
 
+    def settle(self) -> None:
+        """See `PoolWindow.settle`."""
+        with current(self._opened().device.ordinal) as driver:
+            call(driver.cuCtxSynchronize)
+
     def unmap(self, extent: Extent, *, discard: bool = False) -> None:
         """See `PoolWindow.unmap`. `discard` asks for nothing more: an extent's memory goes when the
         allocator has freed it and nobody maps it."""

@@ -4,6 +4,7 @@
 own `write` and `read`, or by tensors where torch can reach the device.
 """
 
+import ctypes
 import hashlib
 import json
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 from allocator import Mapping, RuntimeDir, device_fault
 from allocator.backends.cuda_driver import call, current, find
+from allocator.messages import PutBlocks
 from tests.allocator import client_program
 from tests.allocator.client_program import MANIFEST_BYTES
 from tests.allocator.processes import ClientProcess
@@ -85,6 +87,32 @@ class DeviceProgram(client_program.Program):
     def fault(self) -> str | None:
         """Why this process can't use its GPU any more, if so."""
         return device_fault(self.memory.device)
+
+    # --- on the simulated driver
+
+    def put_unwritten(self, blocks: list[tuple[str, int]]) -> int:
+        """Put blocks that the device is still to write; how much it had to do when the allocator
+        was asked to let others read them."""
+        ordinal = find(self.memory.device).ordinal
+        with current(ordinal) as driver:
+            stream = call(driver.cuStreamCreate, 1)
+            pinned = int(call(driver.cuMemHostAlloc, 4096, 0))
+            for _, offset in blocks:
+                address = self.memory._pool._current.window.address + offset
+                call(driver.cuMemcpyHtoDAsync, address, pinned, 4096, stream)
+        seen = []
+        request = self.memory._connection.request
+
+        def watched(message: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(message, PutBlocks):
+                counts = (ctypes.c_int * 8)()
+                ctypes.CDLL("libcuda.so.1").simulated_counts(counts)
+                seen.append(counts[6])
+            return request(message, *arguments, **options)
+
+        self.memory._connection.request = watched  # type: ignore[method-assign]
+        self.put(blocks)
+        return max(seen)
 
     # --- with tensors
 

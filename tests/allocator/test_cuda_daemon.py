@@ -151,6 +151,15 @@ def test_a_block_is_mapped_by_who_looks_it_up(daemon: DaemonProcess, start: Star
         client.call("release_blocks", [digest])
 
 
+def test_what_a_block_holds_is_there_before_others_may_read_it(
+    daemon: DaemonProcess, start: Start
+) -> None:
+    client = start()
+    offsets = client.call("lease", GRANULARITY, 2)
+    blocks = [(digest * 16, offset) for digest, offset in zip(("ab", "cd"), offsets, strict=True)]
+    assert client.call("put_unwritten", blocks) == 0
+
+
 def test_many_leases_at_once_do_not_run_out_of_descriptors(
     daemon: DaemonProcess, start: Start
 ) -> None:
