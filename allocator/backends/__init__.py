@@ -8,6 +8,7 @@ weight set; a pool is a range of offsets of which extents get memory one by one.
     pool, in one client's addresses    | mapped | (no access)    | (another's)     |          |
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -85,6 +86,10 @@ class Backend(Protocol):
 
     def limit_bytes(self) -> int:
         """What the device could hold if nothing else used it."""
+
+    def default_limit_bytes(self, clients: Collection[int]) -> int | None:
+        """How much is given out where nobody says; None for what the device can give. `clients`
+        are the pids of those whose memory is ours."""
 
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """Make a segment. `outstanding_bytes` were reserved earlier and may not be committed yet.
