@@ -18,7 +18,16 @@ from gpu.report import STAGES
 
 PROGRAM = ROOT / "benchmarks" / "gpu_report.py"
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-REHEARSED = ("machine", "sharing", "attach", "kills", "copies", "tiers", "served random")
+REHEARSED = (
+    "machine",
+    "contract backend",
+    "sharing",
+    "attach",
+    "kills",
+    "copies",
+    "tiers",
+    "served random",
+)
 PACKAGE = "tests.benchmarks.failing_stages"
 
 

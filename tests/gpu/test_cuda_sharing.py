@@ -13,7 +13,7 @@ from tests.allocator.processes import Refused
 from tests.daemon_process import DaemonProcess
 from tests.leaks import wait_until
 
-SIZE = 1 << 30
+SIZE = 512 << 20
 SMALL = 64 << 20
 SLACK = 64 << 20  # what torch may allocate meanwhile
 
