@@ -122,6 +122,7 @@ def _environment(wheels: Path | None, folder: Path) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*places, *([inherited] if inherited else [])]),
         "HF_HUB_OFFLINE": "1",
+        "ONECOPY_CACHE_DIR": str(folder / "cache"),
         "ONECOPY_COMMIT": commit(),
     }
 

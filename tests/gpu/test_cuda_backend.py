@@ -112,8 +112,8 @@ def test_threads_write_what_one_reads(backend: Backend, large: Handle) -> None:
 def test_reading_sees_what_torch_was_told_to_write(backend: Backend, large: Handle) -> None:
     with contextlib.closing(mapped(backend, large, writable=True)) as mapping:
         whole = as_bytes(mapping)
-        for value in range(20):  # on its own stream, not waited for
-            with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()):  # not the default one, and not waited for
+            for value in range(20):
                 whole.fill_(value)
         out = bytearray(16)
         mapping.read(LARGE - 16, memoryview(out))
