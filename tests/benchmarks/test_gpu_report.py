@@ -52,6 +52,15 @@ def test_without_a_gpu_each_stage_says_why_it_did_not_run(tmp_path: Path) -> Non
         assert "driver" in stage["why"]
 
 
+def test_it_runs_without_git_and_knows_the_commit_that_it_is_told(tmp_path: Path) -> None:
+    variables = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": str(tmp_path),
+        "ONECOPY_COMMIT": "0123456789ab",
+    }
+    assert report(tmp_path / "out.json", **variables)["commit"] == "0123456789ab"
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("cuda")
