@@ -3,7 +3,7 @@
 Importing it is cheap: neither torch nor a device's library is loaded before it is needed.
 """
 
-from allocator.backends import Mapping, file_handle
+from allocator.backends import Mapping, device_fault, file_handle
 from allocator.backends.nvml import DeviceUsage, device_usage, device_usages
 from allocator.client import Client, connect
 from allocator.daemon_settings import parse_bytes
@@ -68,6 +68,7 @@ __all__ = [
     "WeightSetReader",
     "WeightSetWriter",
     "connect",
+    "device_fault",
     "device_usage",
     "device_usages",
     "file_handle",

@@ -142,12 +142,15 @@ class Daemon:
         for backend in backends:
             if backend.device in self._devices:
                 raise InvalidSetting(f"the device {backend.device} is named twice")
+            limit = settings.memory_limit
+            if limit is None:
+                limit = backend.default_limit_bytes({one.process.pid for one in self._sessions})
             adopted = adopt(
                 journaled.device(backend.device),
                 [s for s in journaled.sessions.values() if s.device == backend.device],
                 backend,
                 host_tier,
-                limit_bytes=settings.memory_limit,
+                limit_bytes=limit,
                 quotas=settings.quotas,
                 now=now,
             )

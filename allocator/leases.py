@@ -267,6 +267,7 @@ class PoolClient:
                 BlockToPut(digest, lease.extent.offset, lease.generation) for digest, lease in own
             )
         )
+        current.window.settle()  # once it is answered, others may read them
         try:
             # In another pool the same offset and generation may be another lease of ours.
             answer = self._connection.request(request, messages.BlocksPut, epoch=current.epoch)

@@ -3,12 +3,12 @@
 import os
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
+from _commit import commit
 
 
 class Machine(TypedDict):
@@ -25,18 +25,10 @@ class Machine(TypedDict):
 
 def describe_machine() -> Machine:
     """Read from git and from the kernel."""
-    root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        check=False,
-    ).stdout.strip()
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in cpus if "model name" in line), "unknown")
     return Machine(
-        commit=commit or "unknown",
+        commit=commit(),
         cpu=model,
         num_cores=len(os.sched_getaffinity(0)),
         memory_read_gb_s=round(memory_read_gb_s(), 1),

@@ -19,15 +19,22 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from _commit import commit
 from gpu.document import write_document
-from gpu.report import ROOT, STAGES, TOTAL_S, Document, StageSpec, commit, head, run_stages
+from gpu.report import ROOT, STAGES, TOTAL_S, Document, StageSpec, head, run_stages
+from gpu.wheels import COMMIT
 
 RESULTS: Final = ROOT / "benchmarks" / "results" / "gpu"
 RUNNING: Final = RESULTS.with_name("gpu-running.json")
+_REHEARSAL_S: Final = 3600.0
+_INSTALL_S: Final = 60.0
+_PROBE_S: Final = 120.0
+"""The first import of torch on a machine that has just started can take half a minute."""
 _PROBE: Final = """
 import sys
 from allocator.backends import open_device
@@ -57,12 +64,13 @@ print(json.dumps(environment(build(folder), folder / "state", **settings)))
 
 def main() -> None:
     """Exit status 0 whatever was found: the document says it."""
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--total", type=float, default=TOTAL_S, help="seconds for all stages")
+    parser.add_argument("--total", type=float, help="seconds from the start to the last stage")
     parser.add_argument("--stages", nargs="+", choices=[one.name for one in STAGES])
     arguments = parser.parse_args()
     if arguments.store is not None:
@@ -83,7 +91,13 @@ def main() -> None:
         document = Document(path, head(commit()))
         document.content["rehearsal"] = arguments.rehearse
         run_stages(
-            stages, document, {True: simulated, False: real}, options, why_not, arguments.total
+            stages,
+            document,
+            {True: simulated, False: real},
+            options,
+            why_not,
+            arguments.total or (_REHEARSAL_S if arguments.rehearse else TOTAL_S),
+            started,
         )
     if path is None:
         print("nothing was written: there is no GPU here, or this was a rehearsal")
@@ -101,11 +115,14 @@ def _environment(wheels: Path | None, folder: Path) -> dict[str, str]:
         site = folder / "site"
         _install(wheels, site, folder)
         places.append(str(site))
+        if (brought := wheels / "wheels" / COMMIT).exists():
+            os.environ.setdefault("ONECOPY_COMMIT", brought.read_text().strip())
     inherited = os.environ.get("PYTHONPATH")
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*places, *([inherited] if inherited else [])]),
         "HF_HUB_OFFLINE": "1",
+        "ONECOPY_CACHE_DIR": str(folder / "cache"),
         "ONECOPY_COMMIT": commit(),
     }
 
@@ -126,21 +143,27 @@ def _install(wheels: Path, site: Path, folder: Path) -> None:
             *map(str, packages),
         ],
         check=True,
+        timeout=_INSTALL_S,
     )
 
 
 def _why_not(environment: Mapping[str, str], stages: Sequence[StageSpec]) -> dict[str, str]:
     """Stage → why it can't run here."""
-    probed = subprocess.run(
-        [sys.executable, "-c", _PROBE],
-        cwd=ROOT,
-        env=dict(environment),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    names = [one.name for one in stages]
+    try:
+        probed = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            cwd=ROOT,
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PROBE_S,
+        )
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(names, f"neither driver nor torch answered within {_PROBE_S:.0f} s")
     if probed.returncode:
-        return dict.fromkeys((one.name for one in stages), _last_line(probed.stderr))
+        return dict.fromkeys(names, _last_line(probed.stderr))
     return {"served demo": _last_line(probed.stdout)} if probed.stdout.strip() else {}
 
 

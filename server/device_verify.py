@@ -60,10 +60,12 @@ def judge_device(
     instances: Sequence[tuple[str, int]],
     readers: Collection[int],
     clients: Collection[int],
+    allocator_pid: int | None = None,
     max_private_bytes: int = MAX_PRIVATE_BYTES,
 ) -> DeviceVerdict:
     """`instances` are (name, pid) of those that should read the weights; `readers` the pids that do
-    by the allocator's books, `clients` all that have a session with it."""
+    by the allocator's books, `clients` all that have a session with it. Where the driver counts for
+    `allocator_pid` what it owns, that is in `allocator_bytes` already."""
     problems = [] if instances else ["no instance is ready"]
     problems += [
         f"{name}: does not read the weights, by the allocator's books"
@@ -72,7 +74,9 @@ def judge_device(
     ]
     ours = {*clients, *(pid for _, pid in instances)}
     others_bytes = sum(
-        num_bytes or 0 for pid, num_bytes in usage.processes.items() if pid not in ours
+        num_bytes or 0
+        for pid, num_bytes in usage.processes.items()
+        if pid not in ours and pid != allocator_pid
     )
     clients_bytes = usage.used_bytes - allocator_bytes - others_bytes
     may_have = len(ours) * max_private_bytes

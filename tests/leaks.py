@@ -80,9 +80,13 @@ def _reap(pids: set[int]) -> None:
 class Leaks:
     """A snapshot at the start of a test, and the check at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, not_ours: tuple[str, ...] = (), timeout_s: float = 300.0) -> None:
+        """Descriptors on paths that begin with one of `not_ours` don't count: a library's own.
+        What is left has `timeout_s` to go."""
+        self._not_ours = not_ours
+        self._timeout_s = timeout_s
         self._children = set(children())
-        self._descriptors = descriptors()
+        self._descriptors = self._counted()
         self._directories: list[tuple[Path, str]] = []
 
     def watch(self, runtime_dir: RuntimeDir) -> None:
@@ -99,7 +103,7 @@ class Leaks:
             if path.exists():
                 lines += [f"file {file}" for file in path.iterdir()]
         # A number may have been used again for a thing of the same kind: only growth is a leak.
-        now = descriptors()
+        now = self._counted()
         if len(now) > len(self._descriptors):
             lines += [
                 f"descriptor {fd}: {target}"
@@ -108,10 +112,10 @@ class Leaks:
             ]
         return lines
 
-    def check(self, timeout_s: float = 300.0) -> None:
+    def check(self) -> None:
         """Fails, naming each thing, where something is left when the deadline has passed. It is
         then ended and removed, so that the tests that follow do not suffer."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + self._timeout_s
         while lines := self.found():
             gc.collect()
             if time.monotonic() > deadline:
@@ -119,10 +123,17 @@ class Leaks:
                 raise AssertionError("left behind:\n" + "\n".join(lines))
             time.sleep(_POLL_S)
 
+    def _counted(self) -> dict[int, str]:
+        return {
+            fd: target
+            for fd, target in descriptors().items()
+            if not target.startswith(self._not_ours)
+        }
+
     def _clear(self) -> None:
         for pid in children().keys() - self._children:
             os.kill(pid, signal.SIGKILL)
         for _, prefix in self._directories:
             for name in segments(prefix):
                 (SHM_ROOT / name).unlink()
-        self._descriptors = descriptors()
+        self._descriptors = self._counted()

@@ -22,6 +22,10 @@ DEFAULT_WORKSPACE_BYTES: Final = 256 << 20
 _FP32_BYTES: Final = 4
 _KEY_CHUNK: Final = 1024
 
+# On Hopper torch would let cuDNN compute attention, which plans anew for every number of keys (some
+# 30 ms each) and keeps the plans for ever; a sequence has another number of keys at each token.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def attend(
     module: torch.nn.Module,
@@ -70,18 +74,16 @@ def attend(
     return (results[0] if len(results) == 1 else torch.cat(results, dim=1)), None
 
 
-def causal_mask(num_queries: int, num_keys: int, window: int | None) -> torch.Tensor:
+def causal_mask(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device | None = None
+) -> torch.Tensor:
     """Which key each query may see, where the last query is as far on as the last key.
 
     Returns bool [1, 1, num_queries, num_keys]: true for a query's own key and the earlier ones,
-    of which `window` counts the nearest, the own one included.
+    of which `window` counts the nearest, the own one included. Made on `device`, where a copy to it
+    would wait for all that it has been told to do.
     """
-    query_positions = torch.arange(num_keys - num_queries, num_keys)[:, None]
-    key_positions = torch.arange(num_keys)[None, :]
-    mask = key_positions <= query_positions
-    if window is not None:
-        mask &= key_positions > query_positions - window
-    return mask[None, None]
+    return _visible(num_keys - num_queries, num_queries, 0, num_keys, window, device)[None, None]
 
 
 # --- all keys at once, some queries at a time
@@ -138,7 +140,7 @@ def _mask(
     mask = batch.masks.get(shape)
     if mask is None:
         batch.masks.clear()  # one at a time is within the workspace
-        mask = causal_mask(num_queries, num_keys, window).to(device)
+        mask = causal_mask(num_queries, num_keys, window, device)
         batch.masks[shape] = mask
     return mask
 
@@ -214,7 +216,12 @@ def _chunks(
 
 
 def _visible(
-    position: int, count: int, first: int, last: int, window: int | None, device: torch.device
+    position: int,
+    count: int,
+    first: int,
+    last: int,
+    window: int | None,
+    device: torch.device | None,
 ) -> torch.Tensor:
     """bool [count, last - first]: which of the keys each query may see."""
     query_positions = torch.arange(position, position + count, device=device)[:, None]

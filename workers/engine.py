@@ -15,6 +15,7 @@ from typing import Final
 import torch
 
 from workers.batch import Batch, Part
+from workers.device import Fault, no_fault, require_device
 from workers.drafts import propose
 from workers.errors import GrammarFailed, InvalidLogits, NoTokenLeft
 from workers.kv.cache import KVCache
@@ -83,13 +84,14 @@ class Engine:
         tokenizer: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         attention_span: int | None = None,
+        device_fault: Fault = no_fault,
     ) -> None:
         """`max_model_len` bounds prompt and generated tokens together, `max_num_seqs` the sequences
         that run at once, `token_budget` the prompt tokens of a step. `kv` None keeps keys and
         values in memory of this process, without a limit. `num_speculative_tokens` is the longest
         guess at a sequence's next tokens. `tokenizer` is the tokenizer.json for requests with a
-        grammar. `attention_span` is that of the scheduler. Raises `ValueError` beyond the model's
-        reach."""
+        grammar. `attention_span` is that of the scheduler. `device_fault` is asked after a failed
+        pass. Raises `ValueError` beyond the model's reach."""
         limit = model.geometry.max_model_len
         if not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 2 to {limit}")
@@ -105,6 +107,7 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
+        self._device_fault = device_fault
         self._idle_since: float | None = None  # the first of the last steps that did nothing
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
@@ -204,7 +207,7 @@ class Engine:
 
     def step(self) -> tuple[Output, ...]:
         """Compute one batch. Returns what is new: the tokens of each sequence that gained some, and
-        the end of those that ended. Raises nothing that a request can cause."""
+        the end of those that ended. Raises nothing that a request can cause, but DeviceLost."""
         outputs, self._answered = self._answered, []
         now = self._clock()
         outputs += self._expired(now)
@@ -322,12 +325,12 @@ class Engine:
     def _compute(self, chunks: Sequence[Chunk]) -> list[Output]:
         parts = [self._part(chunk) for chunk in chunks]
         try:
-            logits = self._model.forward(Batch.of(parts))
+            logits = self._model.forward(Batch.of(parts)).cpu()  # waits for the device
         except Exception as error:  # the architectures are not our code
+            require_device(self._device_fault, error)
             logger.exception("a forward pass over %d sequences failed", len(chunks))
             problem = f"the forward pass failed: {error}"
             return [self._fail(chunk.sequence, problem, keep=False) for chunk in chunks]
-        logits = logits.cpu()
         outputs: list[Output] = []
         sampling: list[tuple[Chunk, int]] = []
         row = 0

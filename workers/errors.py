@@ -48,6 +48,12 @@ class InvalidSetting(WorkerError):
     code = "invalid_setting"
 
 
+class DeviceLost(BaseException):
+    """Every call of this process to its device fails from now on: the instance must end, so that
+    its requests go on in another. No `Exception`, since whoever keeps an error over one request
+    from ending the instance must let this one pass."""
+
+
 class OutOfKVMemory(WorkerError):
     """The machine can't give the memory for one more sequence."""
 

@@ -307,7 +307,7 @@ def _geometry(module: Any, dtype: torch.dtype, generation_config: Mapping[str, A
         vocab_size=config.vocab_size,
         max_model_len=_max_model_len(config),
         eos_token_ids=_eos_token_ids(config, generation_config),
-        kv_layout=KVLayout(tuple(layers), dtype),
+        kv_layout=KVLayout.on(next(module.parameters()).device, tuple(layers), dtype),
         sliding_windows=_sliding_windows(config),
         attention_span=_attention_span(module),
         num_parameters=sum(part.numel() for part in parameters),

@@ -5,6 +5,7 @@ as ready or as failed; while requests run, messages are read between steps and n
 after a drain every accepted request has ended. Does not know text.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,13 +21,13 @@ import msgspec
 import torch
 import zmq
 
-from allocator import AllocatorError, Client, RuntimeDir, connect
+from allocator import AllocatorError, Client, RuntimeDir, connect, device_fault
 from workers import kernel
 from workers.checkpoint import AttachedWeights, attach, open_checkpoint
 from workers.cores import SharedCores
 from workers.embedding import EmbeddingEngine, build_embedding_model, task_of
 from workers.engine import Engine
-from workers.errors import InvalidSetting, WorkerError
+from workers.errors import DeviceLost, InvalidSetting, WorkerError
 from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
 from workers.messages import (
@@ -71,6 +72,9 @@ def run(spec: InstanceSpec) -> int:
     server.connect(spec.engines)
     try:
         return _Instance(spec, server).run()
+    except DeviceLost:
+        log.exception("instance %s ends, and its requests go on elsewhere", spec.name)
+        return 1
     finally:
         server.close()
         context.term()
@@ -128,7 +132,7 @@ class _Instance:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
             self._cores = SharedCores(cores, os.getpid())
         if task_of(weights.metadata) == "embed":
-            return self._start_embedding(weights, checkpoint.dtype)
+            return self._start_embedding(memory, weights, checkpoint.dtype)
         config = json.loads(weights.metadata["config"])
         generation_config = json.loads(weights.metadata.get("generation_config", "{}"))
         dtype = checkpoint.dtype or float_dtype(weights.tensors)
@@ -165,6 +169,7 @@ class _Instance:
             spec.num_speculative_tokens,
             Path(spec.tokenizer) if spec.tokenizer else None,
             attention_span=model.geometry.attention_span,
+            device_fault=functools.partial(device_fault, memory.device),
         )
         self._announce(model.geometry.facts(max_model_len), weights, model.kernels)
         # A first pass touches every weight, so its length grows with the model: an instance that
@@ -175,7 +180,7 @@ class _Instance:
         return engine
 
     def _start_embedding(
-        self, weights: AttachedWeights, dtype: torch.dtype | None
+        self, memory: Client, weights: AttachedWeights, dtype: torch.dtype | None
     ) -> EmbeddingEngine:
         dtype = dtype or float_dtype(weights.tensors)
         model = build_embedding_model(weights.metadata, weights.tensors, dtype)
@@ -186,7 +191,11 @@ class _Instance:
         max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
         threads_now = None if self._cores is None else self._cores.fair_part
         engine = EmbeddingEngine(
-            model, max_model_len, self._spec.token_budget, threads_now=threads_now
+            model,
+            max_model_len,
+            self._spec.token_budget,
+            threads_now=threads_now,
+            device_fault=functools.partial(device_fault, memory.device),
         )
         self._announce(model.facts(max_model_len), weights)
         if not weights.loaded and not self._server.poll(0):

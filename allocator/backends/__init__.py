@@ -8,6 +8,7 @@ weight set; a pool is a range of offsets of which extents get memory one by one.
     pool, in one client's addresses    | mapped | (no access)    | (another's)     |          |
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +60,10 @@ class PoolWindow(Protocol):
         changes the access. `descriptor` is what `Backend.export` made; it stays the caller's.
         Raises OutOfDeviceMemory, StaleGeneration."""
 
+    def settle(self) -> None:
+        """What this process has written, or told the device to write, is there for every process
+        that maps it once this returns."""
+
     def unmap(self, extent: Extent, *, discard: bool = False) -> None:
         """Make it inaccessible; with `discard` its memory goes back to the device first."""
 
@@ -81,6 +86,10 @@ class Backend(Protocol):
 
     def limit_bytes(self) -> int:
         """What the device could hold if nothing else used it."""
+
+    def default_limit_bytes(self, clients: Collection[int]) -> int | None:
+        """How much is given out where nobody says; None for what the device can give. `clients`
+        are the pids of those whose memory is ours."""
 
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """Make a segment. `outstanding_bytes` were reserved earlier and may not be committed yet.
@@ -140,6 +149,18 @@ def open_device(device: str, placement: str = "") -> Backend:
     from allocator.errors import InvalidSetting
 
     raise InvalidSetting(f"the device {device!r} is not one of host, cuda:N, cuda:GPU-UUID")
+
+
+def device_fault(device: str) -> str | None:
+    """Why this process can't use the device "host" or "cuda:…" any more, as after a kernel that
+    touched memory that is not its own; None where it can. Other processes are not concerned, and
+    only a new one can go on. Waits for what the device was told; for clients, which have a context.
+    """
+    if not device.startswith("cuda"):
+        return None
+    from allocator.backends.cuda_driver import fault
+
+    return fault(device)
 
 
 def file_handle(path: Path) -> Handle:

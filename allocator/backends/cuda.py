@@ -12,7 +12,9 @@ Descriptors have no access mode: that readers map read-only is up to the client'
 boundary is the user.
 """
 
+import logging
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Final
 
 from allocator.backends.cuda_driver import (
@@ -23,13 +25,19 @@ from allocator.backends.cuda_driver import (
     find,
     load,
 )
+from allocator.backends.nvml import device_usage
 from allocator.errors import InvalidMessage, InvalidSetting, OutOfDeviceMemory, StaleGeneration
 from allocator.messages import Extent, Handle
 
 if TYPE_CHECKING:
     from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
 
+log = logging.getLogger("onecopy.allocator")
+
 _NO_ROOM: Final = "CUDA_ERROR_OUT_OF_MEMORY"
+_HEADROOM_PART: Final = 10
+_LEAST_HEADROOM_BYTES: Final = 2 << 30
+"""For two instances: a context takes some 500 MB, what torch computes with as much again."""
 
 
 class CUDABackend:
@@ -58,6 +66,15 @@ class CUDABackend:
         """The device's memory. How much of it is free only a context could tell; what is not there
         shows when it is asked for."""
         return self._device.total_bytes
+
+    def default_limit_bytes(self, clients: Collection[int]) -> int:
+        """A tenth of the device, 2 GiB at least, stays free for those that compute: torch and the
+        driver take memory as they go (contexts, kernels, workspaces) and can't ask others to give
+        some back. So does what other programs have now, as far as the driver tells."""
+        total = self._device.total_bytes
+        headroom = min(max(total // _HEADROOM_PART, _LEAST_HEADROOM_BYTES), total // 2)
+        left = max(0, total - headroom - self._others_bytes(clients))
+        return max(1, left // self.granularity) * self.granularity
 
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """All of the memory at once, in whole units of the granularity."""
@@ -157,6 +174,14 @@ class CUDABackend:
         return CUDAPoolWindow(reserved, handle.num_bytes)
 
     # --- both
+
+    def _others_bytes(self, clients: Collection[int]) -> int:
+        try:
+            processes = device_usage(self.device).processes
+        except InvalidSetting as error:
+            log.info("what others have of %s is not known: %s", self.device, error)
+            return 0
+        return sum(size or 0 for pid, size in processes.items() if pid not in clients)
 
     def _rounded(self, num_bytes: int) -> int:
         return -(-num_bytes // self.granularity) * self.granularity

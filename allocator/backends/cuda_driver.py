@@ -166,6 +166,17 @@ def current(ordinal: int) -> Iterator[Any]:
         call(driver.cuCtxPopCurrent)
 
 
+def fault(device: str) -> str | None:
+    """See `allocator.backends.device_fault`. An error that spoils a context is what every call in
+    it fails with from then on, so the plainest one tells."""
+    try:
+        with current(find(device).ordinal) as driver:
+            call(driver.cuCtxSynchronize)
+    except (DriverError, InvalidSetting) as error:
+        return str(error)
+    return None
+
+
 def _context(driver: Any, ordinal: int) -> Any:
     device = call(driver.cuDeviceGet, ordinal)
     try:

@@ -225,6 +225,11 @@ class CUDAPoolWindow(_DeviceView):
         if writable and there != [extent]:
             erase(opened.device.ordinal, opened.address + extent.offset, extent.num_bytes)
 
+    def settle(self) -> None:
+        """See `PoolWindow.settle`."""
+        with current(self._opened().device.ordinal) as driver:
+            call(driver.cuCtxSynchronize)
+
     def unmap(self, extent: Extent, *, discard: bool = False) -> None:
         """See `PoolWindow.unmap`. `discard` asks for nothing more: an extent's memory goes when the
         allocator has freed it and nobody maps it."""
@@ -233,12 +238,16 @@ class CUDAPoolWindow(_DeviceView):
             opened.unmap(there.offset)
 
     def close(self) -> None:
-        """Idempotent. A view that is left keeps the addresses, without memory."""
+        """Idempotent. A view that is left keeps the addresses, without memory. Where a fault has
+        spoilt the context nothing can be unmapped, and the process's end does it."""
         if self._range is None:
             return
         opened, self._range = self._range, None
-        for there in opened.overlapping(0, opened.num_bytes):
-            opened.unmap(there.offset)
+        try:
+            for there in opened.overlapping(0, opened.num_bytes):
+                opened.unmap(there.offset)
+        except DriverError as error:
+            log.warning("what is mapped of the pool stays so until this process ends: %s", error)
 
     def _within(self, extent: Extent) -> DeviceRange:
         opened, offset, num_bytes = self._opened(), extent.offset, extent.num_bytes

@@ -7,7 +7,7 @@ can map read-only only, on a descriptor that was opened read-only, so mprotect c
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -48,6 +48,9 @@ class HostBackend:
         """The size of /dev/shm."""
         status = os.statvfs(SHM_ROOT)
         return status.f_blocks * status.f_frsize
+
+    def default_limit_bytes(self, clients: Collection[int]) -> None:
+        """None: /dev/shm and the machine are looked at whenever there is something to reserve."""
 
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """Check for room and create the segment. Its pages are committed by the writer, so that

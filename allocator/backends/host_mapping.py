@@ -151,6 +151,9 @@ class HostPoolWindow:
             addresses.unmap(offset, num_bytes)
             raise
 
+    def settle(self) -> None:
+        """It always is."""
+
     def unmap(self, extent: Extent, *, discard: bool = False) -> None:
         """See `PoolWindow.unmap`."""
         addresses, offset, num_bytes = self._addresses(), *self._within(extent)

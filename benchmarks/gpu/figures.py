@@ -6,7 +6,7 @@ from collections.abc import Callable
 from allocator import InvalidSetting, device_usage
 from allocator.backends.cuda_driver import call, current, find
 
-_SETTLED_S = 3.0
+_SETTLED_S = 8.0
 
 
 def used_bytes(device: str) -> int:
@@ -30,7 +30,7 @@ def process_bytes(device: str, pid: int) -> int | None:
 
 
 def settles(figure: Callable[[], int], wanted: Callable[[int], bool]) -> int:
-    """The figure once it is as wanted, or after 3 s what it is by then: the driver gives the memory
+    """The figure once it is as wanted, or after 8 s what it is by then: the driver gives the memory
     of a process that was killed back a moment later."""
     deadline = time.monotonic() + _SETTLED_S
     while not wanted(value := figure()) and time.monotonic() < deadline:

@@ -4,8 +4,9 @@ The programs are those that the tests command (`tests/allocator/device_client.py
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gpu.stage import Stage
 
@@ -39,3 +40,10 @@ def clients(daemon: DaemonProcess, count: int) -> Iterator[list[DeviceClient]]:
             client.call("make_context")
             made.append(client)
         yield made
+
+
+def together(clients: Sequence[DeviceClient], command: str) -> list[Any]:
+    """What each answers; all work at the same time."""
+    for client in clients:
+        client.send(command)
+    return [client.receive() for client in clients]

@@ -43,6 +43,15 @@ class Stage:
         """Whether torch can compute where the memory is. Not so on a simulated driver."""
         return self.device != "host" and not self.small
 
+    def fitting(self, num_bytes: int) -> int:
+        """No more than a quarter of what host memory has room for, in whole MiB: a machine may
+        show little of its memory before it is used."""
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(one.split()[1]) * 1024 for one in lines if "MemAvailable" in one)
+        status = os.statvfs("/dev/shm")
+        room = min(available, status.f_bavail * status.f_frsize) // 4
+        return max(MIB, min(num_bytes, room) // MIB * MIB)
+
     def figure(self, name: str, value: Any) -> None:
         """A measurement; its unit ends the name."""
         self._tell({"figure": name, "value": value})

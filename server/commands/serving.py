@@ -249,6 +249,7 @@ def verify(
             memories = [(one.name, process_memory.read(one.pid or 0)) for one in ready]
             verdict = judge_all(_segments(used[0]), memories, max_private or MAX_PRIVATE_BYTES)
         else:
+            owner = directory.owner("allocator")
             verdict = judge_device(
                 statistics.device,
                 device_usage(statistics.device),
@@ -257,6 +258,7 @@ def verify(
                 instances=[(one.name, one.pid or 0) for one in ready],
                 readers=used[0].reader_pids,
                 clients={one.pid for one in statistics.sessions} - {os.getpid()},
+                allocator_pid=None if owner is None else owner.pid,
                 max_private_bytes=max_private or device_verify.MAX_PRIVATE_BYTES,
             )
         if len(used) > 1:

@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 
 from allocator.backends import Mapping, PoolWindow, for_handle
+from allocator.backends.cuda_driver import call, current
+from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
 from allocator.messages import Extent, Handle, encode
 from tests.allocator.obedient import Obedient
 from tests.allocator.processes import Refused
@@ -29,28 +31,23 @@ class Died(Exception):
 
 def peek(memory: Mapping | PoolWindow, offset: int, num_bytes: int) -> bytes:
     """These bytes, through addresses."""
-    try:
-        buffer = memory.buffer
-    except TypeError:  # memory that the processor can't address
-        from allocator.tensor import as_bytes
-
-        return bytes(as_bytes(memory)[offset : offset + num_bytes].cpu().numpy())
-    return bytes(buffer[offset : offset + num_bytes])
+    if isinstance(memory, CUDAMapping | CUDAPoolWindow):
+        out = bytearray(num_bytes)
+        with current(memory.__dlpack_device__()[1]) as driver:
+            call(driver.cuMemcpyDtoH, out, memory.address + offset, num_bytes)
+        return bytes(out)
+    return bytes(memory.buffer[offset : offset + num_bytes])
 
 
 def poke(memory: Mapping | PoolWindow, offset: int, data: bytes) -> None:
-    """Write through addresses."""
-    try:
-        buffer = memory.buffer
-    except TypeError:
-        import torch
-
-        from allocator.tensor import as_bytes
-
-        source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        as_bytes(memory)[offset : offset + len(data)].copy_(source)
+    """Write through addresses. On a GPU by its own copies, which need no torch, whose import would
+    take most of a test's time."""
+    if isinstance(memory, CUDAMapping | CUDAPoolWindow):
+        with current(memory.__dlpack_device__()[1]) as driver:
+            call(driver.cuMemcpyHtoD, memory.address + offset, data, len(data))
+            call(driver.cuCtxSynchronize)  # it may return before the device has it, or refuses it
         return
-    buffer[offset : offset + len(data)] = data
+    memory.buffer[offset : offset + len(data)] = data
 
 
 class Peer:

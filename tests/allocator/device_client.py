@@ -4,14 +4,16 @@
 own `write` and `read`, or by tensors where torch can reach the device.
 """
 
+import ctypes
 import hashlib
 import json
 import subprocess
 import sys
 from typing import Any
 
-from allocator import Mapping, RuntimeDir
+from allocator import Mapping, RuntimeDir, device_fault
 from allocator.backends.cuda_driver import call, current, find
+from allocator.messages import PutBlocks
 from tests.allocator import client_program
 from tests.allocator.client_program import MANIFEST_BYTES
 from tests.allocator.processes import ClientProcess
@@ -82,6 +84,36 @@ class DeviceProgram(client_program.Program):
         with current(find(self.memory.device).ordinal) as driver:
             call(driver.cuCtxSynchronize)
 
+    def fault(self) -> str | None:
+        """Why this process can't use its GPU any more, if so."""
+        return device_fault(self.memory.device)
+
+    # --- on the simulated driver
+
+    def put_unwritten(self, blocks: list[tuple[str, int]]) -> int:
+        """Put blocks that the device is still to write; how much it had to do when the allocator
+        was asked to let others read them."""
+        ordinal = find(self.memory.device).ordinal
+        with current(ordinal) as driver:
+            stream = call(driver.cuStreamCreate, 1)
+            pinned = int(call(driver.cuMemHostAlloc, 4096, 0))
+            for _, offset in blocks:
+                address = self.memory._pool._current.window.address + offset
+                call(driver.cuMemcpyHtoDAsync, address, pinned, 4096, stream)
+        seen = []
+        request = self.memory._connection.request
+
+        def watched(message: Any, *arguments: Any, **options: Any) -> Any:
+            if isinstance(message, PutBlocks):
+                counts = (ctypes.c_int * 8)()
+                ctypes.CDLL("libcuda.so.1").simulated_counts(counts)
+                seen.append(counts[6])
+            return request(message, *arguments, **options)
+
+        self.memory._connection.request = watched  # type: ignore[method-assign]
+        self.put(blocks)
+        return max(seen)
+
     # --- with tensors
 
     def take_tensor(self) -> list[Any]:
@@ -107,11 +139,10 @@ class DeviceProgram(client_program.Program):
         self.tensor = None
 
     def free_bytes(self) -> int:
-        """Of the device, for whoever asks."""
-        import torch
-
-        torch.cuda.synchronize()
-        return torch.cuda.mem_get_info()[0]
+        """Of the device, for whoever asks. Makes a context."""
+        with current(find(self.memory.device).ordinal) as driver:
+            call(driver.cuCtxSynchronize)
+            return int(call(driver.cuMemGetInfo)[0])
 
     def fill_leases(self, values: list[tuple[int, int]]) -> None:
         """(offset, the value of all its bytes)."""

@@ -43,7 +43,9 @@ def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
 
 @pytest.fixture
 def daemon(driver: dict[str, str], start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
-    return start_daemon("--device", "cuda:0", "--device", "cuda:1", "--device", "host")
+    """With a limit beyond the devices' own memory, so that these say when they are full."""
+    devices = ("--device", "cuda:0", "--device", "cuda:1", "--device", "host")
+    return start_daemon(*devices, "--memory-limit", "1GiB")
 
 
 @pytest.fixture
@@ -124,6 +126,29 @@ def test_a_full_device_evicts_what_is_idle(daemon: DaemonProcess, start: Start) 
     assert refused.value.name == "OutOfDeviceMemory"
 
 
+def test_part_of_a_device_stays_free_for_those_that_compute(
+    driver: dict[str, str], runtime_dir: RuntimeDir, start_daemon: Callable[..., DaemonProcess]
+) -> None:
+    """Half of one as small as this. What other programs have when the allocator starts is theirs,
+    but not what its own clients still map of an earlier one's."""
+    first = start_daemon("--device", "cuda:0")
+
+    def limit(of: DaemonProcess) -> int:
+        with of.connect() as looking:
+            return looking.statistics().limit_bytes
+
+    assert limit(first) == 128 << 20
+    with DeviceClient(runtime_dir) as client:
+        client.call("load", "set", 100 << 20, 1)
+        with pytest.raises(Refused, match=r"the limit is 134.2 MB, and 104.9 MB of it are in use"):
+            client.call("load", "other", 40 << 20, 1)
+        first.kill()
+        second = start_daemon("--device", "cuda:0")
+        assert limit(second) == 128 << 20
+        second.stop()  # in order: nobody knows of the client any more
+        assert limit(start_daemon("--device", "cuda:0")) == 26 << 20
+
+
 def test_leases_come_with_memory_of_their_own(daemon: DaemonProcess, start: Start) -> None:
     client = start()
     offsets = client.call("lease", GRANULARITY, 20)
@@ -149,6 +174,15 @@ def test_a_block_is_mapped_by_who_looks_it_up(daemon: DaemonProcess, start: Star
     assert used_bytes(daemon) == GRANULARITY
     for client in (first, second):
         client.call("release_blocks", [digest])
+
+
+def test_what_a_block_holds_is_there_before_others_may_read_it(
+    daemon: DaemonProcess, start: Start
+) -> None:
+    client = start()
+    offsets = client.call("lease", GRANULARITY, 2)
+    blocks = [(digest * 16, offset) for digest, offset in zip(("ab", "cd"), offsets, strict=True)]
+    assert client.call("put_unwritten", blocks) == 0
 
 
 def test_many_leases_at_once_do_not_run_out_of_descriptors(

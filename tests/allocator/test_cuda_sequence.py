@@ -162,10 +162,32 @@ def test_a_write_to_what_is_read_only_ends_the_writer_alone(daemon: Process, sta
     assert not readers[0].call("is_well")
     with pytest.raises(Refused, match=f"DriverError.*{illegal}"):
         readers[0].call("digest", 0, 3)
+    assert readers[0].call("fault", UUIDS[0]) == f"cuCtxSynchronize: {illegal}"
+    assert readers[1].call("fault", UUIDS[0]) is None
     with pytest.raises(Died) as died:
         readers[1].poke(0, b"x")
     assert died.value.signal == 11
     assert readers[2].call("digest", 0, SIZE) == digest(SIZE, 1)
+
+
+@pytest.mark.parametrize("device", ["host", "cuda:7", "cuda:0"])
+def test_a_device_that_can_not_be_used_says_why(start: Start, device: str) -> None:
+    """One that can has nothing to say, nor has host memory."""
+    said = start().call("fault", device)
+    assert said is None if device != "cuda:7" else said.startswith("there is no device 'cuda:7'")
+
+
+def test_a_window_closes_though_its_context_is_spoilt(daemon: Process, start: Start) -> None:
+    client = start()
+    extents = open_pool(daemon, client)
+    for extent in extents:
+        map_extent(daemon, client, extent, writable=True)
+    map_extent(daemon, client, extents[0], writable=False)
+    assert client.call("write_as_a_kernel_would", extents[0].offset)[0] != "CUDA_SUCCESS"
+    assert client.call("fault", UUIDS[0]) is not None
+    client.call("close")
+    with pytest.raises(Refused, match="AssertionError"):
+        client.call("peek", 0, 1)
 
 
 # --- lifetimes

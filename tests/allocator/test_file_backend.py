@@ -181,6 +181,7 @@ def test_nobody_owns_files(path: Path) -> None:
         lambda: backend.open_pool(handle_of(path)),
         lambda: backend.export(str(path)),
         lambda: backend.limit_bytes(),
+        lambda: backend.default_limit_bytes(()),
     ]
     for attempt in refused:
         with pytest.raises(NotWriter, match="files are mapped by clients"):

@@ -18,7 +18,16 @@ from gpu.report import STAGES
 
 PROGRAM = ROOT / "benchmarks" / "gpu_report.py"
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-REHEARSED = ("machine", "sharing", "attach", "kills", "copies", "tiers", "served random")
+REHEARSED = (
+    "machine",
+    "contract backend",
+    "sharing",
+    "attach",
+    "kills",
+    "copies",
+    "tiers",
+    "served random",
+)
 PACKAGE = "tests.benchmarks.failing_stages"
 
 
@@ -41,6 +50,15 @@ def test_without_a_gpu_each_stage_says_why_it_did_not_run(tmp_path: Path) -> Non
     for stage in content["stages"]:
         assert stage["status"] == "not run"
         assert "driver" in stage["why"]
+
+
+def test_it_runs_without_git_and_knows_the_commit_that_it_is_told(tmp_path: Path) -> None:
+    variables = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": str(tmp_path),
+        "ONECOPY_COMMIT": "0123456789ab",
+    }
+    assert report(tmp_path / "out.json", **variables)["commit"] == "0123456789ab"
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,11 @@ from allocator.messages import Extent, Handle
 from tests.allocator.backend_contract import map_extent, mapped
 from tests.allocator.device_client import DeviceClient
 from tests.daemon_process import ROOT, DaemonProcess
+from tests.leaks import Leaks
 
 DEVICE = "cuda:0"
+_LEFT_S = 15.0
+"""What a test may take to give everything back: many are to be heard within a few minutes."""
 _LOOK = f"""
 from allocator.backends import open_device
 from allocator.errors import InvalidSetting
@@ -71,6 +74,15 @@ def _use_once(backend: Backend) -> None:
     with contextlib.closing(backend.open_pool(named)) as window:
         map_extent(backend, named, window, extent, writable=True)
     backend.free("once")
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[Leaks]:
+    """As everywhere, but the driver has descriptors of its own, more or less of them as it likes:
+    what ours become of them is looked at by `test_cuda_backend`, many times over."""
+    leaks = Leaks(not_ours=("/dev/nvidia",), timeout_s=_LEFT_S)
+    yield leaks
+    leaks.check()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from tests.allocator.backend_contract import (
     mapped,
 )
 from tests.allocator.processes import Refused
+from tests.leaks import descriptors
 
 LARGE = (300 << 20) + 12345
 GPU = torch.device("cuda:0")
@@ -111,8 +112,8 @@ def test_threads_write_what_one_reads(backend: Backend, large: Handle) -> None:
 def test_reading_sees_what_torch_was_told_to_write(backend: Backend, large: Handle) -> None:
     with contextlib.closing(mapped(backend, large, writable=True)) as mapping:
         whole = as_bytes(mapping)
-        for value in range(20):  # on its own stream, not waited for
-            with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()):  # not the default one, and not waited for
+            for value in range(20):
                 whole.fill_(value)
         out = bytearray(16)
         mapping.read(LARGE - 16, memoryview(out))
@@ -175,6 +176,18 @@ def test_a_mapping_is_unmapped_only_after_the_kernels_that_use_it(
     mapping.close()
     del mapping, view  # the device is still at work
     assert result.item() == 30 * 3 * LARGE
+
+
+def test_mapping_again_and_again_leaves_no_descriptor_behind(backend: Backend) -> None:
+    num_bytes, rounds = 2 * backend.granularity, 100
+    backend.reserve("again", num_bytes)
+    named = handle_of(backend, "again", num_bytes)
+    before = len(descriptors())
+    for _ in range(rounds):
+        with contextlib.closing(mapped(backend, named, writable=True)) as mapping:
+            mapping.write(0, b"abc")
+    assert len(descriptors()) - before < rounds // 2
+    backend.free("again")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tests.workers.tiny_models import (
     config_of,
     generate,
     reference_model,
+    tensors_of,
     write_checkpoint,
     write_tokenizer,
 )
@@ -46,6 +47,14 @@ def test_greedy_tokens_are_those_of_transformers(
         for i, one in enumerate(PROMPTS):
             expected = generate(reference, one, len(tokens(outputs[str(i)])))
             assert tokens(outputs[str(i)]) == expected
+
+
+def test_weights_are_converted_on_their_way(daemon: DaemonProcess, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "llama", "llama", torch.float32)
+    with daemon.connect() as memory:
+        weights = attach(memory, open_checkpoint(folder, "bfloat16"))
+        for name, expected in tensors_of(reference_model("llama")).items():
+            assert torch.equal(weights.tensors[name].cpu(), expected.to(torch.bfloat16)), name
 
 
 def test_two_instances_serve_one_copy(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.allocator.processes import Refused
 from tests.daemon_process import DaemonProcess
 from tests.leaks import wait_until
 
-SIZE = 1 << 30
+SIZE = 512 << 20
 SMALL = 64 << 20
 SLACK = 64 << 20  # what torch may allocate meanwhile
 
@@ -75,6 +75,8 @@ def test_a_write_to_sealed_weights_ends_the_writer_alone(start: Start) -> None:
         clients[0].call("write_to_tensor")
     with pytest.raises(Refused, match=r"CUDA error|CUDA_ERROR"):
         clients[0].call("tensor_sum")
+    assert "CUDA_ERROR" in clients[0].call("fault")
+    assert clients[1].call("fault") is None
     assert clients[1].call("tensor_sum") == 3 * SMALL
     assert clients[1].call("tensor_digest") == digest_of(3, SMALL)
 

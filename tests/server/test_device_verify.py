@@ -32,6 +32,7 @@ def judged(usage: DeviceUsage = USAGE, **changes: Any) -> DeviceVerdict:
         "instances": [("i0", 11), ("i1", 12)],
         "readers": {11, 12},
         "clients": {11, 12},
+        "allocator_pid": 10,
         **changes,
     }
     return judge_device(DEVICE, usage, **asked)
@@ -49,6 +50,12 @@ def test_contexts_alone_hold_and_are_added_up() -> None:
 def test_a_driver_that_counts_imported_memory_as_each_process_s_changes_nothing() -> None:
     counted = replace(USAGE, processes={11: WEIGHTS + CONTEXT, 12: WEIGHTS + CONTEXT, 99: FOREIGN})
     assert judged(counted).holds
+
+
+def test_a_driver_that_counts_what_the_allocator_owns_as_its_own_changes_nothing() -> None:
+    counted = replace(USAGE, processes={**USAGE.processes, 10: WEIGHTS + POOL})
+    assert judged(counted).holds
+    assert not judged(counted, allocator_pid=None).holds
 
 
 def test_a_driver_that_tells_of_no_process_leaves_others_to_the_clients() -> None:

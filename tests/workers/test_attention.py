@@ -19,6 +19,11 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
 LAYOUT = KVLayout((KVLayer(NUM_KV_HEADS, HEAD_DIM),), torch.float32, block_size=4)
 
 
+def test_attention_is_not_planned_anew_for_each_number_of_keys() -> None:
+    """Whether it would be shows on some GPUs only."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 class Layer(torch.nn.Module):
     """What `attend` reads of a transformers attention module."""
 

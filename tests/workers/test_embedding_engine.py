@@ -18,6 +18,7 @@ from tests.workers.tiny_embedders import (
 )
 from workers.embedding import EmbeddingEngine, EmbeddingModel, build_embedding_model
 from workers.embedding.batching import FREE_PADDING, choose
+from workers.errors import DeviceLost
 from workers.messages import Embed, Embedded
 
 SIZE = 32
@@ -171,6 +172,21 @@ def test_a_pass_that_fails_ends_the_texts_in_it_alone() -> None:
     [answer] = engine.step()
     assert vectors(answer).shape == (1, SIZE)
     assert not engine.has_work
+
+
+def test_a_failed_pass_on_a_device_that_is_lost_ends_the_engine() -> None:
+    engine = EmbeddingEngine(model(), MAX_POSITIONS, device_fault=lambda: "illegal address")
+    engine.add(embed("a", *texts(20)))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("an error that another kernel has left behind")
+
+    hook = model().module.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(DeviceLost, match="illegal address"):
+            engine.step()
+    finally:
+        hook.remove()
 
 
 def test_a_vector_that_is_not_finite_ends_its_own_request() -> None:

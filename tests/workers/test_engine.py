@@ -31,6 +31,7 @@ from tests.workers.tiny_models import (
     tensors_of,
 )
 from workers.engine import Engine
+from workers.errors import DeviceLost
 from workers.messages import Generate
 from workers.model import build_model
 
@@ -257,6 +258,26 @@ def test_a_failed_pass_ends_its_batch_and_the_engine_goes_on() -> None:
         assert error.startswith("the forward pass failed: out of patience!")
         assert len(error) == 4096  # what a message on the wire may hold
     assert tokens(run(engine, request("c", PROMPTS[1]))["c"]) == expected("llama")[1]
+
+
+def test_a_failed_pass_on_a_device_that_is_lost_ends_the_engine() -> None:
+    """Its requests are not answered: they go on in another instance."""
+    model = build_model(config_of("llama"), tensors_of(reference("llama")), torch.float32)
+    faults = iter([None, "illegal address"])
+
+    def refuse(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if bool((arguments[0] == 300).any()):
+            raise RuntimeError("out of patience")
+
+    model.module.get_input_embeddings().register_forward_pre_hook(refuse)  # type: ignore[operator]
+    engine = Engine(model, 128, device_fault=lambda: next(faults))
+    assert tokens(run(engine, request("a", PROMPTS[1]))["a"]) == expected("llama")[1]
+    assert "out of patience" in run(engine, request("b", [4, 300]))["b"][-1].error
+    engine.add(request("c", [4, 300]))
+    with pytest.raises(DeviceLost, match="illegal address") as lost:
+        engine.step()
+    assert not isinstance(lost.value, Exception)
+    assert isinstance(lost.value.__cause__, RuntimeError)
 
 
 def test_settings_beyond_the_model_are_refused() -> None:

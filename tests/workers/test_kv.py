@@ -60,6 +60,23 @@ def test_layers_begin_at_multiples_of_64_bytes_and_blocks_at_whole_granules() ->
     assert layout.block_bytes % GRANULE == 0
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "num_heads", "block_size"),
+    [(24, 8, 32), (30, 3, 80), (80, 8, 16), (2, 1, 128)],
+)
+def test_blocks_fill_the_pieces_that_a_gpu_has_memory_in(
+    num_layers: int, num_heads: int, block_size: int
+) -> None:
+    layers = (KVLayer(num_heads, 64),) * num_layers
+    layout = KVLayout.on(torch.device("cuda", 0), layers, torch.bfloat16)
+    assert layout.block_size == block_size
+    assert layout.block_bytes % (2 << 20) == 0
+    used = layout.bytes_per_token * block_size
+    assert layout.block_bytes // 2 <= used <= layout.block_bytes or block_size == 128
+    assert KVLayout.on(torch.device("cpu"), layers, torch.bfloat16).block_size == 16
+    assert KVLayout.on(torch.device("cpu"), layers, torch.bfloat16).granule == GRANULE
+
+
 # --- tables
 
 

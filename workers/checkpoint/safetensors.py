@@ -151,7 +151,7 @@ class SafetensorsCheckpoint:
     def _copy_run(self, run: Run, out: torch.Tensor, on_copied: OnCopied) -> None:
         stored = self._stored()[run.source]
         begin = stored.begin + run.begin * stored.dtype.itemsize
-        if stored.dtype == out.dtype:
+        if stored.dtype == out.dtype and out.device.type == "cpu":
             _read_into(stored.file, begin, out.view(torch.uint8), on_copied)
             return
         step = SCRATCH_BYTES // stored.dtype.itemsize

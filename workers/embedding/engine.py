@@ -16,6 +16,7 @@ from typing import Final
 
 import torch
 
+from workers.device import Fault, no_fault, require_device
 from workers.embedding.batching import choose
 from workers.embedding.model import EmbeddingModel
 from workers.errors import InvalidEmbedding, WorkerError
@@ -54,11 +55,13 @@ class EmbeddingEngine:
         threads_now: Callable[[], int] | None = None,
         max_answer_bytes: int = MAX_FRAME_BYTES // 4,
         clock: Callable[[], float] = time.monotonic,
+        device_fault: Fault = no_fault,
     ) -> None:
         """`max_model_len` bounds a text, `token_budget` the tokens of a step; a longer text is
         computed alone. `threads_now` says how many threads a step may use, `max_answer_bytes` how
-        much it may give at once (one request's vectors in any case), `clock` gives seconds. Raises
-        `ValueError` beyond the model's reach."""
+        much it may give at once (one request's vectors in any case), `clock` gives seconds;
+        `device_fault` is asked after a failed pass. Raises `ValueError` beyond the model's reach.
+        """
         limit = model.max_model_len
         if not 1 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 1 to {limit}")
@@ -70,6 +73,7 @@ class EmbeddingEngine:
         self._threads_now = threads_now
         self._max_answer_bytes = max_answer_bytes
         self._clock = clock
+        self._device_fault = device_fault
         self._requests: dict[str, _Request] = {}  # in the order in which they came
         self._answered: list[Embedded] = []  # refused without a step, or too much for the last
 
@@ -112,7 +116,7 @@ class EmbeddingEngine:
 
     def step(self) -> tuple[Embedded, ...]:
         """Compute one batch. Returns the requests that are complete, or can't be. Raises nothing
-        that a request can cause."""
+        that a request can cause, but DeviceLost."""
         answers, self._answered = self._answered, []
         self._expire(answers)
         waiting = list(islice(self._waiting(), _WINDOW))
@@ -125,6 +129,7 @@ class EmbeddingEngine:
         try:
             vectors = self._model.forward([one.message.inputs[index] for one, index in batch])
         except (RuntimeError, MemoryError, WorkerError) as error:
+            require_device(self._device_fault, error)
             logger.exception("a forward pass over %d texts failed", len(batch))
             for request, _ in batch:
                 self._fail(request, f"the forward pass failed: {error}", answers)

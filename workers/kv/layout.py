@@ -20,8 +20,12 @@ BLOCK_SIZE: Final = 16
 """Tokens of a block. Fewer waste less at a sequence's end, more cost less to find and to lease."""
 
 _LAYER_ALIGNMENT: Final = 64
-_BLOCK_ALIGNMENT: Final = 64 << 10
+_GRANULE: Final = 64 << 10
 """What host memory is leased in, so that what is counted here is what is held there."""
+_GRANULES: Final = {"cuda": 2 << 20}
+"""The same of other devices. So much for 16 tokens would be mostly waste for a small model."""
+_MOST_TOKENS: Final = 128
+"""Of a block: a prefix is found by whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,18 @@ class KVLayout:
     layers: tuple[KVLayer, ...]
     dtype: torch.dtype
     block_size: int = BLOCK_SIZE
+    granule: int = _GRANULE
+
+    @classmethod
+    def on(
+        cls, device: torch.device, layers: tuple[KVLayer, ...], dtype: torch.dtype
+    ) -> "KVLayout":
+        """For a device whose memory comes in such pieces: as many tokens as a piece holds, in
+        multiples of `BLOCK_SIZE`."""
+        granule = _GRANULES.get(device.type, 0)
+        least = cls(layers, dtype, granule=1)
+        fits = min(granule // least.block_bytes, _MOST_TOKENS // BLOCK_SIZE)
+        return cls(layers, dtype, BLOCK_SIZE * max(1, fits), granule or _GRANULE)
 
     @cached_property
     def bytes_per_token(self) -> int:
@@ -59,7 +75,7 @@ class KVLayout:
     def block_bytes(self) -> int:
         """Bytes of a block, in whole granules of the pool: each is leased on its own."""
         last = self.layers[-1]
-        return _up(self.layer_offsets[-1] + 2 * self.plane_bytes(last), _BLOCK_ALIGNMENT)
+        return _up(self.layer_offsets[-1] + 2 * self.plane_bytes(last), self.granule)
 
     def plane_bytes(self, layer: KVLayer) -> int:
         """Bytes of a block's keys, or values, of one layer."""

@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpu.stage import Stage, main
+from gpu.stage import GB, Stage, main
 
 _PROGRAM = Path(__file__).parents[2] / "cuda_copies.py"
 
 
 def run(stage: Stage) -> None:
-    size = ("0.03", "1") if stage.small else ("2", "3")
+    size = ("0.03", "1") if stage.small else (f"{stage.fitting(GB) / GB:.3f}", "3")
+    stage.figure("gb", float(size[0]))
     with stage.part("copies"):
         ended = subprocess.run(
             [sys.executable, str(_PROGRAM), "--gb", size[0], "--rounds", size[1]],

@@ -2,10 +2,13 @@
 survives."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from gpu.stage import MIB, NotRun, Stage, main
@@ -26,17 +29,28 @@ _ATTRIBUTES = (
     "MULTIPROCESSOR_COUNT",
     "COMPUTE_MODE",
 )
+_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _FORKED = """
 import os, sys
 from workers import forkserver
-forkserver._preload(model="demo-that-is-not-there", dtype="auto")
+forkserver._preload(model=sys.argv[2], dtype="auto")
+if "transformers.models.llama.modeling_llama" not in sys.modules:
+    sys.exit("the architecture was not preloaded")
 pid = os.fork()
 if pid == 0:
     from allocator.backends.cuda_driver import current, find
     found = find(sys.argv[1])
     with current(found.ordinal):
         print(found.name, flush=True)
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 3:
         import torch
         print(torch.ones(3, device=sys.argv[1]).sum().item(), flush=True)
     os._exit(0)
@@ -48,6 +62,8 @@ def run(stage: Stage) -> None:
     stage.figure("python", platform.python_version())
     stage.figure("kernel", platform.release())
     stage.figure("packages", {name: _version(name) for name in _PACKAGES})
+    with stage.part("memory"):
+        _memory(stage)
     with stage.part("the driver"):
         _driver(stage)
     with stage.part("NVML"):
@@ -65,8 +81,21 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _memory(stage: Stage) -> None:
+    """Of the host: what sleeps there, and what copies start from, must fit."""
+    stage.figure("num_cores", os.cpu_count())
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    stage.figure("host_memory_bytes", sizes["MemTotal"])
+    stage.figure("host_memory_available_bytes", sizes["MemAvailable"])
+    status = os.statvfs("/dev/shm")
+    stage.figure("shm_bytes", status.f_blocks * status.f_frsize)
+
+
 def _driver(stage: Stage) -> None:
+    begun = time.perf_counter()
     driver = load()
+    stage.figure("driver_start_ms", round((time.perf_counter() - begun) * 1000, 1))
     device = find(stage.device)
     stage.figure("cuda_version", call(driver.cuDriverGetVersion))
     stage.figure("device", device.name)
@@ -105,7 +134,9 @@ def _nvml(stage: Stage) -> None:
         stdout=subprocess.PIPE,
     )
     assert child.stdout is not None
+    begun = time.perf_counter()
     child.stdout.readline()
+    stage.figure("process_with_context_ms", round((time.perf_counter() - begun) * 1000, 1))
     with_one = device_usage(find(stage.device).name)
     child.communicate(b"\n")
     stage.figure("context_bytes", with_one.used_bytes - usage.used_bytes)
@@ -143,9 +174,13 @@ def _torch(stage: Stage) -> None:
 
 
 def _fork(stage: Stage) -> None:
+    model = stage.folder / "llama"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(_CONFIG))
+    (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     more = ["torch"] if stage.on_gpu else []
     ended = subprocess.run(
-        [sys.executable, "-c", _FORKED, stage.device, *more],
+        [sys.executable, "-c", _FORKED, stage.device, str(model), *more],
         capture_output=True,
         text=True,
         check=False,

@@ -4,7 +4,7 @@ own figures, and what happens to one that writes where it may not."""
 import os
 
 from gpu.figures import process_bytes, used_bytes
-from gpu.processes import allocator, clients
+from gpu.processes import allocator, clients, together
 from gpu.stage import GB, MIB, NotRun, Stage, main
 
 from allocator import Client
@@ -21,7 +21,7 @@ SLACK_BYTES = 64 * MIB
 
 
 def run(stage: Stage) -> None:
-    num_bytes = 32 * MIB if stage.small else GB
+    num_bytes = 32 * MIB if stage.small else GB // 2
     find(stage.device)
     before = used_bytes(stage.device)
     with allocator(stage) as daemon:
@@ -56,8 +56,6 @@ def _many_readers(
     for reader in readers:
         before = used_bytes(stage.device)
         reader.call("load", "set", num_bytes, 0)
-        if stage.on_gpu:
-            reader.call("take_tensor")
         taken.append(used_bytes(stage.device) - before)
     stage.claim(
         "each further client takes its context and nothing of the weights",
@@ -71,11 +69,18 @@ def _many_readers(
             "readers": [process_bytes(stage.device, one.pid) for one in readers],
         },
     )
-    digests = {one.call("digest") for one in (writer, *readers)}
+    digests = set(together([writer, *readers], "digest"))
     stage.claim("all of them read the same bytes", len(digests) == 1)
     if stage.on_gpu:
-        sums = {one.call("tensor_sum") for one in readers}
+        before = used_bytes(stage.device)
+        together(readers, "take_tensor")
+        stage.figure("bytes_that_torch_takes_in_each", _each(stage, before))
+        sums = set(together(readers, "tensor_sum"))
         stage.claim("a kernel of each adds them up to the same", sums == {7 * num_bytes})
+
+
+def _each(stage: Stage, before: int) -> int:
+    return (used_bytes(stage.device) - before) // NUM_READERS
 
 
 def _same_bytes(
@@ -87,7 +92,7 @@ def _same_bytes(
         mapping = _writable(memory, "set")
         mapping.write(num_bytes // 2, b"\x08")
         mapping.close()
-    seen = {one.call("digest") for one in readers}
+    seen = set(together(readers, "digest"))
     stage.claim(
         "one byte that another process changes is changed for all readers",
         len(seen) == 1 and before not in seen,

@@ -10,7 +10,8 @@ from tests.allocator.device_client import DeviceClient
 
 
 def run(stage: Stage) -> None:
-    num_bytes = 32 * MIB if stage.small else 2 * GB
+    num_bytes = 32 * MIB if stage.small else stage.fitting(2 * GB)
+    stage.figure("set_bytes", num_bytes)
     with allocator(stage) as daemon, clients(daemon, 1) as (client,):
         client.call("load", "set", num_bytes, 5)
         digest = client.call("digest")

@@ -17,7 +17,7 @@ import threading
 from dataclasses import asdict
 from typing import Any
 
-from allocator.backends import for_handle, open_device
+from allocator.backends import device_fault, for_handle, open_device
 from allocator.backends.cuda import CUDABackend
 from allocator.backends.cuda_driver import current, load
 from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
@@ -206,6 +206,10 @@ class SimulatedProgram(Program):
         """Whether the context still takes calls."""
         with current(0) as driver:
             return bool(driver.cuCtxSynchronize()[0].value == 0)
+
+    def fault(self, device: str) -> str | None:
+        """Why this process can't use the device any more, if so."""
+        return device_fault(device)
 
     def context_of_thread(self) -> int:
         """What is current between our calls; 0 is none."""
