@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -142,14 +142,11 @@ class _Instance:
         model.workspace_bytes = spec.attention_workspace_bytes
         most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
         self._check_kernels()
-        most, now = spec.num_threads, None
-        if self._cores is not None:
-            most, now = self._cores.num_cores, self._cores.fair_part
+        most, now = self._threads()
         reason = model.accelerate(most_rows, max_model_len, most, now, spec.cpu_kernels)
         self._ended("model")
         if weights.loaded:  # who loads a model finds out whether it can be computed at all
-            how = f"by transformers: {reason}" if reason else f"by kernels for {model.kernels}"
-            log.info("%s is computed %s", model.geometry.architecture, how)
+            self._log_kernels(model.geometry.architecture, model.kernels, reason)
             model.warm_up()
             self._ended("first_forward")
         layout = model.geometry.kv_layout
@@ -184,11 +181,16 @@ class _Instance:
     ) -> EmbeddingEngine:
         dtype = dtype or float_dtype(weights.tensors)
         model = build_embedding_model(weights.metadata, weights.tensors, dtype)
+        max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
+        self._check_kernels()
+        most, now = self._threads()
+        most_rows = max(self._spec.token_budget, max_model_len)
+        reason = model.accelerate(most_rows, max_model_len, most, now, self._spec.cpu_kernels)
         self._ended("model")
         if weights.loaded:
+            self._log_kernels(type(model.module).__name__, model.kernels, reason)
             model.warm_up()
             self._ended("first_forward")
-        max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
         threads_now = None if self._cores is None else self._cores.fair_part
         engine = EmbeddingEngine(
             model,
@@ -197,7 +199,7 @@ class _Instance:
             threads_now=threads_now,
             device_fault=functools.partial(device_fault, memory.device),
         )
-        self._announce(model.facts(max_model_len), weights)
+        self._announce(model.facts(max_model_len), weights, model.kernels)
         if not weights.loaded and not self._server.poll(0):
             model.warm_up()
             kernel.trim_heap()
@@ -211,6 +213,16 @@ class _Instance:
                 f"--max-model-len is {asked}, but this model was made for {limit} tokens"
             )
         return asked
+
+    def _threads(self) -> tuple[int, Callable[[], int] | None]:
+        """The most that a step may use, and what says how many now."""
+        if self._cores is None:
+            return self._spec.num_threads, None
+        return self._cores.num_cores, self._cores.fair_part
+
+    def _log_kernels(self, architecture: str, kernels: str | None, reason: str | None) -> None:
+        how = f"by transformers: {reason}" if reason else f"by kernels for {kernels}"
+        log.info("%s is computed %s", architecture, how)
 
     def _check_kernels(self) -> None:
         """Raises InvalidSetting where those asked for can't be used here."""

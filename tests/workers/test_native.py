@@ -6,11 +6,8 @@ transformers' own bf16 logits are off, and the native ones may not be off furthe
 
 import json
 import os
-import runpy
-import shutil
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,74 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tests.daemon_process import ROOT
-from tests.workers.foreign.library import ForeignLibrary, compile_server
 from tests.workers.tiny_families import tiny_model
 from tests.workers.tiny_models import CONFIGS, VOCAB_SIZE, prompt, reference_model
 from workers.checkpoint import open_checkpoint
 from workers.kv.layout import KVLayer, KVLayout
-from workers.native import library
 from workers.native.architecture import NotNative
 from workers.native.decoder import NativeDecoder, supports
 
-
-def kernel_flags(name: str) -> list[str]:
-    """As setup.py compiles a set."""
-    made = runpy.run_path(str(ROOT / "setup.py"))
-    return [*made["COMMON"], *made["FLAGS"][name]]
-
-
-USABLE = library.usable()
-SETS = [
-    pytest.param(name, marks=pytest.mark.skipif(bool(why_not), reason=f"{name}: {why_not}"))
-    for name, why_not in USABLE.items()
-]
-EMULATED = "amx, emulated"
-"""The code for AMX tiles, with tiles in plain C++: what a machine without AMX can test of it."""
-AARCH64 = "portable, aarch64"
-
-
-@pytest.fixture(scope="session")
-def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> library.Kernels:
-    if USABLE["avx512_bf16"]:
-        pytest.skip(f"the vector part of the set amx: {USABLE['avx512_bf16']}")
-    compiler, file = shutil.which("c++"), tmp_path_factory.mktemp("emulated") / "decoder.so"
-    if compiler is None:
-        pytest.skip("there is no compiler c++")
-    flags = [flag for flag in kernel_flags("amx") if not flag.startswith("-mamx")]
-    source = str(Path(library.__file__).with_name("decoder.cpp"))
-    subprocess.run(
-        [compiler, *flags, "-DEMULATE_AMX", "-fPIC", "-shared", source, "-o", str(file)], check=True
-    )
-    return library.open_library("amx", file)
-
-
-@pytest.fixture(scope="session")
-def on_aarch64(tmp_path_factory: pytest.TempPathFactory) -> Iterator[library.Kernels]:
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
-    if compiler is None or emulator is None:
-        pytest.skip("needs the Debian packages g++-aarch64-linux-gnu and qemu-user")
-    file = tmp_path_factory.mktemp("aarch64") / "decoder_server"
-    compile_server(compiler, kernel_flags("portable"), file)
-    foreign = ForeignLibrary([emulator, str(file)])
-    yield library.Kernels("portable", foreign)
-    foreign.close()
-
-
-@pytest.fixture(params=[*SETS, EMULATED, AARCH64], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test with every set that this machine can run, or emulate."""
-    name: str = request.param
-    if name in (EMULATED, AARCH64):
-        if name == AARCH64 and request.node.get_closest_marker("this_process"):
-            pytest.skip("the emulated process is another one")
-        fixture = "emulated_tiles" if name == EMULATED else "on_aarch64"
-        emulated = request.getfixturevalue(fixture)
-        monkeypatch.setattr(library, "load", lambda _wanted="auto": emulated)
-    else:
-        monkeypatch.setenv(library.VARIABLE, name)
-    return name
-
+pytestmark = pytest.mark.usefixtures("kernels")
 
 SIZES: dict[str, Any] = {"head_dim": 32, "hidden_size": 96, "intermediate_size": 160}
 ODD: dict[str, Any] = {"head_dim": 20, "hidden_size": 100, "intermediate_size": 77}

@@ -78,10 +78,12 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     return {**_COMMON, **CONFIGS[family], **changes}
 
 
-def reference_model(family: str, *, head: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    """The family's tiny model as transformers itself builds it, with attention computed eagerly; or
-    the same below a head that guesses hidden tokens."""
-    raw = config_of(family)
+def reference_model(
+    family: str, *, head: bool = False, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """The family's tiny model as transformers itself builds it, with attention computed eagerly and
+    a config with `changes`; or the same below a head that guesses hidden tokens."""
+    raw = config_of(family, **changes)
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
     build = AutoModelForMaskedLM if head else AutoModel
     torch.manual_seed(7)

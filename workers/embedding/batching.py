@@ -18,6 +18,17 @@ FREE_PADDING: Final = 64
 _MAX_SHARE: Final = 4
 
 
+def fill(lengths: Sequence[int], token_budget: int) -> list[int]:
+    """The same where no padding is computed: the oldest, as many as the budget holds."""
+    total = count = 0
+    for length in lengths:
+        total += length
+        if count and total > token_budget:
+            break
+        count += 1
+    return list(range(count))
+
+
 def choose(lengths: Sequence[int], token_budget: int) -> list[int]:
     """Indices into `lengths`, which are those of the waiting texts, the oldest first. Not empty
     unless `lengths` is."""

@@ -17,7 +17,7 @@ from typing import Final
 import torch
 
 from workers.device import Fault, no_fault, require_device
-from workers.embedding.batching import choose
+from workers.embedding.batching import choose, fill
 from workers.embedding.model import EmbeddingModel
 from workers.errors import InvalidEmbedding, WorkerError
 from workers.messages import MAX_FRAME_BYTES, Embed, Embedded, Output, StepOutput
@@ -121,7 +121,8 @@ class EmbeddingEngine:
         self._expire(answers)
         waiting = list(islice(self._waiting(), _WINDOW))
         lengths = [len(request.message.inputs[index]) for request, index in waiting]
-        batch = [waiting[position] for position in choose(lengths, self._token_budget)]
+        chosen = (choose if self._model.pads else fill)(lengths, self._token_budget)
+        batch = [waiting[position] for position in chosen]
         if not batch:
             return self._some_of(answers)
         if self._threads_now is not None:

@@ -9,7 +9,7 @@ shared memory, or which texts are computed together.
 import copy
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -27,6 +27,10 @@ from workers.binding import bind, compute_buffers, move_buffers
 from workers.embedding.settings import ENCODERS, EmbeddingSettings, read_settings
 from workers.errors import InvalidEmbedding, UnsupportedCheckpoint
 from workers.messages import ModelFacts
+from workers.native import load
+from workers.native.architecture import NotNative
+from workers.native.decoder import supports
+from workers.native.embedder import NativeEmbedder
 
 _DECODERS: Final = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 """Model types that some embedders were made of. In each a token sees no padding behind it."""
@@ -44,6 +48,8 @@ class EmbeddingModel:
         """Tokens that the architecture can take."""
         self.vocab_size: int = module.config.vocab_size
         self.embedding_size: int = module.config.hidden_size
+        self._native: NativeEmbedder | None = None
+        self._threads: Callable[[], int] = lambda: 1
 
     @property
     def module(self) -> torch.nn.Module:
@@ -77,9 +83,43 @@ class EmbeddingModel:
             embedding_size=self.embedding_size,
         )
 
+    def accelerate(
+        self,
+        max_rows: int,
+        max_model_len: int,
+        num_threads: int,
+        threads_now: Callable[[], int] | None = None,
+        kernels: str = "auto",
+    ) -> str | None:
+        """From now on compute by the native kernels, on the same weights, batches of up to
+        `max_rows` tokens. The rest is as for `workers.model.Model.accelerate`."""
+        reason = supports(self._module, self._module.dtype, kernels)
+        if reason is None:
+            try:
+                self._native = NativeEmbedder(
+                    self._module, max_rows, max_model_len, num_threads, load(kernels)
+                )
+            except (NotNative, MemoryError) as error:
+                reason = str(error)
+        self._threads = threads_now or (lambda: num_threads)
+        return reason
+
+    @property
+    def kernels(self) -> str | None:
+        """The native decoder's, once it computes."""
+        return self._native.kernels.name if self._native is not None else None
+
+    @property
+    def pads(self) -> bool:
+        """Whether texts of different lengths cost what the longest does."""
+        return self._native is None
+
     def forward(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """The pooled hidden states of each text: [num_texts, embedding_size] float32, on the CPU,
         not normalized. Texts are token ids, none empty."""
+        if self._native is not None and self._native.takes(texts):
+            states = self._native.forward(texts, self._threads())
+            return torch.stack([self._pooled(one) for one in states])
         lengths = torch.tensor([len(text) for text in texts])
         longest = int(lengths.max())
         padded = [[*text, *[self._pad_token_id] * (longest - len(text))] for text in texts]
@@ -113,6 +153,18 @@ class EmbeddingModel:
     def _options(self) -> dict[str, Any]:
         """A decoder would make a cache that nobody reads."""
         return {} if self._module.config.model_type in ENCODERS else {"use_cache": False}
+
+    def _pooled(self, states: torch.Tensor) -> torch.Tensor:
+        """Of one text: [num_tokens, size] → [size]."""
+        match self._settings.pooling:
+            case "mean":
+                return states.float().mean(dim=0)
+            case "cls":
+                return states[0].float()
+            case "last":
+                return states[-1].float()
+            case "max":
+                return states.float().amax(dim=0)
 
     def _pool(
         self, hidden: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor

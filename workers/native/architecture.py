@@ -7,14 +7,22 @@ kernels are called.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 
 from workers.native import library
-from workers.native.families import ACTIVATIONS, FAMILIES, Family, NormKind, Residual, Rotation
+from workers.native.families import (
+    ACTIVATIONS,
+    DECODERS,
+    ENCODERS,
+    Family,
+    NormKind,
+    Residual,
+    Rotation,
+)
 
 
 class NotNative(Exception):
@@ -49,29 +57,56 @@ class Description:
     kept: list[Any] = field(default_factory=list)
 
 
+def part(module: Any, path: str) -> Any:
+    """What a dotted path leads to; the module itself where it is empty."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
 def family_of(module: Any) -> Family:
     """Raises NotNative."""
-    kind = type(module)
-    if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in FAMILIES:
-        raise NotNative(f"{kind.__name__} is not one of the native decoder's families")
-    return FAMILIES[kind.__name__]
+    kind, name = type(module), type(module).__name__
+    with_head = name.removesuffix("TextModel").removesuffix("Model") + "ForCausalLM"
+    if kind.__module__.startswith("transformers.models."):
+        if name in DECODERS:
+            return DECODERS[name]
+        if name in ENCODERS:
+            return ENCODERS[name]
+        if name.endswith("Model") and with_head in DECODERS:
+            family = DECODERS[with_head]
+            return replace(family, names=replace(family.names, base="", head=""))
+    raise NotNative(f"{name} is not one of the native decoder's families")
 
 
 def base_of(module: Any) -> Any:
     """The part without the head."""
-    return getattr(module, family_of(module).names.base)
+    family = family_of(module)
+    return part(module, family.names.base if family.names.head else "")
+
+
+def layers_of(module: Any) -> Any:
+    """Its layers, the first first."""
+    return part(base_of(module), family_of(module).names.layers)
 
 
 def rope_tables(module: Any) -> tuple[str | None, ...]:
-    """The layer types that have their own rotation; one None where all layers have the same."""
+    """The layer types that have their own rotation; one None where all layers have the same, none
+    where there is no rotation."""
+    if not family_of(module).rotates:
+        return ()
     if not family_of(module).rope_by_layer_type:
         return (None,)
     return tuple(sorted(set(module.config.layer_types)))
 
 
 def longest(module: Any) -> int | None:
-    """Positions beyond which a rotation would depend on the whole sequence's length."""
+    """Positions that there are, or beyond which a rotation would depend on the whole sequence's
+    length."""
     limits = []
+    if family_of(module).position_embedding:
+        table = part(base_of(module), family_of(module).position_embedding)
+        limits.append(table.num_embeddings - _first_position(table))
     for kind in rope_tables(module):
         parameters = module.config.rope_parameters
         parameters = parameters[kind] if kind is not None else parameters
@@ -82,6 +117,18 @@ def longest(module: Any) -> int | None:
         elif rope_type not in _STATIC_ROPES:
             raise NotNative(f"rotary embeddings of type {rope_type!r}")
     return min(limits, default=None)
+
+
+def _first_position(table: Any) -> int:
+    """RoBERTa and its kin count from behind the padding token's."""
+    return 0 if table.padding_idx is None else int(table.padding_idx) + 1
+
+
+def padding_token(module: Any) -> int | None:
+    """That which has no position of its own in a text."""
+    path = family_of(module).position_embedding
+    padding: int | None = part(base_of(module), path).padding_idx if path else None
+    return padding
 
 
 def describe(module: Any, layout: PagedLayout | None) -> Description:
@@ -96,6 +143,7 @@ class _Reader:
         self.names = self.family.names
         self.module = module
         self.base = base_of(module)
+        self.layers = layers_of(module)
         self.config = module.config
         self.hidden_size: int = module.config.hidden_size
         self.layout = layout
@@ -108,19 +156,23 @@ class _Reader:
             if getattr(self.config, attribute, None):
                 raise NotNative(f"a model with {attribute}")
         spec = library.Decoder(residual_scale=1.0, logit_scale=1.0)
-        layers = (library.Layer * len(self.base.layers))()
-        for to, layer, index in zip(layers, self.base.layers, range(len(layers)), strict=True):
+        layers = (library.Layer * len(self.layers))()
+        for to, layer, index in zip(layers, self.layers, range(len(layers)), strict=True):
             self._layer(to, layer, index)
         spec.hidden_size = self.hidden_size
-        self._embedding(spec, getattr(self.base, self.names.embedding))
+        self._embedding(spec)
         spec.activation = self._common_activation()
-        spec.final_norm = self._norm(getattr(self.base, self.names.final_norm), self.hidden_size)
-        spec.head = self._linear([getattr(self.module, self.names.head)])
-        if spec.head.width != self.hidden_size:
-            raise NotNative("a head of another shape")
+        if self.names.final_norm:
+            final_norm = part(self.base, self.names.final_norm)
+            spec.final_norm = self._norm(final_norm, self.hidden_size)
+        if self.names.head:
+            spec.head = self._linear([part(self.module, self.names.head)])
+            if spec.head.width != self.hidden_size:
+                raise NotNative("a head of another shape")
         self._factors(spec)
-        spec.rotary_dim = self._rotary_dim(self.base.rotary_emb)
-        spec.rotation = self.family.rotation
+        if self.family.rotates:
+            spec.rotary_dim = self._rotary_dim(self.base.rotary_emb)
+            spec.rotation = self.family.rotation
         heads = [layer.attention.head_dim for layer in layers]
         if spec.rotary_dim > min(heads) or spec.rotary_dim % 2:
             raise NotNative(f"rotations over {spec.rotary_dim} of a head's elements")
@@ -158,11 +210,11 @@ class _Reader:
 
     def _layer(self, to: library.Layer, layer: Any, index: int) -> None:
         family, norms = self.family, self.family.norms
-        self._attention(to, getattr(layer, self.names.attention), index)
+        self._attention(to, part(layer, self.names.attention), index)
         to.residual = family.residual
         if family.residual_flag and not getattr(layer, family.residual_flag):
             to.residual = Residual.ONE_BY_ONE
-        mlp = getattr(layer, self.names.mlp)
+        mlp = part(layer, self.names.mlp)
         if family.experts and hasattr(mlp, family.experts):
             self._experts(to.experts, mlp)
         else:
@@ -174,17 +226,19 @@ class _Reader:
             ("mlp_output_norm", norms.after_mlp),
         ):
             if attribute:
-                setattr(to, target, self._norm(getattr(layer, attribute), self.hidden_size))
+                setattr(to, target, self._norm(part(layer, attribute), self.hidden_size))
         if to.qkv.width != self.hidden_size or to.output.num_outputs != self.hidden_size:
             raise NotNative(f"layer {index} has another width than the rest")
 
     def _attention(self, to: library.Layer, attention: Any, index: int) -> None:
         names = self.names
-        if not attention.is_causal:
-            raise NotNative(f"layer {index} is not causal")
-        head_dim = getattr(attention, names.head_dim)
+        own = part(attention, names.head_dim.rpartition(".")[0])
+        if bool(own.is_causal) == self.family.sees_all:
+            how = "not causal" if own.is_causal is False else "causal"
+            raise NotNative(f"layer {index} is {how}")
+        head_dim = part(attention, names.head_dim)
         groups = getattr(attention, "num_key_value_groups", 1)
-        output = getattr(attention, names.output)
+        output = part(attention, names.output)
         num_heads, rest = divmod(output.in_features, head_dim)
         num_kv_heads = num_heads // groups
         if rest or num_kv_heads * groups != num_heads or not 0 < head_dim <= _MAX_HEAD_DIM:
@@ -193,8 +247,9 @@ class _Reader:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            scale=attention.scaling * _LOG2_E,
+            scale=own.scaling * _LOG2_E,
             window=self._window(attention) or 0,
+            sees_all=self.family.sees_all,
         )
         self._projections(to, attention, index)
         to.output = self._linear([output])
@@ -203,7 +258,8 @@ class _Reader:
             to.attention.softcap = (attention.attn_logit_softcapping or 0.0) * _LOG2_E
         if self.family.rope_by_layer_type:
             to.rope = rope_tables(self.module).index(attention.layer_type)
-        if self.family.unrotated and not getattr(attention, self.family.unrotated):
+        flag = self.family.unrotated
+        if not self.family.rotates or (flag and not getattr(attention, flag)):
             to.rope = -1
         if self.layout is not None:
             to.attention.block_size = self.layout.block_size
@@ -228,7 +284,7 @@ class _Reader:
             to.qkv = self._split(getattr(attention, names.queries_keys_values), sizes)
         else:
             to.qkv = self._linear(
-                [getattr(attention, name) for name in (names.query, names.key, names.value)]
+                [part(attention, name) for name in (names.query, names.key, names.value)]
             )
         if [to.qkv.matrices[i].num_rows for i in range(3)] != sizes:
             raise NotNative(f"projections of other sizes in layer {index}")
@@ -258,8 +314,8 @@ class _Reader:
             to.gate_up = self._split(both, [both.out_features // 2] * 2)
         else:
             parts = [names.gate, names.up] if names.gate else [names.up]
-            to.gate_up = self._linear([getattr(mlp, name) for name in parts])
-        to.down = self._linear([getattr(mlp, names.down)])
+            to.gate_up = self._linear([part(mlp, name) for name in parts])
+        to.down = self._linear([part(mlp, names.down)])
         rows = {to.gate_up.matrices[i].num_rows for i in range(to.gate_up.num_matrices)}
         if (
             rows != {to.down.width}
@@ -285,7 +341,8 @@ class _Reader:
         to.normalizes = bool(getattr(router, flag)) if flag else True
         to.rounds_weights = self.family.rounds_expert_weights
 
-    def _embedding(self, spec: library.Decoder, embedding: Any) -> None:
+    def _embedding(self, spec: library.Decoder) -> None:
+        embedding = part(self.base, self.names.embedding)
         scale = getattr(embedding, "embed_scale", None)
         if type(embedding) is not nn.Embedding and scale is None:
             raise NotNative(f"an embedding of type {type(embedding).__name__}")
@@ -293,13 +350,25 @@ class _Reader:
         spec.embedding = embedding.weight.data_ptr()
         if scale is not None:
             spec.embedding_scale = float(scale.to(torch.bfloat16))
+        if self.family.type_embedding:
+            types = part(self.base, self.family.type_embedding).weight
+            self._weight(types, (types.shape[0], self.hidden_size))
+            spec.type_embedding = types.data_ptr()
+        if self.family.position_embedding:
+            table = part(self.base, self.family.position_embedding)
+            self._weight(table.weight, (table.num_embeddings, self.hidden_size))
+            skipped = _first_position(table) * self.hidden_size
+            spec.position_embedding = table.weight.data_ptr() + 2 * skipped
+        if self.family.embedding_norm:
+            norm = part(self.base, self.family.embedding_norm)
+            spec.embedding_norm = self._norm(norm, self.hidden_size)
 
     def _common_activation(self) -> int:
         names = set()
-        for layer in self.base.layers:
-            mlp = getattr(layer, self.names.mlp)
+        for layer in self.layers:
+            mlp = part(layer, self.names.mlp)
             owner = getattr(mlp, self.family.experts, mlp) if self.family.experts else mlp
-            names.add(type(getattr(owner, self.names.activation)).__name__)
+            names.add(type(part(owner, self.names.activation)).__name__)
         if len(names) > 1:
             raise NotNative("activations that differ between layers")
         (name,) = names
@@ -383,6 +452,9 @@ __all__ = [
     "Rotation",
     "base_of",
     "describe",
+    "family_of",
+    "layers_of",
     "longest",
+    "padding_token",
     "rope_tables",
 ]

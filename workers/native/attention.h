@@ -32,6 +32,7 @@ struct Attention {
   float scale;    // times log2(e): the softmax is computed in powers of two
   float softcap;  // likewise, or 0
   int32_t window;  // keys that a query sees, its own included, or 0 for all
+  int32_t sees_all;  // a query sees the keys of all rows of its run, and none is of another
   int64_t layer_offset;  // in a block's bytes
   // Where in a row of projections a head's part begins, and how far the next head's is.
   int32_t query, query_step, key, key_step, value, value_step;
@@ -41,6 +42,8 @@ struct Attention {
 struct Run {
   int row, num_rows, position;
   const int64_t* blocks;
+
+  int last_seen(const Attention& a, int at) const { return a.sees_all ? num_rows - 1 : at; }
 };
 
 // Columns [column, column + num_columns) of a run, for each of some key heads; one partition, or all.
@@ -145,7 +148,7 @@ class AttentionTask {
   void compute(const bf16* queries, int64_t row_stride, float* partials, bf16* out,
                int64_t out_stride) {
     for (int t = 0; t < num_tiles_; t++) load_queries(t, queries, row_stride);
-    const int last = position_of(task_.num_columns - 1);
+    const int last = last_seen(task_.num_columns - 1);
     int first = 0;
     if (a_.window) first = std::max(0, position_of(0) - a_.window + 1);
     if (task_.partition >= 0) {
@@ -162,7 +165,7 @@ class AttentionTask {
     for (int p = first / kPartition; p <= last / kPartition; p++) {
       partition(std::max(first, p * kPartition), std::min(last + 1, (p + 1) * kPartition));
       for (int t = 0; t < num_tiles_; t++)
-        if (last_position(t) >= p * kPartition) merge(t, total_of(t));
+        if (last_seen_by(t) >= p * kPartition) merge(t, total_of(t));
     }
     for (int t = 0; t < num_tiles_; t++)
       finish(a_, run_, head_of(t), task_.column + t % head_tiles_ * kRows, columns_of(t),
@@ -175,8 +178,10 @@ class AttentionTask {
     return std::min(kRows, task_.num_columns - tile % head_tiles_ * kRows);
   }
   int position_of(int column) const { return run_.position + (task_.column + column) / group_; }
-  int last_position(int tile) const {
-    return position_of(tile % head_tiles_ * kRows + columns_of(tile) - 1);
+  // The furthest key that a column sees, or any of a tile's.
+  int last_seen(int column) const { return run_.last_seen(a_, position_of(column)); }
+  int last_seen_by(int tile) const {
+    return last_seen(tile % head_tiles_ * kRows + columns_of(tile) - 1);
   }
   auto* queries_of(int tile) const { return s_.queries + tile * kRows * dims_; }
   float* output_of(int tile) const { return s_.output + tile * kRows * dims_; }
@@ -223,7 +228,7 @@ class AttentionTask {
         }
         Policy::arrange(kept, stop - start, a_.head_dim, s_.arranged);
         for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++)
-          if (last_position(t) >= start) step(t, start, stop, kept);
+          if (last_seen_by(t) >= start) step(t, start, stop, kept);
       }
     }
   }
@@ -231,7 +236,7 @@ class AttentionTask {
   // The heads of a block lie one after the other.
   void fetch(int start) const {
     const int64_t bytes = int64_t(kSlots) * a_.head_dim * 2;
-    const int end = std::min(position_of(task_.num_columns - 1) + 1, start + kKeys);
+    const int end = std::min(last_seen(task_.num_columns - 1) + 1, start + kKeys);
     for (int at = start; at < end; at += 16)
       for (int head = 0; head < task_.num_kv_heads; head++) {
         const char* key = (const char*)keys_at(at, task_.kv_head + head);
@@ -284,7 +289,8 @@ class AttentionTask {
   float mask_and_maximize(int t, int c, int start, int num_keys) {
     const int position = position_of(t % head_tiles_ * kRows + c);
     const int oldest = a_.window ? position - a_.window + 1 : 0;
-    const bool hides = position < start + num_keys - 1 || oldest > start;
+    const int newest = run_.last_seen(a_, position);
+    const bool hides = newest < start + num_keys - 1 || oldest > start;
     const F cap = splat(a_.softcap), scale = splat(a_.scale);
     float* scores = s_.scores[c];
     F most = splat(kUnseen);
@@ -293,7 +299,7 @@ class AttentionTask {
       if (a_.softcap != 0) x = cap * tanh_of(x * scale / cap);
       if (hides) {
         const Int at = lane_index() + (start + i);
-        x = (at <= position) & (at >= oldest) ? x : splat(kUnseen);
+        x = (at <= newest) & (at >= oldest) ? x : splat(kUnseen);
       }
       if (hides || a_.softcap != 0) store(scores + i, x);
       most = maximum(most, x);

@@ -49,6 +49,7 @@ enum Residual : int32_t {
   kOneByOne = 0,       // x += attention(x); x += mlp(x)
   kTogether = 1,       // x += attention(x) + mlp(x)
   kOneAfterOther = 2,  // x = (x + attention(x)) + mlp(x), both of the same x
+  kNormedSums = 3,     // x = norm(x + attention(x)); x = norm(x + mlp(x))
 };
 
 // A mixture of experts in the MLP's place. `gate_up` is [num_experts, 2 * intermediate, hidden], gate
@@ -76,6 +77,9 @@ struct DecoderSpec {
   int32_t hidden_size, intermediate_size, activation;
   const bf16* embedding;
   float embedding_scale;  // 0: none
+  const bf16* type_embedding;      // added to each row; or null
+  const bf16* position_embedding;  // that of position 0, added to it; or null
+  Norm embedding_norm;
   float residual_scale;   // of what a sublayer gives; 1: none
   Norm final_norm;
   Linear head;
@@ -99,6 +103,7 @@ struct Call {
   float* logits;     // or null
   int32_t* greedy;   // or null
   int32_t num_layers, num_rows, max_blocks, num_logit_rows, num_threads;
+  int32_t norms_hidden;  // what goes out as `hidden` is the final norm's
 };
 
 }  // extern "C"
@@ -274,25 +279,25 @@ class Decoder {
       size_t kind = 0;
       while (kind < kinds_.size() &&
              !(kinds_[kind].window == a.window && kinds_[kind].num_heads == a.num_heads &&
-               kinds_[kind].num_kv_heads == a.num_kv_heads))
+               kinds_[kind].num_kv_heads == a.num_kv_heads && kinds_[kind].sees_all == a.sees_all))
         kind++;
       if (kind == kinds_.size()) {
-        kinds_.push_back({a.window, a.num_heads, a.num_kv_heads, {}, {}});
-        plan_kind(kinds_.back());
+        kinds_.push_back({a.window, a.num_heads, a.num_kv_heads, a.sees_all, {}, {}});
+        plan_kind(kinds_.back(), a);
       }
       kind_of_[size_t(i)] = int(kind);
     }
   }
 
   struct Kind {  // layers with the same tasks
-    int window, num_heads, num_kv_heads;
+    int window, num_heads, num_kv_heads, sees_all;
     std::vector<Task> tasks;
     std::vector<Task> merges;  // one for a split task, with the number of its partitions
   };
 
   int max_split_runs() const { return 2 * spec_.num_threads; }
 
-  void plan_kind(Kind& kind) {
+  void plan_kind(Kind& kind, const Attention& a) {
     const int group = kind.num_heads / kind.num_kv_heads;
     const auto first_key = [&](int position) {
       return kind.window ? std::max(0, position - kind.window + 1) : 0;
@@ -317,7 +322,8 @@ class Decoder {
           const int num_heads = std::min(heads, kind.num_kv_heads - head);
           Task task{r, head, num_heads, column, num_columns, -1, slot};
           const int first = first_key(run.position + column / group) / kPartition;
-          const int last = (run.position + (column + num_columns - 1) / group) / kPartition;
+          const int last =
+              run.last_seen(a, run.position + (column + num_columns - 1) / group) / kPartition;
           const int64_t own = run.position + 1 - first_key(run.position);
           if (count > kRows || first == last || own * max_split_runs() < num_keys ||
               threads_->count() == 1) {
@@ -336,7 +342,8 @@ class Decoder {
     // The longest first.
     const auto cost = [&](const Task& task) {
       const Run& run = runs_[size_t(task.run)];
-      const int last = run.position + (task.column + task.num_columns - 1) / group;
+      const int last =
+          run.last_seen(a, run.position + (task.column + task.num_columns - 1) / group);
       const int64_t keys = task.partition < 0
                                ? last + 1 - first_key(last)
                                : std::min(kPartition, last + 1 - task.partition * kPartition);
@@ -384,16 +391,20 @@ class Decoder {
       to_sublayer(thread, layer.output,
                   arranged(thread, attended_, attended_stride_, layer.output.width), 0);
       count(thread, kOutput);
-      if (layer.residual == kOneByOne) {
+      const bool one_by_one = layer.residual == kOneByOne || layer.residual == kNormedSums;
+      if (one_by_one) {
         barrier(thread);
-        add(thread, 0, layer.attention_norm);
+        if (layer.residual == kNormedSums)
+          add_and_norm(thread, layer.attention_norm);
+        else
+          add(thread, 0, layer.attention_norm);
         x = norm(thread, layer.mlp_norm);
       } else {
         barrier(thread);  // of one operation's chunks before another's
         if (layer.mlp_norm.kind != kNoNorm) x = norm(thread, layer.mlp_norm);
       }
       const Operand normed = arranged(thread, x, hidden_stride_, spec_.hidden_size);
-      const int sublayer = layer.residual == kOneByOne ? 0 : 1;
+      const int sublayer = one_by_one ? 0 : 1;
       if (layer.experts.num_experts) {
         mix_experts(thread, layer.experts, normed, sublayer);
       } else {
@@ -439,13 +450,25 @@ class Decoder {
       if (spec_.embedding_scale != 0)
         for (int k = 0; k < size; k += kLanes)
           store16(to + k, load16(to + k) * splat(spec_.embedding_scale));
+      if (spec_.type_embedding) add_to_row(to, spec_.type_embedding);
+      if (spec_.position_embedding)
+        add_to_row(to, spec_.position_embedding + int64_t(call_->positions[row]) * size);
+      if (spec_.embedding_norm.kind != kNoNorm) norm_into(to, size, spec_.embedding_norm, to);
     }
+  }
+
+  // `more` has no zeros behind it.
+  void add_to_row(bf16* row, const bf16* more) {
+    const int size = spec_.hidden_size;
+    for (int k = 0; k < size; k += kLanes)
+      store16(row + k, load16(row + k) + load16(more + k, size - k));
   }
 
   // Add what the last layer's sublayers gave, as far as that has not been done.
   void join(int thread, const LayerSpec* layer) {
     if (!layer) return;
     if (layer->residual == kOneByOne) return add(thread, 0, layer->mlp_output_norm);
+    if (layer->residual == kNormedSums) return add_and_norm(thread, layer->mlp_output_norm);
     const Norm none{};
     if (layer->residual == kTogether)
       for (int row = first_row(thread); row < end_row(thread); row++) {
@@ -467,6 +490,16 @@ class Decoder {
       add_into(hidden_at(thread) + row * hidden_stride_,
                sublayers_[sublayer] + row * hidden_stride_, spec_.hidden_size, norm,
                spec_.residual_scale);
+    count(thread, kNorm);
+  }
+
+  void add_and_norm(int thread, const Norm& norm) {
+    const int size = spec_.hidden_size;
+    for (int row = first_row(thread); row < end_row(thread); row++) {
+      bf16* hidden = hidden_at(thread) + row * hidden_stride_;
+      add_to_row(hidden, sublayers_[0] + row * hidden_stride_);
+      norm_into(hidden, size, norm, hidden);
+    }
     count(thread, kNorm);
   }
 
@@ -871,9 +904,12 @@ class Decoder {
   // The residual stream to whom it may concern; the rows asked for, their norm, the head.
   void end(int thread) {
     if (call_->hidden && (!alone() || thread == 0))
-      for (int row = first_row(thread); row < end_row(thread); row++)
-        memcpy(call_->hidden + row * hidden_stride_, hidden_at(thread) + row * hidden_stride_,
-               size_t(hidden_stride_) * 2);
+      for (int row = first_row(thread); row < end_row(thread); row++) {
+        bf16* to = call_->hidden + row * hidden_stride_;
+        memcpy(to, hidden_at(thread) + row * hidden_stride_, size_t(hidden_stride_) * 2);
+        if (call_->norms_hidden && spec_.final_norm.kind != kNoNorm)
+          norm_into(to, spec_.hidden_size, spec_.final_norm, to);
+      }
     if (call_->num_logit_rows) logits(thread);
   }
 

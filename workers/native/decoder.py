@@ -23,6 +23,8 @@ from workers.native.architecture import (
     Rotation,
     base_of,
     describe,
+    family_of,
+    layers_of,
     longest,
     rope_tables,
 )
@@ -71,24 +73,24 @@ class NativeDecoder:
             raise ValueError("max_rows, max_model_len and num_threads must be positive")
         limit = longest(module)
         if limit is not None and max_model_len > limit:
-            raise NotNative(f"the rotations are fixed for up to {limit} positions only")
+            raise NotNative(f"there are no more than {limit} positions")
         if layout.block_size % 16:
             raise NotNative(f"blocks of {layout.block_size} tokens: not a multiple of 16")
         if any(offset % 64 for offset in layout.layer_offsets):
             raise NotNative("layers that don't start at a multiple of 64 bytes")
         base = base_of(module)
-        if len(layout.layer_offsets) != len(base.layers):
+        layers = layers_of(module)
+        if len(layout.layer_offsets) != len(layers):
             raise ValueError("the layout is of another number of layers")
         described = describe(module, layout)
         spec, self._layers, self._kept = described.spec, described.layers, described.kept
         self.layers: Final = tuple(
             PlacedLayer(index, structure, dict(layer.named_parameters()))
-            for index, (structure, layer) in enumerate(
-                zip(described.layers, base.layers, strict=True)
-            )
+            for index, (structure, layer) in enumerate(zip(described.layers, layers, strict=True))
         )
         """Each with its weights where the module has them."""
-        self._rotary = base.rotary_emb
+        self._sees_all = family_of(module).sees_all
+        self._rotary: Any = getattr(base, "rotary_emb", None)
         self._rope_kinds = rope_tables(module)
         self._rotation = Rotation(spec.rotation)
         half = spec.rotary_dim // 2
@@ -141,6 +143,7 @@ class NativeDecoder:
         num_threads: int | None = None,
         layers: Sequence[PlacedLayer] | None = None,
         hidden: torch.Tensor | None = None,
+        norms_hidden: bool = False,
     ) -> None:
         """Compute rows: write their keys and values into blocks, and the logits asked for.
 
@@ -153,9 +156,11 @@ class NativeDecoder:
 
         With `layers`, only those are computed, which must follow one on another. `hidden`, a bf16
         tensor # [num_rows, hidden_stride], then takes the residual stream as the last of them
-        leaves it, and holds that which the first takes, unless it is the decoder's first. Logits
-        can be had where the last is the decoder's last. Raises ValueError, and RuntimeError if
-        threads can't be started.
+        leaves it, and holds that which the first takes, unless it is the decoder's first; with
+        `norms_hidden` the final norm of it. Logits can be had where the last is the decoder's last.
+
+        Where a token sees those behind it, all of a sequence's rows must come together.
+        Raises ValueError, and RuntimeError if threads can't be started.
         """
         num_rows, num_logit_rows = token_ids.size, logit_rows.size
         if num_threads is not None and not 1 <= num_threads <= self.num_threads:
@@ -185,6 +190,8 @@ class NativeDecoder:
             _check_range("logit_rows", logit_rows, num_rows)
             if num_logit_rows > num_rows:
                 raise ValueError("more logit_rows than rows")
+        if self._sees_all:
+            _check_whole(positions, tables)
         furthest = int(positions.max())
         self._check_blocks(positions, tables, addresses)
         if logits_out is not None:
@@ -217,6 +224,7 @@ class NativeDecoder:
             call.logit_rows = logit_rows.ctypes.data
             call.logits = logits_out.data_ptr() if logits_out is not None else None
             call.greedy = greedy_out.ctypes.data if greedy_out is not None else None
+            call.norms_hidden = norms_hidden
             call.num_rows = num_rows
             call.max_blocks = addresses.shape[1]
             call.num_logit_rows = num_logit_rows
@@ -286,6 +294,13 @@ def _untouched(num_positions: int, size: int) -> torch.Tensor:
 def _check_array(name: str, array: Any, dtype: type) -> None:
     if array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(f"{name} must be a contiguous array of {dtype.__name__}")
+
+
+def _check_whole(positions: Int32s, tables: Int32s) -> None:
+    starts = np.flatnonzero(np.diff(tables, prepend=-1))
+    own = np.arange(positions.size) - np.repeat(starts, np.diff(starts, append=positions.size))
+    if len(starts) != len(np.unique(tables)) or (own != positions).any():
+        raise ValueError("rows of a sequence must come together, from its first to its last")
 
 
 def _check_range(name: str, array: Int32s, end: int) -> None:

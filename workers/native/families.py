@@ -6,7 +6,7 @@ that they offer. Does not know how modules are read (`architecture`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Final
 
@@ -44,6 +44,8 @@ class Residual(IntEnum):
     """x += attention(x) + mlp(x)"""
     ONE_AFTER_OTHER = 2
     """x = (x + attention(x)) + mlp(x), both of the same x"""
+    NORMED_SUMS = 3
+    """x = norm(x + attention(x)); x = norm(x + mlp(x))"""
 
 
 ACTIVATIONS: Final = {
@@ -61,13 +63,17 @@ ACTIVATIONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Attributes of the modules."""
+    """Attributes of the modules, or dotted paths."""
 
     base: str = "model"
+    layers: str = "layers"
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
+    """Empty: there is none."""
     head: str = "lm_head"
+    """Empty: there is none."""
     attention: str = "self_attn"
+    """Empty: its parts are the layer's."""
     head_dim: str = "head_dim"
     query: str = "q_proj"
     key: str = "k_proj"
@@ -76,6 +82,7 @@ class Names:
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
     mlp: str = "mlp"
+    """Empty: its parts are the layer's."""
     gate: str = "gate_proj"
     """Empty: there is none."""
     up: str = "up_proj"
@@ -129,6 +136,13 @@ class Family:
     """"embedding", "residual", "logits" and "logits_divisor" → the config's attribute."""
     unless: tuple[str, ...] = ()
     """Attributes of the config that may not be set."""
+    sees_all: bool = False
+    """A token attends to those behind it, too."""
+    rotates: bool = True
+    embedding_norm: str = ""
+    """Of the sum of a token's embedding, that of its type and that of its position."""
+    type_embedding: str = ""
+    position_embedding: str = ""
 
 
 _GEMMA_NORMS: Final = Norms(
@@ -143,7 +157,82 @@ _NORMS_AFTER: Final = Norms(
     after_mlp="post_feedforward_layernorm",
 )
 
-FAMILIES: Final[Mapping[str, Family]] = {
+_BERT_NAMES: Final = Names(
+    layers="encoder.layer",
+    embedding="embeddings.word_embeddings",
+    final_norm="",
+    head="",
+    attention="attention",
+    head_dim="self.attention_head_size",
+    query="self.query",
+    key="self.key",
+    value="self.value",
+    output="output.dense",
+    mlp="",
+    gate="",
+    up="intermediate.dense",
+    down="output.dense",
+    activation="intermediate.intermediate_act_fn",
+)
+_BERT: Final = Family(
+    names=_BERT_NAMES,
+    norm=NormKind.LAYER,
+    norms=Norms(
+        before_attention="",
+        after_attention="attention.output.LayerNorm",
+        before_mlp="",
+        after_mlp="output.LayerNorm",
+    ),
+    residual=Residual.NORMED_SUMS,
+    sees_all=True,
+    rotates=False,
+    embedding_norm="embeddings.LayerNorm",
+    type_embedding="embeddings.token_type_embeddings",
+    position_embedding="embeddings.position_embeddings",
+)
+
+ENCODERS: Final[Mapping[str, Family]] = {
+    "BertModel": _BERT,
+    "RobertaModel": _BERT,
+    "XLMRobertaModel": _BERT,
+    "CamembertModel": _BERT,
+    "ElectraModel": _BERT,
+    "DistilBertModel": replace(
+        _BERT,
+        names=replace(
+            _BERT_NAMES,
+            layers="transformer.layer",
+            head_dim="attention_head_size",
+            query="q_lin",
+            key="k_lin",
+            value="v_lin",
+            output="out_lin",
+            mlp="ffn",
+            up="lin1",
+            down="lin2",
+            activation="activation",
+        ),
+        norms=replace(_BERT.norms, after_attention="sa_layer_norm", after_mlp="output_layer_norm"),
+        type_embedding="",
+    ),
+    "NomicBertModel": Family(
+        names=Names(embedding="embeddings.word_embeddings", final_norm="", head=""),
+        norm=NormKind.LAYER,
+        norms=Norms(
+            before_attention="",
+            after_attention="post_attention_layernorm",
+            before_mlp="",
+            after_mlp="post_mlp_layernorm",
+        ),
+        residual=Residual.NORMED_SUMS,
+        sees_all=True,
+        embedding_norm="embeddings.LayerNorm",
+        type_embedding="embeddings.token_type_embeddings",
+    ),
+}
+"""Models without a head whose tokens see each other."""
+
+DECODERS: Final[Mapping[str, Family]] = {
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(window="config"),
     "Qwen2ForCausalLM": Family(window="attention"),

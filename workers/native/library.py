@@ -100,6 +100,7 @@ class Attention(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("window", c_int32),
+        ("sees_all", c_int32),
         ("layer_offset", c_int64),
         ("query", c_int32),
         ("query_step", c_int32),
@@ -156,6 +157,9 @@ class Decoder(ctypes.Structure):
         ("activation", c_int32),
         ("embedding", c_void_p),
         ("embedding_scale", c_float),
+        ("type_embedding", c_void_p),
+        ("position_embedding", c_void_p),
+        ("embedding_norm", Norm),
         ("residual_scale", c_float),
         ("final_norm", Norm),
         ("head", Linear),
@@ -196,6 +200,7 @@ class Call(ctypes.Structure):
         ("max_blocks", c_int32),
         ("num_logit_rows", c_int32),
         ("num_threads", c_int32),
+        ("norms_hidden", c_int32),
     ]
 
 

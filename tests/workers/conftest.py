@@ -1,0 +1,71 @@
+"""The kernels for every instruction set that this machine can run, or emulate."""
+
+import runpy
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import ROOT
+from tests.workers.foreign.library import ForeignLibrary, compile_server
+from workers.native import library
+
+
+def kernel_flags(name: str) -> list[str]:
+    """As setup.py compiles a set."""
+    made = runpy.run_path(str(ROOT / "setup.py"))
+    return [*made["COMMON"], *made["FLAGS"][name]]
+
+
+USABLE = library.usable()
+SETS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(why_not), reason=f"{name}: {why_not}"))
+    for name, why_not in USABLE.items()
+]
+EMULATED = "amx, emulated"
+"""The code for AMX tiles, with tiles in plain C++: what a machine without AMX can test of it."""
+AARCH64 = "portable, aarch64"
+
+
+@pytest.fixture(scope="session")
+def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> library.Kernels:
+    if USABLE["avx512_bf16"]:
+        pytest.skip(f"the vector part of the set amx: {USABLE['avx512_bf16']}")
+    compiler, file = shutil.which("c++"), tmp_path_factory.mktemp("emulated") / "decoder.so"
+    if compiler is None:
+        pytest.skip("there is no compiler c++")
+    flags = [flag for flag in kernel_flags("amx") if not flag.startswith("-mamx")]
+    source = str(Path(library.__file__).with_name("decoder.cpp"))
+    subprocess.run(
+        [compiler, *flags, "-DEMULATE_AMX", "-fPIC", "-shared", source, "-o", str(file)], check=True
+    )
+    return library.open_library("amx", file)
+
+
+@pytest.fixture(scope="session")
+def on_aarch64(tmp_path_factory: pytest.TempPathFactory) -> Iterator[library.Kernels]:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs the Debian packages g++-aarch64-linux-gnu and qemu-user")
+    file = tmp_path_factory.mktemp("aarch64") / "decoder_server"
+    compile_server(compiler, kernel_flags("portable"), file)
+    foreign = ForeignLibrary([emulator, str(file)])
+    yield library.Kernels("portable", foreign)
+    foreign.close()
+
+
+@pytest.fixture(params=[*SETS, EMULATED, AARCH64])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test with every set that this machine can run, or emulate."""
+    name: str = request.param
+    if name in (EMULATED, AARCH64):
+        if name == AARCH64 and request.node.get_closest_marker("this_process"):
+            pytest.skip("the emulated process is another one")
+        fixture = "emulated_tiles" if name == EMULATED else "on_aarch64"
+        emulated = request.getfixturevalue(fixture)
+        monkeypatch.setattr(library, "load", lambda _wanted="auto": emulated)
+    else:
+        monkeypatch.setenv(library.VARIABLE, name)
+    return name
