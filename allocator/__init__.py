@@ -27,8 +27,10 @@ from allocator.errors import (
     WeightSetBusy,
 )
 from allocator.leases import Block, Lease
+from allocator.leftovers import Role, remove_leftovers
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
 from allocator.process_identity import ProcessIdentity
+from allocator.process_state import ProcessState
 from allocator.runtime_dir import RuntimeDir
 from allocator.weights import WeightSetReader, WeightSetWriter
 
@@ -51,7 +53,9 @@ __all__ = [
     "NotWriter",
     "OutOfDeviceMemory",
     "ProcessIdentity",
+    "ProcessState",
     "QuotaExceeded",
+    "Role",
     "RuntimeDir",
     "RuntimeDirError",
     "StaleGeneration",
@@ -67,4 +71,5 @@ __all__ = [
     "file_handle",
     "manifest_bytes",
     "parse_bytes",
+    "remove_leftovers",
 ]
