@@ -4,13 +4,14 @@ Owns names and labels. The counters of an instance begin anew with its replaceme
 restarted process do. Knows nothing of the allocator, whose own figures are in `metrics.py`.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.fleet import Instance
+from server.instance import Instance
 from workers.messages import StepOutput
 
 _PREFIX: Final = "onecopy_instance_"
@@ -48,3 +49,15 @@ class InstanceFigures(Collector):
             for instance, load in loads:
                 counter.add_metric([instance], figure(load))
             yield counter
+        yield self._unresponsive()
+
+    def _unresponsive(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            f"{_PREFIX}unresponsive_seconds",
+            "For how long it has shown no sign of life, though it should; 0 where it does.",
+            labels=["instance"],
+        )
+        for one in self._instances():
+            since = one.unresponsive_since
+            gauge.add_metric([one.name], time.monotonic() - since if since is not None else 0.0)
+        return gauge

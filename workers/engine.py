@@ -90,13 +90,14 @@ class Engine:
         tokenizer: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         attention_span: int | None = None,
+        works_on: Callable[[Sequence[str]], None] = lambda _names: None,
     ) -> None:
         """`max_model_len` bounds prompt and generated tokens together, `max_num_seqs` the sequences
         that run at once, `token_budget` the prompt tokens of a step. `kv` None keeps keys and
         values in memory of this process, without a limit. `num_speculative_tokens` is the longest
         guess at a sequence's next tokens. `tokenizer` is the tokenizer.json for requests with a
-        grammar. `attention_span` is that of the scheduler. Raises `ValueError` beyond the model's
-        reach."""
+        grammar. `attention_span` is that of the scheduler. `works_on` is told in each step whom it
+        is about, before anything is computed. Raises `ValueError` beyond the model's reach."""
         limit = model.geometry.max_model_len
         if not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 2 to {limit}")
@@ -112,6 +113,7 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
+        self._works_on = works_on
         self._idle_since: float | None = None  # the first of the last steps that did nothing
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
@@ -232,6 +234,7 @@ class Engine:
             outputs.append(self._broken(sequence, error))
         if chunks:
             self._idle_since = None
+            self._works_on([chunk.sequence.request_id for chunk in chunks])
             self._come_on(chunks)
             outputs += self._compute(chunks)
         else:

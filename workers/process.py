@@ -1,9 +1,9 @@
 """One instance's process: weights attached, model bound, engine fed from the server's socket.
 
 Owns the instance's life from its fork to its exit. Invariants: it announces itself exactly once,
-as ready or as failed; while requests run, messages are read between steps and never waited for;
-whatever a request holds, it is answered; after a drain every accepted request has ended. Does not
-know text.
+as ready or as failed; its pulse says what it is at before it is at it; while requests run, messages
+are read between steps and never waited for; whatever a request holds, it is answered; after a drain
+every accepted request has ended. Does not know text.
 """
 
 import contextlib
@@ -51,6 +51,7 @@ from workers.messages import (
 )
 from workers.model import build_model
 from workers.outbox import frames
+from workers.pulse import Pulse
 
 log = logging.getLogger("onecopy.instance")
 
@@ -58,11 +59,13 @@ AnyEngine = Engine | EmbeddingEngine
 
 _LINGER_MS: Final = 2000
 """How long the last outputs may take to leave at the end."""
+_PATIENCE_S: Final = 1.0
+"""How long a step may wait for the allocator, once; not at all for one that is silent already."""
 _STALLED_MS: Final = 20
 """How long to wait before asking again for KV memory where there was none."""
 
 
-def run(spec: InstanceSpec) -> int:
+def run(spec: InstanceSpec, pulse: Pulse) -> int:
     """The instance's whole life. Returns the process's exit status."""
     kernel.set_process_name(f"onecopy:{spec.name}")
     context = zmq.Context(io_threads=1)
@@ -72,16 +75,17 @@ def run(spec: InstanceSpec) -> int:
     server.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     server.connect(spec.engines)
     try:
-        return _Instance(spec, server).run()
+        return _Instance(spec, server, pulse).run()
     finally:
         server.close()
         context.term()
 
 
 class _Instance:
-    def __init__(self, spec: InstanceSpec, server: "zmq.Socket[bytes]"):
+    def __init__(self, spec: InstanceSpec, server: "zmq.Socket[bytes]", pulse: Pulse):
         self._spec = spec
         self._server = server
+        self._pulse = pulse
         self._draining = False
         self._phases: dict[str, float] = {}
         self._phase_start = spec.requested_at
@@ -105,6 +109,7 @@ class _Instance:
                 message = f"{type(error).__name__}: {error}"[:60_000]
                 self._send(StartFailed(code="internal", message=message))
                 return 1
+            memory.hurry(_PATIENCE_S, self._pulse.allocator_silent_since)
             self._serve(engine)
         return 0
 
@@ -167,6 +172,7 @@ class _Instance:
             spec.num_speculative_tokens,
             Path(spec.tokenizer) if spec.tokenizer else None,
             attention_span=model.geometry.attention_span,
+            works_on=self._pulse.works_on,
         )
         self._announce(model.geometry.facts(max_model_len), weights, model.warm_up)
         return engine
@@ -183,7 +189,11 @@ class _Instance:
         max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
         threads_now = None if self._cores is None else self._cores.fair_part
         engine = EmbeddingEngine(
-            model, max_model_len, self._spec.token_budget, threads_now=threads_now
+            model,
+            max_model_len,
+            self._spec.token_budget,
+            threads_now=threads_now,
+            works_on=self._pulse.works_on,
         )
         self._announce(model.facts(max_model_len), weights, model.warm_up)
         return engine
@@ -215,8 +225,15 @@ class _Instance:
         if not weights.loaded:
             self._warm_up = warm_up
 
-    def _loading(self, num_bytes: int, total_bytes: int, writer: bool) -> None:
-        self._send(Loading(num_bytes=num_bytes, total_bytes=total_bytes, writer=writer))
+    def _loading(self, num_bytes: int, total_bytes: int, writer_pid: int) -> None:
+        self._send(
+            Loading(
+                num_bytes=num_bytes,
+                total_bytes=total_bytes,
+                writer=writer_pid == os.getpid(),
+                writer_pid=writer_pid,
+            )
+        )
 
     def _ended(self, phase: str) -> None:
         now = time.monotonic()
@@ -254,10 +271,14 @@ class _Instance:
                 wake.recv(4096)
             if self._server in events:
                 self._read(engine)
+                self._pulse.end()
             if engine.has_work:
                 if self._cores is not None:
                     self._cores.begin()
-                self._report(engine, engine.step())
+                self._pulse.begin()
+                outputs = engine.step()
+                self._report(engine, outputs)
+                self._pulse.end()
             elif had_work:  # the last was aborted: no step says so
                 self._report(engine, ())
 
@@ -285,6 +306,7 @@ class _Instance:
                 frame = self._server.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            self._pulse.took(1)
             try:
                 message = decode_to_instance(frame)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -293,8 +315,10 @@ class _Instance:
                 continue
             match message:
                 case Generate() if isinstance(engine, Engine):
+                    self._pulse.begin([message.request_id])
                     engine.add(message)
                 case Embed() if isinstance(engine, EmbeddingEngine):
+                    self._pulse.begin([message.request_id])
                     engine.add(message)
                 case Generate(request_id=request_id) | Embed(request_id=request_id):
                     self._refuse(engine, request_id, "this model does not serve that kind")

@@ -122,9 +122,12 @@ def test_killed_server_takes_its_instances_with_it_and_the_next_one_attaches(
     server.remember()
     owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
     assert owner is not None
+    dying = [one for one in server.identities if one != owner.process]
+    for identity in dying:
+        if identity.pid != server.process.pid:  # whether they can react or not
+            os.kill(identity.pid, signal.SIGSTOP)
     server.process.kill()
     server.process.wait()
-    dying = [one for one in server.identities if one != owner.process]
     for identity in dying:
         assert _ended(identity)
     assert owner.process.is_alive()
@@ -159,6 +162,32 @@ def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
     assert [one["loaded"] for one in instances] == [True, False, False]
     verified = server.onecopy("verify")
     assert verified.status == 0, verified.stdout + verified.stderr
+    server.stop()
+
+
+def test_a_stopped_allocator_holds_nobody_up(
+    make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", "llama", max_position_embeddings=65536)
+    server = make_server(str(write_tokenizer(folder)), "--hang-timeout", "0")
+    status = server.remember()
+    os.kill(status["allocator"]["pid"], signal.SIGSTOP)
+    assert StreamingRequest(server, 200).run().finish_reason == "length"
+    with ThreadPoolExecutor(32) as pool:  # more than there are threads for what blocks
+        scrapes = [
+            pool.submit(httpx.get, f"{server.url}/metrics", timeout=TIMEOUT_S) for _ in range(32)
+        ]
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        answers = [one.result().text for one in scrapes]
+    assert all("onecopy_allocator_up 0.0" in one for one in answers)
+    wait_until(lambda: server.status()["allocator"]["silent_s"], "an instance to say so")
+    os.kill(status["allocator"]["pid"], signal.SIGCONT)
+    wait_until(
+        lambda: "onecopy_allocator_up 1.0" in httpx.get(f"{server.url}/metrics").text,
+        "the allocator to answer",
+    )
+    # And where it must end, nothing of it is left.
+    os.kill(status["allocator"]["pid"], signal.SIGSTOP)
     server.stop()
 
 

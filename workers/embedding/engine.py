@@ -54,11 +54,13 @@ class EmbeddingEngine:
         threads_now: Callable[[], int] | None = None,
         max_answer_bytes: int = MAX_FRAME_BYTES // 4,
         clock: Callable[[], float] = time.monotonic,
+        works_on: Callable[[Sequence[str]], None] = lambda _names: None,
     ) -> None:
         """`max_model_len` bounds a text, `token_budget` the tokens of a step; a longer text is
         computed alone. `threads_now` says how many threads a step may use, `max_answer_bytes` how
-        much it may give at once (one request's vectors in any case), `clock` gives seconds. Raises
-        `ValueError` beyond the model's reach."""
+        much it may give at once (one request's vectors in any case), `clock` gives seconds;
+        `works_on` is told in each step whom it is about. Raises `ValueError` beyond the model's
+        reach."""
         limit = model.max_model_len
         if not 1 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 1 to {limit}")
@@ -70,6 +72,7 @@ class EmbeddingEngine:
         self._threads_now = threads_now
         self._max_answer_bytes = max_answer_bytes
         self._clock = clock
+        self._works_on = works_on
         self._requests: dict[str, _Request] = {}  # in the order in which they came
         self._answered: list[Embedded] = []  # refused without a step, or too much for the last
 
@@ -130,6 +133,7 @@ class EmbeddingEngine:
         batch = [waiting[position] for position in choose(lengths, self._token_budget)]
         if not batch:
             return self._some_of(answers)
+        self._works_on(sorted({request.message.request_id for request, _ in batch}))
         if self._threads_now is not None:
             torch.set_num_threads(self._threads_now())
         for group, vectors in in_sound_groups(batch, self._pass):
