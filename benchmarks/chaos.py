@@ -10,8 +10,8 @@ Each answer is compared with the one that the same request got while nothing was
 in whose answer two tokens are so near to each other that the order of a sum may decide between them
 (`_LEAST_GAP` in log probability) are not used.
 
-Afterwards a server is stopped (`onecopy stop`) while some of its processes are stopped by SIGSTOP,
-once for each kind, once for all of them and once for the server itself, and its time is taken.
+Afterwards a server is stopped (`onecopy stop`) while some of its processes are stopped by SIGSTOP:
+none of them, each kind, all of them, and the server itself. The time is that of the whole command.
 
 Fails (exit status 1, the reasons under "failures") if a request failed or its text changed, if
 something was left behind, or if a stop took more than 5 s.
@@ -57,6 +57,7 @@ _SUBJECTS = (
     "a village", "gold", "the desert", "a fox", "paper", "the river", "a lamp",
 )  # fmt: skip
 _STOPS: Sequence[Sequence[str]] = (
+    (),
     ("instance",),
     ("forkserver",),
     ("allocator",),
@@ -133,7 +134,7 @@ def main() -> None:
     failures += [f"{name}: {one}" for name, phase in phases.items() for one in phase.failed]
     failures += [f"{name}: {one}" for name, phase in phases.items() for one in phase.changed]
     for stop in stops:
-        what = " and ".join(stop["stopped"])
+        what = " and ".join(stop["stopped"]) or "nothing"
         failures += [f"stop while {what} hung left {left}" for left in stop["left"]]
         if stop["stop_s"] > _STOP_S:
             failures.append(f"stop while {what} hung took {stop['stop_s']} s")
@@ -388,7 +389,7 @@ def _stopped_while(
     kinds: Sequence[str], model: str, folder: Path, options: Sequence[str]
 ) -> dict[str, Any]:
     """Stop a server some processes of which are stopped."""
-    runtime_dir = folder / f"stop-{'-'.join(kinds)}"[:40]
+    runtime_dir = folder / f"stop-{len(kinds)}-{''.join(kinds)[:8]}"
     with running_server(model, runtime_dir, num_instances=_NUM_INSTANCES, options=options):
         directory = RuntimeDir.open(runtime_dir, create=False)
         prefix = directory.segment_prefix.lstrip("/")

@@ -43,6 +43,8 @@ class InstanceStatus(BaseModel):
     num_running: int
     num_waiting: int
     kv_bytes: int
+    step_s: float | None = None
+    """How long the present step has taken; None between steps."""
     unresponsive_s: float | None = None
     """For how long it has shown no sign of life, though it should."""
     alone: bool = False
@@ -179,6 +181,7 @@ def _age(since: float | None) -> float | None:
 def _instance_status(instance: Instance) -> InstanceStatus:
     ready, load = instance.ready, instance.load
     loading = instance.loading if instance.state == "loading" else None
+    beat = instance.leash.look()
     return InstanceStatus(
         name=instance.name,
         pid=instance.pid,
@@ -191,6 +194,7 @@ def _instance_status(instance: Instance) -> InstanceStatus:
         num_running=load.num_running if load else 0,
         num_waiting=load.num_waiting if load else 0,
         kv_bytes=load.kv_bytes if load else 0,
+        step_s=_age(beat.since) if beat is not None else None,
         unresponsive_s=_age(instance.unresponsive_since),
         alone=instance.alone,
         writer_pid=loading.writer_pid or None if loading else None,

@@ -49,15 +49,24 @@ class InstanceFigures(Collector):
             for instance, load in loads:
                 counter.add_metric([instance], figure(load))
             yield counter
-        yield self._unresponsive()
-
-    def _unresponsive(self) -> Metric:
-        gauge = GaugeMetricFamily(
+        unresponsive = GaugeMetricFamily(
             f"{_PREFIX}unresponsive_seconds",
             "For how long it has shown no sign of life, though it should; 0 where it does.",
             labels=["instance"],
         )
+        step = GaugeMetricFamily(
+            f"{_PREFIX}step_seconds",
+            "How long the present step has taken; 0 between steps.",
+            labels=["instance"],
+        )
         for one in self._instances():
-            since = one.unresponsive_since
-            gauge.add_metric([one.name], time.monotonic() - since if since is not None else 0.0)
-        return gauge
+            beat = one.leash.look()
+            unresponsive.add_metric([one.name], _age(one.unresponsive_since))
+            step.add_metric([one.name], _age(beat.since if beat is not None else None))
+        yield unresponsive
+        yield step
+
+
+def _age(since: float | None) -> float:
+    """Seconds, of a moment of CLOCK_MONOTONIC."""
+    return 0.0 if since is None else time.monotonic() - since

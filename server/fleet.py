@@ -47,8 +47,10 @@ _LONGEST_STEP_S: Final = 300.0
 """What computes for longer is given up, however busy it is."""
 _LONGEST_END_S: Final = 2.0
 """What an instance without requests may take to end."""
-_HOW_AWAITED_S: Final = 1.0
+_HOW_AWAITED_S: Final = 3.0
 """How long to wait for the forkserver's word on how an instance ended."""
+_KILLED_S: Final = 1.0
+"""What processes may take to end that the kernel kills."""
 
 
 class StartError(Exception):
@@ -229,7 +231,7 @@ class Fleet:
         for instance in self.instances:
             instance.leash.kill()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._all_ended(), _HOW_AWAITED_S)
+            await asyncio.wait_for(self._all_ended(), _KILLED_S)
         await self._background.close()
         for instance in self.instances:
             instance.leash.close()

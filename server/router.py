@@ -262,8 +262,9 @@ class Router:
         )
 
     def _not_placed(self, stream: Request, error: Exception) -> None:
+        """An error of ours, which is in the log, ends the request that it is about."""
         if not stream.ended:
-            stream.fail(InstanceFailed(f"no instance could be given this request: {error}"))
+            stream.fail(InstanceFailed(f"the server could not go on with this request: {error}"))
             self._end(stream)
 
     # --- what may end instances
@@ -310,7 +311,14 @@ class Router:
         stream = self._streams.get(output.request_id)
         if stream is None or stream.instance is None or stream.instance.name != name:
             return
-        if stream.take(output):
+        try:
+            is_last = stream.take(output)
+        except Exception as error:
+            log.exception("an answer to request %s could not be taken", stream.request_id)
+            self._not_placed(stream, error)
+            self._background.once("an abort", partial(self._tell_of_abort, stream, stream.instance))
+            return
+        if is_last:
             self._end(stream)
 
     def _on_ready(self, instance: Instance) -> None:

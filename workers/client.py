@@ -87,6 +87,7 @@ class Forkserver:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CONTROL_BUFFER_BYTES)
+        pipe_write = -1
         try:
             pipe_read, pipe_write = os.pipe()
             with theirs, contextlib.ExitStack() as stack:
@@ -100,6 +101,8 @@ class Forkserver:
                 )
         except OSError:
             ours.close()
+            if pipe_write >= 0:
+                os.close(pipe_write)
             raise
         return cls(process, ours, pipe_write)
 

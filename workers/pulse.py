@@ -112,7 +112,10 @@ class PulseReader:
             self.descriptor = -1
 
     def look(self) -> Beat | None:
-        """What is there now; None while it is being written, or before anything was."""
+        """What is there now; None while it is being written, before anything was, and after the
+        close."""
+        if self._memory.closed:
+            return None
         for _ in range(_NUM_TRIES):
             version, num_read, since, silent_since, size = _HEADER.unpack_from(self._memory)
             if not version or version % 2 or _HEADER.size + size > _NUM_BYTES:
