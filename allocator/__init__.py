@@ -29,8 +29,10 @@ from allocator.errors import (
     WeightSetBusy,
 )
 from allocator.leases import Block, Lease
+from allocator.leftovers import Role, remove_leftovers
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
 from allocator.process_identity import ProcessIdentity
+from allocator.process_state import ProcessState
 from allocator.runtime_dir import RuntimeDir
 from allocator.weights import WeightSetReader, WeightSetWriter
 
@@ -55,7 +57,9 @@ __all__ = [
     "NotWriter",
     "OutOfDeviceMemory",
     "ProcessIdentity",
+    "ProcessState",
     "QuotaExceeded",
+    "Role",
     "RuntimeDir",
     "RuntimeDirError",
     "StaleGeneration",
@@ -74,4 +78,5 @@ __all__ = [
     "file_handle",
     "manifest_bytes",
     "parse_bytes",
+    "remove_leftovers",
 ]

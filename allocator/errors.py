@@ -25,6 +25,12 @@ class Unanswered(AllocatorGone):
     code = "unanswered"
 
 
+class AllocatorSilent(AllocatorGone):
+    """The allocator does not answer, and this client does not wait for it: nothing was asked."""
+
+    code = "allocator_silent"
+
+
 class RuntimeDirError(AllocatorError):
     """The runtime directory can't hold the sockets: not ours, not writable, or too long a path."""
 
@@ -152,6 +158,7 @@ BY_CODE: dict[str, type[AllocatorError]] = {
         AllocatorError,
         AllocatorGone,
         Unanswered,
+        AllocatorSilent,
         RuntimeDirError,
         AlreadyRunning,
         Unauthorized,

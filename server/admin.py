@@ -4,7 +4,6 @@ Owns its schemas, for the server's side and for the CLI's. Invariant: only the r
 owner can reach it (the directory is 0700). Knows nothing of prompts.
 """
 
-import asyncio
 import os
 import time
 from http import HTTPStatus
@@ -16,9 +15,9 @@ from pydantic import BaseModel, Field
 
 from allocator import RuntimeDir
 from server.daemons import AllocatorProcess
-from server.engine_metrics import InstanceFigures
-from server.fleet import Fleet, Instance, State
-from server.metrics import CONTENT_TYPE, scrape
+from server.fleet import Fleet
+from server.instance import Instance, State
+from server.metrics import CONTENT_TYPE, Metrics
 from server.router import Router
 from server.settings import Settings
 from server.sleep import CannotSleep, Sleeper
@@ -44,6 +43,28 @@ class InstanceStatus(BaseModel):
     num_running: int
     num_waiting: int
     kv_bytes: int
+    step_s: float | None = None
+    """How long the present step has taken; None between steps."""
+    unresponsive_s: float | None = None
+    """For how long it has shown no sign of life, though it should."""
+    alone: bool = False
+    """Whether it is for one request at a time, which may be what ends instances."""
+    writer_pid: int | None = None
+    """The process that loads the weights, while this one waits for that or does it."""
+    stalled_s: float | None = None
+    """While it loads, for how long that has not come on."""
+
+
+class AllocatorStatus(BaseModel):
+    """The allocator that the server looks after."""
+
+    pid: int | None
+    started_here: bool
+    """Whether the server may kill it where it hangs, and stops it at its own end."""
+    unresponsive_s: float | None
+    """For how long it has shown no sign of life, though it should."""
+    silent_s: float | None
+    """For how long it has not answered an instance."""
 
 
 class ServerStatus(BaseModel):
@@ -63,6 +84,9 @@ class ServerStatus(BaseModel):
     max_model_len: int | None
     weights_bytes: int | None
     forkserver_pid: int | None
+    forkserver_is_up: bool
+    """Whether it has imported what instances need, so that one can be started."""
+    allocator: AllocatorStatus
     instances: list[InstanceStatus]
 
 
@@ -89,6 +113,7 @@ def create_admin_app(
     router: Router,
     sleeper: Sleeper,
     allocator: AllocatorProcess,
+    metrics: Metrics,
     settings: Settings,
     url: str,
 ) -> FastAPI:
@@ -112,6 +137,13 @@ def create_admin_app(
             max_model_len=facts.max_model_len if facts else None,
             weights_bytes=facts.weights_bytes if facts else None,
             forkserver_pid=fleet.forkserver_pid,
+            forkserver_is_up=fleet.forkserver_is_up,
+            allocator=AllocatorStatus(
+                pid=allocator.pid,
+                started_here=allocator.is_ours,
+                unresponsive_s=_age(allocator.unresponsive_since),
+                silent_s=_age(fleet.allocator_silent_since),
+            ),
             instances=[_instance_status(one) for one in fleet.instances],
         )
 
@@ -134,17 +166,22 @@ def create_admin_app(
         return await status()
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        figures = InstanceFigures(lambda: fleet.instances)
-        text = await asyncio.to_thread(scrape, RuntimeDir(settings.runtime_dir), figures)
-        return Response(text, media_type=CONTENT_TYPE)
+    async def scraped() -> Response:
+        return Response(await metrics.scrape(), media_type=CONTENT_TYPE)
 
     app.state.status = status
     return app
 
 
+def _age(since: float | None) -> float | None:
+    """Seconds, of a moment of CLOCK_MONOTONIC."""
+    return None if since is None else time.monotonic() - since
+
+
 def _instance_status(instance: Instance) -> InstanceStatus:
     ready, load = instance.ready, instance.load
+    loading = instance.loading if instance.state == "loading" else None
+    beat = instance.leash.look()
     return InstanceStatus(
         name=instance.name,
         pid=instance.pid,
@@ -157,6 +194,11 @@ def _instance_status(instance: Instance) -> InstanceStatus:
         num_running=load.num_running if load else 0,
         num_waiting=load.num_waiting if load else 0,
         kv_bytes=load.kv_bytes if load else 0,
+        step_s=_age(beat.since) if beat is not None else None,
+        unresponsive_s=_age(instance.unresponsive_since),
+        alone=instance.alone,
+        writer_pid=loading.writer_pid or None if loading else None,
+        stalled_s=_age(instance.came_on_at) if loading else None,
     )
 
 

@@ -5,8 +5,7 @@ body is read further than `max_body_bytes`. There are no CORS headers: a web pag
 can't use the API. Knows nothing of how tokens are made (`Generator`) or text is written (`Text`).
 """
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from fastapi import FastAPI
@@ -27,10 +26,10 @@ def create_app(
     serving: Serving,
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
-    metrics: Callable[[], bytes] | None = None,
+    metrics: Callable[[], Awaitable[bytes]] | None = None,
 ) -> FastAPI:
     """The app for one served model. It owns nothing that needs closing. `metrics` makes what a
-    Prometheus scrape gets; it may block."""
+    Prometheus scrape gets."""
     app = FastAPI(
         title="onecopy",
         version=own_version(),
@@ -60,6 +59,6 @@ def create_app(
 
         @app.get("/metrics", include_in_schema=False)
         async def scraped() -> Response:
-            return Response(await asyncio.to_thread(metrics), media_type=CONTENT_TYPE)
+            return Response(await metrics(), media_type=CONTENT_TYPE)
 
     return app

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,10 +22,11 @@ from allocator import RuntimeDir
 from server import console, process_memory
 from server.admin import create_admin_app
 from server.app import Serving, create_app
+from server.background import Background
 from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet
-from server.metrics import scrape
+from server.metrics import Metrics
 from server.router import Router
 from server.settings import Settings
 from server.sleep import Sleeper
@@ -35,6 +37,8 @@ from workers.messages import Task
 
 log = logging.getLogger("onecopy.server")
 
+_SHOW_EVERY_S: Final = 0.2
+
 
 class AddressInUse(Exception):
     """The HTTP address can't be had. The message names the fix."""
@@ -43,7 +47,7 @@ class AddressInUse(Exception):
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait for running requests.
 
-    Raises AddressInUse, AllocatorError, StartError, ServerError.
+    Raises AddressInUse, AllocatorError, StartError, ServerError, WorkEnded.
     """
     async with contextlib.AsyncExitStack() as stack:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
@@ -55,17 +59,26 @@ async def serve(settings: Settings) -> None:
         stack.callback(_unbind, http_socket, settings.uds)
         stop = _Stop()
         stack.enter_context(stop.on_signals())
-        allocator = AllocatorProcess(runtime_dir, settings.memory_limit, settings.device)
+        allocator = AllocatorProcess(
+            runtime_dir, settings.memory_limit, settings.device, settings.hang_timeout_s
+        )
         stack.push_async_callback(allocator.stop_if_unused)
         await allocator.find_or_start()
 
         router = Router(settings)
         fleet = Fleet(settings, runtime_dir, router.listeners)
         router.bind(fleet)
+        background = Background()
+        stack.push_async_callback(background.close)
         stack.push_async_callback(fleet.close)
         fleet.launch()
+        background.keep(
+            "the watch over the allocator", lambda: allocator.watch(lambda: fleet.awaits_allocator)
+        )
         sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s)
-        admin_app = create_admin_app(fleet, router, sleeper, allocator, settings, url)
+        metrics = Metrics(runtime_dir, InstanceFigures(lambda: fleet.instances))
+        stack.callback(metrics.close)
+        admin_app = create_admin_app(fleet, router, sleeper, allocator, metrics, settings, url)
         admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
@@ -85,19 +98,18 @@ async def serve(settings: Settings) -> None:
                 created=int(time.time()),
                 sampling_defaults=settings.sampling_defaults,
             ),
-            metrics=lambda: scrape(runtime_dir, InstanceFigures(lambda: fleet.instances)),
+            metrics=metrics.scrape,
         )
         http = _HTTPServer(app, http_socket)
         stack.push_async_callback(http.close)
-        stack.callback(router.give_up_all)
+        stack.push_async_callback(router.close)
         await http.start()
+        background.need("the HTTP server", http.ended)
+        background.need("the admin server", admin.ended)
         lock.announce(url)
         await _print_ready(admin_app, settings, url, text, router.facts.task)
-        watching = asyncio.create_task(allocator.watch())
-        await stop.unless_stopped(fleet.run())
+        await stop.unless_stopped(background.run())
 
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
         log.info("shutting down: waiting for %d requests", router.num_streams)
         router.draining = True
         drain = _drain(router, fleet, settings.drain_timeout_s)
@@ -109,9 +121,7 @@ async def _started(fleet: Fleet, settings: Settings) -> None:
     with console.StartDisplay(settings.served_model_name) as display:
         waiting = asyncio.create_task(fleet.wait_ready())
         while not waiting.done():
-            changed = asyncio.create_task(fleet.change())
-            await asyncio.wait([waiting, changed], return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
+            await asyncio.wait([waiting], timeout=_SHOW_EVERY_S)
             display.show(fleet.instances)
         await waiting
 
@@ -223,6 +233,12 @@ class _HTTPServer(uvicorn.Server):
         await asyncio.wait([self._serving, up], return_when=asyncio.FIRST_COMPLETED)
         up.cancel()
         if self._serving.done():
+            self._serving.result()
+
+    async def ended(self) -> None:
+        """Until it serves no longer. Raises what it ended with."""
+        if self._serving is not None:
+            await asyncio.wait([self._serving])
             self._serving.result()
 
     async def close(self) -> None:

@@ -44,6 +44,9 @@ class Settings(BaseModel):
     max_queued: int = Field(default=256, ge=1)
     """Requests beyond those that run; one more is refused with 503."""
     drain_timeout_s: float = Field(default=30.0, gt=0)
+    hang_timeout_s: float = Field(default=3.0, ge=0)
+    """How long a process may be stopped, as by SIGSTOP, before it is replaced; 0: for ever, and one
+    that hangs in another way, too."""
     device: str = "host"
     """What the weights are on, as `onecopy allocator --device` names it."""
     map_files: bool = False

@@ -1,15 +1,15 @@
 """The server's side of the instances: start them, hear of their ends, exchange messages.
 
 Owns the forkserver's process and the engine socket. Torch-free and asyncio. Invariants: a process
-that was started here ends when this does; a message from a peer that is no instance of ours is
-dropped. Knows nothing of which instance should do what.
+that was started here ends when this does, however; an instance goes on where its forkserver ends; a
+message from a peer that is no instance of ours is dropped. Knows nothing of which instance should
+do what.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +21,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from allocator import ProcessState
+from workers import kernel
+from workers.leash import Leash as Leash
 from workers.messages import (
     MAX_FRAME_BYTES,
     FromForkserver,
@@ -39,6 +42,8 @@ log = logging.getLogger("onecopy.server")
 _CONTROL_FRAME_BYTES: Final = 1 << 16
 _CONTROL_BUFFER_BYTES: Final = 1 << 20
 """Room for a request to start each of 256 instances at once."""
+_CLOSE_S: Final = 1.0
+"""What a forkserver may take to end, before it is killed."""
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     # Instances share the cores: a thread that waits at a barrier must sleep, not spin.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -60,42 +65,66 @@ _ENVIRONMENT: Final[Mapping[str, str]] = {
 
 
 class ForkserverEnded(Exception):
-    """The forkserver is gone, and all instances with it."""
+    """The forkserver is gone. Its instances go on."""
+
+
+class ForkserverBusy(Exception):
+    """The forkserver takes no further request now."""
 
 
 class Forkserver:
     """The process that all instances are forked from."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", control: socket.socket):
+    def __init__(self, process: "subprocess.Popen[bytes]", control: socket.socket, pipe: int):
         self._process = process
         self._control = control
+        self._pipe = pipe
 
     @classmethod
     def launch(cls, model: str, dtype: str) -> "Forkserver":
-        """Start it for one model; its `Up` comes when its imports are done."""
+        """Start it for one model; its `Up` comes when its imports are done. Raises OSError."""
+        kernel.adopt_orphans()  # an instance that outlives its forkserver is ours to wait for
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CONTROL_BUFFER_BYTES)
-        with theirs:
-            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "workers.forkserver", str(theirs.fileno()), model, dtype],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
-            )
-        return cls(process, ours)
+        pipe_write = -1
+        try:
+            pipe_read, pipe_write = os.pipe()
+            with theirs, contextlib.ExitStack() as stack:
+                stack.callback(os.close, pipe_read)
+                fds = [theirs.fileno(), pipe_read]
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                    [sys.executable, "-m", "workers.forkserver", *map(str, fds), model, dtype],
+                    pass_fds=fds,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **_ENVIRONMENT},
+                )
+        except OSError:
+            ours.close()
+            if pipe_write >= 0:
+                os.close(pipe_write)
+            raise
+        return cls(process, ours, pipe_write)
 
     @property
     def pid(self) -> int:
         """Its process."""
         return self._process.pid
 
-    def start(self, spec: InstanceSpec) -> None:
-        """Ask for an instance; a `Started` follows. Raises ForkserverEnded."""
+    def start(self, spec: InstanceSpec) -> Leash:
+        """Ask for an instance; a `Started` follows. Raises ForkserverEnded, ForkserverBusy,
+        OSError."""
+        leash = Leash(spec.name)
         try:
-            self._control.send(encode(Start(spec=spec)))
+            socket.send_fds(self._control, [encode(Start(spec=spec))], leash.descriptors)
+        except BlockingIOError as error:
+            leash.close()
+            raise ForkserverBusy from error
         except OSError as error:
+            leash.close()
             raise ForkserverEnded from error
+        leash.handed_over()
+        return leash
 
     async def receive(self) -> FromForkserver:
         """The next event. Raises ForkserverEnded."""
@@ -115,14 +144,48 @@ class Forkserver:
             raise ForkserverEnded
         return event
 
-    async def close(self) -> None:
-        """End it, and with it every instance that still runs."""
+    def kill(self) -> None:
+        """End it at once, whatever it does or can't do. Its instances go on."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+    async def close(self) -> int:
+        """End it; in order, where it still reacts. Returns its exit status, or minus the signal's
+        number. Idempotent."""
         self._control.close()
+        state = ProcessState.of(self.pid)
+        if state is not None and state.is_stopped:
+            self.kill()
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._process.wait), timeout=5)
+            status = await asyncio.wait_for(end_of(self._process), _CLOSE_S)
         except TimeoutError:
-            self._process.send_signal(signal.SIGKILL)
-            await asyncio.to_thread(self._process.wait)
+            self.kill()
+            status = await end_of(self._process)
+        self.kill()
+        return status
+
+
+async def end_of(process: "subprocess.Popen[bytes]") -> int:
+    """Wait for a child's end without holding a thread, which a cancellation could not free."""
+    if process.poll() is None:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            await readable(pidfd)
+        finally:
+            os.close(pidfd)
+    return process.wait()
+
+
+async def readable(fd: int) -> None:
+    """Until there is something to read, or the end."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
 
 
 class Engines:
@@ -139,15 +202,22 @@ class Engines:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.bind(endpoint)
 
-    async def receive(self) -> tuple[str, FromInstance]:
-        """The next valid message, and the name of the instance it came from."""
+    async def receive(self) -> tuple[str, FromInstance | None]:
+        """The name of an instance, and its next message; None where that can't be read."""
         while True:
             frames = await self._socket.recv_multipart()
             try:
-                identity, frame = frames
-                return identity.decode(), decode_from_instance(frame)
-            except (ValueError, msgspec.DecodeError) as error:
-                log.warning("dropped a message on the engine socket: %s", error)
+                identity, *rest = frames
+                name = identity.decode()
+            except ValueError as error:
+                log.warning("dropped a message of nobody: %s", error)
+                continue
+            try:
+                (frame,) = rest
+                return name, decode_from_instance(frame)
+            except (ValueError, RecursionError, msgspec.DecodeError) as error:
+                log.warning("a message of %r on the engine socket is not one: %s", name, error)
+                return name, None
 
     async def send(self, name: str, message: ToInstance) -> bool:
         """False where no instance of this name is connected."""

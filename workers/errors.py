@@ -3,7 +3,10 @@
 Invariant: a message names what to change. Knows nothing of how it will be shown.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+_MAX_LENGTH: Final = 4096
+"""Of an error on the wire."""
 
 
 class WorkerError(Exception):
@@ -88,3 +91,14 @@ class InvalidEmbedding(WorkerError):
     """The model gave no usable vector: NaN, or something infinite."""
 
     code = "invalid_embedding"
+
+
+def for_the_wire(message: str) -> str:
+    """As much of it as a message may hold. It may quote a request, with half a surrogate pair in
+    it, which is no text."""
+    return message.encode(errors="replace").decode()[:_MAX_LENGTH]
+
+
+def unexpected(error: Exception) -> str:
+    """What a client is told of an error of ours; the log has all of it."""
+    return f"an error of the instance ended this request ({type(error).__name__}); its log has more"

@@ -132,11 +132,13 @@ ToInstance = Generate | Embed | Abort | Drain
 
 
 class Loading(Message, tag="loading", frozen=True):
-    """Progress of the weights. `writer` is true in the one instance that copies them in."""
+    """Progress of the weights. `writer` is true in the one instance that copies them in; who waits
+    says which process does."""
 
     num_bytes: Count
     total_bytes: Count
     writer: bool
+    writer_pid: Count = 0
 
 
 class ModelFacts(Message, frozen=True):
@@ -275,7 +277,8 @@ class InstanceSpec(Message, frozen=True):
 
 
 class Start(Message, tag="start", frozen=True):
-    """Fork an instance. Answered by Started."""
+    """Fork an instance. Two descriptors come along: the pipe that it ends with, and its pulse.
+    Answered by Started."""
 
     spec: InstanceSpec
 

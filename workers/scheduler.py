@@ -171,9 +171,9 @@ class Scheduler:
         if sequence.request_id in self._by_id:
             raise ValueError(f"request {sequence.request_id!r} is here already")
         sequence.arrival = self._num_arrived
+        bisect.insort(self._waiting, sequence, key=_order)
         self._num_arrived += 1
         self._by_id[sequence.request_id] = sequence
-        bisect.insort(self._waiting, sequence, key=_order)
 
     def schedule(self, room: Room) -> tuple[Chunk, ...]:
         """The next step: all decodes, then prompts. Each chunk must be followed by `computed` or

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from allocator import AllocatorError
 from server import console
 from server.admin import NoServer
+from server.background import WorkEnded
 from server.errors import ServerError
 from server.fleet import StartError
 from server.memory import NoSuchModel
@@ -61,6 +62,7 @@ def one_line_errors() -> Iterator[None]:
         PlanFailed,
         ServerError,
         StartError,
+        WorkEnded,
     ) as error:
         fail(str(error))
     except ValidationError as error:

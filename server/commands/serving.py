@@ -4,12 +4,22 @@ import asyncio
 import contextlib
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from pydantic import ValidationError
 
-from allocator import RuntimeDir, connect, device_usage, parse_bytes
+from allocator import (
+    ProcessState,
+    Role,
+    RuntimeDir,
+    connect,
+    device_usage,
+    parse_bytes,
+    remove_leftovers,
+)
 from allocator.messages import WeightSetStatistics
 from server import console, device_verify, process_memory
 from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
@@ -21,11 +31,11 @@ from server.commands.options import (
     one_line_errors,
     print_json,
 )
-from server.daemons import stop_process
 from server.device_verify import DeviceVerdict, judge_device
 from server.model_source import find_model
 from server.serve import serve as run_server
 from server.settings import Settings
+from server.stopping import answers_nothing, stop_process
 from server.verify import MAX_PRIVATE_BYTES, Verdict, judge_all
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
@@ -119,6 +129,14 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that running requests get at the end.")
     ] = 30.0,
+    hang_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds for which an instance may be stopped before another takes its place; "
+            "0: for ever, as for a debugger.",
+        ),
+    ] = 3.0,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Serve MODEL over an OpenAI-compatible REST API.
@@ -149,6 +167,7 @@ def serve(
             num_threads=threads or default_threads(instances),
             shares_cores=threads is None,
             drain_timeout_s=drain_timeout,
+            hang_timeout_s=hang_timeout,
             memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
             device=device,
             map_files=map_files,
@@ -282,18 +301,25 @@ def stop(
     with one_line_errors():
         directory = RuntimeDir.open(runtime_dir, create=False)
         stopped = []
-        for role in ("server",) if keep_allocator else ("server", "allocator"):
+        roles: tuple[Role, ...] = ("server",) if keep_allocator else ("server", "allocator")
+        for role in roles:
             owner = directory.owner(role)
             if owner is None:
                 continue
-            timeout_s = _STOP_TIMEOUT_S
+            timeout_s, is_mute = _STOP_TIMEOUT_S, None
             if role == "server":
-                if keep_allocator:
-                    AdminClient(directory).keep_allocator()
-                with contextlib.suppress(NoServer):  # one that is about to start, or to end
-                    timeout_s += AdminClient(directory).status().drain_timeout_s
+                is_mute = partial(answers_nothing, directory.admin)
+                state = ProcessState.of(owner.pid)
+                if state is not None and not state.is_stopped and not is_mute():
+                    if keep_allocator:
+                        AdminClient(directory).keep_allocator()
+                    # One that is about to start, or to end, or of another version.
+                    with contextlib.suppress(NoServer, ValidationError):
+                        timeout_s += AdminClient(directory).status().drain_timeout_s
                 console.err.print(f"stopping the server (pid {owner.pid}) after its requests")
-            gently = stop_process(owner.process, timeout_s)
+            gently = stop_process(owner.process, timeout_s, is_mute)
+            if not gently:
+                remove_leftovers(directory, role)
             stopped.append(f"{role} (pid {owner.pid}{'' if gently else ', killed'})")
         if not stopped:
             console.out.print(f"nothing runs in {directory.path}")

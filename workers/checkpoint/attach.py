@@ -8,6 +8,7 @@ tensors over the same bytes. Knows nothing of models.
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ from workers.checkpoint.plan import FORMAT_VERSION, make_plan
 from workers.checkpoint.source import Checkpoint, open_checkpoint
 from workers.errors import CheckpointCorrupt
 
-OnProgress = Callable[[int, int, bool], None]
-"""Called with (written bytes, total bytes, whether this process writes)."""
+OnProgress = Callable[[int, int, int], None]
+"""Called with (written bytes, total bytes, pid of the process that writes)."""
 
 _PROGRESS_STEP: Final = 32
 """Progress is reported this many times over a load, so that messages do not grow with its size."""
@@ -86,9 +87,7 @@ def attach(
     opened = memory.open_weight_set(
         weight_set_key(checkpoint.path, fingerprint),
         fingerprint,
-        on_wait=None
-        if on_progress is None
-        else lambda done, total: on_progress(done, total, False),
+        on_wait=on_progress,
     )
     if isinstance(opened, WeightSetWriter):
         if map_files:
@@ -153,7 +152,7 @@ def _load(
                 reported = done
                 writer.progress(done)
                 if on_progress is not None:
-                    on_progress(done, plan.num_bytes, True)
+                    on_progress(done, plan.num_bytes, os.getpid())
 
         manifest = fill(writer, mapping, plan, checkpoint, copied)
         if checkpoint.fingerprint() != files:
