@@ -47,6 +47,12 @@ _LOGITS_BYTES: Final = 64 << 20
 """What the logits of one prompt may take at a time, where a request asks for them."""
 _SHARE_EVERY_S: Final = 0.1
 """How often to ask whether other instances lack room."""
+_GRAMMAR_WAIT_S: Final = 0.005
+"""How long a step waits for what grammars allow; who has it later sits out until then."""
+_DRAFT_WAIT_S: Final = 0.001
+"""How long a further token of a draft waits for it."""
+_HELD_WAIT_S: Final = 0.02
+"""How long a step waits where there is nothing else to do."""
 NO_ROOM_PATIENCE_S: Final = 15.0
 """How long a sequence lacks KV memory that nobody else holds here, before it ends."""
 
@@ -160,7 +166,7 @@ class Engine:
             self._refuse(request, problem, invalid=True)
             return
         try:
-            grammar = self._grammars.compile(request.sampling)
+            grammar = self._grammars.grammar(request.sampling)
         except GrammarFailed as error:
             self._refuse(request, f"the grammar can't be used: {error}", invalid=True)
             return
@@ -186,6 +192,7 @@ class Engine:
         )
         reason = self._finish_reason(sequence, sampler) if sequence.num_generated else None
         if reason is not None:
+            sampler.leave()
             self._answered.append(
                 Output(request_id=request.request_id, token_ids=(), finish_reason=reason)
             )
@@ -194,6 +201,10 @@ class Engine:
         expires_at = None if request.deadline_s is None else now + request.deadline_s
         self._requests[request.request_id] = _Request(sampler, now, expires_at)
         self._scheduler.add(sequence)
+
+    def close(self) -> None:
+        """End the processes that grammars have. Nothing may be asked afterwards."""
+        self._grammars.close()
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its memory now. Unknown ids are ignored."""
@@ -208,6 +219,7 @@ class Engine:
         outputs, self._answered = self._answered, []
         now = self._clock()
         outputs += self._expired(now)
+        outputs += self._hold()
         self._share(now)
         self._draft()
         chunks = self._scheduler.schedule(self._room)
@@ -215,6 +227,9 @@ class Engine:
             self._idle_since = None
             self._come_on(chunks)
             outputs += self._compute(chunks)
+        elif self._scheduler.num_running or self._scheduler.next_waiting is None:
+            self._idle_since = None
+            self._grammars.receive(_HELD_WAIT_S, late_too=True)
         else:
             self._idle_since = now if self._idle_since is None else self._idle_since
             outputs += self._out_of_room(now, self._idle_since)
@@ -251,6 +266,32 @@ class Engine:
         if largest >= vocab_size:
             return f"token id {largest} is outside the model's vocabulary of {vocab_size}"
         return invalid_params(request.sampling, vocab_size)
+
+    def _hold(self) -> list[Output]:
+        """Let those sit out whose grammar has not come as far as they have, and end those whose
+        grammar can't go on."""
+        followed = [
+            (sequence, grammar)
+            for sequence in self._scheduler
+            if (grammar := self._requests[sequence.request_id].sampler.grammar) is not None
+        ]
+        if not followed:
+            return []
+        self._grammars.receive(_GRAMMAR_WAIT_S)
+        outputs = []
+        for sequence, grammar in followed:
+            sequence.is_held = not grammar.arrived
+            if grammar.problem is not None:
+                problem = f"the grammar can't be used: {grammar.problem}"
+                outputs.append(self._fail(sequence, problem, invalid=grammar.is_invalid))
+        return outputs
+
+    def _has_arrived(self, sampler: SequenceSampler) -> bool:
+        """Whether a further token of a draft can be chosen now."""
+        if sampler.grammar is None:
+            return True
+        self._grammars.receive(_DRAFT_WAIT_S)
+        return sampler.grammar.arrived
 
     def _share(self, now: float) -> None:
         """Give up room that other instances lack, those that came last first."""
@@ -409,7 +450,7 @@ class Engine:
                 emitted.setdefault(name, []).append(token)
                 reason = self._accept(chunk.sequence, token.token)
                 right = position < len(chunk.draft) and token.token == chunk.draft[position]
-                if reason is None and right:
+                if reason is None and right and self._has_arrived(self._requests[name].sampler):
                     self._accepted_tokens += 1
                     chunk.sequence.num_computed += 1
                     self._room[chunk.sequence].table.commit(1)
@@ -486,7 +527,7 @@ class Engine:
     def _forget(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
         self._scheduler.remove(sequence.request_id)
         self._room.end(sequence, keep=keep)
-        del self._requests[sequence.request_id]
+        self._requests.pop(sequence.request_id).sampler.leave()
 
 
 def _unlimited(

@@ -240,6 +240,8 @@ class _Instance:
                 self._loop(engine, poller, wake_read)
             finally:
                 signal.set_wakeup_fd(-1)
+                if isinstance(engine, Engine):
+                    engine.close()
 
     def _loop(self, engine: AnyEngine, poller: zmq.Poller, wake: socket.socket) -> None:
         while engine.has_work or not self._draining:
