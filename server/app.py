@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, embeddings, errors, models
 from server.openai.admission import Serving
-from server.openai.body_limit import BodyLimit
+from server.openai.body_reader import BodyReader
 
 __all__ = ["MAX_BODY_BYTES", "Serving", "create_app"]
 
@@ -38,10 +38,11 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     errors.install(app)
-    for routes in (completions.routes, chat.routes, embeddings.routes, models.routes):
-        app.include_router(routes(serving))
+    bodies = BodyReader(serving.cells, serving.generator, serving.text, max_body_bytes)
+    for endpoint in (completions, chat, embeddings):
+        app.include_router(endpoint.routes(serving, bodies))
+    app.include_router(models.routes(serving))
 
     @app.get("/health")
     async def health() -> Response:

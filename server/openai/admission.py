@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
+from server.cells import Cells
 from server.errors import InvalidRequest, UnknownModel
 from server.generation import NO_ADVICE, Generator, SamplingDefaults
+from server.grammar_checks import GrammarChecks
 from server.openai.schemas import GenerationRequest
 from server.openai.sequence import TextSequence
 from server.text import Text
@@ -31,6 +33,8 @@ class Serving:
     text: Text
     model_name: str
     created: int  # when the server began to serve it, in seconds since 1970
+    cells: Cells
+    grammars: GrammarChecks
     sampling_defaults: SamplingDefaults = NO_ADVICE
 
 

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from server.openai.admission import Serving, check_request, new_id, submit_all
 from server.openai.answer import Answer, EventStream, collect
+from server.openai.body_reader import BodyReader
 from server.openai.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
 from server.openai.replies import (
     AssistantMessage,
@@ -26,14 +27,14 @@ from server.openai.structured import grammar_for
 from server.token_texts import TokenTexts
 
 
-def routes(serving: Serving) -> APIRouter:
-    router = APIRouter()
+def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
+    router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         check_request(serving, body)
         facts = serving.generator.facts
-        grammar = await grammar_for(body)
+        grammar = await grammar_for(serving.grammars, body)
         ids = await serving.text.encode_chat_async(
             _messages(body), context_tokens=facts.max_model_len
         )
@@ -91,8 +92,7 @@ def _messages(body: ChatRequest) -> list[dict[str, str]]:
     """As templates expect them: content is a string, and "developer" is the newer name of a role
     that most templates know as "system"."""
     messages = []
-    for index, message in enumerate(body.messages):
-        message.check_supported(index)
+    for message in body.messages:
         role = "system" if message.role == "developer" else message.role
         plain = {"role": role, "content": message.text}
         if message.name is not None:

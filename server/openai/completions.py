@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse, Response
 from server.errors import InvalidRequest
 from server.openai.admission import Serving, check_request, new_id, submit_all
 from server.openai.answer import Answer, EventStream, collect
+from server.openai.body_reader import BodyReader
 from server.openai.logprobs import completion_logprobs, prompt_logprobs
 from server.openai.replies import Completion, CompletionChoice, Usage
 from server.openai.sampling import check_token_ids, sampling_for
-from server.openai.schemas import MAX_PROMPTS, CompletionRequest
+from server.openai.schemas import MAX_PROMPTS, CompletionRequest, texts_or_ids
 from server.openai.sequence import Delta, TextSequence, merged
 from server.openai.structured import grammar_for
 from server.text import Text
@@ -33,14 +34,14 @@ class _Prompt:
     token_ids: list[int]
 
 
-def routes(serving: Serving) -> APIRouter:
-    router = APIRouter()
+def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
+    router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_request(serving, body)
         facts = serving.generator.facts
-        grammar = await grammar_for(body)
+        grammar = await grammar_for(serving.grammars, body)
         prompts = await _prompts(serving, body)
         if len(prompts) * body.num_choices > MAX_PROMPTS:
             raise InvalidRequest(
@@ -95,22 +96,16 @@ def _num_prompt_logprobs(body: CompletionRequest) -> int | None:
 
 
 async def _prompts(serving: Serving, body: CompletionRequest) -> list[_Prompt]:
-    facts, prompt = serving.generator.facts, body.prompt
-    parts: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
-    if not parts:
+    facts = serving.generator.facts
+    if not body.prompt:
         raise InvalidRequest("The prompt is empty.", param="prompt")
     prompts: list[_Prompt] = []
-    own: list[int] = []  # of a prompt that is a plain list of ids
-    for part in parts:
+    for part in texts_or_ids(body.prompt):
         if isinstance(part, str):
             ids = await serving.text.encode_async(part, context_tokens=facts.max_model_len)
             prompts.append(_Prompt(part, ids))
-        elif isinstance(part, int):
-            own.append(part)
         else:
             prompts.append(_Prompt(None, part))
-    if own:
-        prompts.append(_Prompt(None, own))
     for one in prompts:
         check_token_ids(one.token_ids, facts)
     return prompts
