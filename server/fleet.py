@@ -9,6 +9,7 @@ Knows nothing of what the requests are.
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class Fleet:
         self._settings = settings
         self._runtime_dir = runtime_dir
         self._listeners = listeners
-        self._engines = Engines(runtime_dir.engines)
+        self._engines = Engines(runtime_dir)
         self._forkserver: Forkserver | None = None
         self._instances: dict[str, Instance] = {}
         self._num_named = 0
@@ -331,6 +332,7 @@ class Fleet:
         elif was == "ready":
             self.num_replaced += 1
         del self._instances[instance.name]
+        self._engines.forget(instance.name)
         self._listeners.ended(instance)
         self._tell_of_change()
         if self._num_failures:
@@ -366,7 +368,8 @@ class Fleet:
         return InstanceSpec(
             name=instance.name,
             runtime_dir=str(self._runtime_dir.path),
-            engines=self._runtime_dir.engines,
+            engines=self._engines.expect(instance.name),
+            server_pid=os.getpid(),
             model=str(settings.model),
             served_model_name=settings.served_model_name,
             dtype=settings.dtype,

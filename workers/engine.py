@@ -48,7 +48,10 @@ _LOGITS_BYTES: Final = 64 << 20
 _SHARE_EVERY_S: Final = 0.1
 """How often to ask whether other instances lack room."""
 _GRAMMAR_WAIT_S: Final = 0.005
-"""How long a step waits for what grammars allow; who has it later sits out until then."""
+_GRAMMAR_WAIT_SHARE: Final = 0.25
+_MOST_GRAMMAR_WAIT_S: Final = 0.05
+"""How long a step waits for what grammars allow, at least, as a share of the time that the last
+one took, and at most; who has it later sits out until then."""
 _DRAFT_WAIT_S: Final = 0.001
 """How long a further token of a draft waits for it."""
 _HELD_WAIT_S: Final = 0.02
@@ -114,6 +117,7 @@ class Engine:
         self._idle_since: float | None = None  # the first of the last steps that did nothing
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
+        self._last_step_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -226,7 +230,9 @@ class Engine:
         if chunks:
             self._idle_since = None
             self._come_on(chunks)
+            begun_at = time.monotonic()
             outputs += self._compute(chunks)
+            self._last_step_s = time.monotonic() - begun_at
         elif self._scheduler.num_running or self._scheduler.next_waiting is None:
             self._idle_since = None
             self._grammars.receive(_HELD_WAIT_S, late_too=True)
@@ -277,7 +283,8 @@ class Engine:
         ]
         if not followed:
             return []
-        self._grammars.receive(_GRAMMAR_WAIT_S)
+        wait_s = max(_GRAMMAR_WAIT_S, _GRAMMAR_WAIT_SHARE * self._last_step_s)
+        self._grammars.receive(min(wait_s, _MOST_GRAMMAR_WAIT_S))
         outputs = []
         for sequence, grammar in followed:
             sequence.is_held = not grammar.arrived

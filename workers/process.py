@@ -64,10 +64,11 @@ def run(spec: InstanceSpec) -> int:
     kernel.set_process_name(f"onecopy:{spec.name}")
     context = zmq.Context(io_threads=1)
     server = context.socket(zmq.DEALER)
-    server.setsockopt(zmq.IDENTITY, spec.name.encode())
     server.setsockopt(zmq.LINGER, _LINGER_MS)
     server.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    server.connect(spec.engines)
+    # Whoever else connects is turned away before a byte is read (SO_PEERCRED).
+    server.setsockopt(zmq.IPC_FILTER_PID, spec.server_pid)
+    server.bind(spec.engines)
     try:
         return _Instance(spec, server).run()
     finally:

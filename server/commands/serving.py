@@ -22,6 +22,7 @@ from server.commands.options import (
     print_json,
 )
 from server.daemons import stop_process
+from server.log_limit import LogLimit
 from server.model_source import find_model
 from server.serve import serve as run_server
 from server.settings import Settings
@@ -297,6 +298,7 @@ def _segments(weight_set: WeightSetStatistics) -> dict[str, int]:
 def _log_to_stderr() -> None:
     handler = console.ConsoleHandler()
     handler.setFormatter(logging.Formatter(_LOG_FORMAT, datefmt="%H:%M:%S"))
+    handler.addFilter(LogLimit())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
