@@ -1,8 +1,9 @@
 """The HTTP application: which paths there are, and what holds for all of them.
 
 Invariant: every answer outside 2xx (but that of /health) has an OpenAI error body, and no request's
-body is read further than `max_body_bytes`. There are no CORS headers: a web page of another origin
-can't use the API. Knows nothing of how tokens are made (`Generator`) or text is written (`Text`).
+body is read further than `max_body_bytes`. There are no CORS headers, and names that are not ours
+are refused: a web page of another origin can't use the API, nor read what it answers. Knows nothing
+of how tokens are made (`Generator`) or text is written (`Text`).
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import Final
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
+from server.allowed_hosts import AllowedHosts, HostCheck
 from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, embeddings, errors, models
 from server.openai.admission import Serving
@@ -28,9 +30,11 @@ def create_app(
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics: Callable[[], bytes] | None = None,
+    allowed_hosts: AllowedHosts | None = None,
 ) -> FastAPI:
     """The app for one served model. It owns nothing that needs closing. `metrics` makes what a
-    Prometheus scrape gets; it may block."""
+    Prometheus scrape gets; it may block. `allowed_hosts` None: whoever calls it may call it
+    anything, since no web page can reach it."""
     app = FastAPI(
         title="onecopy",
         version=_version(),
@@ -43,6 +47,8 @@ def create_app(
     for endpoint in (completions, chat, embeddings):
         app.include_router(endpoint.routes(serving, bodies))
     app.include_router(models.routes(serving))
+    if allowed_hosts is not None:
+        app.add_middleware(HostCheck, allowed=allowed_hosts)
 
     @app.get("/health")
     async def health() -> Response:

@@ -21,7 +21,9 @@ from fastapi import FastAPI
 from allocator import RuntimeDir
 from server import console, process_memory
 from server.admin import create_admin_app
+from server.allowed_hosts import AllowedHosts
 from server.app import Serving, create_app
+from server.cache_salt import CacheSalts
 from server.cells import Cells
 from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
@@ -94,8 +96,12 @@ async def serve(settings: Settings) -> None:
                 cells=cells,
                 grammars=GrammarChecks(cells),
                 sampling_defaults=settings.sampling_defaults,
+                salts=CacheSalts(settings.prefix_cache_salt),
             ),
             metrics=lambda: scrape(runtime_dir, InstanceFigures(lambda: fleet.instances)),
+            allowed_hosts=(
+                None if settings.uds else AllowedHosts(settings.host, settings.allowed_hosts)
+            ),
         )
         most = most_connections(num_descriptors, settings.num_instances)
         http = HTTPServer(app, http_socket, most=most)

@@ -153,7 +153,8 @@ class Engines:
         path = self._paths.get(name)
         if path is None:
             # Not to be guessed: whoever is there before the instance would be taken for it.
-            path = self._paths[name] = self._runtime_dir.engine(f"{name}-{secrets.token_urlsafe(3)}")
+            path = self._runtime_dir.engine(f"{name}-{secrets.token_urlsafe(3)}")
+            self._paths[name] = path
             self._socket.setsockopt(zmq.CONNECT_ROUTING_ID, name.encode())
             self._socket.connect(f"ipc://{path}")
         return f"ipc://{path}"

@@ -51,6 +51,15 @@ def serve(
     uds: Annotated[
         Path | None, typer.Option(help="Serve on this Unix socket instead of host and port.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients may call the server, as `api.example.com`, "
+            "`*.example.com` or `*`; can be given several times. Addresses, localhost and the "
+            "machine's own name need not be named.",
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -86,6 +95,13 @@ def serve(
             help="Let instances find what any of them has computed of a common beginning."
         ),
     ] = True,
+    prefix_cache_salt: Annotated[
+        str,
+        typer.Option(
+            help="Who finds what was computed: none (all find all), key (requests of the same API "
+            "key), random (requests of this start of the server)."
+        ),
+    ] = "none",
     dtype: Annotated[
         str,
         typer.Option(
@@ -137,6 +153,7 @@ def serve(
             host=host,
             port=port,
             uds=uds.absolute() if uds else None,
+            allowed_hosts=tuple(allowed_host or ()),
             num_instances=instances,
             sampling_defaults=source.sampling,
             dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
@@ -146,6 +163,7 @@ def serve(
             attention_workspace=parse_bytes(attention_workspace),
             num_speculative_tokens=num_speculative_tokens,
             prefix_caching=prefix_caching,
+            prefix_cache_salt=prefix_cache_salt,  # type: ignore[arg-type]  # as dtype
             num_threads=threads or default_threads(instances),
             shares_cores=threads is None,
             drain_timeout_s=drain_timeout,

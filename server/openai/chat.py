@@ -53,7 +53,7 @@ def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
             )
         ]
         chat_id, created = new_id("chatcmpl"), int(time.time())
-        sequences = await submit_all(serving, body, chat_id, starts)
+        sequences = await submit_all(serving, body, serving.options(body, request), chat_id, starts)
         tokens = serving.text.tokens
         if body.stream:
             template = ChatChunk(id=chat_id, created=created, model=serving.model_name, choices=[])

@@ -67,7 +67,9 @@ def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
         template = Completion(
             id=new_id("cmpl"), created=int(time.time()), model=serving.model_name, choices=[]
         )
-        sequences = await submit_all(serving, body, template.id, starts)
+        sequences = await submit_all(
+            serving, body, serving.options(body, request), template.id, starts
+        )
         choices = [
             _Choice(serving.text, body, index, prompts[index // body.num_choices])
             for index in range(len(sequences))

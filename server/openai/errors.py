@@ -32,6 +32,16 @@ def error_reply(error: Exception) -> ErrorReply:
     return _reply("The server failed to answer this request.", "server_error", None, None)
 
 
+def misdirected(host: str) -> Response:
+    """The answer to a request for a name that is not ours."""
+    message = (
+        f"This server is not called {host[:200]!r}. Use its address, or start it with "
+        "--allowed-host NAME."
+    )
+    reply = _reply(message, "invalid_request_error", None, "host_not_allowed")
+    return _response(HTTPStatus.MISDIRECTED_REQUEST, reply)
+
+
 def plain_error(message: str, kind: str) -> bytes:
     """The body for what is refused before there is a request."""
     return _reply(message, kind, None, None).model_dump_json().encode()

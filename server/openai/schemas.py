@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Final, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.generation import RequestOptions
 from workers.messages import MAX_LOGPROBS, MAX_TOKEN_RULES
 
 _log = logging.getLogger(__name__)
@@ -204,10 +203,6 @@ class GenerationRequest(Body):
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are wanted at each position; None: no figures at all."""
-
-    @property
-    def options(self) -> RequestOptions:
-        return RequestOptions(self.priority or 0, self.deadline_s, self.cache_salt or "")
 
     @property
     def stops(self) -> list[str]:
