@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from server.app import Serving, create_app
+from server.cache_salt import CacheSalts
 from server.cells import Cells
 from server.errors import InstanceFailed, NotReady
 from server.generation import NO_OPTIONS, Chunk, RequestOptions
@@ -167,6 +168,7 @@ def echo_server(
     *,
     max_body_bytes: int = 1 << 20,
     app_options: Mapping[str, Any] | None = None,
+    salts: CacheSalts | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """The server over the model, at this address. `options` are those of `HTTPServer`."""
@@ -182,6 +184,7 @@ def echo_server(
             created=1_700_000_000,
             cells=cells,
             grammars=GrammarChecks(cells),
+            salts=salts or CacheSalts(),
         )
         app = create_app(serving, max_body_bytes=max_body_bytes, **(app_options or {}))
         server = HTTPServer(app, listening, **options)
