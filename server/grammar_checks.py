@@ -55,7 +55,9 @@ class GrammarChecks:
         self._known: OrderedDict[GrammarSpec, Verdict] = OrderedDict()
         self._asked: dict[GrammarSpec, asyncio.Task[Verdict]] = {}
         num_cores = len(os.sched_getaffinity(0))
-        self._quick = Lane("grammars", max(2, num_cores), _WAITING_QUICK)
+        # More than there are cores: one that takes 10 ms shares them with those that take for ever,
+        # and is done before they are.
+        self._quick = Lane("grammars", max(4, 2 * num_cores), _WAITING_QUICK)
         self._slow = Lane("grammars that take long", max(1, num_cores // 2), _WAITING_SLOW)
 
     async def verdict(self, spec: GrammarSpec) -> Verdict:

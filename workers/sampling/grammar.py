@@ -20,8 +20,8 @@ from workers.messages import GrammarSpec, SamplingParams
 from workers.sampling.bitmask import clear_bits, set_bits
 from workers.sampling.grammar_cells import GrammarCells
 
-_ALLOWANCE_S: Final = 2.0
-_ALLOWANCE_PER_TOKEN_S: Final = 0.02
+_ALLOWANCE_S: Final = 1.0
+_ALLOWANCE_PER_TOKEN_S: Final = 0.01
 """What a sequence's grammar may compute in all. Usual ones take 0.1 ms for a token."""
 _WAIT_S: Final = 1.0
 

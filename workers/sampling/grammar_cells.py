@@ -157,9 +157,11 @@ class GrammarCells:
             cell.is_late = True
 
     def close(self) -> None:
-        """End all cells."""
-        self._drop_warden()
+        """End all cells, and leave those who use them where they are."""
         self._queue.clear()
+        for cell in self._cells.values():
+            cell.users.clear()
+        self._drop_warden()
 
     # --- talking to cells
 
