@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final, Literal
+from typing import Any, Final, Literal, cast
 
 import h11
 import uvicorn
@@ -75,7 +75,7 @@ class Patience:
     """With an answer that it does not take."""
     linger_s: float = 10.0
     linger_bytes: int = 64 << 20
-    """For the rest of a body after the answer; it is read so that the answer is not lost."""
+    """For the rest of a body after the answer, which would be lost if nobody read on."""
 
 
 def raise_descriptor_limit() -> int:
@@ -141,6 +141,22 @@ class _Flow(FlowControl):
             self._resumed()
 
 
+class _Transport:
+    """What uvicorn writes to and closes. A close while the client still sends the body of a request
+    that was answered would take the answer with it: the kernel resets such a connection."""
+
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]) -> None:
+        self._transport = transport
+        self._linger = linger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if not self._linger():
+            self._transport.close()
+
+
 class Connection(H11Protocol):
     """One, with a bound on our patience. Its transport reads only while nothing is held back."""
 
@@ -164,12 +180,16 @@ class Connection(H11Protocol):
         self._num_bytes = 0
         """That arrived in it."""
         self._stuck_since: float | None = None
+        self._is_left = False
+        """Nothing that comes is looked at any more."""
 
     # --- told by the transport, and by uvicorn
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - sockets have no other
         super().connection_made(transport)
+        # What it does beyond that is asyncio's own.
+        self.transport = cast("asyncio.Transport", _Transport(transport, self._linger))
         self.flow = _Flow(transport, self._feed_soon)
         self._others.all.add(self)
         self._others.waits(self)
@@ -184,9 +204,10 @@ class Connection(H11Protocol):
             self._enter("head")
         self._num_bytes += len(data)
         if self._phase == "lingering" and self._num_bytes > self._patience.linger_bytes:
-            self.transport.close()
-        self._held_back += data
-        self._feed()
+            self.transport.abort()
+        if not self._is_left:
+            self._held_back += data
+            self._feed()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -247,7 +268,7 @@ class Connection(H11Protocol):
 
     def _note(self) -> None:
         """See which phase it is in by now."""
-        if self.cycle is None:
+        if self.cycle is None or self._is_left:
             return
         sends = self.conn.their_state is h11.SEND_BODY
         if not self.cycle.response_complete:
@@ -270,7 +291,7 @@ class Connection(H11Protocol):
         elif self._phase == "waiting" and waited_s > patience.idle_s:
             self.close()
         elif self._phase == "lingering" and waited_s > patience.linger_s:
-            self.transport.close()
+            self.transport.abort()
         elif self._phase == "head" and waited_s > patience.head_s:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The request's head took too long.")
         elif self._phase == "body":
@@ -278,6 +299,23 @@ class Connection(H11Protocol):
                 self._since = max(self._since, now - patience.body_s)  # it waits for us
             elif waited_s > patience.body_s + self._num_bytes / patience.body_bytes_per_s:
                 self._refuse(HTTPStatus.REQUEST_TIMEOUT, "The request's body took too long.")
+
+    def _linger(self) -> bool:
+        """Leave a connection on which a body, or what is no request, may still come, once all that
+        was written is sent. False where nothing can."""
+        comes_on = self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        if not comes_on or self.transport.is_closing():
+            return False
+        if not self._is_left:
+            self._is_left = True
+            self._held_back = b""
+            self._enter("lingering")
+            self._others.works(self)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self.flow.read_paused = False
+            self.transport.resume_reading()
+        return True
 
     def close(self) -> None:
         """One that waits for its next request."""

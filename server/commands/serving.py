@@ -69,6 +69,10 @@ def serve(
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Sequences that run at once in one instance.")
     ] = 16,
+    max_queued: Annotated[
+        int,
+        typer.Option(min=1, help="Requests that may wait beyond those; one more is refused (503)."),
+    ] = 256,
     max_num_batched_tokens: Annotated[
         int,
         typer.Option(
@@ -159,6 +163,7 @@ def serve(
             dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_queued=max_queued,
             token_budget=max_num_batched_tokens,
             attention_workspace=parse_bytes(attention_workspace),
             num_speculative_tokens=num_speculative_tokens,

@@ -34,7 +34,7 @@ _OTHER_VALUES: Final = 1 << 16
 """The most that all parameters can hold beside prompts: a JSON schema has the most of them."""
 _ON_THE_WAY_BYTES: Final = 256 << 20
 """Of all bodies that are not small."""
-_GRANT: Final = Grant(cpu_s=10.0, memory_bytes=1 << 30, stack_bytes=8 << 20, nice=5)
+_GRANT: Final = Grant(cpu_s=10.0, memory_bytes=1 << 30, stack_bytes=8 << 20, nice=10)
 _WALL_S: Final = 120.0
 _AT_ONCE: Final = 2
 _WAITING: Final = 64

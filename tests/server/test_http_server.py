@@ -291,6 +291,24 @@ def test_chunks_of_one_byte_hold_up_nobody(address: str, connect: Connect) -> No
     assert num_answers > 100
 
 
+def test_the_answer_to_a_body_that_is_still_sent_is_not_lost(
+    address: str, connect: Connect
+) -> None:
+    """The kernel resets a connection that is closed with something unread, and the client loses
+    what it had not read yet."""
+    values = b'{"prompt": [' + b"1," * 2_000_000
+    for _ in range(10):
+        head = f"{HEAD}Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        one = connect(address, head)
+        for start in range(0, len(values), 1 << 16):
+            piece = values[start : start + (1 << 16)]
+            one.sendall(b"%x\r\n%b\r\n" % (len(piece), piece))
+        status, error, closed = answer(one)
+        assert (status, closed) == (413, True)
+        assert "Send less" in error["error"]["message"]
+        assert is_closed(one)
+
+
 def test_the_rest_of_a_refused_body_is_not_read_for_ever(hurried: str, connect: Connect) -> None:
     one = connect(hurried, f"{HEAD}Content-Length: {1 << 40}\r\n\r\n".encode())
     assert answer(one)[0] == 413
