@@ -242,8 +242,8 @@ async def _send_grammars(server: Server, client: int, answers: Answers) -> None:
 
 async def _generate(server: Server, client: int, answers: Answers) -> None:
     for number in range(1 << 30):
-        grammar = f'start: s "{client}-{number}"?\ns: s s s | s s | /[a-z ]/ | "a" | "ab"'
-        body = {"model": server.model, "prompt": [1], "max_tokens": 64, "guided_grammar": grammar}
+        grammar = f'start: s "{client}-{number}"?\ns: s s s | s s | "a" | "b" | "ab"'
+        body = {"model": server.model, "prompt": [1], "max_tokens": 99, "guided_grammar": grammar}
         await _post(server, json.dumps(body).encode(), answers)
 
 

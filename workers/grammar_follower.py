@@ -7,6 +7,7 @@ its own (`workers.warden`), since the library compiles by recursion, takes what 
 holds the interpreter's lock for as long as it accepts a token.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -30,9 +31,10 @@ MAX_FRAME_BYTES: Final = 1 << 18
 STEP_S: Final = 1.0
 """What one token may compute, before the kernel ends the cell."""
 REPLAYED_TOKEN_S: Final = 0.02
-_POLITE_S: Final = 0.5
-"""Of computing, after which the cell lets others go first."""
-_NICE: Final = 10
+_MUCH_S: Final = 0.1
+_MUCH_PER_ANSWER_S: Final = 0.005
+_NICE: Final = 15
+"""A cell that has computed for so long, and for so long on average, lets all others go first."""
 
 
 class Compile(msgspec.Struct, tag="compile", frozen=True):
@@ -119,7 +121,7 @@ def prepare(setup: Mapping[str, Any]) -> None:
 
 def run(_kind: str, _options: Mapping[str, Any], fds: Sequence[int]) -> None:
     """Follow the grammar that comes first over the socket, until that is closed."""
-    with socket.socket(fileno=fds[0]) as link:
+    with socket.socket(fileno=fds[0]) as link, contextlib.suppress(ConnectionError):
         asked = _compile.decode(link.recv(MAX_FRAME_BYTES))
         try:
             follower = _Follower(_template(GrammarSpec(kind=asked.kind, source=asked.source)))
@@ -143,6 +145,8 @@ class _Follower:
         self._template = template  # before the first token
         self._matchers: dict[int, LLMatcher] = {}
         self._is_polite = False
+        self._num_answers = 0
+        self._cpu_s = 0.0
 
     def answer(self, message: ToCell) -> FromCell | None:
         if isinstance(message, Leave):
@@ -164,7 +168,7 @@ class _Follower:
             return Failed(message.sequence, str(error))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
-            self._be_polite()
+            self._be_polite(time.process_time() - begun_at)
 
     def _begin(self, message: Begin) -> bool:
         """Whether the text has ended."""
@@ -183,7 +187,10 @@ class _Follower:
         accepting = ended or matcher.is_accepting()
         return Position(sequence, mask, accepting, ended, time.process_time() - begun_at)
 
-    def _be_polite(self) -> None:
-        if not self._is_polite and time.process_time() > _POLITE_S:
+    def _be_polite(self, took_s: float) -> None:
+        self._num_answers += 1
+        self._cpu_s += took_s
+        much_s = max(_MUCH_S, _MUCH_PER_ANSWER_S * self._num_answers)
+        if not self._is_polite and self._cpu_s > much_s:
             self._is_polite = True
             os.nice(_NICE)

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path
 
 
 @pytest.fixture
-def compiler(tokenizer: tuple[Tokenizer, Path], no_leaks: Leaks) -> Iterator[GrammarCompiler]:
+def compiler(
+    tokenizer: tuple[Tokenizer, Path], no_leaks: Leaks, others: set[int]
+) -> Iterator[GrammarCompiler]:
     made, path = tokenizer
     compiler = GrammarCompiler(path, SIZE, (made.token_to_id("<end>"),))
     yield compiler
@@ -62,9 +64,20 @@ def allowed(grammar: Grammar) -> list[int]:
     return np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist()
 
 
-def descendants() -> list[int]:
-    """Our warden, and its cells."""
-    found = list(children())
+@pytest.fixture
+def descendants(others: set[int]) -> Callable[[], list[int]]:
+    """The warden of this test, and its cells."""
+    return lambda: _descendants(others)
+
+
+@pytest.fixture
+def others() -> set[int]:
+    """Children that were there before."""
+    return set(children())
+
+
+def _descendants(others: set[int]) -> list[int]:
+    found = [pid for pid in children() if pid not in others]
     for pid in list(found):
         listed = Path(f"/proc/{pid}/task/{pid}/children")
         if listed.exists():
@@ -109,7 +122,10 @@ def test_a_sequence_that_takes_too_long_ends(compiler: GrammarCompiler) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_processes_that_end_or_stop_cost_time_only(
-    compiler: GrammarCompiler, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    compiler: GrammarCompiler,
+    descendants: Callable[[], list[int]],
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("_SILENCE_S", 0.5), ("_FIRST_SILENCE_S", 3.0), ("_PATIENCE_S", 0.3)):
         monkeypatch.setattr(f"workers.sampling.grammar_cells.{name}", value)
@@ -133,7 +149,9 @@ def test_processes_that_end_or_stop_cost_time_only(
     assert any(one.num_losses for one in (*disturbed, *quiet))
 
 
-def test_more_grammars_than_cells_take_turns(compiler: GrammarCompiler) -> None:
+def test_more_grammars_than_cells_take_turns(
+    compiler: GrammarCompiler, descendants: Callable[[], list[int]]
+) -> None:
     grammars = [begun(compiler, "regex", f"[a-z]{{{number}}}") for number in range(1, 101)]
     for number, grammar in enumerate(grammars):
         arrived(compiler, grammar)
@@ -143,7 +161,7 @@ def test_more_grammars_than_cells_take_turns(compiler: GrammarCompiler) -> None:
 
 
 def test_a_cell_is_shared_by_those_of_one_grammar_and_closed_when_unused(
-    compiler: GrammarCompiler,
+    compiler: GrammarCompiler, descendants: Callable[[], list[int]]
 ) -> None:
     same = [begun(compiler, "regex", "[ab]+") for _ in range(20)]
     arrived(compiler, *same)

@@ -228,7 +228,9 @@ class GrammarCells:
                 return
             cell = self._cells.get(ended.id)
             if cell is not None:
-                self._ended(cell, ended)
+                self._take_answers(cell)  # what it said last
+            if ended.id in self._cells:
+                self._ended(self._cells[ended.id], ended)
 
     def _watch(self) -> None:
         """A cell that does not answer is ended, a warden that does not end it as well."""
@@ -286,6 +288,8 @@ class GrammarCells:
     def _ended(self, cell: _Cell, ended: warden.Ended) -> None:
         """A cell that was used has ended."""
         self._forget(cell)
+        if cell.users and ended.exceeded is None:
+            log.warning("the cell of a grammar ended with status %d", ended.status)
         for grammar in list(cell.users.values()):
             if ended.exceeded is not None:
                 self._blame(grammar, cell, _EXCESS[ended.exceeded])
