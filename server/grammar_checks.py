@@ -24,8 +24,8 @@ SECONDS: Final = 2.0
 """Of computing. The largest grammars in use take a few tenths."""
 _QUICK_S: Final = 0.25
 _NUM_KNOWN: Final = 1024
-_QUICK: Final = Grant(_QUICK_S, MEMORY_BYTES, STACK_BYTES, nice=5)
-_SLOW: Final = Grant(SECONDS, MEMORY_BYTES, STACK_BYTES, nice=15)
+_QUICK: Final = Grant(_QUICK_S, MEMORY_BYTES, STACK_BYTES, nice=10)
+_SLOW: Final = Grant(SECONDS, MEMORY_BYTES, STACK_BYTES, nice=19)
 _WALL_S: Final = 30.0
 """Of one try, on however busy a machine."""
 _WAITING_QUICK: Final = 128

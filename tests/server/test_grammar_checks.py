@@ -5,7 +5,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
