@@ -4,9 +4,9 @@ Somebody who knows nothing of it asks for /health every 20 ms, each time on a ne
 reads one stream of tokens after the other (`_probe.py`, a process of its own). What that one sees
 in `--seconds` is measured
 
-- alone;
+- alone, and beside one who sends a usual grammar after the other, each another one;
 - while 8 clients send grammars that can't be compiled within bounds, each another one (chains of
-  references, rules in rules, multiples of large primes), and one more sends usual ones;
+  references, rules in rules, multiples of large primes), beside the same one;
 - while 8 clients generate by ambiguous grammars, which compile at once and take up to a second for
   a token;
 - while 8 clients send bodies of 8 million token ids, a million unknown keys, 30 MB of text;
@@ -48,6 +48,7 @@ from server.admin import AdminClient
 _CLIENTS = 8
 _IDLE = 5000
 _STREAMS = 1000
+_RUNNING = 80
 _SLOW = 300
 _IDLE_WHERE_FEW = 1100
 _FEW = 1024
@@ -174,6 +175,8 @@ async def measured(
 async def _abuse(server: Server, seconds: float) -> dict[str, Any]:
     grammars, bodies, usual = Answers(), Answers(), Answers()
     alone = await measured(server, seconds)
+    before = Answers()
+    with_usual = await measured(server, seconds, lambda: _usual(server, before))
     sends = [
         lambda number=number: _send_grammars(server, number, grammars) for number in range(_CLIENTS)
     ]
@@ -192,6 +195,10 @@ async def _abuse(server: Server, seconds: float) -> dict[str, Any]:
     after = await measured(server, seconds)
     return {
         "alone": alone,
+        "beside_usual_grammars": {
+            **with_usual,
+            "usual_grammars": {**before.counted(), "ms": percentiles(before.ms)},
+        },
         "during_grammars": {
             **during_grammars,
             "their_answers": grammars.counted(),
@@ -364,14 +371,17 @@ async def _few_descriptors(server: Server, seconds: float) -> dict[str, Any]:
 
 
 async def _many_connections(server: Server, seconds: float) -> dict[str, Any]:
-    raw = json.dumps(server.body([1000] * 8, 1000, priority=10)).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    waiting = head + b"Content-Length: %d\r\n\r\n" % len(raw) + raw
+
+    def waiting(priority: int) -> bytes:
+        raw = json.dumps(server.body([1000] * 8, 64, priority=priority)).encode()
+        return head + b"Content-Length: %d\r\n\r\n" % len(raw) + raw
+
     # All places are taken by then, as they are during the rest.
-    async with held(server, 40, waiting):
+    async with held(server, _RUNNING, waiting(10)):
         before = await measured(server, seconds)
         async with (
-            held(server, _STREAMS - 40, waiting),
+            held(server, _STREAMS - _RUNNING, waiting(20)),
             held(server, _IDLE),
             held(server, _SLOW // 2, b"GET /health HTTP/1.1\r\nX: ", b"a"),
             held(server, _SLOW // 2, head + b"Content-Length: 100000\r\n\r\n", b"{"),
@@ -386,6 +396,7 @@ async def _many_connections(server: Server, seconds: float) -> dict[str, Any]:
     return {
         "before": before,
         "during": during,
+        "afterwards": await measured(server, seconds),
         "descriptors": connections,
         "requests_that_run_or_wait": requests,
     }

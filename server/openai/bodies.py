@@ -33,6 +33,8 @@ _SCHEMAS: Final[Mapping[str, type[Body]]] = {
 _ERRORS: Final[Mapping[str, type[InvalidRequest]]] = {
     error.__name__: error for error in (InvalidRequest, ContextLengthExceeded)
 }
+_MAX_FIELDS: Final = 256
+"""Known and unknown ones."""
 _MAX_REST_BYTES: Final = 1 << 18
 """Of a large body without what makes it large: more than all parameters together can take."""
 _AT_ONCE: Final = 256
@@ -54,6 +56,8 @@ def parsed(schema: type[AnyBody], content: bytes) -> AnyBody:
         raise InvalidRequest("The body is nested too deeply.") from None
     except ValueError:  # a number of thousands of digits
         raise InvalidRequest("The body holds a number that is too long.") from None
+    if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+        raise InvalidRequest(f"The body has {len(value)} fields; at most {_MAX_FIELDS} are taken.")
     try:
         return schema.model_validate(value)
     except ValidationError as error:

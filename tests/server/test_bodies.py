@@ -203,7 +203,7 @@ COMPLETIONS: dict[str, Huge] = {
     "more ids than the context": (400, lambda: prompt("[" + "1," * 9000 + "1]")),
     "ids that the model has not": (400, lambda: prompt("[" + "99999," * 5000 + "1]")),
     "unknown keys": (413, lambda: beside(many('"k#": #', MILLION))),
-    "fewer unknown keys": (200, lambda: beside(many('"k#": #', 40_000))),
+    "fewer unknown keys": (400, lambda: beside(many('"k#": #', 40_000))),
     "one key again and again": (200, lambda: beside(many('"prompt": "a"', 40_000))),
     "text": (400, lambda: prompt(text_of("a, b ", 6 * MILLION))),
     "escaped text": (400, lambda: prompt(text_of("\\u00e9", 5 * MILLION))),
