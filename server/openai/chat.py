@@ -5,12 +5,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.openai.admission import Serving, check_request, new_id, submit_all
-from server.openai.answer import Answer, EventStream, collect
+from server.openai.answer import EventStream, collect
 from server.openai.body_reader import BodyReader
 from server.openai.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
+from server.openai.rendering import num_entries, response
 from server.openai.replies import (
     AssistantMessage,
     ChatChoice,
@@ -22,7 +23,7 @@ from server.openai.replies import (
 )
 from server.openai.sampling import sampling_for
 from server.openai.schemas import ChatRequest
-from server.openai.sequence import Delta, TextSequence, merged
+from server.openai.sequence import Answer, Delta, TextSequence, merged
 from server.openai.structured import grammar_for
 from server.token_texts import TokenTexts
 
@@ -59,31 +60,36 @@ def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
             template = ChatChunk(id=chat_id, created=created, model=serving.model_name, choices=[])
             return EventStream(_events(template, body, sequences, tokens), sequences)
         answers = await collect(request, sequences)
-        reply = ChatCompletion(
-            id=chat_id,
-            created=created,
-            model=serving.model_name,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=AssistantMessage(content=answer.text),
-                    logprobs=_logprobs(body, answer, tokens),
-                    finish_reason=answer.finish_reason,
-                    token_ids=answer.token_ids if body.return_token_ids else None,
-                )
-                for index, answer in enumerate(answers)
-            ],
-            usage=Usage.of(
-                len(ids),
-                sum(len(answer.token_ids) for answer in answers),
-                sequences[0].num_cached,
-            ),
-            prompt_token_ids=ids if body.return_token_ids else None,
-        )
-        if body.prompt_logprobs is not None:
+
+        def reply() -> ChatCompletion:
             found = answers[0].prompt_logprobs
-            reply.prompt_logprobs = prompt_logprobs(ids, found, tokens, body.prompt_logprobs)
-        return JSONResponse(reply.model_dump())
+            count = body.prompt_logprobs
+            return ChatCompletion(
+                id=chat_id,
+                created=created,
+                model=serving.model_name,
+                choices=[
+                    ChatChoice(
+                        index=index,
+                        message=AssistantMessage(content=answer.text),
+                        logprobs=_logprobs(body, answer, tokens),
+                        finish_reason=answer.finish_reason,
+                        token_ids=answer.token_ids if body.return_token_ids else None,
+                    )
+                    for index, answer in enumerate(answers)
+                ],
+                usage=Usage.of(
+                    len(ids),
+                    sum(len(answer.token_ids) for answer in answers),
+                    sequences[0].num_cached,
+                ),
+                prompt_token_ids=ids if body.return_token_ids else None,
+                prompt_logprobs=(
+                    None if count is None else prompt_logprobs(ids, found, tokens, count)
+                ),
+            )
+
+        return await response(reply, num_entries(answers))
 
     return router
 

@@ -4,20 +4,22 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.errors import InvalidRequest
 from server.openai.admission import Serving, check_request, new_id, submit_all
-from server.openai.answer import Answer, EventStream, collect
+from server.openai.answer import EventStream, collect
 from server.openai.body_reader import BodyReader
 from server.openai.logprobs import completion_logprobs, prompt_logprobs
-from server.openai.replies import Completion, CompletionChoice, Usage
+from server.openai.rendering import aside, event, num_entries, response
+from server.openai.replies import Completion, CompletionChoice, Reply, Usage
 from server.openai.sampling import check_token_ids, sampling_for
 from server.openai.schemas import MAX_PROMPTS, CompletionRequest, texts_or_ids
-from server.openai.sequence import Delta, TextSequence, merged
+from server.openai.sequence import Answer, Delta, TextSequence, merged
 from server.openai.structured import grammar_for
 from server.text import Text
 from workers.messages import TokenLogprobs
@@ -77,15 +79,13 @@ def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
         if body.stream:
             return EventStream(_events(template, body, sequences, choices, prompts), sequences)
         answers = await collect(request, sequences)
-        reply = template.model_copy(
-            update={
-                "choices": [
-                    one.piece(answer) for one, answer in zip(choices, answers, strict=True)
-                ],
-                "usage": _usage(prompts, choices, sequences),
-            }
-        )
-        return JSONResponse(reply.model_dump())
+
+        def reply() -> Completion:
+            pieces = [one.piece(answer) for one, answer in zip(choices, answers, strict=True)]
+            usage = _usage(prompts, choices, sequences)
+            return template.model_copy(update={"choices": pieces, "usage": usage})
+
+        return await response(reply, num_entries(answers))
 
     return router
 
@@ -178,12 +178,13 @@ async def _events(
     sequences: Sequence[TextSequence],
     choices: Sequence[_Choice],
     prompts: Sequence[_Prompt],
-) -> AsyncGenerator[Completion, None]:
+) -> AsyncGenerator[Reply | bytes, None]:
     async with aclosing(merged(sequences)) as deltas:
         async for index, delta in deltas:
-            piece = choices[index].piece(delta)
+            size = num_entries([delta])
+            piece = await aside(partial(choices[index].piece, delta), size)
             tells = piece.text or piece.finish_reason or piece.token_ids is not None
             if tells or (piece.logprobs is not None and piece.logprobs.tokens):
-                yield template.model_copy(update={"choices": [piece]})
+                yield await event(template.model_copy(update={"choices": [piece]}), size)
     if body.include_usage:
         yield template.model_copy(update={"usage": _usage(prompts, choices, sequences)})
