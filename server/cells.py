@@ -115,12 +115,18 @@ class Cells:
     ) -> bytes:
         if self._closed:
             raise Overloaded("The server is shutting down.", retry_after_s=_RETRY_AFTER_S)
-        if self._warden is None or self._warden.gone:
-            self._warden = _Warden()
-        with _memory_file(given) as content, _memory_file(b"") as found:
-            ended = await self._warden.run(kind, options, grant, wall_s, content, found)
-            if ended.status == 0:
-                return os.pread(found, os.fstat(found).st_size, 0)
+        try:
+            if self._warden is None or self._warden.gone:
+                self._warden = _Warden()
+            with memory_file(given) as content, memory_file(b"") as found:
+                ended = await self._warden.run(kind, options, grant, wall_s, content, found)
+                if ended.status == 0:
+                    return os.pread(found, os.fstat(found).st_size, 0)
+        except OSError as error:  # no descriptor, no memory, no further process
+            raise Overloaded(
+                f"A request's {kind} can't be looked at now: {error.strerror}. Try again.",
+                retry_after_s=_RETRY_AFTER_S,
+            ) from error
         if ended.exceeded is not None:
             raise TooMuch(ended.exceeded)
         if ended.status == 1:
@@ -209,7 +215,7 @@ class _Warden:
 
 
 @contextlib.contextmanager
-def _memory_file(content: bytes | int) -> Iterator[int]:
+def memory_file(content: bytes | int) -> Iterator[int]:
     """A descriptor of these bytes; one that is given stays its owner's."""
     if isinstance(content, int):
         yield content

@@ -117,11 +117,15 @@ class Connections:
     def make_room(self) -> bool:
         """Close the one that has waited longest, if as many are open as may be. False where none
         can be closed."""
-        if len(self.all) < self.most:
-            return True
+        return len(self.all) < self.most or self.close_one()
+
+    def close_one(self) -> bool:
+        """Close the one that has waited longest. False where none waits."""
         if not self._waiting:
             return False
-        self._waiting.popitem(last=False)[0].close()
+        longest, _ = self._waiting.popitem(last=False)
+        self.all.discard(longest)
+        longest.close()
         return True
 
 
@@ -317,12 +321,19 @@ class Connection(H11Protocol):
             self.transport.resume_reading()
         return True
 
+    def shutdown(self) -> None:
+        """The server ends: at once, or with the answer that is under way."""
+        if self._phase in ("body", "answer"):
+            self.cycle.keep_alive = False
+        else:
+            self.close()
+
     def close(self) -> None:
         """One that waits for its next request."""
         if not self.transport.is_closing():
             with contextlib.suppress(h11.LocalProtocolError):
                 self.conn.send(h11.ConnectionClosed())
-            self.transport.close()
+            self.transport.abort() if self._is_left else self.transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer in place of the application, and close."""
@@ -385,6 +396,7 @@ class _Acceptor:
                 _log.warning(
                     "no connection can be accepted: %s. Raise the limit of open files", error
                 )
+                self._connections.close_one()
                 self._loop.remove_reader(self._listening)
                 self._pause = self._loop.call_later(_REST_S, self._resume)
                 return
@@ -395,7 +407,12 @@ class _Acceptor:
             connecting = self._loop.connect_accepted_socket(self._made, accepted)
             task = self._loop.create_task(connecting)
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._connected)
+
+    def _connected(self, task: "asyncio.Task[object]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("a connection could not be taken: %s", error)
 
     def _turn_away(self, accepted: socket.socket) -> None:
         _log.warning(
@@ -456,7 +473,6 @@ class HTTPServer(uvicorn.Server):
         self._up.set()
 
     def _connection(self) -> Connection:
-        # Counted from now on, though its transport comes later.
         return Connection(self.config, self.server_state, self._connections, self._patience)
 
     async def on_tick(self, counter: int) -> bool:

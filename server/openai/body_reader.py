@@ -95,14 +95,20 @@ class _Arriving:
         self.count.feed(piece)
         self._pieces.append(piece)
         self.num_bytes += len(piece)
-        if self.file is not None:
-            self._spool(len(piece))
-        elif self.num_bytes > INLINE_BYTES or self.count.num_values > INLINE_VALUES:
-            self.file = os.memfd_create("onecopy-body")
-            self._spool(self.num_bytes)
+        is_large = self.num_bytes > INLINE_BYTES or self.count.num_values > INLINE_VALUES
+        try:
+            if self.file is not None:
+                self._spool(self.file, len(piece))
+            elif is_large:
+                self.file = os.memfd_create("onecopy-body")
+                self._spool(self.file, self.num_bytes)
+        except OSError as error:  # no descriptor, no memory
+            raise Overloaded(
+                f"The request's body can't be taken now: {error.strerror}. Try again.",
+                retry_after_s=_RETRY_AFTER_S,
+            ) from error
 
-    def _spool(self, num_new: int) -> None:
-        assert self.file is not None  # noqa: S101 - the caller made it
+    def _spool(self, file: int, num_new: int) -> None:
         self.on_the_way.num_bytes += num_new
         if self.on_the_way.num_bytes > _ON_THE_WAY_BYTES:
             raise Overloaded(
@@ -113,7 +119,7 @@ class _Arriving:
         left = memoryview(b"".join(self._pieces))
         self._pieces.clear()
         while left:
-            left = left[os.write(self.file, left) :]
+            left = left[os.write(file, left) :]
 
     def content(self) -> bytes:
         """Of one that is small."""

@@ -158,6 +158,30 @@ def test_few_descriptors_and_many_who_hold_connections(
     server.stop()
 
 
+def test_descriptors_that_run_out_all_the_same_fill_no_log(
+    make_server: Callable[..., Server],
+) -> None:
+    """Whatever takes them. When there are some again, all is as before."""
+    server = make_server("demo", "--instances", "1")
+    pid, url = server.status()["pid"], httpx.URL(server.url)
+    known = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    size = server.log.stat().st_size
+    with ExitStack() as stack, httpx.Client(base_url=server.url, timeout=TIMEOUT_S) as http:
+        assert http.get("/health").status_code == 200
+        few = len(list(Path(f"/proc/{pid}/fd").iterdir())) + 4
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, known[1]))
+        for _ in range(100):
+            stack.enter_context(socket.create_connection((url.host, url.port), TIMEOUT_S))
+        wait_until(lambda: b"no connection can be" in server.log.read_bytes(), "the limit to bite")
+        for _ in range(50):
+            with contextlib.suppress(httpx.HTTPError):  # it may have been closed for another
+                http.get("/health")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, known)
+        assert httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).status_code == 200
+    assert server.log.stat().st_size - size < 100_000
+    server.stop()
+
+
 def test_another_name_is_refused_and_can_be_allowed(make_server: Callable[..., Server]) -> None:
     server = make_server("demo", "--instances", "1", "--allowed-host", "api.example")
     for host, status in (("evil.example", 421), ("api.example", 200), ("localhost:1", 200)):

@@ -258,23 +258,30 @@ class GrammarCells:
     # --- the life of cells
 
     def _started(self, spec: GrammarSpec) -> _Cell | None:
+        """A new cell; None where none can be had."""
+        for _ in range(2):
+            try:
+                return self._start(spec)
+            except OSError as error:  # the warden may have ended a moment ago
+                log.warning("a cell for a grammar could not be started: %s", error)
+                self._drop_warden()
+        return None
+
+    def _start(self, spec: GrammarSpec) -> _Cell:
+        if self._control is None:
+            self._process, self._control = warden.launch("workers.grammar_follower", self._setup)
+            self._finalizer = weakref.finalize(self, _end, self._process, self._control)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
         cell = _Cell(next(self._numbers), spec, ours)
         with theirs:
             try:
-                if self._control is None:
-                    self._process, self._control = warden.launch(
-                        "workers.grammar_follower", self._setup
-                    )
-                    self._finalizer = weakref.finalize(self, _end, self._process, self._control)
+                ours.setblocking(False)
+                ours.send(msgspec.msgpack.encode(Compile(spec.kind, spec.source)))
                 task = warden.Task(cell.number, "follow", {}, _GRANT)
                 warden.send(self._control, task, theirs.fileno())
-                ours.send(msgspec.msgpack.encode(Compile(spec.kind, spec.source)))
             except OSError:
-                log.exception("no cell for a grammar could be started")
                 ours.close()
-                return None
+                raise
         self._cells[cell.number] = cell
         return cell
 
