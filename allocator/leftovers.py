@@ -27,12 +27,11 @@ def remove_leftovers(runtime_dir: RuntimeDir, role: Role) -> list[str]:
         removed: list[str] = []
         if role == "allocator":
             removed += open_device("host").sweep(runtime_dir.segment_prefix, frozenset())
-            endpoint = runtime_dir.allocator_requests
-            files = [runtime_dir.lifeline, runtime_dir.journal]
+            requests = Path(runtime_dir.allocator_requests.removeprefix(_ZEROMQ))
+            files = [runtime_dir.lifeline, runtime_dir.journal, requests]
         else:
-            endpoint = runtime_dir.engines
-            files = [runtime_dir.admin, runtime_dir.cores]
-        for file in (*files, Path(endpoint.removeprefix(_ZEROMQ))):
+            files = [runtime_dir.admin, runtime_dir.cores, *runtime_dir.engines()]
+        for file in files:
             if file.exists():
                 file.unlink()
                 removed.append(file.name)

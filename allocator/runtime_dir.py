@@ -112,10 +112,13 @@ class RuntimeDir:
         """Where instances say that they compute; theirs alone."""
         return self.path / "cores.lock"
 
-    @property
-    def engines(self) -> str:
-        """The ZeroMQ endpoint on which the server awaits its instances."""
-        return f"ipc://{self.path / 'engines.sock'}"
+    def engine(self, name: str) -> Path:
+        """The socket on which an instance awaits its server."""
+        return self.path / f"engine-{name}.sock"
+
+    def engines(self) -> list[Path]:
+        """All of these that there are."""
+        return list(self.path.glob("engine-*.sock"))
 
     @property
     def admin(self) -> Path:

@@ -1,8 +1,9 @@
 """The HTTP application: which paths there are, and what holds for all of them.
 
 Invariant: every answer outside 2xx (but that of /health) has an OpenAI error body, and no request's
-body is read further than `max_body_bytes`. There are no CORS headers: a web page of another origin
-can't use the API. Knows nothing of how tokens are made (`Generator`) or text is written (`Text`).
+body is read further than `max_body_bytes`. There are no CORS headers, and names that are not ours
+are refused: a web page of another origin can't use the API, nor read what it answers. Knows nothing
+of how tokens are made (`Generator`) or text is written (`Text`).
 """
 
 from collections.abc import Awaitable, Callable
@@ -11,10 +12,11 @@ from typing import Final
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
+from server.allowed_hosts import AllowedHosts, HostCheck
 from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, embeddings, errors, models
 from server.openai.admission import Serving
-from server.openai.body_limit import BodyLimit
+from server.openai.body_reader import BodyReader
 from server.version import version as own_version
 
 __all__ = ["MAX_BODY_BYTES", "Serving", "create_app"]
@@ -27,9 +29,11 @@ def create_app(
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics: Callable[[], Awaitable[bytes]] | None = None,
+    allowed_hosts: AllowedHosts | None = None,
 ) -> FastAPI:
     """The app for one served model. It owns nothing that needs closing. `metrics` makes what a
-    Prometheus scrape gets."""
+    Prometheus scrape gets. `allowed_hosts` None: whoever calls it may call it anything, since no
+    web page can reach it."""
     app = FastAPI(
         title="onecopy",
         version=own_version(),
@@ -37,10 +41,13 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     errors.install(app)
-    for routes in (completions.routes, chat.routes, embeddings.routes, models.routes):
-        app.include_router(routes(serving))
+    bodies = BodyReader(serving.cells, serving.generator, serving.text, max_body_bytes)
+    for endpoint in (completions, chat, embeddings):
+        app.include_router(endpoint.routes(serving, bodies))
+    app.include_router(models.routes(serving))
+    if allowed_hosts is not None:
+        app.add_middleware(HostCheck, allowed=allowed_hosts)
 
     @app.get("/health")
     async def health() -> Response:

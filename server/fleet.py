@@ -9,6 +9,7 @@ ready is tried again ever more slowly. Knows nothing of what the requests are.
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from functools import partial
 from typing import Final
@@ -17,6 +18,7 @@ from allocator import ProcessState, RuntimeDir
 from server.background import Background
 from server.endings import Ending, OutOfMemoryKills, ending_of
 from server.instance import Instance, Listeners
+from server.orphans import Orphans
 from server.settings import Settings
 from server.tokenizer_files import tokenizer_file
 from server.vital_signs import LOOK_EVERY_S, VitalSigns
@@ -70,10 +72,11 @@ class Fleet:
         self._runtime_dir = runtime_dir
         self._listeners = listeners
         self._background = Background()
-        self._engines = Engines(runtime_dir.engines)
+        self._engines = Engines(runtime_dir)
         self._forkserver: Forkserver | None = None
         self._forkserver_signs = VitalSigns()
         self._forkserver_is_up = False
+        self._orphans = Orphans()
         self._instances: dict[str, Instance] = {}
         self._num_named = 0
         self._num_failures = 0
@@ -382,6 +385,7 @@ class Fleet:
                 if not instance.is_gone:
                     self._look_at(instance)
             self._look_at_forkserver()
+            self._orphans.look(time.monotonic())
             self._fill_up()
 
     def _look_at(self, instance: Instance) -> None:
@@ -479,6 +483,7 @@ class Fleet:
         instance.move("ended")
         instance.leash.close()
         del self._instances[instance.name]
+        self._engines.forget(instance.name)
         self._tell_of_change()
         self._fill_up()
 
@@ -531,7 +536,8 @@ class Fleet:
         return InstanceSpec(
             name=name,
             runtime_dir=str(self._runtime_dir.path),
-            engines=self._runtime_dir.engines,
+            engines=self._engines.expect(name),
+            server_pid=os.getpid(),
             model=str(settings.model),
             served_model_name=settings.served_model_name,
             dtype=settings.dtype,

@@ -15,17 +15,21 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Final
 
-import uvicorn
 from fastapi import FastAPI
 
 from allocator import RuntimeDir
 from server import console, process_memory
 from server.admin import create_admin_app
+from server.allowed_hosts import AllowedHosts
 from server.app import Serving, create_app
 from server.background import Background
+from server.cache_salt import CacheSalts
+from server.cells import Cells
 from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet
+from server.grammar_checks import GrammarChecks
+from server.http_server import HTTPServer, most_connections, raise_descriptor_limit
 from server.metrics import Metrics
 from server.router import Router
 from server.settings import Settings
@@ -38,6 +42,7 @@ from workers.messages import Task
 log = logging.getLogger("onecopy.server")
 
 _SHOW_EVERY_S: Final = 0.2
+_ADMIN_CONNECTIONS: Final = 32
 
 
 class AddressInUse(Exception):
@@ -49,6 +54,7 @@ async def serve(settings: Settings) -> None:
 
     Raises AddressInUse, AllocatorError, StartError, ServerError, WorkEnded.
     """
+    num_descriptors = raise_descriptor_limit()
     async with contextlib.AsyncExitStack() as stack:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
         if settings.model.is_dir():
@@ -79,7 +85,7 @@ async def serve(settings: Settings) -> None:
         metrics = Metrics(runtime_dir, InstanceFigures(lambda: fleet.instances))
         stack.callback(metrics.close)
         admin_app = create_admin_app(fleet, router, sleeper, allocator, metrics, settings, url)
-        admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
+        admin = HTTPServer(admin_app, _bind_unix(runtime_dir.admin), most=_ADMIN_CONNECTIONS)
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
         await admin.start()
@@ -90,17 +96,26 @@ async def serve(settings: Settings) -> None:
             return
         text = await text_task
         stack.callback(text.close)
+        cells = Cells()
+        stack.callback(cells.close)
         app = create_app(
             Serving(
                 generator=router,
                 text=text,
                 model_name=settings.served_model_name,
                 created=int(time.time()),
+                cells=cells,
+                grammars=GrammarChecks(cells),
                 sampling_defaults=settings.sampling_defaults,
+                salts=CacheSalts(settings.prefix_cache_salt),
             ),
             metrics=metrics.scrape,
+            allowed_hosts=(
+                None if settings.uds else AllowedHosts(settings.host, settings.allowed_hosts)
+            ),
         )
-        http = _HTTPServer(app, http_socket)
+        most = most_connections(num_descriptors, settings.num_instances)
+        http = HTTPServer(app, http_socket, most=most)
         stack.push_async_callback(http.close)
         stack.push_async_callback(router.close)
         await http.start()
@@ -199,53 +214,6 @@ class _Stop:
             stopped.cancel()
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
-
-
-class _HTTPServer(uvicorn.Server):
-    """uvicorn on a socket that is bound already, without signal handlers of its own."""
-
-    def __init__(self, app: FastAPI, bound: socket.socket):
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                lifespan="off",
-                server_header=False,
-                timeout_graceful_shutdown=5,
-            )
-        )
-        self._bound = bound
-        self._up = asyncio.Event()
-        self._serving: asyncio.Task[None] | None = None
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._up.set()
-
-    async def start(self) -> None:
-        """Until connections are accepted."""
-        self._serving = asyncio.create_task(self.serve(sockets=[self._bound]))
-        up = asyncio.create_task(self._up.wait())
-        await asyncio.wait([self._serving, up], return_when=asyncio.FIRST_COMPLETED)
-        up.cancel()
-        if self._serving.done():
-            self._serving.result()
-
-    async def ended(self) -> None:
-        """Until it serves no longer. Raises what it ended with."""
-        if self._serving is not None:
-            await asyncio.wait([self._serving])
-            self._serving.result()
-
-    async def close(self) -> None:
-        """Stop accepting, let running answers end, close."""
-        self.should_exit = True
-        if self._serving is not None:
-            await asyncio.gather(self._serving, return_exceptions=True)
 
 
 def _bind(settings: Settings) -> tuple[socket.socket, str]:

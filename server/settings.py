@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.cache_salt import SaltedBy
 from server.generation import NO_ADVICE, SamplingDefaults
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -24,6 +25,8 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     uds: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    """By which names it may be called, beside those that are its own."""
     num_instances: int = Field(default=2, ge=1, le=256)
     dtype: DtypeName = "auto"
     sampling_defaults: SamplingDefaults = NO_ADVICE
@@ -38,6 +41,8 @@ class Settings(BaseModel):
     """The longest guess at a sequence's next tokens, looked up in what it has said; 0 for none."""
     prefix_caching: bool = True
     """Whether instances find what any of them has computed of a common beginning."""
+    prefix_cache_salt: SaltedBy = "none"
+    """Which requests share it."""
     num_threads: int = Field(default=1, ge=1, le=1024)
     shares_cores: bool = False
     """Whether the instances that compute share all cores, rather than keep to `num_threads`."""

@@ -136,7 +136,7 @@ class Text:
                 param="truncate_prompt_tokens",
             )
         else:
-            inputs = [text[: self._max_chars(truncate_to)] for text in inputs]
+            inputs = [text[: self.max_chars(truncate_to)] for text in inputs]
         if sum(map(len, inputs)) <= INLINE_CHARS:
             return self._encode_inputs(inputs, truncate_to)
         return await asyncio.to_thread(self._encode_inputs, inputs, truncate_to)
@@ -203,7 +203,7 @@ class Text:
             )
         num_chars = sum(len(message.get("content") or "") for message in messages)
         self._check_num_chars(num_chars, context_tokens, "messages")
-        max_chars = self._max_chars(context_tokens) + 1  # so that what is too long is seen as such
+        max_chars = self.max_chars(context_tokens) + 1  # so that what is too long is seen as such
         return lambda: template.render(messages, tools, max_chars=max_chars)
 
     def _checked(self, render: Callable[[], str], context_tokens: int) -> str:
@@ -234,7 +234,7 @@ class Text:
     def _longest_token_chars(self) -> int:
         return max(map(len, self._tokenizer.get_vocab()), default=1)
 
-    def _max_chars(self, context_tokens: int) -> int:
+    def max_chars(self, context_tokens: int) -> int:
         """More characters than that are more than `context_tokens` tokens.
 
         A token stands for no more characters than its own text has (in a byte-level vocabulary a
@@ -248,10 +248,10 @@ class Text:
         self._check_num_chars(len(prompt), context_tokens, "prompt")
 
     def _check_num_chars(self, num_chars: int, context_tokens: int, param: str) -> None:
-        if num_chars <= context_tokens or num_chars <= self._max_chars(context_tokens):
+        if num_chars <= context_tokens or num_chars <= self.max_chars(context_tokens):
             return
         noun = "input" if param == "input" else "prompt"
-        least = num_chars * context_tokens // self._max_chars(context_tokens)
+        least = num_chars * context_tokens // self.max_chars(context_tokens)
         raise ContextLengthExceeded(
             f"The {noun} has {num_chars} characters, which is at least {least} tokens; the "
             f"model's context holds {context_tokens}. Shorten the {noun}.",

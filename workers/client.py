@@ -1,15 +1,15 @@
 """The server's side of the instances: start them, hear of their ends, exchange messages.
 
 Owns the forkserver's process and the engine socket. Torch-free and asyncio. Invariants: a process
-that was started here ends when this does, however; an instance goes on where its forkserver ends; a
-message from a peer that is no instance of ours is dropped. Knows nothing of which instance should
-do what.
+that was started here ends when this does, however; an instance goes on where its forkserver ends;
+nobody but our instances reaches the engine socket. Knows nothing of which instance should do what.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,7 +21,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from allocator import ProcessState
+from allocator import ProcessState, RuntimeDir
 from workers import kernel
 from workers.leash import Leash as Leash
 from workers.messages import (
@@ -44,6 +44,8 @@ _CONTROL_BUFFER_BYTES: Final = 1 << 20
 """Room for a request to start each of 256 instances at once."""
 _CLOSE_S: Final = 1.0
 """What a forkserver may take to end, before it is killed."""
+_CONNECT_EVERY_MS: Final = 3
+"""How often to look whether an instance listens: its start takes some tens of milliseconds."""
 _ENVIRONMENT: Final[Mapping[str, str]] = {
     # Instances share the cores: a thread that waits at a barrier must sleep, not spin.
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -189,10 +191,13 @@ async def readable(fd: int) -> None:
 
 
 class Engines:
-    """The ROUTER socket that instances connect to, addressed by the instance's name."""
+    """The ROUTER socket that is connected to all instances, addressed by the instance's name.
 
-    def __init__(self, endpoint: str):
-        self._path = Path(endpoint.removeprefix("ipc://"))
+    Nobody can connect to it: it is the instances that listen, each on a socket of its own, which
+    takes connections from this process alone, by the kernel's word."""
+
+    def __init__(self, runtime_dir: RuntimeDir):
+        self._runtime_dir = runtime_dir
         self._context = zmq.asyncio.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -200,7 +205,28 @@ class Engines:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.bind(endpoint)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _CONNECT_EVERY_MS)
+        self._paths: dict[str, Path] = {}
+        for path in runtime_dir.engines():
+            path.unlink(missing_ok=True)  # of a server that was killed
+
+    def expect(self, name: str) -> str:
+        """Connect to an instance as soon as it listens. Returns the endpoint where it is to."""
+        path = self._paths.get(name)
+        if path is None:
+            # Not to be guessed: whoever is there before the instance would be taken for it.
+            path = self._runtime_dir.engine(f"{name}-{secrets.token_urlsafe(3)}")
+            self._paths[name] = path
+            self._socket.setsockopt(zmq.CONNECT_ROUTING_ID, name.encode())
+            self._socket.connect(f"ipc://{path}")
+        return f"ipc://{path}"
+
+    def forget(self, name: str) -> None:
+        """The instance has ended."""
+        path = self._paths.pop(name, None)
+        if path is not None:
+            self._socket.disconnect(f"ipc://{path}")
+            path.unlink(missing_ok=True)
 
     async def receive(self) -> tuple[str, FromInstance | None]:
         """The name of an instance, and its next message; None where that can't be read."""
@@ -220,7 +246,7 @@ class Engines:
                 return name, None
 
     async def send(self, name: str, message: ToInstance) -> bool:
-        """False where no instance of this name is connected."""
+        """False where no instance of this name is expected (any more)."""
         try:
             await self._socket.send_multipart([name.encode(), encode(message)])
         except zmq.ZMQError as error:
@@ -230,8 +256,8 @@ class Engines:
         return True
 
     def close(self) -> None:
-        """Close the socket and remove its name."""
+        """Close the socket and remove all names."""
         self._socket.close(0)
         self._context.term()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        for path in self._paths.values():
+            path.unlink(missing_ok=True)

@@ -55,6 +55,15 @@ _LOGITS_BYTES: Final = 64 << 20
 """What the logits of one prompt may take at a time, where a request asks for them."""
 _SHARE_EVERY_S: Final = 0.1
 """How often to ask whether other instances lack room."""
+_GRAMMAR_WAIT_S: Final = 0.005
+_GRAMMAR_WAIT_SHARE: Final = 0.25
+_MOST_GRAMMAR_WAIT_S: Final = 0.05
+"""How long a step waits for what grammars allow, at least, as a share of the time that the last
+one took, and at most; who has it later sits out until then."""
+_DRAFT_WAIT_S: Final = 0.001
+"""How long a further token of a draft waits for it."""
+_HELD_WAIT_S: Final = 0.02
+"""How long a step waits where there is nothing else to do."""
 NO_ROOM_PATIENCE_S: Final = 15.0
 """How long a sequence lacks KV memory that nobody else holds here, before it ends."""
 
@@ -121,6 +130,7 @@ class Engine:
         self._idle_since: float | None = None  # the first of the last steps that did nothing
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
+        self._last_step_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -181,7 +191,7 @@ class Engine:
             self._refuse(request, unexpected(error))
 
     def _begin(self, request: Generate) -> None:
-        grammar = self._grammars.compile(request.sampling)
+        grammar = self._grammars.grammar(request.sampling)
         num_prompt = len(request.token_ids) - request.num_generated
         sampler = SequenceSampler(
             request.sampling,
@@ -204,6 +214,7 @@ class Engine:
         )
         reason = self._finish_reason(sequence, sampler) if sequence.num_generated else None
         if reason is not None:
+            sampler.leave()
             self._answered.append(
                 Output(request_id=request.request_id, token_ids=(), finish_reason=reason)
             )
@@ -216,6 +227,10 @@ class Engine:
     def refuse(self, request_id: str, problem: str) -> None:
         """Let the next `step` answer a request that can't be taken."""
         self._answered.append(_error(request_id, problem, invalid=False))
+
+    def close(self) -> None:
+        """End the processes that grammars have. Nothing may be asked afterwards."""
+        self._grammars.close()
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its memory now. Unknown ids are ignored."""
@@ -230,6 +245,7 @@ class Engine:
         outputs, self._answered = self._answered, []
         now = self._clock()
         outputs += self._expired(now)
+        outputs += self._hold()
         self._share(now)
         outputs += self._draft()
         chunks = self._scheduler.schedule(self._room)
@@ -240,7 +256,12 @@ class Engine:
             self._idle_since = None
             self._works_on([chunk.sequence.request_id for chunk in chunks])
             self._come_on(chunks)
+            begun_at = time.monotonic()
             outputs += self._compute(chunks)
+            self._last_step_s = time.monotonic() - begun_at
+        elif self._scheduler.num_running or self._scheduler.next_waiting is None:
+            self._idle_since = None
+            self._grammars.receive(_HELD_WAIT_S, late_too=True)
         else:
             self._idle_since = now if self._idle_since is None else self._idle_since
             outputs += self._out_of_room(now, self._idle_since)
@@ -277,6 +298,34 @@ class Engine:
         if largest >= vocab_size:
             return f"token id {largest} is outside the model's vocabulary of {vocab_size}"
         return invalid_params(request.sampling, vocab_size)
+
+    def _hold(self) -> list[Output]:
+        """Let those sit out whose grammar has not come as far as they have, and end those whose
+        grammar can't go on."""
+        followed = [
+            (sequence, grammar)
+            for sequence in self._scheduler
+            if (grammar := self._requests[sequence.request_id].sampler.grammar) is not None
+        ]
+        if not followed:
+            return []
+        wait_s = max(_GRAMMAR_WAIT_S, _GRAMMAR_WAIT_SHARE * self._last_step_s)
+        self._grammars.receive(min(wait_s, _MOST_GRAMMAR_WAIT_S))
+        outputs = []
+        for sequence, grammar in followed:
+            sequence.is_held = not grammar.arrived
+            if grammar.problem is not None:
+                problem = f"the grammar can't be used: {grammar.problem}"
+                outputs.append(self._fail(sequence, problem, invalid=grammar.is_invalid))
+        return outputs
+
+    def _has_arrived(self, sequence: GenerationSequence) -> bool:
+        """Whether a further token of a draft can be chosen now."""
+        grammar = self._requests[sequence.request_id].sampler.grammar
+        if grammar is None:
+            return True
+        self._grammars.receive(_DRAFT_WAIT_S)
+        return grammar.arrived
 
     def _share(self, now: float) -> None:
         """Give up room that other instances lack, those that came last first."""
@@ -505,7 +554,7 @@ class Engine:
         reason = self._accept(chunk.sequence, token.token)
         taken.append(token)
         right = position < len(chunk.draft) and token.token == chunk.draft[position]
-        if reason is not None or not right:
+        if reason is not None or not right or not self._has_arrived(chunk.sequence):
             return reason, False
         self._accepted_tokens += 1
         chunk.sequence.num_computed += 1
@@ -584,7 +633,7 @@ class Engine:
     def _forget(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
         self._scheduler.remove(sequence.request_id)
         self._room.end(sequence, keep=keep)
-        del self._requests[sequence.request_id]
+        self._requests.pop(sequence.request_id).sampler.leave()
 
 
 def _unlimited(

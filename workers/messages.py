@@ -251,13 +251,15 @@ FromInstance = Loading | Ready | StartFailed | StepOutput
 
 class InstanceSpec(Message, frozen=True):
     """All that an instance is told at its start. `requested_at` is CLOCK_MONOTONIC, in seconds, at
-    the moment somebody wanted it; `max_model_len` None is the model's own, `device` "" the
-    allocator's first. `tokenizer` is the tokenizer.json that grammars need, "" where there is
-    none; it is not read before the first of them comes."""
+    the moment somebody wanted it. The instance listens at `engines`, for `server_pid` alone.
+    `max_model_len` None is the model's own, `device` "" the allocator's first. `tokenizer` is the
+    tokenizer.json that grammars need, "" where there is none; it is not read before the first of
+    them comes."""
 
     name: Bounded
     runtime_dir: Bounded
     engines: Bounded
+    server_pid: Annotated[int, msgspec.Meta(ge=1)]
     model: Bounded
     served_model_name: Bounded
     dtype: Bounded

@@ -71,10 +71,11 @@ def run(spec: InstanceSpec, pulse: Pulse) -> int:
     kernel.set_process_name(f"onecopy:{spec.name}")
     context = zmq.Context(io_threads=1)
     server = context.socket(zmq.DEALER)
-    server.setsockopt(zmq.IDENTITY, spec.name.encode())
     server.setsockopt(zmq.LINGER, _LINGER_MS)
     server.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    server.connect(spec.engines)
+    # Whoever else connects is turned away before a byte is read (SO_PEERCRED).
+    server.setsockopt(zmq.IPC_FILTER_PID, spec.server_pid)
+    server.bind(spec.engines)
     try:
         return _Instance(spec, server, pulse).run()
     except DeviceLost:
@@ -267,6 +268,8 @@ class _Instance:
                 self._loop(engine, poller, wake_read)
             finally:
                 signal.set_wakeup_fd(-1)
+                if isinstance(engine, Engine):
+                    engine.close()
 
     def _loop(self, engine: AnyEngine, poller: zmq.Poller, wake: socket.socket) -> None:
         while engine.has_work or not self._draining:

@@ -32,6 +32,7 @@ from server.commands.options import (
     print_json,
 )
 from server.device_verify import DeviceVerdict, judge_device
+from server.log_limit import LogLimit
 from server.model_source import find_model
 from server.serve import serve as run_server
 from server.settings import Settings
@@ -61,6 +62,15 @@ def serve(
     uds: Annotated[
         Path | None, typer.Option(help="Serve on this Unix socket instead of host and port.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients may call the server, as `api.example.com`, "
+            "`*.example.com` or `*`; can be given several times. Addresses, localhost and the "
+            "machine's own name need not be named.",
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -70,6 +80,10 @@ def serve(
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Sequences that run at once in one instance.")
     ] = 16,
+    max_queued: Annotated[
+        int,
+        typer.Option(min=1, help="Requests that may wait beyond those; one more is refused (503)."),
+    ] = 256,
     max_num_batched_tokens: Annotated[
         int,
         typer.Option(
@@ -96,6 +110,13 @@ def serve(
             help="Let instances find what any of them has computed of a common beginning."
         ),
     ] = True,
+    prefix_cache_salt: Annotated[
+        str,
+        typer.Option(
+            help="Who finds what was computed: none (all find all), key (requests of the same API "
+            "key), random (requests of this start of the server)."
+        ),
+    ] = "none",
     dtype: Annotated[
         str,
         typer.Option(
@@ -155,15 +176,18 @@ def serve(
             host=host,
             port=port,
             uds=uds.absolute() if uds else None,
+            allowed_hosts=tuple(allowed_host or ()),
             num_instances=instances,
             sampling_defaults=source.sampling,
             dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_queued=max_queued,
             token_budget=max_num_batched_tokens,
             attention_workspace=parse_bytes(attention_workspace),
             num_speculative_tokens=num_speculative_tokens,
             prefix_caching=prefix_caching,
+            prefix_cache_salt=prefix_cache_salt,  # type: ignore[arg-type]  # as dtype
             num_threads=threads or default_threads(instances),
             shares_cores=threads is None,
             drain_timeout_s=drain_timeout,
@@ -345,6 +369,7 @@ def _segments(weight_set: WeightSetStatistics) -> dict[str, int]:
 def _log_to_stderr() -> None:
     handler = console.ConsoleHandler()
     handler.setFormatter(logging.Formatter(_LOG_FORMAT, datefmt="%H:%M:%S"))
+    handler.addFilter(LogLimit())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

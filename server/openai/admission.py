@@ -4,13 +4,19 @@ Invariant: of a request's sequences all are started or none. Knows neither how p
 nor what becomes of the answer.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from uuid import uuid4
 
+from fastapi import Request
+
+from server.cache_salt import CacheSalts
+from server.cells import Cells
 from server.errors import InvalidRequest, UnknownModel
-from server.generation import NO_ADVICE, Generator, SamplingDefaults
+from server.generation import NO_ADVICE, Generator, RequestOptions, SamplingDefaults
+from server.grammar_checks import GrammarChecks
 from server.openai.schemas import GenerationRequest
 from server.openai.sequence import TextSequence
 from server.text import Text
@@ -31,7 +37,16 @@ class Serving:
     text: Text
     model_name: str
     created: int  # when the server began to serve it, in seconds since 1970
+    cells: Cells
+    grammars: GrammarChecks
     sampling_defaults: SamplingDefaults = NO_ADVICE
+    salts: CacheSalts = field(default_factory=CacheSalts)
+
+    def options(self, body: GenerationRequest, request: Request) -> RequestOptions:
+        """What the request says of itself."""
+        authorization = request.headers.get("authorization")
+        salt = self.salts.salt(body.cache_salt or "", authorization)
+        return RequestOptions(body.priority or 0, body.deadline_s, salt)
 
 
 def new_id(prefix: str) -> str:
@@ -63,7 +78,8 @@ def check_model(serving: Serving, name: str) -> None:
 
 async def submit_all(
     serving: Serving,
-    request: GenerationRequest,
+    body: GenerationRequest,
+    options: RequestOptions,
     request_id: str,
     prompts: Sequence[tuple[Sequence[int], SamplingParams]],
 ) -> list[TextSequence]:
@@ -72,16 +88,17 @@ async def submit_all(
     try:
         for index, (ids, sampling) in enumerate(prompts):
             own_id = request_id if len(prompts) == 1 else f"{request_id}-{index}"
-            stream = await serving.generator.submit(own_id, ids, sampling, request.options)
+            stream = await serving.generator.submit(own_id, ids, sampling, options)
             started.append(
                 TextSequence(
                     stream,
                     serving.text.detokenizer(),
-                    request.stops,
+                    body.stops,
                     ids,
                     min_tokens=sampling.min_tokens,
                 )
             )
+            await asyncio.sleep(0)  # many long prompts must not hold up everybody else
     except BaseException:
         await close_all(started)
         raise

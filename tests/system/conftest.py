@@ -1,6 +1,7 @@
 """Servers for the tests of the whole system."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,18 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
     """Start servers; whatever still runs at the end of the tests is killed, and fails them."""
     servers: list[Server] = []
 
-    def start(model: str, *arguments: str, wait: bool = True, runtime_dir: Path | None = None):
+    def start(
+        model: str,
+        *arguments: str,
+        wait: bool = True,
+        runtime_dir: Path | None = None,
+        num_descriptors: int | None = None,
+    ):
+        def limit() -> None:
+            if num_descriptors is not None:
+                limits = (num_descriptors, num_descriptors)
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
         folder = runtime_dir or Path(tempfile.mkdtemp(prefix="onecopy-t-"))
         log = Path(tempfile.mkstemp(prefix="onecopy-log-")[1])
         with log.open("w") as stderr:
@@ -31,6 +43,7 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 text=True,
+                preexec_fn=limit,
                 env={
                     **os.environ,
                     "ONECOPY_CACHE_DIR": str(tokenizer_cache),
