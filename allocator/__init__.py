@@ -28,6 +28,7 @@ from allocator.errors import (
 )
 from allocator.leases import Block, Lease
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
+from allocator.own_module import module_command, module_environment
 from allocator.process_identity import ProcessIdentity
 from allocator.runtime_dir import RuntimeDir
 from allocator.weights import WeightSetReader, WeightSetWriter
@@ -66,5 +67,7 @@ __all__ = [
     "connect",
     "file_handle",
     "manifest_bytes",
+    "module_command",
+    "module_environment",
     "parse_bytes",
 ]

@@ -163,13 +163,13 @@ with connect(sys.argv[1]) as memory:
     save_file(weights.tensors, folder / "model.safetensors", metadata={"format": "pt"})
 """
     subprocess.run(
-        [sys.executable, "-c", script, str(runtime_dir), source, str(checkpoint)], check=True
+        [sys.executable, "-P", "-c", script, str(runtime_dir), source, str(checkpoint)], check=True
     )
 
 
 def _run_peer(checkpoint: Path) -> tuple[float, int]:
     peer = subprocess.Popen(
-        [sys.executable, "-c", _PEER, str(checkpoint)],
+        [sys.executable, "-P", "-c", _PEER, str(checkpoint)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -11,11 +11,18 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from typing import Final
 
-from allocator import AllocatorError, AllocatorGone, ProcessIdentity, RuntimeDir, connect
+from allocator import (
+    AllocatorError,
+    AllocatorGone,
+    ProcessIdentity,
+    RuntimeDir,
+    connect,
+    module_command,
+    module_environment,
+)
 
 _START_TIMEOUT_S: Final = 300.0
 """One that takes over from a killed one reads all weights before it answers."""
@@ -32,7 +39,7 @@ class AllocatorProcess:
         self, runtime_dir: RuntimeDir, memory_limit: int | None = None, device: str = "host"
     ):
         self._runtime_dir = runtime_dir
-        self._command = [sys.executable, "-m", "allocator", "--runtime-dir", str(runtime_dir.path)]
+        self._command = module_command("allocator", "--runtime-dir", str(runtime_dir.path))
         self._command.append("--quiet")  # the server's log tells what matters of its weights
         self._command += ["--device", device]
         if memory_limit is not None:
@@ -51,6 +58,7 @@ class AllocatorProcess:
                 [*self._command, "--ready-fd", str(ready_write)],
                 pass_fds=[ready_write],
                 stdin=subprocess.DEVNULL,
+                env=module_environment(),
                 # A session of its own: a Ctrl-C at the server must not end it before the instances.
                 start_new_session=True,
             )

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from allocator import module_command, module_environment
 from server.errors import ServerError
 
 FORMAT_VERSION: Final = 1
@@ -163,18 +164,12 @@ def _sweep(home: Path) -> None:
 
 
 def _run_builder(file: Path, out: Path) -> None:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    # `-m` looks into the current folder first, and must find this package there.
-    environment.pop("PYTHONSAFEPATH", None)
+    environment = module_environment(
+        HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES=""
+    )
     try:
         done = subprocess.run(  # noqa: S603 - our own module, by a fixed command
-            [sys.executable, "-m", "server.tokenizer_files", str(file), str(out)],
-            cwd=Path(__file__).parents[1],
+            module_command("server.tokenizer_files", str(file), str(out)),
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -8,11 +8,9 @@ dropped. Knows nothing of which instance should do what.
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -21,6 +19,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from allocator import module_command, module_environment
 from workers.messages import (
     MAX_FRAME_BYTES,
     FromForkserver,
@@ -78,10 +77,10 @@ class Forkserver:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CONTROL_BUFFER_BYTES)
         with theirs:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "workers.forkserver", str(theirs.fileno()), model, dtype],
+                module_command("workers.forkserver", str(theirs.fileno()), model, dtype),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
+                env=module_environment(**_ENVIRONMENT),
             )
         return cls(process, ours)
 

@@ -1,14 +1,13 @@
 """Commands about memory: allocator, sleep, wake, pin, evict, and the view of `ps --memory`."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from allocator import RuntimeDir, connect
+from allocator import RuntimeDir, connect, module_command, module_environment
 from server import console
 from server.commands.options import (
     ModelArgument,
@@ -70,7 +69,8 @@ def allocator(
     arguments += [text for one in device or [] for text in ("--device", one)]
     arguments += [text for one in quota or [] for text in ("--quota", one)]
     # Replace this process: the daemon needs none of what the command line has imported.
-    os.execv(sys.executable, [sys.executable, "-m", "allocator", *arguments])  # noqa: S606
+    command = module_command("allocator", *arguments)
+    os.execve(command[0], command, module_environment())  # noqa: S606
 
 
 def sleep(
