@@ -3,7 +3,7 @@
 Importing it is cheap: neither torch nor a device's library is loaded before it is needed.
 """
 
-from allocator.backends import Mapping, file_handle
+from allocator.backends import Mapping, file_handle, kernel_object
 from allocator.client import Client, connect
 from allocator.daemon_settings import parse_bytes
 from allocator.digests import Digest
@@ -66,6 +66,7 @@ __all__ = [
     "WeightSetWriter",
     "connect",
     "file_handle",
+    "kernel_object",
     "manifest_bytes",
     "module_command",
     "module_environment",

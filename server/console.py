@@ -229,6 +229,11 @@ def verdict_lines(verdict: Verdict) -> str:
         f"{verdict.inode}); the instances' shares of them add up to "
         f"{megabytes(verdict.weights_pss_bytes)}."
     )
+    if verdict.weights_bytes < verdict.max_private_bytes:
+        shares += (
+            f" A private copy of so little would not show: an instance may have "
+            f"{megabytes(verdict.max_private_bytes)} for itself (--max-private)."
+        )
     if not verdict.holds:
         problems = [f"  - {problem}" for problem in verdict.problems]
         return "\n".join((shares, "One copy: DOES NOT HOLD.", *problems))

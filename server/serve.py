@@ -25,6 +25,7 @@ from server.app import Serving, create_app
 from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet
+from server.handed_out import seen
 from server.metrics import scrape
 from server.router import Router
 from server.settings import Settings
@@ -136,7 +137,10 @@ async def _print_ready(
     admin_app: FastAPI, settings: Settings, url: str, text: Text, task: Task
 ) -> None:
     status = await admin_app.state.status()
-    memories = [process_memory.read(one.pid) if one.pid else None for one in status.instances]
+    mapped = await asyncio.to_thread(seen, RuntimeDir(settings.runtime_dir))
+    memories = [
+        process_memory.read(one.pid, mapped) if one.pid else None for one in status.instances
+    ]
     uds = str(settings.uds) if settings.uds else None
     name, chat = settings.served_model_name, text.has_chat_template
     curl = console.curl_line(url, uds, name, chat, task == "embed")

@@ -22,6 +22,7 @@ from server.fleet import StartError
 from server.memory import NoSuchModel
 from server.model_source import ModelNotFound
 from server.plan import PlanFailed
+from server.proof import NothingToProve
 from server.serve import AddressInUse
 from server.sleep import CannotSleep
 
@@ -58,6 +59,7 @@ def one_line_errors() -> Iterator[None]:
         ModelNotFound,
         NoServer,
         NoSuchModel,
+        NothingToProve,
         PlanFailed,
         ServerError,
         StartError,

@@ -9,23 +9,23 @@ from typing import Annotated, Final
 
 import typer
 
-from allocator import RuntimeDir, connect, parse_bytes
-from allocator.messages import WeightSetStatistics
+from allocator import RuntimeDir, parse_bytes
 from server import console, process_memory
 from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
 from server.commands.memory import show_memory
 from server.commands.options import (
     JsonOption,
     RuntimeDirOption,
-    fail,
     one_line_errors,
     print_json,
 )
 from server.daemons import stop_process
+from server.handed_out import seen
 from server.model_source import find_model
+from server.proof import prove
 from server.serve import serve as run_server
 from server.settings import Settings
-from server.verify import MAX_PRIVATE_BYTES, judge_all
+from server.verify import MAX_PRIVATE_BYTES
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
@@ -180,8 +180,9 @@ def ps(
         if memory:
             show_memory(RuntimeDir.open(runtime_dir, create=False), events, as_json)
             return
-        status = AdminClient(RuntimeDir.open(runtime_dir, create=False)).status()
-        memories = _memories(status)
+        directory = RuntimeDir.open(runtime_dir, create=False)
+        status = AdminClient(directory).status()
+        memories = _memories(status, seen(directory))
         if as_json:
             print_json(
                 {
@@ -217,30 +218,10 @@ def verify(
     with one_line_errors():
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
-        ready = [one for one in status.instances if one.state == "ready" and one.pid is not None]
-        with connect(directory) as memory:
-            weight_sets = memory.statistics().weight_sets
-        pids = {one.pid for one in ready}
-        used = [one for one in weight_sets if pids & set(one.reader_pids)]
-        if not used:
-            fail(
-                "the allocator knows of no weight set that a ready instance reads. Either none is "
-                "ready (`onecopy ps`), or the allocator was restarted after they attached: then "
-                "`onecopy stop` and start again, to hold one copy"
-            )
-        memories = [(one.name, process_memory.read(one.pid or 0)) for one in ready]
-        verdict = judge_all(_segments(used[0]), memories, max_private)
-        if len(used) > 1:
-            verdict.holds = False
-            verdict.problems.append(f"the instances read {len(used)} weight sets, not one")
-        if digests:
-            with connect(directory, label="onecopy verify") as memory:
-                damaged = memory.damaged(used[0].key)
-            if damaged:
-                verdict.holds = False
-                verdict.problems.append(
-                    f"{len(damaged)} tensors are not what was sealed, {damaged[0]} first"
-                )
+        ready = [
+            (one.name, one.pid) for one in status.instances if one.state == "ready" and one.pid
+        ]
+        verdict = prove(directory, ready, max_private, digests=digests)
         if as_json:
             print_json(verdict.model_dump())
         else:
@@ -284,14 +265,10 @@ def default_threads(num_instances: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_instances)
 
 
-def _memories(status: ServerStatus) -> list[process_memory.ProcessMemory | None]:
-    return [process_memory.read(one.pid) if one.pid else None for one in status.instances]
-
-
-def _segments(weight_set: WeightSetStatistics) -> dict[str, int]:
-    """Segment or file → bytes."""
-    in_files = sum(num_bytes for _, num_bytes in weight_set.files)
-    return {weight_set.segment: weight_set.num_bytes - in_files, **dict(weight_set.files)}
+def _memories(
+    status: ServerStatus, mapped: process_memory.HandedOut
+) -> list[process_memory.ProcessMemory | None]:
+    return [process_memory.read(one.pid, mapped) if one.pid else None for one in status.instances]
 
 
 def _log_to_stderr() -> None:
