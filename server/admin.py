@@ -19,6 +19,7 @@ from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet, Instance, State
 from server.metrics import CONTENT_TYPE, scrape
+from server.model_files import ModelWatch
 from server.router import Router
 from server.settings import Settings
 from server.sleep import CannotSleep, Sleeper
@@ -63,6 +64,10 @@ class ServerStatus(BaseModel):
     max_model_len: int | None
     weights_bytes: int | None
     forkserver_pid: int | None
+    changed_files: list[str]
+    """What lies at `path` is no longer what is served: a line for each file."""
+    start_error: str | None
+    """Why instances can't start, since the last one that could."""
     instances: list[InstanceStatus]
 
 
@@ -89,6 +94,7 @@ def create_admin_app(
     router: Router,
     sleeper: Sleeper,
     allocator: AllocatorProcess,
+    watch: ModelWatch,
     settings: Settings,
     url: str,
 ) -> FastAPI:
@@ -112,6 +118,8 @@ def create_admin_app(
             max_model_len=facts.max_model_len if facts else None,
             weights_bytes=facts.weights_bytes if facts else None,
             forkserver_pid=fleet.forkserver_pid,
+            changed_files=await watch.changes(),
+            start_error=fleet.start_error,
             instances=[_instance_status(one) for one in fleet.instances],
         )
 

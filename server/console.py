@@ -34,6 +34,9 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+_FILES_SHOWN: Final = 3
+
+
 def megabytes(num_bytes: float) -> str:
     """A size as people write it."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
@@ -168,7 +171,23 @@ def server_line(status: ServerStatus) -> str:
         f"ready, {status.num_replaced} replaced so far; server pid {status.pid}"
         f"{', shutting down' if status.draining else ''}"
         f"{'; it sleeps: wake it with `onecopy wake`' if status.asleep else ''}"
+        + "".join(f"\n{line}" for line in warnings(status))
     )
+
+
+def warnings(status: ServerStatus) -> list[str]:
+    """What somebody should see to."""
+    found = []
+    if status.start_error is not None:
+        found.append(f"instances can't start: {status.start_error}")
+    if status.changed_files:
+        more = len(status.changed_files) - _FILES_SHOWN
+        shown = "; ".join(status.changed_files[:_FILES_SHOWN])
+        found.append(
+            f"{status.path} has changed since it was loaded, and is served as it was: {shown}"
+            f"{f' and {more} more' if more > 0 else ''}. `onecopy reload` serves it as it is now"
+        )
+    return found
 
 
 def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | None]) -> Table:

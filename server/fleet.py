@@ -9,9 +9,11 @@ Knows nothing of what the requests are.
 import asyncio
 import contextlib
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Literal
 
 from allocator import RuntimeDir
@@ -86,8 +88,16 @@ class Listeners:
 class Fleet:
     """All instances of the served model."""
 
-    def __init__(self, settings: Settings, runtime_dir: RuntimeDir, listeners: Listeners):
+    def __init__(
+        self,
+        settings: Settings,
+        runtime_dir: RuntimeDir,
+        listeners: Listeners,
+        tokenizer: Path | None = None,
+    ):
+        """`tokenizer` is where the model's tokenizer.json is kept, if not beside it."""
         self._settings = settings
+        self._tokenizer = tokenizer or tokenizer_file(settings.model)
         self._runtime_dir = runtime_dir
         self._listeners = listeners
         self._engines = Engines(runtime_dir.engines)
@@ -99,13 +109,16 @@ class Fleet:
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: set[asyncio.Future[None]] = set()  # for a change
-        self._start_error: str | None = None
+        self.start_error: str | None = None
+        """Why instances can't start, since the last one that could."""
         self.num_wanted = settings.num_instances
         self.asleep = False
         """No instance runs, and none is to be started, until `wake`."""
         self.weight_set: str | None = None
-        """The key under which the allocator knows the served weights."""
+        """The key under which the allocator knows the served weights. The first instance that is
+        ready decides it; all others attach to this set, whatever becomes of the model's files."""
         self.facts: ModelFacts | None = None
+        self._metadata: Mapping[str, str] | None = None
         self.num_replaced = 0
 
     # --- what others may ask
@@ -142,8 +155,8 @@ class Fleet:
         """Until as many instances are ready as are wanted, which may change meanwhile. Raises
         StartError if the first one can't start."""
         while len(self.ready_instances) < self.num_wanted:
-            if self._start_error is not None:
-                raise StartError(self._start_error)
+            if self.start_error is not None:
+                raise StartError(self.start_error)
             await self.change()
 
     async def change(self) -> None:
@@ -194,6 +207,7 @@ class Fleet:
     def wake(self) -> None:
         """Start as many instances as are wanted; returns before they are ready."""
         self.asleep = False
+        self.start_error = None
         self._fill_up()
 
     async def drain(self, timeout_s: float) -> None:
@@ -235,7 +249,7 @@ class Fleet:
     async def _watch_forkserver(self) -> None:
         while not self._draining:
             model, dtype = str(self._settings.model), self._settings.dtype
-            self._forkserver = Forkserver.launch(model, dtype)
+            self._forkserver = Forkserver.launch(model, dtype, self._metadata)
             up = None
             try:
                 up = await self._forkserver.up()
@@ -251,7 +265,7 @@ class Fleet:
                 if up is None:
                     self._num_failures += 1
                     if self.facts is None:
-                        self._start_error = (
+                        self.start_error = (
                             "the process that instances are forked from ended while it imported "
                             "torch and transformers; its own message is above"
                         )
@@ -266,8 +280,13 @@ class Fleet:
                 self._instances[name].pid = pid
                 self._tell_of_change()
             case Exited(name=name, status=status) if name in self._instances:
-                how = f"signal {-status}" if status < 0 else f"exit status {status}"
-                self._ended(self._instances[name], how)
+                self._ended(self._instances[name], self._how(status))
+
+    def _how(self, status: int) -> str:
+        """How a process ended, for people."""
+        if status == -signal.SIGBUS and self._settings.map_files:
+            return "signal 7: a file that it maps became shorter (--map-files)"
+        return f"signal {-status}" if status < 0 else f"exit status {status}"
 
     async def _watch_engines(self) -> None:
         while True:
@@ -290,17 +309,19 @@ class Fleet:
                     if instance.state == "draining":  # it was not there yet when it was told first
                         await self.send(instance, Drain())
                 case StartFailed(message=text):
-                    self._start_error = self._start_error or text
+                    self.start_error = text
                     log.error("instance %s can't start: %s", name, text)
                     self._tell_of_change()
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
         instance.pid = message.pid
-        self.facts = message.facts
-        self.weight_set = message.weight_set
+        if self.weight_set is None:
+            self.facts = message.facts
+            self.weight_set = message.weight_set
+            self._metadata = message.metadata
         self._num_failures = 0
-        self._start_error = None
+        self.start_error = None
         if instance.state != "draining":
             instance.move("ready")
             self._listeners.ready(instance)
@@ -323,8 +344,8 @@ class Fleet:
             log.warning("instance %s, %s, ended: %s", instance.name, was, how)
         if was in ("starting", "loading"):
             self._num_failures += 1
-            if self.facts is None and self._start_error is None:
-                self._start_error = (
+            if self.facts is None and self.start_error is None:
+                self.start_error = (
                     f"the first instance ended before it was ready ({how}). Signal 9 is what the "
                     "kernel sends when memory runs out."
                 )
@@ -378,7 +399,9 @@ class Fleet:
             device=settings.device,
             map_files=settings.map_files,
             shares_cores=settings.shares_cores,
-            tokenizer=str(tokenizer_file(settings.model)),
+            tokenizer=str(self._tokenizer),
+            weight_set=self.weight_set or "",
+            eos_token_ids=self.facts.eos_token_ids if self.facts is not None else None,
             attention_workspace_bytes=settings.attention_workspace,
             num_speculative_tokens=settings.num_speculative_tokens,
             prefix_caching=settings.prefix_caching,

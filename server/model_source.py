@@ -6,6 +6,7 @@ returned exists. Never imports torch; whether the files are sound, the workers f
 
 import importlib.util
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final
 from pydantic import BaseModel, Field, ValidationError
 
 from server.generation import NO_ADVICE, SamplingDefaults
+from workers import read_json
 
 log = logging.getLogger("onecopy.server")
 
@@ -33,19 +35,22 @@ _DEMO_SAMPLING: Final = SamplingDefaults(temperature=0.2, top_p=0.9)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """`name` is what clients call it; `sampling` is what its authors advise."""
+    """`name` is what clients call it; `sampling` is what its authors advise; `given` is the path
+    that a person gave, if it was one, with the links in it."""
 
     name: str
     path: Path
     sampling: SamplingDefaults = NO_ADVICE
+    given: Path | None = None
 
 
 def find_model(model: str) -> ModelSource:
-    """Raises ModelNotFound. A hub id is downloaded to the hub's cache, where there is a network."""
+    """A hub id is downloaded to the hub's cache, where there is a network. Raises ModelNotFound,
+    CheckpointError."""
     if model == DEMO:
         path = _demo()
         return ModelSource(path.name.split(".")[0], path, _DEMO_SAMPLING)
-    path = Path(model).expanduser()
+    given = path = Path(model).expanduser().absolute()
     if path.exists():
         path = path.resolve()
         files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
@@ -57,7 +62,8 @@ def find_model(model: str) -> ModelSource:
                 "model folder, or a .gguf file"
             )
         name = path.stem if path.is_file() else path.name
-        return ModelSource(name, path, _advised_sampling(path))
+        inside = path.parent == given.resolve()  # of a folder its one file was taken
+        return ModelSource(name, path, _advised_sampling(path), None if inside else given)
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
         path = _download(model)
         return ModelSource(model, path, _advised_sampling(path))
@@ -68,7 +74,8 @@ def find_model(model: str) -> ModelSource:
 
 
 class _GenerationConfig(BaseModel):
-    """The fields of generation_config.json that concern us; a value out of range is no advice."""
+    """The fields of generation_config.json that concern us; a value out of range is no advice, and
+    neither is null."""
 
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -78,15 +85,20 @@ class _GenerationConfig(BaseModel):
 
 
 def _advised_sampling(path: Path) -> SamplingDefaults:
-    """From the folder's generation_config.json, as other servers do; OpenAI's where it has none."""
+    """From the folder's generation_config.json, as other servers do; OpenAI's where it has none.
+    Raises CheckpointError where the file can't be read."""
     file = path / "generation_config.json"
-    if not path.is_dir() or not file.exists():
+    if not path.is_dir() or not os.path.lexists(file):
         return NO_ADVICE
+    said = {name: value for name, value in read_json(file).items() if value is not None}
     try:
-        advised = _GenerationConfig.model_validate_json(file.read_bytes())
+        advised = _GenerationConfig.model_validate(said)
     except ValidationError as error:
-        log.warning("ignoring the sampling defaults of %s: %s", file, error)
-        return NO_ADVICE
+        wrong = {str(one["loc"][0]) for one in error.errors()}
+        log.warning("%s advises what can't be followed: %s", file, ", ".join(sorted(wrong)))
+        advised = _GenerationConfig.model_validate(
+            {name: value for name, value in said.items() if name not in wrong}
+        )
     return SamplingDefaults(**advised.model_dump())
 
 

@@ -26,7 +26,9 @@ from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet
 from server.handed_out import seen
+from server.kept_file import KeptFile
 from server.metrics import scrape
+from server.model_files import ModelFiles, ModelWatch
 from server.router import Router
 from server.settings import Settings
 from server.sleep import Sleeper
@@ -44,12 +46,16 @@ class AddressInUse(Exception):
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait for running requests.
 
-    Raises AddressInUse, AllocatorError, StartError, ServerError.
+    Raises AddressInUse, AllocatorError, CheckpointError, StartError, ServerError.
     """
     async with contextlib.AsyncExitStack() as stack:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
-        if settings.model.is_dir():
-            tokenizer_folder(settings.model)  # one that is missing is no reason to load first
+        files = await asyncio.to_thread(ModelFiles.at, settings.model, settings.model_given)
+        tokenizer = None
+        if settings.model.is_dir():  # a tokenizer that is missing is no reason to load first
+            kept = KeptFile.of(tokenizer_folder(settings.model) / "tokenizer.json")
+            stack.callback(kept.close)
+            tokenizer = kept.path
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)
         http_socket, url = _bind(settings)
@@ -61,18 +67,19 @@ async def serve(settings: Settings) -> None:
         await allocator.find_or_start()
 
         router = Router(settings)
-        fleet = Fleet(settings, runtime_dir, router.listeners)
+        fleet = Fleet(settings, runtime_dir, router.listeners, tokenizer)
         router.bind(fleet)
         stack.push_async_callback(fleet.close)
         fleet.launch()
         sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s)
-        admin_app = create_admin_app(fleet, router, sleeper, allocator, settings, url)
+        watch = ModelWatch(files)
+        admin_app = create_admin_app(fleet, router, sleeper, allocator, watch, settings, url)
         admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
         await admin.start()
 
-        text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings))
+        text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings, tokenizer))
         stack.push_async_callback(_settled, text_task)
         if not await stop.unless_stopped(_started(fleet, settings)):
             return
@@ -129,8 +136,8 @@ async def _settled(task: "asyncio.Task[Text]") -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _load_text(settings: Settings) -> Text:
-    return Text.load(tokenizer_folder(settings.model))
+def _load_text(settings: Settings, tokenizer: Path | None) -> Text:
+    return Text.load(tokenizer_folder(settings.model), tokenizer_file=tokenizer)
 
 
 async def _print_ready(

@@ -20,6 +20,8 @@ class Settings(BaseModel):
 
     model: Path
     served_model_name: str
+    model_given: Path | None = None
+    """As a person gave it, with the links that led to `model`."""
     runtime_dir: Path
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)

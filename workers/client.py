@@ -7,7 +7,9 @@ dropped. Knows nothing of which instance should do what.
 
 import asyncio
 import contextlib
+import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -70,15 +72,26 @@ class Forkserver:
         self._control = control
 
     @classmethod
-    def launch(cls, model: str, dtype: str) -> "Forkserver":
-        """Start it for one model; its `Up` comes when its imports are done."""
+    def launch(
+        cls, model: str, dtype: str, metadata: Mapping[str, str] | None = None
+    ) -> "Forkserver":
+        """Start it for one model, or for the weight set with this `metadata`; its `Up` comes when
+        its imports are done."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CONTROL_BUFFER_BYTES)
-        with theirs:
+        with theirs, contextlib.ExitStack() as stack:
+            descriptors = [theirs.fileno()]
+            if metadata is not None:
+                # In memory: the disk may be full, and this is small.
+                file = stack.enter_context(open(os.memfd_create("metadata"), "w+b"))  # noqa: PTH123
+                file.write(json.dumps(dict(metadata)).encode())
+                file.seek(0)
+                descriptors.append(file.fileno())
+            first, *others = map(str, descriptors)
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                module_command("workers.forkserver", str(theirs.fileno()), model, dtype),
-                pass_fds=[theirs.fileno()],
+                module_command("workers.forkserver", first, model, dtype, *others),
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 env=module_environment(**_ENVIRONMENT),
             )

@@ -29,7 +29,7 @@ import msgspec
 import torch
 
 from workers.attention import DEFAULT_WORKSPACE_BYTES
-from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
 from workers.checkpoint.plan import make_plan
 from workers.checkpoint.source import SourceTensor
 from workers.embedding import task_of
@@ -108,7 +108,7 @@ def estimate(
     `max_model_len` or can't be split into `tensor_parallel_size` equal parts.
     """
     tensors = checkpoint.tensors()
-    metadata = checkpoint.metadata()
+    metadata = metadata_of(checkpoint)
     shapes = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in tensors}
     dtype = checkpoint.dtype or float_dtype(shapes)
     if task_of(metadata) == "embed":

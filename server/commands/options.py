@@ -25,6 +25,7 @@ from server.plan import PlanFailed
 from server.proof import NothingToProve
 from server.serve import AddressInUse
 from server.sleep import CannotSleep
+from workers import CheckpointError
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -56,6 +57,7 @@ def one_line_errors() -> Iterator[None]:
         AddressInUse,
         AllocatorError,
         CannotSleep,
+        CheckpointError,
         ModelNotFound,
         NoServer,
         NoSuchModel,

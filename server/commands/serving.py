@@ -131,6 +131,7 @@ def serve(
         source = find_model(model)
         settings = Settings(
             model=source.path,
+            model_given=source.given,
             served_model_name=served_model_name or source.name,
             runtime_dir=RuntimeDir.open(runtime_dir).path,
             host=host,
