@@ -10,6 +10,7 @@ from allocator.digests import Digest
 from allocator.errors import (
     AllocatorError,
     AllocatorGone,
+    AllocatorSilent,
     AlreadyRunning,
     DiskFull,
     DoubleFree,
@@ -30,13 +31,14 @@ from allocator.leases import Block, Lease
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
 from allocator.own_module import module_command, module_environment
 from allocator.process_identity import ProcessIdentity
-from allocator.runtime_dir import RuntimeDir
+from allocator.runtime_dir import Owner, RuntimeDir
 from allocator.weights import WeightSetReader, WeightSetWriter
 
 __all__ = [
     "ALIGNMENT",
     "AllocatorError",
     "AllocatorGone",
+    "AllocatorSilent",
     "AlreadyRunning",
     "Block",
     "Client",
@@ -51,6 +53,7 @@ __all__ = [
     "Mapping",
     "NotWriter",
     "OutOfDeviceMemory",
+    "Owner",
     "ProcessIdentity",
     "QuotaExceeded",
     "RuntimeDir",

@@ -19,6 +19,12 @@ class AllocatorGone(AllocatorError):
     code = "allocator_gone"
 
 
+class AllocatorSilent(AllocatorGone):
+    """An allocator is there, and does not answer in time."""
+
+    code = "allocator_silent"
+
+
 class Unanswered(AllocatorGone):
     """The allocator ended before it answered: nobody knows whether it did what was asked."""
 

@@ -17,6 +17,8 @@ from typing import Final
 from allocator import (
     AllocatorError,
     AllocatorGone,
+    AllocatorSilent,
+    Owner,
     ProcessIdentity,
     RuntimeDir,
     connect,
@@ -28,6 +30,7 @@ _START_TIMEOUT_S: Final = 300.0
 """One that takes over from a killed one reads all weights before it answers."""
 _STOP_TIMEOUT_S: Final = 10.0
 _RETRY_S: Final = 1.0
+_PROBE_S: Final = 0.1
 
 log = logging.getLogger("onecopy.server")
 
@@ -49,9 +52,38 @@ class AllocatorProcess:
         """Whether it goes on, with its weights, when the server ends."""
 
     async def find_or_start(self) -> None:
-        """Raises AllocatorGone where none can be started; its own words are on stderr by then."""
-        if self._runtime_dir.owner("allocator") is not None:
-            return
+        """Until one answers. Raises AllocatorGone where none can be started, whose own words are on
+        stderr by then, and where one runs that does not answer."""
+        while (owner := self._runtime_dir.owner("allocator")) is not None:
+            if await self._answers(owner):
+                return
+        await self._start()
+
+    async def _answers(self, owner: Owner) -> bool:
+        """Whether it does, once it has come up; False where it ended meanwhile. One that takes over
+        from another reads all weights before. Raises AllocatorGone where it is silent."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                await asyncio.to_thread(self._probe)
+            except AllocatorSilent:
+                raise
+            except AllocatorGone as error:
+                if self._runtime_dir.owner("allocator") != owner:
+                    return False
+                if time.monotonic() > deadline:
+                    raise AllocatorGone(
+                        f"the allocator (pid {owner.pid}) in {self._runtime_dir.path} has not come "
+                        f"up within {_START_TIMEOUT_S:.0f} s: end it, and start another"
+                    ) from error
+                await asyncio.sleep(_PROBE_S)
+            else:
+                return True
+
+    def _probe(self) -> None:
+        connect(self._runtime_dir, label="server").close()
+
+    async def _start(self) -> None:
         ready_read, ready_write = os.pipe()
         try:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -138,9 +170,10 @@ async def _readable(fd: int) -> None:
         loop.remove_reader(fd)
 
 
-def stop_process(process: ProcessIdentity, timeout_s: float) -> bool:
-    """SIGTERM, wait for the end, SIGKILL after `timeout_s`. True where SIGTERM was enough."""
-    if not process.send_signal(signal.SIGTERM):
+def stop_process(process: ProcessIdentity, timeout_s: float, *, asked: bool = False) -> bool:
+    """SIGTERM, unless it was `asked` by other means, wait for the end, SIGKILL after `timeout_s`.
+    True where it needed no SIGKILL."""
+    if not asked and not process.send_signal(signal.SIGTERM):
         return True
     deadline = time.monotonic() + timeout_s
     if _wait_end(process, deadline):

@@ -19,7 +19,7 @@ from typing import Final, Literal
 from allocator import RuntimeDir
 from server.settings import Settings
 from server.tokenizer_files import tokenizer_file
-from workers.client import Engines, Forkserver, ForkserverEnded
+from workers.client import Engines, Forkserver, ForkserverBusy, ForkserverEnded
 from workers.messages import (
     Drain,
     Embedded,
@@ -308,7 +308,7 @@ class Fleet:
                     self._on_ready(instance, message)
                     if instance.state == "draining":  # it was not there yet when it was told first
                         await self.send(instance, Drain())
-                case StartFailed(message=text):
+                case StartFailed(message=text) if instance.state != "ready":
                     self.start_error = text
                     log.error("instance %s can't start: %s", name, text)
                     self._tell_of_change()
@@ -355,10 +355,7 @@ class Fleet:
         self._listeners.ended(instance)
         self._tell_of_change()
         if self._num_failures:
-            if self._retry is not None:
-                self._retry.cancel()
-            loop = asyncio.get_running_loop()
-            self._retry = loop.call_later(self._retry_delay_s(), self._fill_up)
+            self._try_again_later()
         else:
             self._fill_up()
 
@@ -375,12 +372,22 @@ class Fleet:
             name = f"i{self._num_named}"
             self._num_named += 1
             instance = Instance(name, requested_at=time.monotonic())
-            self._instances[name] = instance
             try:
                 self._forkserver.start(self._spec(instance))
             except ForkserverEnded:  # the watcher sees it too, and starts all over
                 return
+            except ForkserverBusy:
+                log.warning("the forkserver does not read: asking for an instance again")
+                self._try_again_later()
+                return
+            self._instances[name] = instance
         self._tell_of_change()
+
+    def _try_again_later(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        loop = asyncio.get_running_loop()
+        self._retry = loop.call_later(self._retry_delay_s(), self._fill_up)
 
     def _spec(self, instance: Instance) -> InstanceSpec:
         settings = self._settings

@@ -73,7 +73,9 @@ async def serve(settings: Settings) -> None:
         fleet.launch()
         sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s)
         watch = ModelWatch(files)
-        admin_app = create_admin_app(fleet, router, sleeper, allocator, watch, settings, url)
+        admin_app = create_admin_app(
+            fleet, router, sleeper, allocator, watch, stop.ask, settings, url
+        )
         admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
@@ -177,7 +179,13 @@ class _Stop:
                 loop.remove_signal_handler(number)
 
     def _signalled(self) -> None:
-        (self._second if self._first.is_set() else self._first).set()
+        self.ask(now=self._first.is_set())
+
+    def ask(self, now: bool) -> None:
+        """To drain, or not to wait; asked again for the same, nothing changes."""
+        self._first.set()
+        if now:
+            self._second.set()
 
     async def unless_stopped(self, work: Coroutine[object, object, None]) -> bool:
         """True where `work` ended by itself; its error is raised."""
@@ -235,7 +243,14 @@ class _HTTPServer(uvicorn.Server):
         await asyncio.wait([self._serving, up], return_when=asyncio.FIRST_COMPLETED)
         up.cancel()
         if self._serving.done():
-            self._serving.result()
+            try:
+                self._serving.result()
+            except OSError as error:  # bound before, and another has begun to listen meanwhile
+                name = self._bound.getsockname()
+                raise AddressInUse(
+                    f"can't serve on {name}: {error.strerror}. Choose another --port, or stop what "
+                    "uses it."
+                ) from error
 
     async def close(self) -> None:
         """Stop accepting, let running answers end, close."""

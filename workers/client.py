@@ -64,6 +64,10 @@ class ForkserverEnded(Exception):
     """The forkserver is gone, and all instances with it."""
 
 
+class ForkserverBusy(Exception):
+    """It has not read what it was asked before, and can't be asked for more now."""
+
+
 class Forkserver:
     """The process that all instances are forked from."""
 
@@ -103,9 +107,12 @@ class Forkserver:
         return self._process.pid
 
     def start(self, spec: InstanceSpec) -> None:
-        """Ask for an instance; a `Started` follows. Raises ForkserverEnded."""
+        """Ask for an instance; a `Started` follows. Raises ForkserverEnded, and ForkserverBusy
+        where it was not asked."""
         try:
             self._control.send(encode(Start(spec=spec)))
+        except BlockingIOError as error:
+            raise ForkserverBusy from error
         except OSError as error:
             raise ForkserverEnded from error
 

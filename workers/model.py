@@ -20,7 +20,7 @@ from workers.attention import DEFAULT_WORKSPACE_BYTES
 from workers.attention_pass import NAME, attention_pass
 from workers.batch import Batch, Part
 from workers.binding import bind, compute_buffers, move_buffers
-from workers.end_tokens import end_tokens
+from workers.ends import end_tokens
 from workers.errors import UnsupportedCheckpoint
 from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PrivateSource

@@ -1,7 +1,6 @@
 """Commands about a server and its instances: serve, scale, ps, verify, stop."""
 
 import asyncio
-import contextlib
 import logging
 import os
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Annotated, Final
 
 import typer
 
-from allocator import RuntimeDir, parse_bytes
+from allocator import Owner, RuntimeDir, parse_bytes
 from server import console, process_memory
-from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
+from server.admin import ADMIN_PATHS, AdminClient, AdminError, NoServer, ServerStatus
 from server.commands.memory import show_memory
 from server.commands.options import (
     JsonOption,
@@ -30,6 +29,10 @@ from server.verify import MAX_PRIVATE_BYTES
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
 """What a process may take to end, beyond what it grants its running requests."""
+_ANSWER_S: Final = 3.0
+"""What a server may take to hear that it is to end."""
+_SILENT_S: Final = 2.0
+"""What one that does not answer may take to end."""
 
 
 def serve(
@@ -236,9 +239,13 @@ def stop(
     keep_allocator: Annotated[
         bool, typer.Option("--keep-allocator", help="Leave the allocator and its weights.")
     ] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="Cut off running requests instead of waiting for them.")
+    ] = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
-    """Stop the server, after its running requests, and then the allocator."""
+    """Stop the server, after its running requests, and then the allocator. Given again while the
+    server waits for requests, it waits with it."""
     with one_line_errors():
         directory = RuntimeDir.open(runtime_dir, create=False)
         stopped = []
@@ -246,19 +253,34 @@ def stop(
             owner = directory.owner(role)
             if owner is None:
                 continue
-            timeout_s = _STOP_TIMEOUT_S
             if role == "server":
-                if keep_allocator:
-                    AdminClient(directory).keep_allocator()
-                with contextlib.suppress(NoServer):  # one that is about to start, or to end
-                    timeout_s += AdminClient(directory).status().drain_timeout_s
-                console.err.print(f"stopping the server (pid {owner.pid}) after its requests")
-            gently = stop_process(owner.process, timeout_s)
+                gently = _stop_server(directory, owner, keep_allocator=keep_allocator, now=now)
+            else:
+                gently = stop_process(owner.process, _STOP_TIMEOUT_S)
             stopped.append(f"{role} (pid {owner.pid}{'' if gently else ', killed'})")
         if not stopped:
             console.out.print(f"nothing runs in {directory.path}")
             return
         console.out.print(f"stopped {' and '.join(stopped)}", markup=False)
+
+
+def _stop_server(directory: RuntimeDir, owner: Owner, *, keep_allocator: bool, now: bool) -> bool:
+    """True where it ended by itself; one that does not answer is killed."""
+    admin = AdminClient(directory, _ANSWER_S)
+    try:
+        if keep_allocator:
+            admin.keep_allocator()
+        status = admin.stop(now=now)
+    except NoServer:  # one that is about to start, or to end
+        console.err.print(f"stopping the server (pid {owner.pid})")
+        return stop_process(owner.process, _STOP_TIMEOUT_S)
+    except AdminError as error:
+        console.err.print(f"{error}; it is ended now", markup=False)
+        return stop_process(owner.process, _SILENT_S)
+    after = "now" if now else "after its requests"
+    console.err.print(f"stopping the server (pid {owner.pid}) {after}")
+    patience_s = 0.0 if now else status.drain_timeout_s
+    return stop_process(owner.process, patience_s + _STOP_TIMEOUT_S, asked=True)
 
 
 def default_threads(num_instances: int) -> int:

@@ -101,6 +101,9 @@ def test_what_is_served_stays_what_it_was(serve: Callable[..., Server], folder: 
     replace_all(server)
     assert (num_sets(server), texts(server)) == (1, {before})
 
+    doctor = server.onecopy("doctor").stdout
+    assert "generation_config.json was written or replaced; model.safetensors was" in doctor
+
     shutil.rmtree(folder)
     replace_all(server)
     assert texts(server) == {before}

@@ -28,7 +28,7 @@ from workers.checkpoint.source import (
     SourceTensor,
     StoredBytes,
 )
-from workers.end_tokens import end_tokens
+from workers.ends import end_tokens
 from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint, WorkerError
 from workers.model_file import file_identity, file_status, unreadable
 

@@ -26,7 +26,7 @@ from workers.checkpoint.source import (
     digest,
 )
 from workers.embedding.settings import task_of
-from workers.end_tokens import end_tokens
+from workers.ends import end_tokens
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
