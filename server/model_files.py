@@ -72,7 +72,8 @@ def _identities(path: Path) -> Iterator[tuple[str, str]]:
     except OSError:
         return
     for file in files:
-        name = str(file.relative_to(path)) if file != path else file.name
+        shown = file.relative_to(path) if file != path else file.name
+        name = os.fsencode(shown).decode(errors="backslashreplace")
         try:
             status = file.stat()
         except OSError as error:  # a link into nowhere, perhaps

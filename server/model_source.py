@@ -15,7 +15,7 @@ from typing import Final
 from pydantic import BaseModel, Field, ValidationError
 
 from server.generation import NO_ADVICE, SamplingDefaults
-from workers import read_json
+from workers import file_status, read_json
 
 log = logging.getLogger("onecopy.server")
 
@@ -50,17 +50,9 @@ def find_model(model: str) -> ModelSource:
     if model == DEMO:
         path = _demo()
         return ModelSource(path.name.split(".")[0], path, _DEMO_SAMPLING)
-    given = path = Path(model).expanduser().absolute()
-    if path.exists():
-        path = path.resolve()
-        files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-        if path.is_dir() and not (path / "config.json").exists() and len(files) == 1:
-            path = files[0]
-        if path.is_dir() and not (path / "config.json").exists():
-            raise ModelNotFound(
-                f"{path} holds neither config.json nor a single .gguf file: give a Hugging Face "
-                "model folder, or a .gguf file"
-            )
+    given = _path(model)
+    if os.path.lexists(given):
+        path = _looked_at(given)
         name = path.stem if path.is_file() else path.name
         inside = path.parent == given.resolve()  # of a folder its one file was taken
         return ModelSource(name, path, _advised_sampling(path), None if inside else given)
@@ -71,6 +63,44 @@ def find_model(model: str) -> ModelSource:
         f"{model} does not exist: give a Hugging Face folder (config.json, *.safetensors, "
         f"tokenizer.json), a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or `{DEMO}`"
     )
+
+
+def _path(model: str) -> Path:
+    """What a person means by a path. Raises ModelNotFound for what can be none."""
+    try:
+        path = Path(model).expanduser().absolute()
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # of a user who is not there, say
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelNotFound(f"{model[:200]} can't be a model's path: {reason}") from error
+    if os.fsencode(path).decode(errors="ignore") != str(path):
+        raise ModelNotFound(f"the name of {os.fsencode(path)!r} is no UTF-8: rename it")
+    return path
+
+
+def _looked_at(given: Path) -> Path:
+    """The folder or the file there, without links. Raises ModelNotFound, CheckpointError."""
+    try:
+        path = given.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # links that lead nowhere, or in a circle
+        raise ModelNotFound(f"{given} leads nowhere: {error}. Download the model again") from error
+    if os.fsencode(path).decode(errors="ignore") != str(path):
+        raise ModelNotFound(f"the name of {os.fsencode(path)!r} is no UTF-8: rename it")
+    if not path.is_dir():
+        file_status(path)
+        return path
+    if os.path.lexists(path / "config.json"):
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelNotFound(
+            f"{path} holds neither config.json nor a single .gguf file: give a Hugging Face model "
+            "folder, or a .gguf file"
+        )
+    file_status(files[0])
+    return files[0]
 
 
 class _GenerationConfig(BaseModel):

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,6 +34,7 @@ from server.router import Router
 from server.settings import Settings
 from server.sleep import Sleeper
 from server.text import Text
+from server.tokenizer_check import try_tokenizer
 from server.tokenizer_files import tokenizer_folder
 from workers.messages import Task
 
@@ -83,7 +85,7 @@ async def serve(settings: Settings) -> None:
 
         text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings, tokenizer))
         stack.push_async_callback(_settled, text_task)
-        if not await stop.unless_stopped(_started(fleet, settings)):
+        if not await stop.unless_stopped(_started(fleet, settings, text_task)):
             return
         text = await text_task
         stack.callback(text.close)
@@ -115,15 +117,23 @@ async def serve(settings: Settings) -> None:
             log.warning("stopped without waiting")
 
 
-async def _started(fleet: Fleet, settings: Settings) -> None:
+async def _started(fleet: Fleet, settings: Settings, text: "asyncio.Task[Text]") -> None:
+    """Until the instances are ready; or what is wrong with the tokenizer, as soon as it shows."""
     with console.StartDisplay(settings.served_model_name) as display:
         waiting = asyncio.create_task(fleet.wait_ready())
-        while not waiting.done():
-            changed = asyncio.create_task(fleet.change())
-            await asyncio.wait([waiting, changed], return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            display.show(fleet.instances)
-        await waiting
+        try:
+            while not waiting.done():
+                changed = asyncio.create_task(fleet.change())
+                tasks: list[asyncio.Task[Any]] = [waiting, changed]
+                tasks += [] if text.done() else [text]
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                if text.done():
+                    text.result()
+                display.show(fleet.instances)
+            await waiting
+        finally:
+            waiting.cancel()
 
 
 async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
@@ -139,7 +149,9 @@ async def _settled(task: "asyncio.Task[Text]") -> None:
 
 
 def _load_text(settings: Settings, tokenizer: Path | None) -> Text:
-    return Text.load(tokenizer_folder(settings.model), tokenizer_file=tokenizer)
+    folder = tokenizer_folder(settings.model)
+    try_tokenizer(tokenizer or folder / "tokenizer.json", folder / "tokenizer.json")
+    return Text.load(folder, tokenizer_file=tokenizer)
 
 
 async def _print_ready(

@@ -23,6 +23,7 @@ from server.errors import ContextLengthExceeded, InvalidRequest
 from server.incremental import Detokenizer
 from server.token_texts import TokenTexts
 from server.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
+from server.tokenizer_limits import MAX_CHARS, normalizer_growth
 from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
 
 INLINE_CHARS: Final = 8192
@@ -144,7 +145,8 @@ class Text:
                 param="truncate_prompt_tokens",
             )
         else:
-            inputs = [text[: self._max_chars(truncate_to)] for text in inputs]
+            most = min(self._max_chars(truncate_to), self._most_chars)
+            inputs = [text[:most] for text in inputs]
         if sum(map(len, inputs)) <= INLINE_CHARS:
             return self._encode_inputs(inputs, truncate_to)
         return await asyncio.to_thread(self._encode_inputs, inputs, truncate_to)
@@ -239,6 +241,11 @@ class Text:
         return await asyncio.to_thread(self._encode, prompt, add_special_tokens)
 
     @cached_property
+    def _most_chars(self) -> int:
+        """Of a text that is encoded, whatever the context: a normalizer can make many of one."""
+        return int(MAX_CHARS / normalizer_growth(self._tokenizer))
+
+    @cached_property
     def _longest_token_chars(self) -> int:
         return max(map(len, self._tokenizer.get_vocab()), default=1)
 
@@ -256,15 +263,20 @@ class Text:
         self._check_num_chars(len(prompt), context_tokens, "prompt")
 
     def _check_num_chars(self, num_chars: int, context_tokens: int, param: str) -> None:
-        if num_chars <= context_tokens or num_chars <= self._max_chars(context_tokens):
-            return
         noun = "input" if param == "input" else "prompt"
-        least = num_chars * context_tokens // self._max_chars(context_tokens)
-        raise ContextLengthExceeded(
-            f"The {noun} has {num_chars} characters, which is at least {least} tokens; the "
-            f"model's context holds {context_tokens}. Shorten the {noun}.",
-            param=param,
-        )
+        if num_chars > context_tokens and num_chars > self._max_chars(context_tokens):
+            least = num_chars * context_tokens // self._max_chars(context_tokens)
+            raise ContextLengthExceeded(
+                f"The {noun} has {num_chars} characters, which is at least {least} tokens; the "
+                f"model's context holds {context_tokens}. Shorten the {noun}.",
+                param=param,
+            )
+        if num_chars > self._most_chars:
+            raise ContextLengthExceeded(
+                f"The {noun} has {num_chars} characters; of more than {self._most_chars} the "
+                f"model's normalizer could make too much to compute. Shorten the {noun}.",
+                param=param,
+            )
 
     # --- ids → text
 

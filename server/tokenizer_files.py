@@ -9,11 +9,13 @@ Does not know how text is encoded, nor anything about weights.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,10 @@ FORMAT_VERSION: Final = 1
 """Raised when `build` writes something else for the same file, so that old folders are not used."""
 
 BUILD_DEADLINE_S: Final = 300.0
+BUILD_BYTES: Final = 4 << 30
+"""Whatever a file says, building its tokenizer takes no more memory."""
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_NO_ROOM_STATUS: Final = 3
 STALE_AFTER_S: Final = 3600.0
 """A half-built folder of that age belongs to a builder that was killed."""
 
@@ -74,7 +80,7 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
     if model_path.suffix.lower() == ".gguf" and model_path.is_file():
         return _built_folder(model_path.resolve(), cache_dir or default_cache_dir())
     folder = model_path if model_path.is_dir() else model_path.parent
-    if not (folder / "tokenizer.json").is_file():
+    if not os.path.lexists(folder / "tokenizer.json"):
         raise TokenizerMissing(_what_is_missing(folder))
     return folder
 
@@ -182,6 +188,12 @@ def _run_builder(file: Path, out: Path) -> None:
         raise TokenizerBuildFailed(
             f"Unpacking the tokenizer of {file.name} took more than {BUILD_DEADLINE_S:.0f} s."
         ) from error
+    if done.returncode == _NO_ROOM_STATUS:
+        raise CacheNotWritable(
+            f"Writing the tokenizer of {file.name} to {out.parent} failed "
+            f"({done.stderr.strip().rpartition(chr(10))[2]}). Make room there, or set "
+            "ONECOPY_CACHE_DIR to another folder."
+        )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise TokenizerBuildFailed(
@@ -244,5 +256,19 @@ def _obey_add_bos(file: Path, special: dict[str, Any]) -> None:
     tokenizer.save(str(file))
 
 
+def _main() -> int:
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = BUILD_BYTES if most == resource.RLIM_INFINITY else min(BUILD_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
+    try:
+        build(Path(sys.argv[1]), Path(sys.argv[2]))
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        sys.stderr.write(f"{error.strerror}\n")
+        return _NO_ROOM_STATUS
+    return 0
+
+
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(_main())

@@ -33,25 +33,26 @@ well have no experts."""
 _MAX_DEPTH: Final = 8
 
 
-def check_config(config: Mapping[str, Any], depth: int = 0) -> None:
-    """Refuse what no model has, in the config or in one inside it. Raises UnsupportedCheckpoint."""
+def check_config(config: Mapping[str, Any], where: str = "config.json", depth: int = 0) -> None:
+    """Refuse what no model has, in the config or in one inside it; `where` is told to a person.
+    Raises UnsupportedCheckpoint."""
     if depth > _MAX_DEPTH:
-        raise UnsupportedCheckpoint(f"config.json holds more than {_MAX_DEPTH} configs in another")
+        raise UnsupportedCheckpoint(f"{where} holds more than {_MAX_DEPTH} configs in another")
     if not isinstance(config.get("model_type", ""), str):
         raise UnsupportedCheckpoint(
-            f"config.json says that model_type is {_shown(config['model_type'])}, which is no name"
+            f"{where} says that model_type is {_shown(config['model_type'])}, which is no name"
         )
     for name, value in config.items():
         if isinstance(value, Mapping):
-            check_config(value, depth + 1)
+            check_config(value, where, depth + 1)
         most = next((most for pattern, most in _BOUNDS if pattern.fullmatch(name)), None)
         if most is None or value is None or isinstance(value, list):
             continue
         least = 0 if most == MAX_EXPERTS else 1
         if not isinstance(value, int) or not least <= value <= most:
             raise UnsupportedCheckpoint(
-                f"config.json says that {name} is {_shown(value)}; it can be a number from {least} "
-                f"to {most:,}"
+                f"{where} says that {name} is {_shown(value)}; it can be a number from {least} to "
+                f"{most:,}"
             )
 
 

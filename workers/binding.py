@@ -55,7 +55,13 @@ def compute_buffers(module: Any) -> None:
             buffer = owner._buffers[buffer_name]
             if buffer is not None and _has_unset(buffer):
                 raise UnsupportedCheckpoint(
-                    f"can't tell the values of the buffer {name}.{buffer_name}"
+                    f"can't tell the values of the buffer {name}.{buffer_name}: see what "
+                    "config.json says of rotations (rope)"
+                )
+            if buffer is not None and "inv_freq" in buffer_name and not buffer.isfinite().all():
+                raise UnsupportedCheckpoint(
+                    f"{name}.{buffer_name}, by which tokens are told apart, is infinite: see what "
+                    "config.json says of rotations (rope)"
                 )
 
 

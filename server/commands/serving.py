@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import resource
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -15,6 +16,7 @@ from server.commands.memory import show_memory
 from server.commands.options import (
     JsonOption,
     RuntimeDirOption,
+    fail,
     one_line_errors,
     print_json,
 )
@@ -29,6 +31,10 @@ from server.verify import MAX_PRIVATE_BYTES
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
 """What a process may take to end, beyond what it grants its running requests."""
+_MAX_OPEN_FILES: Final = 1 << 16
+_LEAST_OPEN_FILES: Final = 128
+_OPEN_FILES_AN_INSTANCE: Final = 4
+"""Of the server and of the allocator, whatever clients there are."""
 _ANSWER_S: Final = 3.0
 """What a server may take to hear that it is to end."""
 _SILENT_S: Final = 2.0
@@ -156,6 +162,7 @@ def serve(
             device=device,
             map_files=map_files,
         )
+        _allow_open_files(instances)
         asyncio.run(run_server(settings))
 
 
@@ -262,6 +269,20 @@ def stop(
             console.out.print(f"nothing runs in {directory.path}")
             return
         console.out.print(f"stopped {' and '.join(stopped)}", markup=False)
+
+
+def _allow_open_files(num_instances: int) -> None:
+    """As many as this process may have; fails where that is too few to serve with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    least = _LEAST_OPEN_FILES + _OPEN_FILES_AN_INSTANCE * num_instances
+    if most < least:
+        fail(
+            f"at most {most} files may be open at once, and {num_instances} instances need some "
+            f"{least}: raise the limit, `ulimit -n 4096`"
+        )
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _stop_server(directory: RuntimeDir, owner: Owner, *, keep_allocator: bool, now: bool) -> bool:

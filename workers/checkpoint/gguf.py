@@ -250,7 +250,7 @@ class GGUFCheckpoint:
             raise UnsupportedCheckpoint(
                 f"{self.path}: the architecture {architecture!r} is not known to transformers"
             )
-        check_config(self._config)
+        check_config(self._config, str(self.path))
         processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
         with architecture_errors(f"{self.path}: the architecture {architecture!r} can't be served"):
             self._processor = processor(config=self._config)

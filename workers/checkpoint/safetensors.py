@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from workers.architecture import check_config
 from workers.checkpoint.parameters import Parameter, Run, as_stored, parameters_of
 from workers.checkpoint.sentence_files import sentence_files
 from workers.checkpoint.source import (
@@ -37,6 +38,7 @@ from workers.model_file import file_identity, opened, read_file, read_json
 
 MAX_HEADER_BYTES: Final = 100_000_000
 MAX_ELEMENTS: Final = 1 << 60
+MAX_NAME_CHARS: Final = 1024
 MAX_TENSORS: Final = 1 << 18
 """Of a file. The largest models there are, with experts stored one by one, have some 150,000."""
 _MAX_INDEX_BYTES: Final = 64 << 20
@@ -88,8 +90,10 @@ class SafetensorsCheckpoint:
                 f"{path} holds no config.json: give a Hugging Face model folder, or a .gguf file"
             )
         self._config = read_json(config_file)
+        check_config(self._config, str(config_file))
         if quantization := self._config.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown")
+            known = quantization if isinstance(quantization, dict) else {}
+            method = str(known.get("quant_method", "unknown"))[:80]
             raise UnsupportedCheckpoint(
                 f"{path} is quantized ({method}), which can't be served yet: give the unquantized "
                 "checkpoint, or a GGUF file"
@@ -237,6 +241,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if os.path.lexists(usual := folder / "model.safetensors"):
         return [usual]  # what lies beside it is an adapter, or the same model in another layout
     files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        if os.fsencode(file).decode(errors="ignore") != str(file):
+            raise CheckpointNotFound(f"the name of {os.fsencode(file)!r} is no UTF-8: rename it")
     if files:
         return files
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -274,6 +281,8 @@ def _read_tensors(file: Path) -> dict[str, _Stored]:
         raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
     found: dict[str, _Stored] = {}
     expected = 0
+    if max(map(len, entries), default=0) > MAX_NAME_CHARS:
+        raise CheckpointCorrupt(f"{file} holds a tensor whose name has no end")
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
         if entry.dtype not in _DTYPES:
