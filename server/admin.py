@@ -21,16 +21,17 @@ from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet, Instance, State
 from server.metrics import CONTENT_TYPE, scrape
 from server.model_files import ModelWatch
+from server.reload import CannotReload, Reloader
 from server.router import Router
 from server.settings import Settings
 from server.sleep import CannotSleep, Sleeper
 
 ADMIN_PATHS: Final = frozenset(
-    {"/status", "/instances", "/allocator", "/sleep", "/stop", "/metrics"}
+    {"/status", "/instances", "/allocator", "/sleep", "/reload", "/stop", "/metrics"}
 )
 _TIMEOUT_S: Final = 10.0
 _SLEEP_TIMEOUT_S: Final = 3600.0
-"""Moving weights takes as long as they are large."""
+"""Moving weights, or loading them, takes as long as they are large."""
 
 
 class InstanceStatus(BaseModel):
@@ -104,6 +105,7 @@ def create_admin_app(
     sleeper: Sleeper,
     allocator: AllocatorProcess,
     watch: ModelWatch,
+    reloader: Reloader,
     ask_to_stop: Callable[[bool], None],
     settings: Settings,
     url: str,
@@ -118,7 +120,7 @@ def create_admin_app(
             pid=os.getpid(),
             url=url,
             model=settings.served_model_name,
-            path=str(settings.model),
+            path=str(fleet.model),
             num_wanted=fleet.num_wanted,
             num_replaced=fleet.num_replaced,
             draining=router.draining,
@@ -148,6 +150,14 @@ def create_admin_app(
         try:
             await (sleeper.sleep(wish.level) if wish.level else sleeper.wake())
         except CannotSleep as error:
+            raise HTTPException(409, str(error)) from error
+        return await status()
+
+    @app.put("/reload")
+    async def reload() -> ServerStatus:
+        try:
+            await reloader.reload()
+        except CannotReload as error:
             raise HTTPException(409, str(error)) from error
         return await status()
 
@@ -219,6 +229,10 @@ class AdminClient:
         """Let the allocator go on when the server ends."""
         return self._request("PUT", "/allocator", {"keep": True})
 
+    def reload(self) -> ServerStatus:
+        """Serve the model as it lies on disk now; answered once that is so. Raises CannotReload."""
+        return self._request("PUT", "/reload", None, _SLEEP_TIMEOUT_S, CannotReload)
+
     def stop(self, *, now: bool) -> ServerStatus:
         """Ask the server to end after its requests, or `now`; what it said of itself then."""
         return self._request("PUT", "/stop", {"now": now})
@@ -226,7 +240,7 @@ class AdminClient:
     def sleep(self, level: int) -> ServerStatus:
         """Put the model to sleep (1 or 2), or wake it (0); answered once that is so. Raises
         CannotSleep."""
-        return self._request("PUT", "/sleep", {"level": level}, _SLEEP_TIMEOUT_S)
+        return self._request("PUT", "/sleep", {"level": level}, _SLEEP_TIMEOUT_S, CannotSleep)
 
     def _request(
         self,
@@ -234,7 +248,9 @@ class AdminClient:
         path: str,
         body: dict[str, int] | None = None,
         timeout_s: float | None = None,
+        refused: type[Exception] = AdminError,
     ) -> ServerStatus:
+        """What the server answers; a refusal is raised as `refused`."""
         timeout = httpx.Timeout(self._timeout_s, read=timeout_s or self._timeout_s)
         try:
             with httpx.Client(
@@ -260,7 +276,7 @@ class AdminClient:
                 f"{method} {path} ({error}): its log says why, if it still runs"
             ) from error
         if answer.status_code == HTTPStatus.CONFLICT:
-            raise CannotSleep(answer.json()["detail"])
+            raise refused(answer.json()["detail"])
         try:
             answer.raise_for_status()
             return ServerStatus.model_validate_json(answer.content)

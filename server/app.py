@@ -15,22 +15,22 @@ from fastapi.responses import JSONResponse, Response
 
 from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, embeddings, errors, models
-from server.openai.admission import Serving
+from server.openai.admission import Current, Serving
 from server.openai.body_limit import BodyLimit
 
-__all__ = ["MAX_BODY_BYTES", "Serving", "create_app"]
+__all__ = ["MAX_BODY_BYTES", "Current", "Serving", "create_app"]
 
 MAX_BODY_BYTES: Final = 32 << 20
 
 
 def create_app(
-    serving: Serving,
+    current: Current,
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics: Callable[[], bytes] | None = None,
 ) -> FastAPI:
-    """The app for one served model. It owns nothing that needs closing. `metrics` makes what a
-    Prometheus scrape gets; it may block."""
+    """The app for one served model, as it is at the moment. It owns nothing that needs closing.
+    `metrics` makes what a Prometheus scrape gets; it may block."""
     app = FastAPI(
         title="onecopy",
         version=_version(),
@@ -41,15 +41,16 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     errors.install(app)
     for routes in (completions.routes, chat.routes, embeddings.routes, models.routes):
-        app.include_router(routes(serving))
+        app.include_router(routes(current))
 
     @app.get("/health")
     async def health() -> Response:
         """200 while at least one instance answers requests, else 503."""
-        num_ready = serving.generator.num_ready
+        generator = current().generator
+        num_ready = generator.num_ready
         if num_ready:
             return JSONResponse({"status": "ok", "num_ready": num_ready})
-        status = "asleep" if serving.generator.asleep else "not_ready"
+        status = "asleep" if generator.asleep else "not_ready"
         return JSONResponse({"status": status, "num_ready": 0}, status_code=503)
 
     @app.get("/version")

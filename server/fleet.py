@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+import msgspec
+
 from allocator import RuntimeDir
 from server.settings import Settings
-from server.tokenizer_files import tokenizer_file
 from workers.client import Engines, Forkserver, ForkserverBusy, ForkserverEnded
 from workers.messages import (
     Drain,
@@ -59,11 +60,15 @@ class Instance:
 
     name: str
     requested_at: float
+    epoch: int = 0
+    """Which state of the model it serves; see `Fleet.epoch`."""
     state: State = "starting"
     pid: int | None = None
     ready: Ready | None = None
     loading: Loading | None = None
     load: StepOutput | None = None
+    start_error: str | None = None
+    """Why it could not start, in its own words."""
     requests: set[str] = field(default_factory=set)
     """Ids of the requests that were sent to it and have not ended."""
 
@@ -93,11 +98,16 @@ class Fleet:
         settings: Settings,
         runtime_dir: RuntimeDir,
         listeners: Listeners,
-        tokenizer: Path | None = None,
+        tokenizer: Path,
     ):
-        """`tokenizer` is where the model's tokenizer.json is kept, if not beside it."""
+        """`tokenizer` is where instances find the model's tokenizer.json."""
         self._settings = settings
-        self._tokenizer = tokenizer or tokenizer_file(settings.model)
+        self.model = settings.model
+        """Where the model lies that is served now."""
+        self._tokenizer = tokenizer
+        self.epoch = 0
+        """Goes up whenever the model is loaded anew. An instance, and a request, is for the model
+        as it was at one of them."""
         self._runtime_dir = runtime_dir
         self._listeners = listeners
         self._engines = Engines(runtime_dir.engines)
@@ -154,7 +164,7 @@ class Fleet:
     async def wait_ready(self) -> None:
         """Until as many instances are ready as are wanted, which may change meanwhile. Raises
         StartError if the first one can't start."""
-        while len(self.ready_instances) < self.num_wanted:
+        while sum(one.epoch == self.epoch for one in self.ready_instances) < self.num_wanted:
             if self.start_error is not None:
                 raise StartError(self.start_error)
             await self.change()
@@ -189,10 +199,65 @@ class Fleet:
         """Change how many instances there should be. Surplus ones, the youngest first, are drained:
         they end when their requests have."""
         self.num_wanted = num_instances
-        surplus = [one for one in self.instances if one.state != "draining"][num_instances:]
+        surplus = self._counted()[num_instances:]
         for instance in surplus:
             await self._drain_instance(instance)
         self._fill_up()
+
+    # --- the model as it lies on disk now, in place of the one that is served
+
+    async def try_out(self, model: Path, tokenizer: Path) -> Instance:
+        """An instance of what lies at `model`, loaded and ready; it serves nobody yet. Raises
+        StartError, and then nothing of it is left."""
+        if self._forkserver is None:
+            raise StartError("the process that instances are forked from is not up: try again")
+        instance = self._new_instance(self.epoch + 1)
+        spec = msgspec.structs.replace(
+            self._spec(instance),
+            model=str(model),
+            tokenizer=str(tokenizer),
+            weight_set="",
+            eos_token_ids=None,
+        )
+        try:
+            self._forkserver.start(spec)
+        except (ForkserverBusy, ForkserverEnded) as error:
+            raise StartError("no instance can be started at the moment: try again") from error
+        self._instances[instance.name] = instance
+        self._tell_of_change()
+        try:
+            while instance.state in ("starting", "loading"):
+                await self.change()
+        except BaseException:
+            if instance.state in ("starting", "loading"):
+                await self._drain_instance(instance)
+            raise
+        if instance.state != "ready":
+            raise StartError(instance.start_error or "its instance ended before it was ready")
+        return instance
+
+    def switch_to(self, instance: Instance, model: Path, tokenizer: Path) -> None:
+        """From now on the model is what this instance, which was tried out, serves. Others of it
+        are started; those of before go on until `retire`."""
+        if instance.ready is None or instance.state != "ready":
+            raise StartError("the instance that was tried out ended: try again")
+        self.model, self._tokenizer = model, tokenizer
+        self.epoch = instance.epoch
+        self.facts = instance.ready.facts
+        self.weight_set = instance.ready.weight_set
+        self._metadata = instance.ready.metadata
+        self.start_error = None
+        self._fill_up()
+
+    def num_before(self, epoch: int) -> int:
+        """Instances of the model as it was before."""
+        return sum(one.epoch < epoch for one in self.instances)
+
+    async def retire(self) -> None:
+        """Let the instances of the model as it was before finish their requests and end."""
+        for instance in self.instances:
+            if instance.epoch != self.epoch and instance.state != "draining":
+                await self._drain_instance(instance)
 
     async def sleep(self, timeout_s: float) -> bool:
         """End all instances after their requests, and start none until `wake`. False where some
@@ -248,7 +313,7 @@ class Fleet:
 
     async def _watch_forkserver(self) -> None:
         while not self._draining:
-            model, dtype = str(self._settings.model), self._settings.dtype
+            model, dtype = str(self.model), self._settings.dtype
             self._forkserver = Forkserver.launch(model, dtype, self._metadata)
             up = None
             try:
@@ -309,14 +374,16 @@ class Fleet:
                     if instance.state == "draining":  # it was not there yet when it was told first
                         await self.send(instance, Drain())
                 case StartFailed(message=text) if instance.state != "ready":
-                    self.start_error = text
+                    instance.start_error = text
+                    if instance.epoch == self.epoch:
+                        self.start_error = text
                     log.error("instance %s can't start: %s", name, text)
                     self._tell_of_change()
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
         instance.pid = message.pid
-        if self.weight_set is None:
+        if self.weight_set is None and instance.epoch == self.epoch:
             self.facts = message.facts
             self.weight_set = message.weight_set
             self._metadata = message.metadata
@@ -342,7 +409,7 @@ class Fleet:
             log.info("instance %s ended: %s", instance.name, how)
         else:
             log.warning("instance %s, %s, ended: %s", instance.name, was, how)
-        if was in ("starting", "loading"):
+        if was in ("starting", "loading") and instance.epoch == self.epoch:
             self._num_failures += 1
             if self.facts is None and self.start_error is None:
                 self.start_error = (
@@ -367,11 +434,8 @@ class Fleet:
         # The first one alone: it loads the weights, or shows that they can't be served; the others
         # then attach, instead of waiting for it on the same cores.
         wanted = self.num_wanted if self.facts is not None else 1
-        missing = wanted - sum(one.state != "draining" for one in self.instances)
-        for _ in range(missing):
-            name = f"i{self._num_named}"
-            self._num_named += 1
-            instance = Instance(name, requested_at=time.monotonic())
+        for _ in range(wanted - len(self._counted())):
+            instance = self._new_instance(self.epoch)
             try:
                 self._forkserver.start(self._spec(instance))
             except ForkserverEnded:  # the watcher sees it too, and starts all over
@@ -380,8 +444,19 @@ class Fleet:
                 log.warning("the forkserver does not read: asking for an instance again")
                 self._try_again_later()
                 return
-            self._instances[name] = instance
+            self._instances[instance.name] = instance
         self._tell_of_change()
+
+    def _counted(self) -> list[Instance]:
+        """Those that count for how many there should be, oldest first."""
+        return [
+            one for one in self.instances if one.state != "draining" and one.epoch == self.epoch
+        ]
+
+    def _new_instance(self, epoch: int) -> Instance:
+        name = f"i{self._num_named}"
+        self._num_named += 1
+        return Instance(name, requested_at=time.monotonic(), epoch=epoch)
 
     def _try_again_later(self) -> None:
         if self._retry is not None:
@@ -395,7 +470,7 @@ class Fleet:
             name=instance.name,
             runtime_dir=str(self._runtime_dir.path),
             engines=self._runtime_dir.engines,
-            model=str(settings.model),
+            model=str(self.model),
             served_model_name=settings.served_model_name,
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,

@@ -19,6 +19,7 @@ class KeptFile:
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
+        self._closed = False
 
     @classmethod
     def of(cls, file: Path, max_bytes: int = MAX_TOKENIZER_BYTES) -> Self:
@@ -36,5 +37,7 @@ class KeptFile:
         return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def close(self) -> None:
-        """The content goes with its last reader."""
-        os.close(self._descriptor)
+        """The content goes with its last reader. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            os.close(self._descriptor)

@@ -32,6 +32,38 @@ _HOMELESS_S: Final = 60.0
 """How long a request waits for a new instance when there is none left."""
 
 
+class ModelAsItWas:
+    """The router, for requests for the model as it is at one moment, whatever is loaded later. See
+    `server.generation.Generator`."""
+
+    def __init__(self, router: "Router"):
+        self._router = router
+        self._epoch = router.epoch
+        self.facts = router.facts
+
+    @property
+    def num_ready(self) -> int:
+        return self._router.num_ready
+
+    @property
+    def asleep(self) -> bool:
+        return self._router.asleep
+
+    async def submit(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        options: RequestOptions = NO_OPTIONS,
+    ) -> Stream:
+        return await self._router.submit(request_id, token_ids, sampling, options, self._epoch)
+
+    async def embed(
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
+    ) -> list[bytes]:
+        return await self._router.embed(request_id, inputs, dimensions, self._epoch)
+
+
 class Router:
     """Admission, least-loaded choice, and moving requests off instances that ended."""
 
@@ -55,8 +87,13 @@ class Router:
 
     @property
     def num_ready(self) -> int:
-        """Instances that answer requests now."""
-        return len(self._instances())
+        """Instances that answer new requests now."""
+        return len(self._instances(self.epoch))
+
+    @property
+    def epoch(self) -> int:
+        """Of the model as it is served now."""
+        return self._fleet.epoch if self._fleet is not None else 0
 
     @property
     def asleep(self) -> bool:
@@ -81,27 +118,35 @@ class Router:
         token_ids: Sequence[int],
         sampling: SamplingParams,
         options: RequestOptions = NO_OPTIONS,
+        epoch: int | None = None,
     ) -> Stream:
-        """Start a sequence on the least loaded instance. Raises NotReady or Overloaded."""
-        self._admit()
-        stream = Stream(self, request_id, tuple(token_ids), sampling, options)
+        """Start a sequence on the least loaded instance, of the model as it was at `epoch`. Raises
+        NotReady or Overloaded."""
+        epoch = self.epoch if epoch is None else epoch
+        self._admit(epoch)
+        stream = Stream(self, request_id, tuple(token_ids), sampling, options, epoch)
         await self._start(stream)
         return stream
 
     async def embed(
-        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
+        self,
+        request_id: str,
+        inputs: Sequence[Sequence[int]],
+        dimensions: int = 0,
+        epoch: int | None = None,
     ) -> list[bytes]:
         """The vectors of all `inputs`, spread over the instances. Raises ServerError; if cancelled,
         all is aborted."""
-        self._admit()
+        epoch = self.epoch if epoch is None else epoch
+        self._admit(epoch)
         with self._spread():
-            return await embedding.embed(self, request_id, inputs, dimensions)
+            return await embedding.embed(self, request_id, inputs, dimensions, epoch)
 
     async def place_embedding(
-        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int, epoch: int
     ) -> Embedding:
         """Start a part of a request that was admitted."""
-        part = Embedding(self, request_id, inputs, dimensions)
+        part = Embedding(self, request_id, inputs, dimensions, epoch)
         try:
             await self._start(part)
         except BaseException:  # whoever asked is gone
@@ -109,13 +154,19 @@ class Router:
             raise
         return part
 
-    def _admit(self) -> None:
+    def num_streams_before(self, epoch: int) -> int:
+        """Requests for the model as it was before."""
+        return sum(one.epoch < epoch for one in self._streams.values())
+
+    def _admit(self, epoch: int) -> None:
         """Raises NotReady or Overloaded."""
         if self.draining:
             raise NotReady("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
         if self.asleep:
             raise Asleep("the model sleeps: wake it with `onecopy wake`", retry_after_s=_ASLEEP_S)
-        instances = self._instances()
+        instances = self._instances(epoch)
+        if not instances and epoch != self.epoch:
+            raise NotReady("the model was loaded anew just now: ask again", retry_after_s=1)
         if not instances:
             raise NotReady("no instance is ready at the moment", retry_after_s=_RETRY_AFTER_S)
         room = len(instances) * self._settings.max_num_seqs + self._settings.max_queued
@@ -171,11 +222,12 @@ class Router:
 
     # --- placing
 
-    def _instances(self) -> list[Instance]:
-        return self._fleet.ready_instances if self._fleet is not None else []
+    def _instances(self, epoch: int) -> list[Instance]:
+        ready = self._fleet.ready_instances if self._fleet is not None else []
+        return [one for one in ready if one.epoch == epoch]
 
     async def _place(self, stream: Request) -> None:
-        while not stream.ended and (instances := self._instances()):
+        while not stream.ended and (instances := self._instances(stream.epoch)):
             instance = min(instances, key=lambda one: len(one.requests))
             stream.instance = instance
             instance.requests.add(stream.request_id)
@@ -187,9 +239,14 @@ class Router:
             if stream.instance is not instance:
                 return
             stream.instance = None
-            if instance in self._instances():
+            if instance in self._instances(stream.epoch):
                 break  # not connected, though ready: wait for what the fleet finds out
-        if not stream.ended:
+        if not stream.ended and stream.epoch != self.epoch:
+            stream.fail(
+                InstanceFailed("the model was loaded anew, and the last instance of before ended")
+            )
+            self._end(stream)
+        elif not stream.ended:
             self._homeless.append(stream)
             loop = asyncio.get_running_loop()
             loop.call_later(_HOMELESS_S, self._give_up, stream, stream.num_moves)
@@ -234,7 +291,7 @@ class Router:
         """An idle instance takes it at once. Else it waits for the one that replaces its own, which
         takes a fraction of a second: joining a busy instance would slow that one's streams, change
         how their sums are rounded, and queue behind them if it is full."""
-        idle = [one for one in self._instances() if not one.requests]
+        idle = [one for one in self._instances(stream.epoch) if not one.requests]
         log.info("request %s moves to %s", stream.request_id, "an idle one" if idle else "the next")
         if idle:
             self._move(stream)

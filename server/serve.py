@@ -26,16 +26,16 @@ from server.app import Serving, create_app
 from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet
+from server.generation import SamplingDefaults
 from server.handed_out import seen
-from server.kept_file import KeptFile
+from server.loaded_text import KeptTokenizer, LoadedText
 from server.metrics import scrape
 from server.model_files import ModelFiles, ModelWatch
-from server.router import Router
+from server.reload import Reloader
+from server.router import ModelAsItWas, Router
 from server.settings import Settings
 from server.sleep import Sleeper
 from server.text import Text
-from server.tokenizer_check import try_tokenizer
-from server.tokenizer_files import tokenizer_folder
 from workers.messages import Task
 
 log = logging.getLogger("onecopy.server")
@@ -53,11 +53,9 @@ async def serve(settings: Settings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
         files = await asyncio.to_thread(ModelFiles.at, settings.model, settings.model_given)
-        tokenizer = None
-        if settings.model.is_dir():  # a tokenizer that is missing is no reason to load first
-            kept = KeptFile.of(tokenizer_folder(settings.model) / "tokenizer.json")
-            stack.callback(kept.close)
-            tokenizer = kept.path
+        # A tokenizer that is missing is no reason to load first.
+        tokenizer = await asyncio.to_thread(KeptTokenizer.of, settings.model)
+        stack.callback(tokenizer.close)
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)
         http_socket, url = _bind(settings)
@@ -69,34 +67,31 @@ async def serve(settings: Settings) -> None:
         await allocator.find_or_start()
 
         router = Router(settings)
-        fleet = Fleet(settings, runtime_dir, router.listeners, tokenizer)
+        fleet = Fleet(settings, runtime_dir, router.listeners, tokenizer.path)
         router.bind(fleet)
         stack.push_async_callback(fleet.close)
         fleet.launch()
-        sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s)
-        watch = ModelWatch(files)
+        turn, watch = asyncio.Lock(), ModelWatch(files)
+        served = _Served(settings, router)
+        sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s, turn)
+        reloader = Reloader(settings.model_named, fleet, router, watch, turn, served.serve)
         admin_app = create_admin_app(
-            fleet, router, sleeper, allocator, watch, stop.ask, settings, url
+            fleet, router, sleeper, allocator, watch, reloader, stop.ask, settings, url
         )
         admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
         await admin.start()
 
-        text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings, tokenizer))
+        text_task = asyncio.create_task(asyncio.to_thread(LoadedText.of, tokenizer))
         stack.push_async_callback(_settled, text_task)
         if not await stop.unless_stopped(_started(fleet, settings, text_task)):
             return
-        text = await text_task
-        stack.callback(text.close)
+        stack.callback(served.close)
+        stack.push_async_callback(reloader.close)
+        served.serve(await text_task, settings.sampling_defaults)
         app = create_app(
-            Serving(
-                generator=router,
-                text=text,
-                model_name=settings.served_model_name,
-                created=int(time.time()),
-                sampling_defaults=settings.sampling_defaults,
-            ),
+            served.current,
             metrics=lambda: scrape(runtime_dir, InstanceFigures(lambda: fleet.instances)),
         )
         http = _HTTPServer(app, http_socket)
@@ -104,6 +99,7 @@ async def serve(settings: Settings) -> None:
         stack.callback(router.give_up_all)
         await http.start()
         lock.announce(url)
+        text = served.current().text
         await _print_ready(admin_app, settings, url, text, router.facts.task)
         watching = asyncio.create_task(allocator.watch())
         await stop.unless_stopped(fleet.run())
@@ -117,7 +113,40 @@ async def serve(settings: Settings) -> None:
             log.warning("stopped without waiting")
 
 
-async def _started(fleet: Fleet, settings: Settings, text: "asyncio.Task[Text]") -> None:
+class _Served:
+    """What is served now, and what was before."""
+
+    def __init__(self, settings: Settings, router: Router):
+        self._settings = settings
+        self._router = router
+        self._created = int(time.time())
+        self._loaded: LoadedText | None = None
+        self._serving: Serving | None = None
+
+    def serve(self, loaded: LoadedText, sampling: SamplingDefaults) -> LoadedText | None:
+        """From now on requests are for the fleet's model as it is now, with this text. Gives back
+        that of before."""
+        before, self._loaded = self._loaded, loaded
+        self._serving = Serving(
+            generator=ModelAsItWas(self._router),
+            text=loaded.text,
+            model_name=self._settings.served_model_name,
+            created=self._created,
+            sampling_defaults=sampling,
+        )
+        return before
+
+    def current(self) -> Serving:
+        """Once the first model is served."""
+        assert self._serving is not None  # noqa: S101 - requests come after it
+        return self._serving
+
+    def close(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
+
+
+async def _started(fleet: Fleet, settings: Settings, text: "asyncio.Task[LoadedText]") -> None:
     """Until the instances are ready; or what is wrong with the tokenizer, as soon as it shows."""
     with console.StartDisplay(settings.served_model_name) as display:
         waiting = asyncio.create_task(fleet.wait_ready())
@@ -143,15 +172,9 @@ async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
     await fleet.drain(max(1.0, deadline - time.monotonic()))
 
 
-async def _settled(task: "asyncio.Task[Text]") -> None:
+async def _settled(task: "asyncio.Task[LoadedText]") -> None:
     """Until it has ended. Its error is of no interest to who waits for this."""
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _load_text(settings: Settings, tokenizer: Path | None) -> Text:
-    folder = tokenizer_folder(settings.model)
-    try_tokenizer(tokenizer or folder / "tokenizer.json", folder / "tokenizer.json")
-    return Text.load(folder, tokenizer_file=tokenizer)
 
 
 async def _print_ready(

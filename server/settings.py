@@ -20,8 +20,10 @@ class Settings(BaseModel):
 
     model: Path
     served_model_name: str
+    model_named: str = ""
+    """As a person named it: what `onecopy reload` looks for again."""
     model_given: Path | None = None
-    """As a person gave it, with the links that led to `model`."""
+    """As a person gave it, if as a path, with the links that led to `model`."""
     runtime_dir: Path
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)

@@ -197,8 +197,8 @@ def _run_builder(file: Path, out: Path) -> None:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise TokenizerBuildFailed(
-            f"The tokenizer of {file.name} can't be unpacked: {last[:500]}. Give a Hugging Face "
-            "folder with tokenizer.json instead."
+            f"The tokenizer of {file.name} can't be unpacked: {last[:500]}. Download the file "
+            "again, or give a Hugging Face folder with tokenizer.json instead."
         )
 
 

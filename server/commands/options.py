@@ -24,6 +24,7 @@ from server.memory import NoSuchModel
 from server.model_source import ModelNotFound
 from server.plan import PlanFailed
 from server.proof import NothingToProve
+from server.reload import CannotReload
 from server.serve import AddressInUse
 from server.sleep import CannotSleep
 from workers import CheckpointError
@@ -58,6 +59,7 @@ def one_line_errors() -> Iterator[None]:
         AddressInUse,
         AdminError,
         AllocatorError,
+        CannotReload,
         CannotSleep,
         CheckpointError,
         ModelNotFound,

@@ -140,6 +140,7 @@ def serve(
         source = find_model(model)
         settings = Settings(
             model=source.path,
+            model_named=str(source.given or model),
             model_given=source.given,
             served_model_name=served_model_name or source.name,
             runtime_dir=RuntimeDir.open(runtime_dir).path,
@@ -213,6 +214,16 @@ def ps(
             return
         console.out.print(console.server_line(status), markup=False)
         console.out.print(console.instances_table(status, memories))
+
+
+def reload(runtime_dir: RuntimeDirOption = None) -> None:
+    """Serve the model as it lies on disk now: new instances are started on it, then those of before
+    end after their requests. What can't be loaded leaves the model as it is served."""
+    with one_line_errors():
+        admin = AdminClient(RuntimeDir.open(runtime_dir, create=False))
+        with console.err.status("loading the model anew"):
+            status = admin.reload()
+        console.out.print(f"{status.model} is served as it lies at {status.path} now", markup=False)
 
 
 def verify(

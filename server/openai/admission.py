@@ -4,7 +4,7 @@ Invariant: of a request's sequences all are started or none. Knows neither how p
 nor what becomes of the answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
@@ -25,13 +25,18 @@ _OTHER_TASK: Final[Mapping[Task, str]] = {
 
 @dataclass(frozen=True)
 class Serving:
-    """All that the HTTP side needs: the one model that is served, and how."""
+    """All that the HTTP side needs: the one model that is served, and how. A request keeps to the
+    one that it began with, also where another is served meanwhile."""
 
     generator: Generator
     text: Text
     model_name: str
     created: int  # when the server began to serve it, in seconds since 1970
     sampling_defaults: SamplingDefaults = NO_ADVICE
+
+
+Current = Callable[[], Serving]
+"""What is served now."""
 
 
 def new_id(prefix: str) -> str:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.errors import InvalidRequest
-from server.openai.admission import Serving, check_request, new_id, submit_all
+from server.openai.admission import Current, Serving, check_request, new_id, submit_all
 from server.openai.answer import Answer, EventStream, collect
 from server.openai.logprobs import completion_logprobs, prompt_logprobs
 from server.openai.replies import Completion, CompletionChoice, Usage
@@ -33,11 +33,12 @@ class _Prompt:
     token_ids: list[int]
 
 
-def routes(serving: Serving) -> APIRouter:
+def routes(current: Current) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        serving = current()
         check_request(serving, body)
         facts = serving.generator.facts
         grammar = await grammar_for(body)

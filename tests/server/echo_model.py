@@ -161,7 +161,7 @@ def logprobs_of(token: int, count: int | None) -> TokenLogprobs:
 def echo_server(model: EchoModel, text: Text) -> Iterator[str]:
     """The server over the model, at this address."""
     serving = Serving(generator=model, text=text, model_name=NAME, created=1_700_000_000)
-    app = create_app(serving, max_body_bytes=1 << 20)
+    app = create_app(lambda: serving, max_body_bytes=1 << 20)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
