@@ -282,9 +282,10 @@ class _HTTPServer(uvicorn.Server):
                 self._serving.result()
             except OSError as error:  # bound before, and another has begun to listen meanwhile
                 name = self._bound.getsockname()
+                shown = name if isinstance(name, str) else f"{name[0]}:{name[1]}"
                 raise AddressInUse(
-                    f"can't serve on {name}: {error.strerror}. Choose another --port, or stop what "
-                    "uses it."
+                    f"can't serve on {shown}: {error.strerror}. Choose another --port, or stop "
+                    "what uses it."
                 ) from error
 
     async def close(self) -> None:
@@ -313,6 +314,8 @@ def _bind(settings: Settings) -> tuple[socket.socket, str]:
 
 
 def _bind_unix(path: Path) -> socket.socket:
+    if os.fsencode(path).decode(errors="ignore") != str(path):
+        raise AddressInUse(f"the name of {os.fsencode(path)!r} is no UTF-8: choose another --uds")
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

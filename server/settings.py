@@ -3,10 +3,11 @@
 Knows nothing of where the values come from (command line, environment).
 """
 
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from server.generation import NO_ADVICE, SamplingDefaults
 
@@ -17,6 +18,17 @@ class Settings(BaseModel):
     """One server. Lengths are in tokens, times in seconds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        """Names and paths travel as text."""
+        if isinstance(value, str | Path):
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{os.fsencode(value)!r} is no UTF-8") from error
+        return value
 
     model: Path
     served_model_name: str

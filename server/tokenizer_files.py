@@ -124,6 +124,11 @@ def _key(file: Path) -> str:
 
 
 def _final_folder(file: Path, cache_dir: Path) -> Path:
+    if os.fsencode(cache_dir).decode(errors="ignore") != str(cache_dir):
+        raise CacheNotWritable(
+            f"The name of the cache {os.fsencode(cache_dir)!r} is no UTF-8. Set ONECOPY_CACHE_DIR "
+            "to another folder."
+        )
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem)[:64]
     return cache_dir / "tokenizers" / f"{stem}-{_key(file)}"
 

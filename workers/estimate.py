@@ -88,7 +88,7 @@ def main() -> int:
         )
     except WorkerError as error:
         return _failed(str(error))
-    except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001
         # The architectures are not our code: whatever building one raises is shown to a person.
         return _failed(f"{arguments.model} can't be laid out: {type(error).__name__}: {error}")
     sys.stdout.write(msgspec.json.encode(found).decode() + "\n")

@@ -71,11 +71,16 @@ def one_line_errors() -> Iterator[None]:
     ) as error:
         fail(str(error))
     except ValidationError as error:
-        fail("; ".join(f"--{e['loc'][0]}: {e['msg']}" for e in error.errors()))
+        fail("; ".join(f"--{_option(e['loc'][0])}: {e['msg']}" for e in error.errors()))
     except BrokenPipeError:
         raise  # of whoever reads our output
     except OSError as error:
         fail(_about(error))
+
+
+def _option(field: object) -> str:
+    """As it is called on the command line."""
+    return str(field).replace("_", "-")
 
 
 def _about(error: OSError) -> str:
