@@ -387,8 +387,9 @@ class Fleet:
             self.facts = message.facts
             self.weight_set = message.weight_set
             self._metadata = message.metadata
-        self._num_failures = 0
-        self.start_error = None
+        if instance.epoch == self.epoch:
+            self._num_failures = 0
+            self.start_error = None
         if instance.state != "draining":
             instance.move("ready")
             self._listeners.ready(instance)
