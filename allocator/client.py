@@ -5,10 +5,11 @@ allocator is gone every call says so, while mapped memory stays valid, and a suc
 the session goes on with it. Thread-safe. A forked child can't use it, nor harm it.
 """
 
+import itertools
 import os
 import pwd
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
@@ -23,6 +24,7 @@ from allocator.messages import (
     Hello,
     LowerTier,
     Regions,
+    SegmentHandedOut,
     Share,
     Statistics,
 )
@@ -86,17 +88,19 @@ class Client:
     def open_weight_set(
         self,
         key: str,
-        fingerprint: Mapping[str, str],
+        fingerprint: Mapping[str, str] | None,
         *,
         timeout_s: float = 3600.0,
         on_wait: OnWait | None = None,
     ) -> WeightSetReader | WeightSetWriter:
         """Read the set where it is sealed, waking it where it sleeps; be its writer where nobody
-        is; else wait.
+        is; else wait. Without a fingerprint: whatever has that key, if there is something.
 
-        Raises FingerprintMismatch, WaitTimeout after `timeout_s`, AllocatorGone.
+        Raises FingerprintMismatch, WaitTimeout after `timeout_s`, AllocatorGone; without a
+        fingerprint UnknownWeightSet.
         """
-        return self._open(key, dict(fingerprint), timeout_s, on_wait)
+        given = None if fingerprint is None else dict(fingerprint)
+        return self._open(key, given, timeout_s, on_wait)
 
     def wake(self, key: str, *, timeout_s: float = 3600.0, on_wait: OnWait | None = None) -> None:
         """Bring a sleeping set back to the device, where it is idle then. Raises UnknownWeightSet,
@@ -205,6 +209,14 @@ class Client:
     def events(self, after: int = 0) -> tuple[Event, ...]:
         """What happened after event number `after`, as far as the history goes."""
         return self.request(messages.GetEvents(after=after), messages.Events).events
+
+    def handed_out(self) -> Iterator[SegmentHandedOut]:
+        """Every segment and file that clients of this device may map."""
+        for page in itertools.count():
+            found = self.request(messages.GetSegments(page=page), messages.Segments)
+            yield from found.segments
+            if not found.more:
+                return
 
     def check_integrity(self) -> None:
         """Let the daemon check all its invariants. One that finds a broken one ends."""

@@ -54,6 +54,7 @@ from allocator.messages import (
     GetEvents,
     GetHoldings,
     GetRegions,
+    GetSegments,
     GetStatistics,
     Message,
     Reply,
@@ -67,7 +68,12 @@ from allocator.records import JOURNAL_VERSION, RunBegan, SessionBegan, SessionEn
 from allocator.runtime_dir import RuntimeDir
 from allocator.sessions import Session, Sessions
 from allocator.state_journal import StateJournal
-from allocator.statistics import device_regions, device_statistics, session_holdings
+from allocator.statistics import (
+    device_regions,
+    device_segments,
+    device_statistics,
+    session_holdings,
+)
 from allocator.weight_set import ReplyTo, WeightSet
 
 log = logging.getLogger("onecopy.allocator")
@@ -409,6 +415,8 @@ class Daemon:
                 return device_regions(device, self._sessions)
             case GetHoldings(page=page):
                 return session_holdings(device, session, page)
+            case GetSegments(page=page):
+                return device_segments(device, page)
             case GetEvents(after=after):
                 return Events(events=self._history.after(after))
             case _:

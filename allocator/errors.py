@@ -19,16 +19,16 @@ class AllocatorGone(AllocatorError):
     code = "allocator_gone"
 
 
+class AllocatorSilent(AllocatorGone):
+    """An allocator is there, and does not answer in time; or did not, and was not asked again."""
+
+    code = "allocator_silent"
+
+
 class Unanswered(AllocatorGone):
     """The allocator ended before it answered: nobody knows whether it did what was asked."""
 
     code = "unanswered"
-
-
-class AllocatorSilent(AllocatorGone):
-    """The allocator does not answer, and this client does not wait for it: nothing was asked."""
-
-    code = "allocator_silent"
 
 
 class RuntimeDirError(AllocatorError):

@@ -6,26 +6,31 @@ owner can reach it (the directory is 0700). Knows nothing of prompts.
 
 import os
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final, Literal
 
 import httpx
 from fastapi import FastAPI, HTTPException, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from allocator import RuntimeDir
 from server.daemons import AllocatorProcess
 from server.fleet import Fleet
 from server.instance import Instance, State
 from server.metrics import CONTENT_TYPE, Metrics
+from server.model_files import ModelWatch
+from server.reload import CannotReload, Reloader
 from server.router import Router
 from server.settings import Settings
 from server.sleep import CannotSleep, Sleeper
 
-ADMIN_PATHS: Final = frozenset({"/status", "/instances", "/allocator", "/sleep", "/metrics"})
+ADMIN_PATHS: Final = frozenset(
+    {"/status", "/instances", "/allocator", "/sleep", "/reload", "/stop", "/metrics"}
+)
 _TIMEOUT_S: Final = 10.0
 _SLEEP_TIMEOUT_S: Final = 3600.0
-"""Moving weights takes as long as they are large."""
+"""Moving weights, or loading them, takes as long as they are large."""
 
 
 class InstanceStatus(BaseModel):
@@ -87,6 +92,10 @@ class ServerStatus(BaseModel):
     forkserver_is_up: bool
     """Whether it has imported what instances need, so that one can be started."""
     allocator: AllocatorStatus
+    changed_files: list[str]
+    """What lies at `path` is no longer what is served: a line for each file."""
+    start_error: str | None
+    """Why instances can't start, since the last one that could."""
     instances: list[InstanceStatus]
 
 
@@ -102,6 +111,12 @@ class Scale(BaseModel):
     num_instances: int = Field(ge=1, le=256)
 
 
+class Stop(BaseModel):
+    """Whether running requests are cut off. Asked again, the same goes on."""
+
+    now: bool
+
+
 class Sleep(BaseModel):
     """0: awake; 1: the weights are kept in host memory; 2: on disk."""
 
@@ -114,10 +129,13 @@ def create_admin_app(
     sleeper: Sleeper,
     allocator: AllocatorProcess,
     metrics: Metrics,
+    watch: ModelWatch,
+    reloader: Reloader,
+    ask_to_stop: Callable[[bool], None],
     settings: Settings,
     url: str,
 ) -> FastAPI:
-    """The app for the admin socket."""
+    """The app for the admin socket. `ask_to_stop` is told whether to wait for requests no more."""
     app = FastAPI(title="onecopy admin", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/status")
@@ -127,7 +145,7 @@ def create_admin_app(
             pid=os.getpid(),
             url=url,
             model=settings.served_model_name,
-            path=str(settings.model),
+            path=str(fleet.model),
             num_wanted=fleet.num_wanted,
             num_replaced=fleet.num_replaced,
             draining=router.draining,
@@ -144,6 +162,8 @@ def create_admin_app(
                 unresponsive_s=_age(allocator.unresponsive_since),
                 silent_s=_age(fleet.allocator_silent_since),
             ),
+            changed_files=await watch.changes(),
+            start_error=fleet.start_error,
             instances=[_instance_status(one) for one in fleet.instances],
         )
 
@@ -164,6 +184,20 @@ def create_admin_app(
         except CannotSleep as error:
             raise HTTPException(409, str(error)) from error
         return await status()
+
+    @app.put("/reload")
+    async def reload() -> ServerStatus:
+        try:
+            await reloader.reload()
+        except CannotReload as error:
+            raise HTTPException(409, str(error)) from error
+        return await status()
+
+    @app.put("/stop")
+    async def stop(wish: Stop) -> ServerStatus:
+        told = await status()
+        ask_to_stop(wish.now)
+        return told
 
     @app.get("/metrics")
     async def scraped() -> Response:
@@ -202,15 +236,28 @@ def _instance_status(instance: Instance) -> InstanceStatus:
     )
 
 
-class NoServer(Exception):
-    """No server answers in the runtime directory."""
+class AdminError(Exception):
+    """Base: the server did not do what was asked. The message names what to do."""
+
+
+class NoServer(AdminError):
+    """No server runs in the runtime directory."""
+
+
+class ServerSilent(AdminError):
+    """A server runs, and does not answer in time."""
+
+
+class ServerFailed(AdminError):
+    """A server runs, and answered with an error of its own, or with what is no answer."""
 
 
 class AdminClient:
-    """The CLI's side. Raises NoServer where nobody answers."""
+    """The CLI's side. Raises AdminError: NoServer where none runs. Every wait is bounded."""
 
-    def __init__(self, runtime_dir: RuntimeDir):
+    def __init__(self, runtime_dir: RuntimeDir, timeout_s: float = _TIMEOUT_S):
         self._runtime_dir = runtime_dir
+        self._timeout_s = timeout_s
 
     def status(self) -> ServerStatus:
         """What the server says of itself."""
@@ -224,30 +271,64 @@ class AdminClient:
         """Let the allocator go on when the server ends."""
         return self._request("PUT", "/allocator", {"keep": True})
 
+    def reload(self) -> ServerStatus:
+        """Serve the model as it lies on disk now; answered once that is so. Raises CannotReload."""
+        return self._request("PUT", "/reload", None, _SLEEP_TIMEOUT_S, CannotReload)
+
+    def stop(self, *, now: bool) -> ServerStatus:
+        """Ask the server to end after its requests, or `now`; what it said of itself then."""
+        return self._request("PUT", "/stop", {"now": now})
+
     def sleep(self, level: int) -> ServerStatus:
         """Put the model to sleep (1 or 2), or wake it (0); answered once that is so. Raises
         CannotSleep."""
-        return self._request("PUT", "/sleep", {"level": level}, _SLEEP_TIMEOUT_S)
+        return self._request("PUT", "/sleep", {"level": level}, _SLEEP_TIMEOUT_S, CannotSleep)
 
     def _request(
         self,
         method: str,
         path: str,
         body: dict[str, int] | None = None,
-        timeout_s: float = _TIMEOUT_S,
+        timeout_s: float | None = None,
+        refused: type[Exception] = AdminError,
     ) -> ServerStatus:
-        transport = httpx.HTTPTransport(uds=str(self._runtime_dir.admin))
+        """What the server answers; a refusal is raised as `refused`."""
+        timeout = httpx.Timeout(self._timeout_s, read=timeout_s or self._timeout_s)
         try:
             with httpx.Client(
-                transport=transport, base_url="http://admin", timeout=timeout_s
+                transport=httpx.HTTPTransport(uds=str(self._runtime_dir.admin)),
+                base_url="http://admin",
+                timeout=timeout,
             ) as client:
                 answer = client.request(method, path, json=body)
-                if answer.status_code == HTTPStatus.CONFLICT:
-                    raise CannotSleep(answer.json()["detail"])
-                answer.raise_for_status()
-        except httpx.HTTPError as error:
+        except httpx.TimeoutException as error:
+            raise ServerSilent(
+                f"the server{self._pid()} in {self._runtime_dir.path} does not answer within "
+                f"{timeout.read:.0f} s: if it was stopped, go on with it (`kill -CONT`); else end "
+                "it with `onecopy stop`, and start it again"
+            ) from error
+        except httpx.ConnectError as error:
             raise NoServer(
                 f"no server answers in {self._runtime_dir.path}: start one with `onecopy serve`, "
                 "or name its directory with --runtime-dir"
             ) from error
-        return ServerStatus.model_validate_json(answer.content)
+        except httpx.HTTPError as error:
+            raise ServerFailed(
+                f"the server{self._pid()} in {self._runtime_dir.path} broke off its answer to "
+                f"{method} {path} ({error}): its log says why, if it still runs"
+            ) from error
+        if answer.status_code == HTTPStatus.CONFLICT:
+            raise refused(answer.json()["detail"])
+        try:
+            answer.raise_for_status()
+            return ServerStatus.model_validate_json(answer.content)
+        except (httpx.HTTPStatusError, ValidationError) as error:
+            raise ServerFailed(
+                f"the server{self._pid()} in {self._runtime_dir.path} answered {method} {path} "
+                f"with status {answer.status_code}, and not as this onecopy expects: its log says "
+                "why; after an upgrade, start it again"
+            ) from error
+
+    def _pid(self) -> str:
+        owner = self._runtime_dir.owner("server")
+        return f" (pid {owner.pid})" if owner is not None else ""

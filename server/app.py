@@ -15,25 +15,25 @@ from fastapi.responses import JSONResponse, Response
 from server.allowed_hosts import AllowedHosts, HostCheck
 from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, embeddings, errors, models
-from server.openai.admission import Serving
+from server.openai.admission import Current, Serving
 from server.openai.body_reader import BodyReader
 from server.version import version as own_version
 
-__all__ = ["MAX_BODY_BYTES", "Serving", "create_app"]
+__all__ = ["MAX_BODY_BYTES", "Current", "Serving", "create_app"]
 
 MAX_BODY_BYTES: Final = 32 << 20
 
 
 def create_app(
-    serving: Serving,
+    current: Current,
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics: Callable[[], Awaitable[bytes]] | None = None,
     allowed_hosts: AllowedHosts | None = None,
 ) -> FastAPI:
-    """The app for one served model. It owns nothing that needs closing. `metrics` makes what a
-    Prometheus scrape gets. `allowed_hosts` None: whoever calls it may call it anything, since no
-    web page can reach it."""
+    """The app for one served model, as it is at the moment. It owns nothing that needs closing.
+    `metrics` makes what a Prometheus scrape gets. `allowed_hosts` None: whoever calls it may call
+    it anything, since no web page can reach it."""
     app = FastAPI(
         title="onecopy",
         version=own_version(),
@@ -42,20 +42,21 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app)
-    bodies = BodyReader(serving.cells, serving.generator, serving.text, max_body_bytes)
+    bodies = BodyReader(current, max_body_bytes)
     for endpoint in (completions, chat, embeddings):
-        app.include_router(endpoint.routes(serving, bodies))
-    app.include_router(models.routes(serving))
+        app.include_router(endpoint.routes(current, bodies))
+    app.include_router(models.routes(current))
     if allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=allowed_hosts)
 
     @app.get("/health")
     async def health() -> Response:
         """200 while at least one instance answers requests, else 503."""
-        num_ready = serving.generator.num_ready
+        generator = current().generator
+        num_ready = generator.num_ready
         if num_ready:
             return JSONResponse({"status": "ok", "num_ready": num_ready})
-        status = "asleep" if serving.generator.asleep else "not_ready"
+        status = "asleep" if generator.asleep else "not_ready"
         return JSONResponse({"status": status, "num_ready": 0}, status_code=503)
 
     @app.get("/version")

@@ -42,6 +42,9 @@ out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty()
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+_FILES_SHOWN: Final = 3
+
+
 def megabytes(num_bytes: float) -> str:
     """A size as people write it."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
@@ -191,8 +194,23 @@ def server_line(status: ServerStatus) -> str:
         f"ready, {status.num_replaced} replaced so far; server pid {status.pid}"
         f"{', shutting down' if status.draining else ''}"
         f"{'; it sleeps: wake it with `onecopy wake`' if status.asleep else ''}"
-        f"{_allocator(status.allocator)}"
+        f"{_allocator(status.allocator)}" + "".join(f"\n{line}" for line in warnings(status))
     )
+
+
+def warnings(status: ServerStatus) -> list[str]:
+    """What somebody should see to."""
+    found = []
+    if status.start_error is not None:
+        found.append(f"instances can't start: {status.start_error}")
+    if status.changed_files:
+        more = len(status.changed_files) - _FILES_SHOWN
+        shown = "; ".join(status.changed_files[:_FILES_SHOWN])
+        found.append(
+            f"{status.path} has changed since it was loaded, and is served as it was: {shown}"
+            f"{f' and {more} more' if more > 0 else ''}. `onecopy reload` serves it as it is now"
+        )
+    return found
 
 
 def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | None]) -> Table:
@@ -296,11 +314,17 @@ def _shares(verdict: Verdict | DeviceVerdict) -> str:
             f"{megabytes(verdict.others_bytes)}; {megabytes(verdict.clients_bytes)} are the "
             f"{verdict.num_clients} clients' own: contexts, kernels, workspaces."
         )
-    return (
+    shares = (
         f"{megabytes(verdict.weights_bytes)} of weights in {verdict.segment} (inode "
         f"{verdict.inode}); the instances' shares of them add up to "
         f"{megabytes(verdict.weights_pss_bytes)}."
     )
+    if verdict.weights_bytes < verdict.max_private_bytes:
+        shares += (
+            f" A private copy of so little would not show: an instance may have "
+            f"{megabytes(verdict.max_private_bytes)} for itself (--max-private)."
+        )
+    return shares
 
 
 _STATUS_STYLES: Final = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}

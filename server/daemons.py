@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Final
@@ -19,10 +18,13 @@ from typing import Final
 from allocator import (
     AllocatorError,
     AllocatorGone,
+    Owner,
     ProcessIdentity,
     ProcessState,
     RuntimeDir,
     connect,
+    module_command,
+    module_environment,
     remove_leftovers,
 )
 from server.stopping import stop_process
@@ -54,7 +56,7 @@ class AllocatorProcess:
     ):
         """`hang_timeout_s`: how long it may be stopped before it is killed; 0 for ever."""
         self._runtime_dir = runtime_dir
-        self._command = [sys.executable, "-m", "allocator", "--runtime-dir", str(runtime_dir.path)]
+        self._command = module_command("allocator", "--runtime-dir", str(runtime_dir.path))
         self._command.append("--quiet")  # the server's log tells what matters of its weights
         self._command += ["--device", device]
         if memory_limit is not None:
@@ -83,30 +85,31 @@ class AllocatorProcess:
         return self._process is not None
 
     async def find_or_start(self) -> None:
-        """Raises AllocatorGone where none can be started; its own words are on stderr by then."""
+        """Until one answers. Raises AllocatorGone where none can be started, whose own words are on
+        stderr by then, and where one runs that does not answer."""
         self._signs, self.unresponsive_since = VitalSigns(), None
-        owner = self._runtime_dir.owner("allocator")
-        if owner is not None:
-            await self._find(owner.process)
-        else:
-            await self._start()
-
-    async def _find(self, process: ProcessIdentity) -> None:
-        """Wait until the allocator that runs here answers."""
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while process.is_alive():
-            if await asyncio.to_thread(self._answers):
-                self._identity = process
+        while (owner := self._runtime_dir.owner("allocator")) is not None:
+            if await self._find(owner):
                 return
-            self._signs.look(time.monotonic(), ProcessState.of(process.pid), owes=True)
+        await self._start()
+
+    async def _find(self, owner: Owner) -> bool:
+        """Whether the allocator that runs here answers, once it has come up; False where it ended
+        meanwhile. One that takes over from another reads all weights before."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while self._runtime_dir.owner("allocator") == owner:
+            if await asyncio.to_thread(self._answers):
+                self._identity = owner.process
+                return True
+            self._signs.look(time.monotonic(), ProcessState.of(owner.pid), owes=True)
             if self._signs.quiet_since is not None or time.monotonic() > deadline:
                 raise AllocatorGone(
-                    f"the allocator (pid {process.pid}) runs, but does not answer: it is "
+                    f"the allocator (pid {owner.pid}) runs, but does not answer: it is "
                     f"{self._signs}. End it with `onecopy stop --runtime-dir "
                     f"{self._runtime_dir.path}`"
                 )
             await asyncio.sleep(LOOK_EVERY_S)
-        raise AllocatorGone("the allocator that ran here ended before it answered")
+        return False
 
     def _answers(self) -> bool:
         try:
@@ -122,6 +125,7 @@ class AllocatorProcess:
                 [*self._command, "--ready-fd", str(ready_write)],
                 pass_fds=[ready_write],
                 stdin=subprocess.DEVNULL,
+                env=module_environment(),
                 # A session of its own: a Ctrl-C at the server must not end it before the instances.
                 start_new_session=True,
             )

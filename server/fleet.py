@@ -11,8 +11,12 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from allocator import ProcessState, RuntimeDir
 from server.background import Background
@@ -20,7 +24,6 @@ from server.endings import Ending, OutOfMemoryKills, ending_of
 from server.instance import Instance, Listeners
 from server.orphans import Orphans
 from server.settings import Settings
-from server.tokenizer_files import tokenizer_file
 from server.vital_signs import LOOK_EVERY_S, VitalSigns
 from workers.client import Engines, Forkserver, ForkserverBusy, ForkserverEnded
 from workers.messages import (
@@ -67,8 +70,16 @@ class Fleet:
         settings: Settings,
         runtime_dir: RuntimeDir,
         listeners: Listeners,
+        tokenizer: Path,
     ):
+        """`tokenizer` is where instances find the model's tokenizer.json."""
         self._settings = settings
+        self.model = settings.model
+        """Where the model lies that is served now."""
+        self._tokenizer = tokenizer
+        self.epoch = 0
+        """Goes up whenever the model is loaded anew. An instance, and a request, is for the model
+        as it was at one of them."""
         self._runtime_dir = runtime_dir
         self._listeners = listeners
         self._background = Background()
@@ -84,14 +95,17 @@ class Fleet:
         self._num_alone = 0
         self._draining = False
         self._waiting: set[asyncio.Future[None]] = set()  # for a change
-        self._start_error: str | None = None
+        self.start_error: str | None = None
+        """Why instances can't start, since the last one that could."""
         self._memory_kills = OutOfMemoryKills()
         self.num_wanted = settings.num_instances
         self.asleep = False
         """No instance runs, and none is to be started, until `wake`."""
         self.weight_set: str | None = None
-        """The key under which the allocator knows the served weights."""
+        """The key under which the allocator knows the served weights. The first instance that is
+        ready decides it; all others attach to this set, whatever becomes of the model's files."""
         self.facts: ModelFacts | None = None
+        self._metadata: Mapping[str, str] | None = None
         self.num_replaced = 0
 
     # --- what others may ask
@@ -157,9 +171,9 @@ class Fleet:
     async def wait_ready(self) -> None:
         """Until as many instances are ready as are wanted, which may change meanwhile. Raises
         StartError if the first one can't start."""
-        while len(self.ready_instances) < self.num_wanted:
-            if self._start_error is not None:
-                raise StartError(self._start_error)
+        while sum(one.epoch == self.epoch for one in self.ready_instances) < self.num_wanted:
+            if self.start_error is not None:
+                raise StartError(self.start_error)
             await self.change()
 
     async def change(self) -> None:
@@ -180,7 +194,7 @@ class Fleet:
         """Change how many instances there should be. Surplus ones, the youngest first, are drained:
         they end when their requests have."""
         self.num_wanted = num_instances
-        surplus = [one for one in self._staying() if not one.alone][num_instances:]
+        surplus = [one for one in self._current() if not one.alone][num_instances:]
         for instance in surplus:
             await self._drain_instance(instance)
         self._fill_up()
@@ -188,11 +202,64 @@ class Fleet:
     async def want_alone(self, num_instances: int) -> None:
         """How many instances there should be that take one request at a time."""
         self._num_alone = num_instances
-        alone = [one for one in self._staying() if one.alone]
+        alone = [one for one in self._current() if one.alone]
         idle = [one for one in alone if not one.requests]
         for instance in idle[: max(0, len(alone) - num_instances)]:
             await self._drain_instance(instance)
         self._fill_up()
+
+    # --- the model as it lies on disk now, in place of the one that is served
+
+    async def try_out(self, model: Path, tokenizer: Path) -> Instance:
+        """An instance of what lies at `model`, loaded and ready; it serves nobody yet. Raises
+        StartError, and then nothing of it is left."""
+        if not self._forkserver_is_up:
+            raise StartError("the process that instances are forked from is not up: try again")
+        spec = msgspec.structs.replace(
+            self._spec(),
+            model=str(model),
+            tokenizer=str(tokenizer),
+            weight_set="",
+            eos_token_ids=None,
+        )
+        try:
+            instance = self._fork(spec, self.epoch + 1)
+        except (ForkserverBusy, ForkserverEnded, OSError) as error:
+            raise StartError("no instance can be started at the moment: try again") from error
+        self._tell_of_change()
+        try:
+            while instance.state in ("starting", "loading"):
+                await self.change()
+        except BaseException:
+            if instance.state in ("starting", "loading"):
+                await self._drain_instance(instance)
+            raise
+        if instance.state != "ready":
+            raise StartError(instance.start_error or "its instance ended before it was ready")
+        return instance
+
+    def switch_to(self, instance: Instance, model: Path, tokenizer: Path) -> None:
+        """From now on the model is what this instance, which was tried out, serves. Others of it
+        are started; those of before go on until `retire`."""
+        if instance.ready is None or instance.state != "ready":
+            raise StartError("the instance that was tried out ended: try again")
+        self.model, self._tokenizer = model, tokenizer
+        self.epoch = instance.epoch
+        self.facts = instance.ready.facts
+        self.weight_set = instance.ready.weight_set
+        self._metadata = instance.ready.metadata
+        self.start_error = None
+        self._fill_up()
+
+    def num_before(self, epoch: int) -> int:
+        """Instances of the model as it was before."""
+        return sum(one.epoch < epoch for one in self.instances)
+
+    async def retire(self) -> None:
+        """Let the instances of the model as it was before finish their requests and end."""
+        for instance in self._staying():
+            if instance.epoch != self.epoch:
+                await self._drain_instance(instance)
 
     async def sleep(self, timeout_s: float) -> bool:
         """End all instances after their requests, and start none until `wake`. False where some
@@ -207,6 +274,7 @@ class Fleet:
     def wake(self) -> None:
         """Start as many instances as are wanted; returns before they are ready."""
         self.asleep = False
+        self.start_error = None
         self._fill_up()
 
     async def drain(self, timeout_s: float) -> None:
@@ -248,7 +316,8 @@ class Fleet:
     async def _watch_forkserver(self) -> None:
         model, dtype = str(self._settings.model), self._settings.dtype
         while not self._draining:
-            forkserver = self._forkserver = Forkserver.launch(model, dtype)
+            model, dtype = str(self.model), self._settings.dtype
+            forkserver = self._forkserver = Forkserver.launch(model, dtype, self._metadata)
             self._forkserver_signs = VitalSigns()
             try:
                 up = await forkserver.up()
@@ -272,7 +341,7 @@ class Fleet:
             if not was_up and ending_of(status, out_of_memory=out_of_memory).by_itself:
                 self._num_failures += 1
                 if self.facts is None:
-                    self._start_error = (
+                    self.start_error = (
                         "the process that instances are forked from ended while it imported "
                         "torch and transformers; its own message is above"
                     )
@@ -322,19 +391,24 @@ class Fleet:
                 self._on_ready(instance, message)
                 if instance.state == "draining":  # it was not there yet when it was told first
                     await self.send(instance, Drain())
-            case StartFailed(message=text):
-                self._start_error = self._start_error or text
+            case StartFailed(message=text) if instance.state != "ready":
+                instance.start_error = text
+                if instance.epoch == self.epoch:
+                    self.start_error = text
                 log.error("instance %s can't start: %s", instance.name, text)
                 self._tell_of_change()
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
         self._know_pid(instance, message.pid)
-        self.facts = message.facts
-        self.weight_set = message.weight_set
-        self._num_failures = 0
-        self._retry_at = 0.0
-        self._start_error = None
+        if instance.epoch == self.epoch:
+            if self.weight_set is None:
+                self.facts = message.facts
+                self.weight_set = message.weight_set
+                self._metadata = message.metadata
+            self._num_failures = 0
+            self._retry_at = 0.0
+            self.start_error = None
         if instance.state != "draining":
             instance.move("ready")
             self._listeners.ready(instance)
@@ -466,11 +540,11 @@ class Fleet:
             log.info("instance %s ended: %s", name, ending.how)
         else:
             log.warning("instance %s (pid %s), %s, ended: %s", name, instance.pid, was, ending.how)
-        if was in ("starting", "loading") and ending.by_itself:
+        if was in ("starting", "loading") and ending.by_itself and instance.epoch == self.epoch:
             self._num_failures += 1
             self._retry_at = time.monotonic() + self._retry_delay_s()
-            if self.facts is None and self._start_error is None and not ending.given_up:
-                self._start_error = (
+            if self.facts is None and self.start_error is None and not ending.given_up:
+                self.start_error = (
                     f"the first instance ended before it was ready: {ending.how}. If it was out "
                     "of memory, `onecopy plan` says how much the model takes."
                 )
@@ -493,6 +567,10 @@ class Fleet:
         """Those that are not on their way out, oldest first."""
         return [one for one in self.instances if one.state not in ("draining", "unresponsive")]
 
+    def _current(self) -> list[Instance]:
+        """Those of them that serve the model as it is served now."""
+        return [one for one in self._staying() if one.epoch == self.epoch]
+
     def _fill_up(self) -> None:
         if self._draining or self.asleep or not self._forkserver_is_up:
             return
@@ -501,9 +579,9 @@ class Fleet:
         # The first one alone: it loads the weights, or shows that they can't be served; the others
         # then attach, instead of waiting for it on the same cores.
         wanted = self.num_wanted if self.facts is not None else 1
-        staying = self._staying()
-        num_alone = sum(one.alone for one in staying)
-        missing = [False] * (wanted - (len(staying) - num_alone))
+        current = self._current()
+        num_alone = sum(one.alone for one in current)
+        missing = [False] * (wanted - (len(current) - num_alone))
         missing += [True] * (self._num_alone - num_alone)
         for alone in missing:
             if not self._start(alone=alone):
@@ -513,10 +591,8 @@ class Fleet:
 
     def _start(self, *, alone: bool) -> bool:
         """Ask for an instance. False where it can't be asked for now; the next look tries again."""
-        name, now = f"i{self._num_named}", time.monotonic()
-        assert self._forkserver is not None  # noqa: S101 - it is up
         try:
-            leash = self._forkserver.start(self._spec(name, now))
+            self._fork(self._spec(), self.epoch, alone=alone)
         except ForkserverEnded:  # the watcher sees it too, and starts all over
             return False
         except ForkserverBusy:
@@ -525,31 +601,42 @@ class Fleet:
         except OSError as error:
             log.warning("no instance can be started now: %s", error)
             self._num_failures += 1
-            self._retry_at = now + self._retry_delay_s()
+            self._retry_at = time.monotonic() + self._retry_delay_s()
             return False
-        self._num_named += 1
-        self._instances[name] = Instance(name, now, leash, alone)
         return True
 
-    def _spec(self, name: str, requested_at: float) -> InstanceSpec:
+    def _fork(self, spec: InstanceSpec, epoch: int, *, alone: bool = False) -> Instance:
+        """Ask for this instance. Raises ForkserverEnded, ForkserverBusy, OSError."""
+        assert self._forkserver is not None  # noqa: S101 - it is up
+        leash = self._forkserver.start(spec)
+        self._num_named += 1
+        instance = Instance(spec.name, spec.requested_at, leash, alone, epoch)
+        self._instances[spec.name] = instance
+        return instance
+
+    def _spec(self) -> InstanceSpec:
+        """Of the next instance of the model as it is served."""
+        name = f"i{self._num_named}"
         settings = self._settings
         return InstanceSpec(
             name=name,
             runtime_dir=str(self._runtime_dir.path),
             engines=self._engines.expect(name),
             server_pid=os.getpid(),
-            model=str(settings.model),
+            model=str(self.model),
             served_model_name=settings.served_model_name,
             dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             token_budget=settings.token_budget,
             num_threads=settings.num_threads,
-            requested_at=requested_at,
+            requested_at=time.monotonic(),
             device=settings.device,
             map_files=settings.map_files,
             shares_cores=settings.shares_cores,
-            tokenizer=str(tokenizer_file(settings.model)),
+            tokenizer=str(self._tokenizer),
+            weight_set=self.weight_set or "",
+            eos_token_ids=self.facts.eos_token_ids if self.facts is not None else None,
             attention_workspace_bytes=settings.attention_workspace,
             num_speculative_tokens=settings.num_speculative_tokens,
             prefix_caching=settings.prefix_caching,

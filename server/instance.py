@@ -34,6 +34,8 @@ class Instance:
     leash: Leash = field(repr=False)
     alone: bool = False
     """Whether it is for one request at a time, which may be what ends instances."""
+    epoch: int = 0
+    """Which state of the model it serves; see `Fleet.epoch`."""
     state: State = "starting"
     since: float = field(default_factory=time.monotonic)
     """When it came into its state."""
@@ -43,6 +45,8 @@ class Instance:
     came_on_at: float = field(default_factory=time.monotonic)
     """When the loading last came on."""
     load: StepOutput | None = None
+    start_error: str | None = None
+    """Why it could not start, in its own words."""
     requests: set[str] = field(default_factory=set)
     """Ids of the requests that were sent to it and have not ended."""
     num_sent: int = 0

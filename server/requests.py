@@ -47,9 +47,11 @@ class Aborter(Protocol):
 class Request(ABC):
     """What the router places on an instance, and moves to another when that one ends."""
 
-    def __init__(self, router: Aborter, request_id: str) -> None:
+    def __init__(self, router: Aborter, request_id: str, epoch: int) -> None:
         self._router = router
         self.request_id = request_id
+        self.epoch = epoch
+        """Which state of the model it is for; see `Fleet.epoch`."""
         self.instance: Instance | None = None
         self.num_moves = 0
         self.num_blamed = 0
@@ -97,8 +99,9 @@ class Stream(Request):
         prompt: tuple[int, ...],
         sampling: SamplingParams,
         options: RequestOptions = NO_OPTIONS,
+        epoch: int = 0,
     ) -> None:
-        super().__init__(router, request_id)
+        super().__init__(router, request_id, epoch)
         self._options = options
         self._begun_at = time.monotonic()
         self._chunks: asyncio.Queue[Chunk | ServerError] = asyncio.Queue()
@@ -192,8 +195,9 @@ class Embedding(Request):
         request_id: str,
         inputs: Sequence[Sequence[int]],
         dimensions: int,
+        epoch: int = 0,
     ) -> None:
-        super().__init__(router, request_id)
+        super().__init__(router, request_id, epoch)
         self._inputs = tuple(map(tuple, inputs))
         self._dimensions = dimensions
         self._vectors: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()

@@ -36,6 +36,38 @@ _HOMELESS_S: Final = 60.0
 """How long a request waits for a new instance when there is none left, and none can be started."""
 
 
+class ModelAsItWas:
+    """The router, for requests for the model as it is at one moment, whatever is loaded later. See
+    `server.generation.Generator`."""
+
+    def __init__(self, router: "Router"):
+        self._router = router
+        self._epoch = router.epoch
+        self.facts = router.facts
+
+    @property
+    def num_ready(self) -> int:
+        return self._router.num_ready
+
+    @property
+    def asleep(self) -> bool:
+        return self._router.asleep
+
+    async def submit(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        options: RequestOptions = NO_OPTIONS,
+    ) -> Stream:
+        return await self._router.submit(request_id, token_ids, sampling, options, self._epoch)
+
+    async def embed(
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
+    ) -> list[bytes]:
+        return await self._router.embed(request_id, inputs, dimensions, self._epoch)
+
+
 class Router:
     """Admission, least-loaded choice, and moving requests off instances that ended."""
 
@@ -58,8 +90,13 @@ class Router:
 
     @property
     def num_ready(self) -> int:
-        """Instances that answer requests now."""
-        return len(self._instances())
+        """Instances that answer new requests now."""
+        return len(self._instances(self.epoch))
+
+    @property
+    def epoch(self) -> int:
+        """Of the model as it is served now."""
+        return self._fleet.epoch if self._fleet is not None else 0
 
     @property
     def asleep(self) -> bool:
@@ -84,27 +121,35 @@ class Router:
         token_ids: Sequence[int],
         sampling: SamplingParams,
         options: RequestOptions = NO_OPTIONS,
+        epoch: int | None = None,
     ) -> Stream:
-        """Start a sequence on the least loaded instance. Raises NotReady or Overloaded."""
-        self._admit()
-        stream = Stream(self, request_id, tuple(token_ids), sampling, options)
+        """Start a sequence on the least loaded instance, of the model as it was at `epoch`. Raises
+        NotReady or Overloaded."""
+        epoch = self.epoch if epoch is None else epoch
+        self._admit(epoch)
+        stream = Stream(self, request_id, tuple(token_ids), sampling, options, epoch)
         await self._start(stream)
         return stream
 
     async def embed(
-        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
+        self,
+        request_id: str,
+        inputs: Sequence[Sequence[int]],
+        dimensions: int = 0,
+        epoch: int | None = None,
     ) -> list[bytes]:
         """The vectors of all `inputs`, spread over the instances. Raises ServerError; if cancelled,
         all is aborted."""
-        self._admit()
+        epoch = self.epoch if epoch is None else epoch
+        self._admit(epoch)
         with self._spread():
-            return await embedding.embed(self, request_id, inputs, dimensions)
+            return await embedding.embed(self, request_id, inputs, dimensions, epoch)
 
     async def place_embedding(
-        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int, epoch: int
     ) -> Embedding:
         """Start a part of a request that was admitted."""
-        part = Embedding(self, request_id, inputs, dimensions)
+        part = Embedding(self, request_id, inputs, dimensions, epoch)
         try:
             await self._start(part)
         except BaseException:  # whoever asked is gone
@@ -112,13 +157,19 @@ class Router:
             raise
         return part
 
-    def _admit(self) -> None:
+    def num_streams_before(self, epoch: int) -> int:
+        """Requests for the model as it was before."""
+        return sum(one.epoch < epoch for one in self._streams.values())
+
+    def _admit(self, epoch: int) -> None:
         """Raises NotReady or Overloaded."""
         if self.draining:
             raise NotReady("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
         if self.asleep:
             raise Asleep("the model sleeps: wake it with `onecopy wake`", retry_after_s=_ASLEEP_S)
-        num_ready = len(self._instances())
+        num_ready = len(self._instances(epoch))
+        if not num_ready and epoch != self.epoch:
+            raise NotReady("the model was loaded anew just now: ask again", retry_after_s=1)
         if not num_ready:
             # Those that all ended a moment ago are being replaced: the request waits for one.
             if self._fleet is None or not self._fleet.recovers:
@@ -198,14 +249,15 @@ class Router:
 
     # --- placing
 
-    def _instances(self) -> list[Instance]:
-        return self._fleet.ready_instances if self._fleet is not None else []
+    def _instances(self, epoch: int) -> list[Instance]:
+        ready = self._fleet.ready_instances if self._fleet is not None else []
+        return [one for one in ready if one.epoch == epoch]
 
     async def _place(self, stream: Request) -> None:
         """On the least loaded instance that takes it; where there is none, it waits."""
         refused: set[str] = set()
         while not stream.ended:
-            instances = [one for one in self._instances() if one.name not in refused]
+            instances = [one for one in self._instances(stream.epoch) if one.name not in refused]
             if not instances:
                 break
             instance = min(instances, key=lambda one: len(one.requests))
@@ -232,7 +284,10 @@ class Router:
 
     def _await_instance(self, stream: Request) -> None:
         """It waits for one that becomes ready. After a while it joins a busy one, if there is any,
-        and after a long while it is given up."""
+        and after a long while it is given up. For the model as it was before, none will come."""
+        if stream.epoch != self.epoch and not self._instances(stream.epoch):
+            self._outdated(stream)
+            return
         stream.num_waits += 1
         self._homeless.append(stream)
         loop = asyncio.get_running_loop()
@@ -240,7 +295,9 @@ class Router:
         loop.call_later(_HOMELESS_S, self._give_up, stream, stream.num_waits)
 
     def _lose_patience(self, stream: Request, num_waits: int) -> None:
-        if stream in self._homeless and stream.num_waits == num_waits and self._instances():
+        if stream not in self._homeless or stream.num_waits != num_waits:
+            return
+        if self._instances(stream.epoch) or stream.epoch != self.epoch:
             self._homeless.remove(stream)
             self._move(stream)
 
@@ -252,6 +309,12 @@ class Router:
             loop.call_later(_HOMELESS_S, self._give_up, stream, num_waits)
             return
         stream.fail(InstanceFailed("its instance ended, and none took its place in time"))
+        self._end(stream)
+
+    def _outdated(self, stream: Request) -> None:
+        stream.fail(
+            InstanceFailed("the model was loaded anew, and the last instance of before ended")
+        )
         self._end(stream)
 
     def _move(self, stream: Request) -> None:
@@ -277,6 +340,9 @@ class Router:
                 self._quarantine.offer(instance)
 
     def _place_alone(self, stream: Request, instance: Instance) -> None:
+        if stream.epoch != instance.epoch:
+            self._outdated(stream)
+            return
         instance.requests.add(stream.request_id)  # from now on it has something to do
         self._background.once(
             f"placing request {stream.request_id} alone",
@@ -357,10 +423,13 @@ class Router:
         takes a fraction of a second: joining a busy instance would slow that one's streams, change
         how their sums are rounded, and queue behind them if it is full."""
         if stream.is_suspect:
+            if stream.epoch != self.epoch:
+                self._outdated(stream)
+                return
             self._quarantine.add(stream)
             self._await_turn(stream)
             return
-        idle = [one for one in self._instances() if not one.requests]
+        idle = [one for one in self._instances(stream.epoch) if not one.requests]
         log.info("request %s moves to %s", stream.request_id, "an idle one" if idle else "the next")
         if idle:
             self._move(stream)

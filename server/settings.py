@@ -3,10 +3,11 @@
 Knows nothing of where the values come from (command line, environment).
 """
 
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from server.cache_salt import SaltedBy
 from server.generation import NO_ADVICE, SamplingDefaults
@@ -19,8 +20,23 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_text(cls, value: object) -> object:
+        """Names and paths travel as text."""
+        if isinstance(value, str | Path):
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{os.fsencode(value)!r} is no UTF-8") from error
+        return value
+
     model: Path
     served_model_name: str
+    model_named: str = ""
+    """As a person named it: what `onecopy reload` looks for again."""
+    model_given: Path | None = None
+    """As a person gave it, if as a path, with the links that led to `model`."""
     runtime_dir: Path
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)

@@ -25,11 +25,14 @@ class CannotSleep(Exception):
 class Sleeper:
     """One served model's sleep."""
 
-    def __init__(self, fleet: Fleet, runtime_dir: RuntimeDir, drain_timeout_s: float):
+    def __init__(
+        self, fleet: Fleet, runtime_dir: RuntimeDir, drain_timeout_s: float, turn: asyncio.Lock
+    ):
+        """`turn` is held by whoever changes the fleet as a whole."""
         self._fleet = fleet
         self._runtime_dir = runtime_dir
         self._drain_timeout_s = drain_timeout_s
-        self._turn = asyncio.Lock()
+        self._turn = turn
 
     async def sleep(self, level: int) -> None:
         """End the instances after their requests; keep the weights in host memory (level 1) or on

@@ -24,15 +24,20 @@ _KILLED_S: Final = 10.0
 
 
 def stop_process(
-    process: ProcessIdentity, timeout_s: float, is_mute: Callable[[], bool] | None = None
+    process: ProcessIdentity,
+    timeout_s: float,
+    is_mute: Callable[[], bool] | None = None,
+    *,
+    asked: bool = False,
 ) -> bool:
-    """SIGTERM, wait for the end, SIGKILL after `timeout_s`. True where SIGTERM was enough.
+    """SIGTERM, unless it was `asked` by other means, wait for the end, SIGKILL after `timeout_s`.
+    True where no SIGKILL was needed.
 
     What can't react is killed at once: a process that somebody stopped; one that does nothing at
     all after it was asked to end; or, where `is_mute` is given, because waiting is what it may be
     doing, one of which that says several times in a row that it does not answer.
     """
-    if not process.send_signal(signal.SIGTERM):
+    if not asked and not process.send_signal(signal.SIGTERM):
         return True
     if _ends(process, time.monotonic() + timeout_s, is_mute):
         return True

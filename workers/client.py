@@ -7,12 +7,12 @@ nobody but our instances reaches the engine socket. Knows nothing of which insta
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import secrets
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from allocator import ProcessState, RuntimeDir
+from allocator import ProcessState, RuntimeDir, module_command, module_environment
 from workers import kernel
 from workers.leash import Leash as Leash
 from workers.messages import (
@@ -71,7 +71,7 @@ class ForkserverEnded(Exception):
 
 
 class ForkserverBusy(Exception):
-    """The forkserver takes no further request now."""
+    """It has not read what it was asked before, and can't be asked for more now."""
 
 
 class Forkserver:
@@ -83,8 +83,11 @@ class Forkserver:
         self._pipe = pipe
 
     @classmethod
-    def launch(cls, model: str, dtype: str) -> "Forkserver":
-        """Start it for one model; its `Up` comes when its imports are done. Raises OSError."""
+    def launch(
+        cls, model: str, dtype: str, metadata: Mapping[str, str] | None = None
+    ) -> "Forkserver":
+        """Start it for one model, or for the weight set with this `metadata`; its `Up` comes when
+        its imports are done. Raises OSError."""
         kernel.adopt_orphans()  # an instance that outlives its forkserver is ours to wait for
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -95,11 +98,20 @@ class Forkserver:
             with theirs, contextlib.ExitStack() as stack:
                 stack.callback(os.close, pipe_read)
                 fds = [theirs.fileno(), pipe_read]
+                arguments = [*map(str, fds), model, dtype]
+                if metadata is not None:
+                    # In memory: the disk may be full, and this is small.
+                    memory = os.memfd_create("metadata")
+                    file = stack.enter_context(open(memory, "w+b"))  # noqa: PTH123
+                    file.write(json.dumps(dict(metadata)).encode())
+                    file.seek(0)
+                    fds.append(memory)
+                    arguments.append(str(memory))
                 process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                    [sys.executable, "-m", "workers.forkserver", *map(str, fds), model, dtype],
+                    module_command("workers.forkserver", *arguments),
                     pass_fds=fds,
                     stdin=subprocess.DEVNULL,
-                    env={**os.environ, **_ENVIRONMENT},
+                    env=module_environment(**_ENVIRONMENT),
                 )
         except OSError:
             ours.close()

@@ -39,6 +39,12 @@ class CheckpointMismatch(CheckpointError):
     code = "checkpoint_mismatch"
 
 
+class CheckpointChanged(CheckpointError):
+    """The files are no longer those of the weights that are served, and these are gone."""
+
+    code = "checkpoint_changed"
+
+
 class UnsupportedCheckpoint(CheckpointError):
     """A sound checkpoint in a format or an architecture that can't be served."""
 

@@ -4,8 +4,9 @@ Owns the instances' processes: starts them, reaps them, reports their ends. Inva
 no ZeroMQ context and no device call exists before a fork; neither it nor an instance outlives the
 server, but an instance outlives it. Knows nothing of requests.
 
-Started as `python -m workers.forkserver FD PIPE MODEL DTYPE`, where FD is its end of a
-SOCK_SEQPACKET pair, and it dies with whoever holds the other end of PIPE.
+Started as `python -m workers.forkserver FD PIPE MODEL DTYPE [METADATA_FD]`, where FD is its end of
+a SOCK_SEQPACKET pair, and it dies with whoever holds the other end of PIPE. METADATA_FD is a file
+with the metadata of the weight set that is served already: then MODEL is not looked at.
 """
 
 import contextlib
@@ -34,36 +35,39 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    control, pipe, model, dtype = sys.argv[1:]
+    control, pipe, model, dtype, *descriptors = sys.argv[1:]
     kernel.die_with(int(pipe))
-    _preload(model, dtype)
+    _preload(model, dtype, int(descriptors[0]) if descriptors else None)
     forkserver = Forkserver(socket.socket(fileno=int(control)), int(pipe))
     forkserver.run(import_ms=(time.monotonic() - started) * 1000)
     return 0
 
 
-def _preload(model: str, dtype: str) -> None:
-    """Import what an instance of `model` needs. A model that can't be read is no error here: the
-    instance will say what is wrong with it."""
+def _preload(model: str, dtype: str, descriptor: int | None) -> None:
+    """Import what an instance of `model` needs, or of the set whose metadata the descriptor is open
+    on. A model that can't be read is no error here: the instance will say what is wrong with it."""
     # Whoever asks torch on import whether there is a GPU must not initialise CUDA by that: it does
     # not survive a fork.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     from workers import embedding, process
-    from workers.checkpoint import open_checkpoint
-    from workers.errors import CheckpointError
+    from workers.checkpoint import metadata_of, open_checkpoint
     from workers.model import preload
 
     try:
-        checkpoint = open_checkpoint(model, dtype)
-        metadata = checkpoint.metadata()
-        config, chosen = json.loads(metadata["config"]), checkpoint.dtype or torch.float32
+        if descriptor is None:
+            metadata = metadata_of(open_checkpoint(model, dtype))
+        else:
+            with open(descriptor, "rb") as file:  # noqa: PTH123 - it has no path
+                metadata = json.load(file)
+        config = json.loads(metadata["config"])
+        chosen = getattr(torch, metadata.get("dtype") or "float32")
         if embedding.task_of(metadata) == "embed":
             embedding.preload(config, chosen)
         else:
             preload(config, chosen)
-    except CheckpointError as error:
+    except Exception as error:  # noqa: BLE001 - see above
         logging.getLogger(process.__name__).debug("nothing preloaded: %s", error)
     # Objects that will never be freed leave the collector's lists, so that a collection in a child
     # does not touch, and so copy, the pages it shares with us.

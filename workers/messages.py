@@ -162,6 +162,7 @@ class Ready(Message, tag="ready", frozen=True):
 
     `startup_ms` maps a phase of the start to its length; `loaded` says whether this instance copied
     the weights in (a cold start) or attached to a sealed set, the one under the key `weight_set`.
+    `metadata` lies in that set: all that is needed to build the model on it, without its files.
     """
 
     version: int
@@ -170,6 +171,7 @@ class Ready(Message, tag="ready", frozen=True):
     loaded: bool
     weight_set: Bounded
     startup_ms: dict[str, float]
+    metadata: dict[str, str] = {}
 
 
 class StartFailed(Message, tag="start_failed", frozen=True):
@@ -254,7 +256,8 @@ class InstanceSpec(Message, frozen=True):
     the moment somebody wanted it. The instance listens at `engines`, for `server_pid` alone.
     `max_model_len` None is the model's own, `device` "" the allocator's first. `tokenizer` is the
     tokenizer.json that grammars need, "" where there is none; it is not read before the first of
-    them comes."""
+    them comes. `weight_set` is the key of the set that is to be attached, whatever has become of
+    the files at `model`; "" loads what lies there."""
 
     name: Bounded
     runtime_dir: Bounded
@@ -271,6 +274,9 @@ class InstanceSpec(Message, frozen=True):
     device: Bounded = ""
     map_files: bool = False
     tokenizer: Bounded = ""
+    weight_set: Bounded = ""
+    eos_token_ids: tuple[TokenId, ...] | None = None
+    """Of that set's model; None leaves them to its files."""
     shares_cores: bool = False
     """Whether `num_threads` is the fewest, and instances that compute share all cores."""
     attention_workspace_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 256 << 20

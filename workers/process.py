@@ -23,9 +23,22 @@ import msgspec
 import torch
 import zmq
 
-from allocator import AllocatorError, Client, RuntimeDir, connect, device_fault
+from allocator import (
+    AllocatorError,
+    Client,
+    RuntimeDir,
+    UnknownWeightSet,
+    connect,
+    device_fault,
+)
 from workers import kernel
-from workers.checkpoint import AttachedWeights, attach, open_checkpoint
+from workers.architecture import architecture_errors
+from workers.checkpoint import (
+    AttachedWeights,
+    attach,
+    attach_served,
+    open_checkpoint,
+)
 from workers.cores import SharedCores
 from workers.embedding import EmbeddingEngine, build_embedding_model, task_of
 from workers.engine import Engine
@@ -47,6 +60,7 @@ from workers.messages import (
     Output,
     Ready,
     StartFailed,
+    decode_from_instance,
     decode_to_instance,
     encode,
 )
@@ -105,18 +119,19 @@ class _Instance:
                 memory = stack.enter_context(self._connect())
                 engine = self._start(memory)
             except (WorkerError, AllocatorError) as error:
-                self._send(StartFailed(code=error.code, message=str(error)[:60_000]))
-                return 1
+                return self._failed(error.code, str(error))
             except Exception as error:
-                # The architectures are not our code: whatever building one raises is shown to a
-                # person.
+                # The architectures are not our code: whatever they raise is shown to a person.
                 log.exception("the instance can't serve %s", self._spec.model)
-                message = f"{type(error).__name__}: {error}"[:60_000]
-                self._send(StartFailed(code="internal", message=message))
-                return 1
+                return self._failed("internal", f"{type(error).__name__}: {error}")
             memory.hurry(_PATIENCE_S, self._pulse.allocator_silent_since)
             self._serve(engine)
         return 0
+
+    def _failed(self, code: str, message: str) -> int:
+        """The exit status of one that can't be ready, which it says."""
+        self._send(StartFailed(code=code, message=message[:60_000]))
+        return 1
 
     # --- start
 
@@ -133,18 +148,16 @@ class _Instance:
     def _start(self, memory: Client) -> AnyEngine:
         spec = self._spec
         torch.set_num_threads(spec.num_threads)
-        checkpoint = open_checkpoint(spec.model, spec.dtype)
-        weights = attach(memory, checkpoint, self._loading, map_files=spec.map_files)
+        weights, eos_token_ids = self._attach(memory)
+        dtype = weights.dtype or float_dtype(weights.tensors)
         self._ended("weights")
         if spec.shares_cores:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
             self._cores = SharedCores(cores, os.getpid())
         if task_of(weights.metadata) == "embed":
-            return self._start_embedding(memory, weights, checkpoint.dtype)
+            return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
-        generation_config = json.loads(weights.metadata.get("generation_config", "{}"))
-        dtype = checkpoint.dtype or float_dtype(weights.tensors)
-        model = build_model(config, weights.tensors, dtype, generation_config)
+        model = build_model(config, weights.tensors, dtype, eos_token_ids)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes
@@ -183,10 +196,26 @@ class _Instance:
         self._announce(model.geometry.facts(max_model_len), weights, model.warm_up)
         return engine
 
+    def _attach(self, memory: Client) -> tuple[AttachedWeights, tuple[int, ...] | None]:
+        """The set that is served, wherever it is, and the tokens that end an answer; what was
+        evicted, or lost with an allocator, is loaded anew, if the files are still those that it was
+        made from."""
+        spec = self._spec
+        if spec.weight_set:
+            try:
+                return attach_served(memory, spec.weight_set, self._loading), spec.eos_token_ids
+            except UnknownWeightSet:
+                log.info("%s is not in memory any more", spec.weight_set)
+        checkpoint = open_checkpoint(spec.model, spec.dtype)
+        ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
+        weights = attach(
+            memory, checkpoint, self._loading, map_files=spec.map_files, only=spec.weight_set
+        )
+        return weights, ends
+
     def _start_embedding(
-        self, memory: Client, weights: AttachedWeights, dtype: torch.dtype | None
+        self, memory: Client, weights: AttachedWeights, dtype: torch.dtype
     ) -> EmbeddingEngine:
-        dtype = dtype or float_dtype(weights.tensors)
         model = build_embedding_model(weights.metadata, weights.tensors, dtype)
         self._ended("model")
         if weights.loaded:
@@ -219,16 +248,19 @@ class _Instance:
     ) -> None:
         kernel.trim_heap()
         self._phases["total"] = (time.monotonic() - self._spec.requested_at) * 1000
-        self._send(
-            Ready(
-                version=PROTOCOL_VERSION,
-                pid=os.getpid(),
-                facts=facts,
-                loaded=weights.loaded,
-                weight_set=weights.reader.key,
-                startup_ms=self._phases,
-            )
+        ready = Ready(
+            version=PROTOCOL_VERSION,
+            pid=os.getpid(),
+            facts=facts,
+            loaded=weights.loaded,
+            weight_set=weights.reader.key,
+            startup_ms=self._phases,
+            metadata=weights.metadata,
         )
+        # What the checkpoint says went into it; the server would drop what does not fit, and wait.
+        with architecture_errors(f"{facts.architecture} can't be served by this config.json"):
+            decode_from_instance(encode(ready))
+        self._send(ready)
         if not weights.loaded:
             self._warm_up = warm_up
 

@@ -5,7 +5,7 @@ nor what becomes of the answer.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from uuid import uuid4
@@ -31,7 +31,8 @@ _OTHER_TASK: Final[Mapping[Task, str]] = {
 
 @dataclass(frozen=True)
 class Serving:
-    """All that the HTTP side needs: the one model that is served, and how."""
+    """All that the HTTP side needs: the one model that is served, and how. A request keeps to the
+    one that it began with, also where another is served meanwhile."""
 
     generator: Generator
     text: Text
@@ -47,6 +48,10 @@ class Serving:
         authorization = request.headers.get("authorization")
         salt = self.salts.salt(body.cache_salt or "", authorization)
         return RequestOptions(body.priority or 0, body.deadline_s, salt)
+
+
+Current = Callable[[], Serving]
+"""What is served now."""
 
 
 def new_id(prefix: str) -> str:

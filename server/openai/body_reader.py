@@ -17,12 +17,11 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from server.cells import Cells, Lane, TooMuch
+from server.cells import Lane, TooMuch
 from server.errors import BodyTooLarge, Overloaded, UnsupportedMediaType
-from server.generation import Generator
+from server.openai.admission import Current
 from server.openai.bodies import cell_options, parsed, received
 from server.openai.schemas import Body
-from server.text import Text
 from workers import Grant
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -129,10 +128,8 @@ class _Arriving:
 class BodyReader:
     """Reads the bodies of a server's requests."""
 
-    def __init__(self, cells: Cells, generator: Generator, text: Text, max_bytes: int) -> None:
-        self._cells = cells
-        self._generator = generator
-        self._text = text
+    def __init__(self, current: Current, max_bytes: int) -> None:
+        self._current = current
         self._max_bytes = max_bytes
         self._on_the_way = _OnTheWay()
         self._lane = Lane("large bodies of requests", _AT_ONCE, _WAITING)
@@ -144,7 +141,8 @@ class BodyReader:
         declared = request.headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > self._max_bytes:
             raise self._too_large()
-        max_tokens = self._generator.facts.max_model_len
+        serving = self._current()
+        max_tokens = serving.generator.facts.max_model_len
         most_values = schema.most_values(max_tokens) + _OTHER_VALUES
         with _Arriving(self._on_the_way) as arriving:
             async for piece in request.stream():
@@ -158,9 +156,9 @@ class BodyReader:
                     )
             if arriving.file is None:
                 return parsed(schema, arriving.content())
-            options = cell_options(schema, max_tokens, self._text.max_chars(max_tokens))
+            options = cell_options(schema, max_tokens, serving.text.max_chars(max_tokens))
             try:
-                answer = await self._cells.run(
+                answer = await serving.cells.run(
                     "body", arriving.file, options, _GRANT, _WALL_S, self._lane
                 )
             except TooMuch as excess:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.openai.admission import Serving, check_request, new_id, submit_all
+from server.openai.admission import Current, check_request, new_id, submit_all
 from server.openai.answer import EventStream, collect
 from server.openai.body_reader import BodyReader
 from server.openai.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
@@ -28,11 +28,12 @@ from server.openai.structured import grammar_for
 from server.token_texts import TokenTexts
 
 
-def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
+def routes(current: Current, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        serving = current()
         check_request(serving, body)
         facts = serving.generator.facts
         grammar = await grammar_for(serving.grammars, body)

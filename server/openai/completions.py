@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.errors import InvalidRequest
-from server.openai.admission import Serving, check_request, new_id, submit_all
+from server.openai.admission import Current, Serving, check_request, new_id, submit_all
 from server.openai.answer import EventStream, collect
 from server.openai.body_reader import BodyReader
 from server.openai.logprobs import completion_logprobs, prompt_logprobs
@@ -36,11 +36,12 @@ class _Prompt:
     token_ids: list[int]
 
 
-def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
+def routes(current: Current, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        serving = current()
         check_request(serving, body)
         facts = serving.generator.facts
         grammar = await grammar_for(serving.grammars, body)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.openai.admission import Serving, check_model, check_task, new_id
+from server.openai.admission import Current, Serving, check_model, check_task, new_id
 from server.openai.answer import while_connected
 from server.openai.body_reader import BodyReader
 from server.openai.embedding_schemas import EmbeddingList, EmbeddingRequest
@@ -19,11 +19,12 @@ from server.openai.schemas import texts_or_ids
 from workers.messages import ModelFacts
 
 
-def routes(serving: Serving, bodies: BodyReader) -> APIRouter:
+def routes(current: Current, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/embeddings", response_model=EmbeddingList)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        serving = current()
         check_model(serving, body.model)
         check_task(serving, "embed")
         body.check_supported()

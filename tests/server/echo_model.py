@@ -186,7 +186,7 @@ def echo_server(
             grammars=GrammarChecks(cells),
             salts=salts or CacheSalts(),
         )
-        app = create_app(serving, max_body_bytes=max_body_bytes, **(app_options or {}))
+        app = create_app(lambda: serving, max_body_bytes=max_body_bytes, **(app_options or {}))
         server = HTTPServer(app, listening, **options)
         stop = asyncio.Event()
         await server.start()

@@ -148,3 +148,32 @@ def test_one_that_hangs_is_told_of_at_the_start(
         within_timeout(test)
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
+
+
+def test_one_that_has_not_come_up_is_waited_for_and_replaced_if_it_never_does(
+    runtime_dir: RuntimeDir,
+) -> None:
+    """It is there, but does not listen: as while it takes over from another."""
+    lock = runtime_dir.lock("allocator")  # of this process, which is no allocator
+    num_asked = 0
+
+    async def test() -> None:
+        nonlocal num_asked
+        allocator = AllocatorProcess(runtime_dir)
+        answers = allocator._answers
+
+        def counted() -> bool:
+            nonlocal num_asked
+            num_asked += 1
+            return answers()
+
+        allocator._answers = counted  # type: ignore[method-assign]
+        waiting = asyncio.create_task(allocator.find_or_start())
+        await until(lambda: num_asked >= 3)
+        assert not waiting.done()
+        # The lock is held on; who holds it is gone, as far as the file says.
+        lock.release()
+        await waiting
+        await allocator.stop_if_unused()
+
+    within_timeout(test)

@@ -1,16 +1,15 @@
 """Servers for the tests of the whole system."""
 
-import os
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from allocator import module_command, module_environment
 from tests.system.running_server import TIMEOUT_S, Server
 
 
@@ -25,7 +24,8 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
         wait: bool = True,
         runtime_dir: Path | None = None,
         num_descriptors: int | None = None,
-    ):
+        cwd: Path | None = None,
+    ) -> Server:
         def limit() -> None:
             if num_descriptors is not None:
                 limits = (num_descriptors, num_descriptors)
@@ -35,20 +35,17 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
         log = Path(tempfile.mkstemp(prefix="onecopy-log-")[1])
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "server.cli", "serve", model, "--port", "0"),
+                module_command(
+                    *("server.cli", "serve", model, "--port", "0"),
                     *("--runtime-dir", str(folder), "--drain-timeout", str(TIMEOUT_S), *arguments),
-                ],
+                ),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 text=True,
                 preexec_fn=limit,
-                env={
-                    **os.environ,
-                    "ONECOPY_CACHE_DIR": str(tokenizer_cache),
-                    "HF_HUB_OFFLINE": "1",
-                },
+                env=module_environment(ONECOPY_CACHE_DIR=str(tokenizer_cache), HF_HUB_OFFLINE="1"),
+                cwd=cwd,
             )
         server = Server(process, folder, log)
         servers.append(server)
