@@ -3,7 +3,7 @@
 Importing it is cheap: neither torch nor a device's library is loaded before it is needed.
 """
 
-from allocator.backends import Mapping, device_fault, file_handle
+from allocator.backends import Mapping, device_fault, file_handle, kernel_object
 from allocator.backends.nvml import DeviceUsage, device_usage, device_usages
 from allocator.client import Client, connect
 from allocator.daemon_settings import parse_bytes
@@ -11,6 +11,7 @@ from allocator.digests import Digest
 from allocator.errors import (
     AllocatorError,
     AllocatorGone,
+    AllocatorSilent,
     AlreadyRunning,
     DiskFull,
     DoubleFree,
@@ -29,15 +30,19 @@ from allocator.errors import (
     WeightSetBusy,
 )
 from allocator.leases import Block, Lease
+from allocator.leftovers import Role, remove_leftovers
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
+from allocator.own_module import module_command, module_environment
 from allocator.process_identity import ProcessIdentity
-from allocator.runtime_dir import RuntimeDir
+from allocator.process_state import ProcessState
+from allocator.runtime_dir import Owner, RuntimeDir
 from allocator.weights import WeightSetReader, WeightSetWriter
 
 __all__ = [
     "ALIGNMENT",
     "AllocatorError",
     "AllocatorGone",
+    "AllocatorSilent",
     "AlreadyRunning",
     "Block",
     "Client",
@@ -54,8 +59,11 @@ __all__ = [
     "Mapping",
     "NotWriter",
     "OutOfDeviceMemory",
+    "Owner",
     "ProcessIdentity",
+    "ProcessState",
     "QuotaExceeded",
+    "Role",
     "RuntimeDir",
     "RuntimeDirError",
     "StaleGeneration",
@@ -72,6 +80,10 @@ __all__ = [
     "device_usage",
     "device_usages",
     "file_handle",
+    "kernel_object",
     "manifest_bytes",
+    "module_command",
+    "module_environment",
     "parse_bytes",
+    "remove_leftovers",
 ]

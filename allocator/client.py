@@ -5,16 +5,17 @@ allocator is gone every call says so, while mapped memory stays valid, and a suc
 the session goes on with it. Thread-safe. A forked child can't use it, nor harm it.
 """
 
+import itertools
 import os
 import pwd
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from allocator import messages, tiers
-from allocator.connection import Connection
+from allocator.connection import REQUEST_TIMEOUT_S, Connection
 from allocator.errors import InvalidMessage, UnknownWeightSet, WaitTimeout
 from allocator.leases import Block, Lease, PoolClient
 from allocator.messages import (
@@ -23,6 +24,7 @@ from allocator.messages import (
     Hello,
     LowerTier,
     Regions,
+    SegmentHandedOut,
     Share,
     Statistics,
 )
@@ -38,8 +40,8 @@ _POLL_SLICE_MS: Final = 1000
 """An Open waits in slices of this length, so that progress can be shown and threads take turns."""
 
 R = TypeVar("R", bound=messages.Message)
-OnWait = Callable[[int, int], None]
-"""Called with (written bytes, total bytes) while another process loads."""
+OnWait = Callable[[int, int, int], None]
+"""Called with (written bytes, total bytes, pid of the writer) while another process loads."""
 
 
 class Client:
@@ -54,6 +56,7 @@ class Client:
         model: str = "",
         user: str | None = None,
         label: str = "",
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
     ):
         hello = Hello(
             version=PROTOCOL_VERSION,
@@ -62,7 +65,7 @@ class Client:
             user=_user_name() if user is None else user,
             label=label,
         )
-        self._connection = Connection(runtime_dir, hello, timeout_s)
+        self._connection = Connection(runtime_dir, hello, timeout_s, request_timeout_s)
         self._pool = PoolClient(self._connection)
 
     @property
@@ -85,17 +88,19 @@ class Client:
     def open_weight_set(
         self,
         key: str,
-        fingerprint: Mapping[str, str],
+        fingerprint: Mapping[str, str] | None,
         *,
         timeout_s: float = 3600.0,
         on_wait: OnWait | None = None,
     ) -> WeightSetReader | WeightSetWriter:
         """Read the set where it is sealed, waking it where it sleeps; be its writer where nobody
-        is; else wait.
+        is; else wait. Without a fingerprint: whatever has that key, if there is something.
 
-        Raises FingerprintMismatch, WaitTimeout after `timeout_s`, AllocatorGone.
+        Raises FingerprintMismatch, WaitTimeout after `timeout_s`, AllocatorGone; without a
+        fingerprint UnknownWeightSet.
         """
-        return self._open(key, dict(fingerprint), timeout_s, on_wait)
+        given = None if fingerprint is None else dict(fingerprint)
+        return self._open(key, given, timeout_s, on_wait)
 
     def wake(self, key: str, *, timeout_s: float = 3600.0, on_wait: OnWait | None = None) -> None:
         """Bring a sleeping set back to the device, where it is idle then. Raises UnknownWeightSet,
@@ -205,6 +210,14 @@ class Client:
         """What happened after event number `after`, as far as the history goes."""
         return self.request(messages.GetEvents(after=after), messages.Events).events
 
+    def handed_out(self) -> Iterator[SegmentHandedOut]:
+        """Every segment and file that clients of this device may map."""
+        for page in itertools.count():
+            found = self.request(messages.GetSegments(page=page), messages.Segments)
+            yield from found.segments
+            if not found.more:
+                return
+
     def check_integrity(self) -> None:
         """Let the daemon check all its invariants. One that finds a broken one ends."""
         self.request(messages.CheckIntegrity(), messages.Done)
@@ -223,6 +236,16 @@ class Client:
     def request(self, message: messages.Request, expected: type[R]) -> R:
         """One round trip. Raises what the allocator answered with, AllocatorGone or WaitTimeout."""
         return self._connection.request(message, expected)
+
+    def hurry(
+        self, patience_s: float, tell: Callable[[float | None], None] = lambda _since: None
+    ) -> None:
+        """For who must not be held up: from now on no call waits longer than `patience_s` for the
+        allocator. One that does not answer is not waited for again: calls raise AllocatorSilent
+        until it, or its successor, does, which a thread of this session finds out. `tell` gets the
+        time (CLOCK_MONOTONIC) since when it is silent, and None once it no longer is, from either
+        thread."""
+        self._connection.hurry(patience_s, tell)
 
     def is_alive(self) -> bool:
         """Whether the allocator still holds this session."""
@@ -271,7 +294,7 @@ class Client:
                         return reader
                 case messages.StillLoading() as loading:
                     if on_wait is not None:
-                        on_wait(loading.num_bytes, loading.total_bytes)
+                        on_wait(loading.num_bytes, loading.total_bytes, loading.writer_pid)
                     if time.monotonic() >= deadline:
                         raise WaitTimeout(
                             f"process {loading.writer_pid} has been loading {key!r} for more than "
@@ -289,16 +312,26 @@ def connect(
     model: str = "",
     user: str | None = None,
     label: str = "",
+    request_timeout_s: float = REQUEST_TIMEOUT_S,
 ) -> Client:
     """Open a session with the allocator of `runtime_dir` (default: see `RuntimeDir`), about its
     first device unless `device` names another. What the session holds is charged to `model` and
-    `user` (default: the user's name); `label` is shown to people.
+    `user` (default: the user's name); `label` is shown to people. Connecting takes `timeout_s` at
+    most, and a request `request_timeout_s`, unless it says that it waits for longer.
 
     Raises AllocatorGone where none runs, RuntimeDirError, Unauthorized, InvalidSetting.
     """
     if not isinstance(runtime_dir, RuntimeDir):
         runtime_dir = RuntimeDir.open(runtime_dir, create=False)
-    return Client(runtime_dir, timeout_s, device=device, model=model, user=user, label=label)
+    return Client(
+        runtime_dir,
+        timeout_s,
+        device=device,
+        model=model,
+        user=user,
+        label=label,
+        request_timeout_s=request_timeout_s,
+    )
 
 
 def _user_name() -> str:

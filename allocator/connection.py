@@ -3,8 +3,10 @@
 Owns the session's lifeline and its ZeroMQ socket. Invariants: every wait is bounded; requests are
 correlated, so that a late reply to one that was given up is never taken for another's; once the
 allocator is gone a call says so, and the next one tries its successor, which then holds for this
-session what this process knows of, and nothing else. Thread-safe: one request is on its way at a
-time. A forked child can't use it, nor harm it. Knows nothing of what is asked.
+session what this process knows of, and nothing else. Who must not be held up says `hurry`: a silent
+allocator then costs one short wait, and is asked again by a thread of its own. Thread-safe: one
+request is on its way at a time. A forked child can't use it, nor harm it. Knows nothing of what is
+asked.
 """
 
 import contextlib
@@ -14,7 +16,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -34,11 +37,20 @@ from allocator.errors import (
 from allocator.exports import num_descriptors
 from allocator.lifeline import Lifeline
 from allocator.messages import Hello, Welcome
+from allocator.process_state import ProcessState
 from allocator.runtime_dir import RuntimeDir
+from allocator.silence import Silence
 
 log = logging.getLogger("onecopy.allocator")
 
 REQUEST_TIMEOUT_S: Final = 30.0
+_HURRIED_CONNECT_S: Final = 2.0
+_PROMPT_S: Final = 0.05
+"""An allocator that is not stopped has answered by then, unless it or the machine is busy."""
+_SLICE_S: Final = 0.25
+"""How often a long wait looks whether the session is to end."""
+_CLOSE_S: Final = 1.0
+"""How long the end of a session waits for a thread that asks a silent allocator."""
 
 R = TypeVar("R", bound=messages.Message)
 
@@ -46,16 +58,27 @@ R = TypeVar("R", bound=messages.Message)
 class Connection:
     """A session that goes on with the next daemon of the runtime directory, if that adopted it."""
 
-    def __init__(self, runtime_dir: RuntimeDir, hello: Hello, timeout_s: float):
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        hello: Hello,
+        timeout_s: float,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+    ):
+        """`timeout_s` bounds the connecting, `request_timeout_s` each request."""
         self._runtime_dir = runtime_dir
         self._hello = hello
         self._timeout_s = timeout_s
+        self._request_timeout_s = request_timeout_s
+        self._patience_s: float | None = None
+        self._silence: Silence | None = None
+        self._given_up: deque[messages.Request] = deque()  # since the books were last looked at
         self._owner_pid = os.getpid()
         self._lock = threading.RLock()
         self._next_turn = threading.RLock()
         self._request_ids = itertools.count(1)
         self._context = zmq.Context(io_threads=1)
-        self._closed = False
+        self._closed = self._ends = False
         self._books = Books()
         self._is_behind = False
         """Whether the allocator may hold something else for this session than the books say."""
@@ -69,6 +92,14 @@ class Connection:
             raise
         _open_connections.add(self)
         _end_forsaken(timeout_s)
+
+    def hurry(self, patience_s: float, tell: Callable[[float | None], None]) -> None:
+        """From now on no call waits longer than `patience_s` for the allocator, and none waits at
+        all for one that did not answer the last: they raise AllocatorSilent until it does. `tell`
+        hears of that as `Silence` says."""
+        self._patience_s = patience_s
+        self._timeout_s = _HURRIED_CONNECT_S
+        self._silence = Silence(self._ask_again, tell)
 
     @property
     def welcome(self) -> Welcome:
@@ -97,19 +128,21 @@ class Connection:
                 f"the request takes {len(frame)} bytes, at most {messages.MAX_FRAME_BYTES} can be "
                 "sent"
             )
-        with self._exclusive():
+        with self._heard(), self._exclusive(self._patience_s):
             if self._closed:
                 raise AllocatorGone("this session is closed")
-            self._catch_up()
+            patience_s = self._request_timeout_s if self._patience_s is None else self._patience_s
+            patience_s += getattr(message, "wait_ms", 0) / 1000
+            self._catch_up(patience_s, resume=self._patience_s is None)
             if epoch not in (None, self.epoch):
                 raise AllocatorGone("the allocator that knew of this ended; its successor does not")
             self._is_behind, missed = True, self._num_missed
             request_id = self._send(frame)
-            reply = self._await(request_id)
+            reply = self._await(request_id, patience_s)
             count = num_descriptors(reply)
             descriptors: list[int] = []
             if count:
-                descriptors = self._lifeline.descriptors(request_id, count, REQUEST_TIMEOUT_S)
+                descriptors = self._lifeline.descriptors(request_id, count, patience_s)
             self._is_behind = self._num_missed > missed
             self._books.enter(message, reply)
         if isinstance(reply, messages.Failed):
@@ -130,10 +163,9 @@ class Connection:
                 raise
 
     def give_up(self, message: messages.Request) -> None:
-        """As `give_back`, but let the allocator hear of it before the next request only."""
-        with self._exclusive():
-            self._books.enter(message, messages.Done())
-            self._is_behind = True
+        """As `give_back`, but let the allocator hear of it before the next request only. Never
+        waits."""
+        self._given_up.append(message)
 
     @property
     def is_inherited(self) -> bool:
@@ -155,17 +187,27 @@ class Connection:
         if self.is_inherited:
             self._drop_inherited()
             return
+        if self._silence is not None:
+            self._silence.close()
+            self._ends = True
+            # The thread that asks may be in the middle of it; only the process's end is quicker.
+            with contextlib.suppress(WaitTimeout), self._exclusive(_CLOSE_S):
+                self._close()
+            return
         with self._exclusive():
-            if self._closed:
-                return
-            self._closed = True
-            if not self._lifeline.is_open():
-                _forsaken.append((self._runtime_dir.lifeline, self._resuming()))
-            self._end()
-            self._context.term()
+            self._close()
         _end_forsaken(self._timeout_s)
 
     # --- steps
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if not self._lifeline.is_open():
+            _forsaken.append((self._runtime_dir.lifeline, self._resuming()))
+        self._end()
+        self._context.term()
 
     def _begin(self, hello: Hello) -> None:
         self._lifeline = Lifeline.connect(self._runtime_dir.lifeline, self._timeout_s, hello)
@@ -199,26 +241,39 @@ class Connection:
             self.epoch += 1
             self._books.clear()
 
-    def _catch_up(self) -> None:
-        """See that allocator and books agree. Raises AllocatorGone, WaitTimeout."""
+    def _ask_again(self) -> None:
+        """The allocator was silent: wait for it, or for its successor, as long as it takes."""
+        with self._exclusive():
+            if not self._closed:
+                self._is_behind = True
+                self._catch_up(self._request_timeout_s, resume=True)
+
+    def _catch_up(self, patience_s: float, *, resume: bool) -> None:
+        """See that allocator and books agree; `resume` the session with another allocator where
+        this one has ended. Raises AllocatorGone, WaitTimeout."""
+        while self._given_up:
+            self._books.enter(self._given_up.popleft(), messages.Done())
+            self._is_behind = True
         if not self._lifeline.is_open():
+            if not resume:
+                raise AllocatorGone("the allocator ended; mapped memory stays valid")
             self._resume()
             self._is_behind = True
         if not self._is_behind:
             return
         try:
-            for request in self._books.differing(self._holdings()):
-                reply = self._await(self._send(messages.encode(request)))
+            for request in self._books.differing(self._holdings(patience_s)):
+                reply = self._await(self._send(messages.encode(request)), patience_s)
                 if isinstance(reply, messages.Failed):
                     log.warning("the session holds more than it uses: %s", reply.message)
         except Unanswered as error:  # of what is asked now, nothing was sent
             raise AllocatorGone(str(error)) from error
         self._is_behind = False
 
-    def _holdings(self) -> Iterator[messages.Holdings]:
+    def _holdings(self, patience_s: float) -> Iterator[messages.Holdings]:
         for page in itertools.count():
-            request = messages.GetHoldings(page=page)
-            holdings = expect(self._await(self._send(messages.encode(request))), messages.Holdings)
+            request_id = self._send(messages.encode(messages.GetHoldings(page=page)))
+            holdings = expect(self._await(request_id, patience_s), messages.Holdings)
             yield holdings
             if not holdings.more:
                 return
@@ -238,20 +293,47 @@ class Connection:
         self._lifeline.close()
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _heard(self) -> Iterator[None]:
+        """Who is in a hurry does not wait for an allocator that did not answer the last time."""
+        if self._silence is None:
+            yield
+            return
+        self._silence.check()
+        try:
+            yield
+        except (AllocatorGone, WaitTimeout) as error:
+            if isinstance(error, WaitTimeout) or not self._lifeline.is_open():
+                self._silence.begin()
+            raise
+
+    @contextlib.contextmanager
+    def _exclusive(self, patience_s: float | None = None) -> Iterator[None]:
+        """Raises WaitTimeout after `patience_s`, if that is given."""
         # A lock alone would go to the thread that has just released it and asks again, for as long
         # as it waits for a weight set; here whoever came second holds the door until its turn.
-        with self._next_turn:
-            self._lock.acquire()
+        timeout_s = -1 if patience_s is None else patience_s
+        if not self._next_turn.acquire(timeout=timeout_s):
+            raise WaitTimeout("another thread waits for the allocator")
+        try:
+            is_ours = self._lock.acquire(timeout=timeout_s)
+        finally:
+            self._next_turn.release()
+        if not is_ours:
+            raise WaitTimeout("another thread waits for the allocator")
         try:
             yield
         finally:
             self._lock.release()
 
-    def _await(self, request_id: bytes) -> messages.Reply:
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
-        while (left_s := deadline - time.monotonic()) > 0:
-            events = dict(self._poller.poll(int(left_s * 1000) + 1))
+    def _await(self, request_id: bytes, patience_s: float) -> messages.Reply:
+        begun = time.monotonic()
+        slice_s = _SLICE_S if self._patience_s is None else _PROMPT_S
+        while (left_s := begun + patience_s - time.monotonic()) > 0:
+            events = dict(self._poller.poll(int(min(left_s, slice_s) * 1000) + 1))
+            if not events:
+                self._look_around()
+                slice_s = _SLICE_S
+                continue
             if self._socket in events:
                 answered, frame = self._socket.recv_multipart()
                 if answered != request_id:  # the answer to a request that was given up
@@ -266,7 +348,17 @@ class Connection:
                     "the allocator ended before it answered. Mapped memory stays valid; ask again "
                     "once a new allocator runs"
                 )
-        raise WaitTimeout(f"the allocator did not answer within {REQUEST_TIMEOUT_S:.0f} s")
+        raise WaitTimeout(f"the allocator did not answer within {patience_s:.1f} s")
+
+    def _look_around(self) -> None:
+        """Nothing came. Raises AllocatorGone where the session is to end, and WaitTimeout where who
+        is in a hurry would wait in vain."""
+        if self._ends:
+            raise AllocatorGone("this session is about to be closed")
+        if self._silence is not None and self._silence.since is None:
+            state = ProcessState.of(self._lifeline.welcome.pid)
+            if state is not None and state.is_stopped:
+                raise WaitTimeout("the allocator is stopped")
 
 
 def expect(answer: messages.Reply, expected: type[R]) -> R:

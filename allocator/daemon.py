@@ -37,6 +37,7 @@ from allocator.errors import (
 )
 from allocator.events import History
 from allocator.exports import send_exports
+from allocator.hung_writers import HungWriters
 from allocator.journal import read_journal
 from allocator.lifeline import (
     LifelineListener,
@@ -53,6 +54,7 @@ from allocator.messages import (
     GetEvents,
     GetHoldings,
     GetRegions,
+    GetSegments,
     GetStatistics,
     Message,
     Reply,
@@ -66,8 +68,13 @@ from allocator.records import JOURNAL_VERSION, RunBegan, SessionBegan, SessionEn
 from allocator.runtime_dir import RuntimeDir
 from allocator.sessions import Session, Sessions
 from allocator.state_journal import StateJournal
-from allocator.statistics import device_regions, device_statistics, session_holdings
-from allocator.weight_set import ReplyTo
+from allocator.statistics import (
+    device_regions,
+    device_segments,
+    device_statistics,
+    session_holdings,
+)
+from allocator.weight_set import ReplyTo, WeightSet
 
 log = logging.getLogger("onecopy.allocator")
 
@@ -90,6 +97,7 @@ class Daemon:
         self._visitors: dict[int, Visitor] = {}  # by file descriptor
         self._devices: dict[str, Device] = {}
         self._history = History()
+        self._hung_writers = HungWriters()
         self._started = time.monotonic()
         self._running = True
         with contextlib.ExitStack() as undo:
@@ -226,10 +234,22 @@ class Daemon:
         for device in self._devices.values():
             for weight_set, waiter in device.memory.sets.expired(now):
                 self._reply(waiter.reply_to, waiter.session, device.still_loading(weight_set))
+                self._doubt(weight_set, now)
         for visitor in [v for v in self._visitors.values() if v.deadline <= now]:
             self._end_visit(visitor)
             visitor.connection.close()
         self._journal.tidy()
+
+    def _doubt(self, weight_set: WeightSet, now: float) -> None:
+        """Somebody waits in vain for its writer, who may be stopped."""
+        writer = self._sessions.by_number(weight_set.writer or 0)
+        if writer is not None and self._hung_writers.give_up(writer, now):
+            self._history.add(
+                "given up",
+                f"process {writer.process.pid}, which is stopped, no longer writes "
+                f"{weight_set.key}: the next who waits does",
+            )
+            self._end_session(writer)
 
     def _patience_ms(self) -> int | None:
         deadlines = [device.memory.sets.next_deadline() for device in self._devices.values()]
@@ -347,6 +367,7 @@ class Daemon:
     def _end_session(self, session: Session) -> None:
         self._poller.unregister(session.fd)
         self._sessions.remove(session)
+        self._hung_writers.forget(session)
         log.debug("session %d ended: pid %d", session.number, session.process.pid)
         self._note(SessionEnded(number=session.number))
         self._devices[session.device].end_session(session, time.monotonic())
@@ -394,6 +415,8 @@ class Daemon:
                 return device_regions(device, self._sessions)
             case GetHoldings(page=page):
                 return session_holdings(device, session, page)
+            case GetSegments(page=page):
+                return device_segments(device, page)
             case GetEvents(after=after):
                 return Events(events=self._history.after(after))
             case _:

@@ -30,6 +30,7 @@ from allocator.messages import (
     GetEvents,
     GetHoldings,
     GetRegions,
+    GetSegments,
     GetShare,
     GetStatistics,
     Handle,
@@ -176,7 +177,7 @@ class Device:
             case CheckIntegrity():
                 self.memory.check()
                 return Done()
-            case GetStatistics() | GetRegions() | GetEvents() | GetHoldings():
+            case GetStatistics() | GetRegions() | GetEvents() | GetHoldings() | GetSegments():
                 raise InvalidMessage("these are the daemon's to answer")
 
     def still_loading(self, weight_set: WeightSet) -> StillLoading:
@@ -477,6 +478,17 @@ class Device:
             readers=dict(s.readers),
             pinned=s.pinned,
         )
+
+    def handed_out(self) -> Iterator[tuple[str, Handle]]:
+        """(key of the set, handle) of all that clients may map; the key of the pool's segment is
+        ""."""
+        for weight_set in self.memory.sets:
+            handles = [h for copy in weight_set.copies.values() for h in (copy.handle, *copy.files)]
+            handles += [weight_set.target] if weight_set.target is not None else []
+            for handle in handles:
+                yield weight_set.key, handle
+        if self._pool.handle is not None:
+            yield "", self._pool.handle
 
     def identity(self, handle: Handle) -> str:
         """Which segment that is, as the next daemon will ask again."""

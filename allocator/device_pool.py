@@ -86,6 +86,11 @@ class DevicePool:
                 self._note_pins(session, digests, pinned=False)
         return Done()
 
+    @property
+    def handle(self) -> Handle | None:
+        """The pool's segment, once somebody has leased from it."""
+        return self._handle
+
     def end_session(self, session: SessionId) -> None:
         """It wants nothing any more."""
         self._shares.served(session)

@@ -19,6 +19,12 @@ class AllocatorGone(AllocatorError):
     code = "allocator_gone"
 
 
+class AllocatorSilent(AllocatorGone):
+    """An allocator is there, and does not answer in time; or did not, and was not asked again."""
+
+    code = "allocator_silent"
+
+
 class Unanswered(AllocatorGone):
     """The allocator ended before it answered: nobody knows whether it did what was asked."""
 
@@ -152,6 +158,7 @@ BY_CODE: dict[str, type[AllocatorError]] = {
         AllocatorError,
         AllocatorGone,
         Unanswered,
+        AllocatorSilent,
         RuntimeDirError,
         AlreadyRunning,
         Unauthorized,

@@ -22,6 +22,7 @@ from allocator.errors import (
     BY_CODE,
     AllocatorError,
     AllocatorGone,
+    AllocatorSilent,
     InvalidMessage,
     Unauthorized,
     WaitTimeout,
@@ -167,6 +168,12 @@ class Lifeline:
             connection.connect(os.fspath(path))
             connection.settimeout(timeout_s)
             answer = decode_lifeline(_ask(connection, encode(hello)))
+        except (TimeoutError, BlockingIOError) as error:
+            connection.close()
+            raise AllocatorSilent(
+                f"the allocator in {path.parent} does not answer within {timeout_s:.0f} s: if it "
+                "was stopped, go on with it (`kill -CONT`); else end it, and start another"
+            ) from error
         except (OSError, msgspec.DecodeError) as error:
             connection.close()
             raise AllocatorGone(

@@ -290,6 +290,13 @@ class GetHoldings(Message, tag="get_holdings", frozen=True):
     page: Generation = 0
 
 
+class GetSegments(Message, tag="get_segments", frozen=True):
+    """What this device has handed out to be mapped, page by page from 0 on. Answered by
+    Segments."""
+
+    page: Generation = 0
+
+
 class CheckIntegrity(Message, tag="check_integrity", frozen=True):
     """Check every invariant of the device now. Answered by Done; a daemon that finds one broken
     ends."""
@@ -317,6 +324,7 @@ Request = (
     | GetRegions
     | GetEvents
     | GetHoldings
+    | GetSegments
     | CheckIntegrity
 )
 
@@ -550,6 +558,21 @@ class Regions(Message, tag="regions", frozen=True):
     truncated: bool = False
 
 
+class SegmentHandedOut(Message, frozen=True):
+    """A segment of the weight set `key`, or a file that is mapped beside it; with "" the pool's.
+    The handle's `identity` is what the segment must still be."""
+
+    key: Annotated[str, msgspec.Meta(max_length=512)]
+    handle: Handle
+
+
+class Segments(Message, tag="segments", frozen=True):
+    """One page of them; `more` where it is not the last one."""
+
+    segments: tuple[SegmentHandedOut, ...]
+    more: bool
+
+
 class Event(Message, frozen=True):
     """Something that happened, at `time_s` since the epoch."""
 
@@ -581,6 +604,7 @@ Reply = (
     | Regions
     | Events
     | Holdings
+    | Segments
 )
 
 

@@ -46,6 +46,11 @@ class RuntimeDir:
         """Checks the directory, making it where it is missing. Raises `RuntimeDirError`."""
         chosen = Path(path) if path is not None else cls.default_path()
         chosen = chosen.absolute()
+        if os.fsencode(chosen).decode(errors="ignore") != str(chosen):
+            raise RuntimeDirError(
+                f"the name of the runtime directory {os.fsencode(chosen)!r} is no UTF-8: choose "
+                "another one with --runtime-dir or ONECOPY_RUNTIME_DIR."
+            )
         if len(os.fsencode(chosen / LONGEST_NAME)) > MAX_SOCKET_PATH_BYTES:
             raise RuntimeDirError(
                 f"the runtime directory {chosen} is too long: Unix socket paths are limited to "
@@ -112,10 +117,13 @@ class RuntimeDir:
         """Where instances say that they compute; theirs alone."""
         return self.path / "cores.lock"
 
-    @property
-    def engines(self) -> str:
-        """The ZeroMQ endpoint on which the server awaits its instances."""
-        return f"ipc://{self.path / 'engines.sock'}"
+    def engine(self, name: str) -> Path:
+        """The socket on which an instance awaits its server."""
+        return self.path / f"engine-{name}.sock"
+
+    def engines(self) -> list[Path]:
+        """All of these that there are."""
+        return list(self.path.glob("engine-*.sock"))
 
     @property
     def admin(self) -> Path:
@@ -136,17 +144,23 @@ class RuntimeDir:
         Reads the lock file and asks the kernel for the process, rather than trying the lock: a
         probe that holds the lock for a moment could refuse a daemon that starts just then.
         """
+        path = self._lock_path(role)
         try:
-            owner = msgspec.json.decode(self._lock_path(role).read_bytes(), type=Owner)
+            owner = msgspec.json.decode(path.read_bytes(), type=Owner)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
+        except OSError as error:
+            raise _unusable(path, error) from error
         return owner if owner.process.is_alive() else None
 
     def lock(self, role: str) -> "RoleLock":
-        """Become the one process of this role here. Raises `AlreadyRunning`."""
+        """Become the one process of this role here. Raises `AlreadyRunning`, `RuntimeDirError`."""
         path = self._lock_path(role)
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            except OSError as error:
+                raise _unusable(path, error) from error
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -165,11 +179,22 @@ class RuntimeDir:
                 break
             os.close(fd)  # the last owner unlinked the file between our open and our lock
         lock = RoleLock(path, fd)
-        lock.announce()
+        try:
+            lock.announce()
+        except OSError as error:
+            lock.release()
+            raise _unusable(path, error) from error
         return lock
 
     def _lock_path(self, role: str) -> Path:
         return self.path / f"{role}.lock"
+
+
+def _unusable(path: Path, error: OSError) -> RuntimeDirError:
+    return RuntimeDirError(
+        f"{path} can't be used ({error.strerror}): make room there, or remove it once nothing of "
+        "onecopy runs there, or choose another --runtime-dir."
+    )
 
 
 class RoleLock:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Final
 
+from msgspec.structs import replace
+
 from allocator.device import Device
 from allocator.messages import (
     MAX_FRAME_BYTES,
@@ -16,6 +18,8 @@ from allocator.messages import (
     Holdings,
     Region,
     Regions,
+    SegmentHandedOut,
+    Segments,
     SessionStatistics,
     SetHeld,
     Statistics,
@@ -33,6 +37,8 @@ _MAX_QUOTAS: Final = 500
 _MAX_REGIONS: Final = 4096
 _SETS_A_PAGE: Final = 200
 _EXTENTS_A_PAGE: Final = 4000
+_SEGMENTS_A_PAGE: Final = 100
+"""Each names a path, which can be long."""
 _UNLIMITED: Final = 1 << 62
 
 
@@ -108,6 +114,18 @@ def session_holdings(device: Device, session: Session, page: int) -> Holdings:
         blocks=tuple(BlockHeld(*pin) for pin in pins[first : first + _EXTENTS_A_PAGE]),
         more=len(sets) > first_set + _SETS_A_PAGE
         or max(len(leases), len(pins)) > first + _EXTENTS_A_PAGE,
+    )
+
+
+def device_segments(device: Device, page: int) -> Segments:
+    """What the device has handed out, the `page`-th part of it."""
+    found, first = list(device.handed_out()), page * _SEGMENTS_A_PAGE
+    return Segments(
+        segments=tuple(
+            SegmentHandedOut(key=key, handle=replace(handle, identity=device.identity(handle)))
+            for key, handle in found[first : first + _SEGMENTS_A_PAGE]
+        ),
+        more=len(found) > first + _SEGMENTS_A_PAGE,
     )
 
 

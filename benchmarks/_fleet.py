@@ -111,7 +111,8 @@ def _is_stopped(pid: int) -> bool:
 @contextlib.contextmanager
 def two_instances(model: str, runtime_dir: Path, options: Sequence[str]) -> Iterator[Fleet]:
     """Both ready; each may use all threads, since only one of them computes at a time."""
-    every = ("--threads", str(NUM_THREADS), *options)
+    # Whoever is stopped here is to be left alone.
+    every = ("--threads", str(NUM_THREADS), "--hang-timeout", "0", *options)
     with running_server(model, runtime_dir, num_instances=2, options=every):
         admin = AdminClient(RuntimeDir.open(runtime_dir, create=False))
         deadline = time.monotonic() + 60

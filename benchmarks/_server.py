@@ -21,7 +21,7 @@ def running_server(
     wanted = time.monotonic()
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "server.cli", "serve", model, "--port", "0"),
+            *(sys.executable, "-P", "-m", "server.cli", "serve", model, "--port", "0"),
             *("--instances", str(num_instances), "--runtime-dir", str(runtime_dir)),
             *options,
         ],
@@ -46,7 +46,7 @@ def running_server(
 def onecopy(runtime_dir: Path, *arguments: str) -> str:
     """What a command prints."""
     return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments, "--runtime-dir", str(runtime_dir)],
+        [sys.executable, "-P", "-m", "server.cli", *arguments, "--runtime-dir", str(runtime_dir)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,

@@ -48,7 +48,7 @@ def main() -> None:
     steal = steal_ticks()
     with tempfile.TemporaryDirectory(prefix="onecopy-bench-") as folder:
         ready_read, ready_write = os.pipe()
-        command = [sys.executable, "-m", "allocator", "--quiet", "--runtime-dir", folder]
+        command = [sys.executable, "-P", "-m", "allocator", "--quiet", "--runtime-dir", folder]
         daemon = subprocess.Popen(
             [*command, "--ready-fd", str(ready_write)], pass_fds=[ready_write]
         )

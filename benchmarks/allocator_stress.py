@@ -163,7 +163,7 @@ class Stage:
 
     def _start_daemon(self) -> "subprocess.Popen[bytes]":
         ready_read, ready_write = os.pipe()
-        command = [sys.executable, "-m", "allocator", "--quiet"]
+        command = [sys.executable, "-P", "-m", "allocator", "--quiet"]
         command += ["--runtime-dir", str(self.runtime_dir), "--image-dir", str(self.images)]
         command += ["--memory-limit", str(LIMIT_BYTES), "--ready-fd", str(ready_write)]
         daemon = subprocess.Popen(command, pass_fds=[ready_write])

@@ -103,7 +103,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 def _run_peer(checkpoint: Path) -> tuple[float, int]:
     peer = subprocess.Popen(
-        [sys.executable, "-c", _PEER, str(checkpoint)],
+        [sys.executable, "-P", "-c", _PEER, str(checkpoint)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -114,7 +114,9 @@ def _run_peer(checkpoint: Path) -> tuple[float, int]:
     memory = process_memory.read(peer.pid)
     peer.communicate()
     assert memory is not None
-    return float(line), memory.private_bytes
+    # Pages of the file are the page cache's, once for all who map it.
+    in_file = memory.private_parts.get(str((checkpoint / "model.safetensors").resolve()), 0)
+    return float(line), memory.private_bytes - in_file
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

@@ -185,7 +185,15 @@ def _memcpy(target: mmap.mmap, source: mmap.mmap, num_bytes: int) -> None:
 
 def _start_daemon(runtime_dir: Path, images: Path) -> "subprocess.Popen[bytes]":
     ready_read, ready_write = os.pipe()
-    command = [sys.executable, "-m", "allocator", "--quiet", "--runtime-dir", str(runtime_dir)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "allocator",
+        "--quiet",
+        "--runtime-dir",
+        str(runtime_dir),
+    ]
     command += ["--image-dir", str(images), "--ready-fd", str(ready_write)]
     daemon = subprocess.Popen(command, pass_fds=[ready_write])
     os.close(ready_write)

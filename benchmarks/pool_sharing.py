@@ -188,7 +188,7 @@ class _Round:
 def _weights_bytes(model: str) -> int:
     """What the weights take of the allocator's memory, whole segment, as `onecopy plan` says."""
     answer = subprocess.run(
-        [sys.executable, "-m", "server.cli", "plan", model, "--json"],
+        [sys.executable, "-P", "-m", "server.cli", "plan", model, "--json"],
         stdout=subprocess.PIPE,
         text=True,
         check=True,

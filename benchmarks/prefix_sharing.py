@@ -23,6 +23,7 @@ from _processes import Load, end_on_sigterm
 
 from allocator import Client, connect
 from server import process_memory
+from server.handed_out import handed_out
 
 _PROMPT = 1000
 _ANSWER = 16
@@ -113,7 +114,7 @@ class _Turns:
 
     def _private_bytes(self) -> int:
         assert self._b.pid is not None
-        memory = process_memory.read(self._b.pid)
+        memory = process_memory.read(self._b.pid, handed_out(self._memory))
         assert memory is not None
         return memory.private_bytes
 

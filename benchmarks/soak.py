@@ -38,6 +38,7 @@ from _processes import Load, end_on_sigterm, tree
 
 from allocator import Client, connect
 from server import process_memory
+from server.handed_out import handed_out
 
 _LOAD = 0.8
 _LOOK_S = 10.0
@@ -204,8 +205,9 @@ class Soak:
 
     def _look(self, started: float) -> Look:
         processes = {}
+        mapped = handed_out(self._memory)
         for pid in tree(self._fleet.pid):
-            memory = process_memory.read(pid)
+            memory = process_memory.read(pid, mapped)
             if memory is not None and (name := _name(pid)):
                 folder = Path(f"/proc/{pid}")
                 num_fds = len(list((folder / "fd").iterdir()))

@@ -5,8 +5,9 @@ limits `range`, but not nested loops, `'a' * 10**10`, or a string doubled forty 
 a child that the kernel bounds: address space, no file writes; and the parent bounds the time and
 kills it. Owns that child and both ends of the socket between.
 
-Invariant: `render` returns within its deadline (and the start of a child), and the server's own
-memory grows by no more than the longest text asked for. Knows nothing of tokens and HTTP.
+Invariants: `render` returns within its deadline (and the start of a child), and the server's own
+memory grows by no more than the longest text asked for; what somebody else does to the child is no
+error of the template; the child ends with the server. Knows nothing of tokens and HTTP.
 
 The child runs this file by its path, isolated (`python -I`): hence no import of our own packages at
 the top, and the imports of jinja2 inside the functions that the child runs.
@@ -23,15 +24,30 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from server.endings import OutOfMemoryKills
 
 DEADLINE_S: Final = 10.0
 ADDRESS_SPACE_BYTES: Final = 1 << 30
 _HEADER_BYTES: Final = 4
+_MAX_TRIES: Final = 3
+"""How often a child is replaced that somebody else killed or stopped, for one text."""
+_LOOK_EVERY_S: Final = 0.25
+_F_SETSIG: Final = 10  # fcntl(2)
 
 
 class TemplateFailed(Exception):
     """The template has an error, refused the messages, or used too much. The message says which."""
+
+
+class _Late(Exception):
+    """The deadline has passed."""
+
+
+class _Interrupted(Exception):
+    """The child was killed, or stopped, by somebody else. The message says how."""
 
 
 class ChatTemplate:
@@ -51,8 +67,11 @@ class ChatTemplate:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._closed = False
+        self._memory_kills = _memory_kills()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+        self._pipe = -1
+        """The child dies when this is closed."""
         self._start()
 
     def render(
@@ -69,61 +88,130 @@ class ChatTemplate:
             "max_chars": max_chars,
             "deadline_s": int(self._deadline_s) + 2,
         }
+        deadline = time.monotonic() + self._deadline_s
         with self._lock:
-            if self._child is None or self._child.poll() is not None:
-                self._start()
-            try:
-                answer = self._ask(request)
-            except TimeoutError as error:
-                self._stop()
-                raise TemplateFailed(
-                    f"the chat template did not finish within {self._deadline_s:g} s"
-                ) from error
-            except (OSError, EOFError) as error:
-                self._stop()
-                raise TemplateFailed(
-                    "the chat template's process ended; it may have used more than "
-                    f"{ADDRESS_SPACE_BYTES >> 20} MiB"
-                ) from error
+            for number in range(_MAX_TRIES):
+                try:
+                    answer = self._try(request, deadline)
+                    break
+                except _Interrupted as interrupted:
+                    if number == _MAX_TRIES - 1:
+                        raise TemplateFailed(str(interrupted)) from interrupted
         if "error" in answer:
             raise TemplateFailed(str(answer["error"]))
         return str(answer["text"])
 
     def close(self) -> None:
-        """Ends the child. Waits for a render in progress; nothing can be rendered afterwards."""
+        """Ends the child, and with it a render in progress; nothing can be rendered afterwards."""
+        self._closed = True
+        if (child := self._child) is not None:
+            child.kill()
         with self._lock:
-            self._closed = True
             self._stop()
 
-    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        deadline = time.monotonic() + self._deadline_s
-        assert self._socket is not None  # noqa: S101 - `_start` made it
+    def _try(self, request: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+        """The child's answer. Raises TemplateFailed, _Interrupted."""
+        if self._child is None or self._child.poll() is not None:
+            self._start()
+        try:
+            return self._ask(request, deadline)
+        except _Late as error:
+            self._stop()
+            raise TemplateFailed(
+                f"the chat template did not finish within {self._deadline_s:g} s"
+            ) from error
+        except _Interrupted:
+            self._stop()
+            raise
+        except (OSError, EOFError) as error:
+            how = self._how_it_ended()
+            self._stop()
+            if how is not None and not self._closed:
+                raise _Interrupted(f"the chat template's process was ended: {how}") from error
+            raise TemplateFailed(
+                "the chat template's process ended; it may have used more than "
+                f"{ADDRESS_SPACE_BYTES >> 20} MiB"
+            ) from error
+
+    def _how_it_ended(self) -> str | None:
+        """How somebody else ended the child; None where it ended by itself."""
+        from server.endings import ending_of
+
+        assert self._child is not None  # noqa: S101 - it was asked
+        try:
+            status = self._child.wait(_LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:  # it closed its end, and goes on
+            return None
+        ending = ending_of(status, out_of_memory=self._memory_kills.just_now())
+        return ending.how if status < 0 and not ending.by_itself else None
+
+    def _ask(self, request: Mapping[str, Any], deadline: float) -> dict[str, Any]:
         frame = json.dumps(request).encode()
-        self._socket.settimeout(self._deadline_s)
-        self._socket.sendall(len(frame).to_bytes(_HEADER_BYTES, "big") + frame)
-        length = int.from_bytes(_receive(self._socket, _HEADER_BYTES, deadline), "big")
+        self._send(len(frame).to_bytes(_HEADER_BYTES, "big") + frame, deadline)
+        length = int.from_bytes(self._receive(_HEADER_BYTES, deadline), "big")
         # Twelve bytes is the most that JSON's ASCII makes of one character; the child is not
         # trusted to keep to what it was asked for.
         if length > 12 * request["max_chars"] + 8192:
             raise EOFError("an answer longer than asked for")
-        answer = json.loads(_receive(self._socket, length, deadline))
+        answer = json.loads(self._receive(length, deadline))
         if not isinstance(answer, dict) or not {"text", "error"} & answer.keys():
             raise EOFError("an answer of another kind")
         return answer
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        """All of it. Raises as `_receive` does, or `OSError` where the child has closed its end."""
+        rest = memoryview(data)
+        while rest:
+            with contextlib.suppress(TimeoutError):
+                rest = rest[self._waiting(deadline).send(rest) :]
+
+    def _receive(self, num_bytes: int, deadline: float) -> bytes:
+        """Exactly `num_bytes`. Raises `_Late` at the deadline, `EOFError` at the end,
+        `_Interrupted` where the child is stopped."""
+        parts = bytearray()
+        while len(parts) < num_bytes:
+            try:
+                part = self._waiting(deadline).recv(min(num_bytes - len(parts), 1 << 20))
+            except TimeoutError:
+                continue
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+    def _waiting(self, deadline: float) -> socket.socket:
+        """The socket, set to wait for a while. Raises `_Late`, `_Interrupted`."""
+        from allocator import ProcessState
+
+        assert self._socket is not None  # noqa: S101 - `_start` made it
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise _Late
+        self._socket.settimeout(min(left_s, _LOOK_EVERY_S))
+
+        state = ProcessState.of(self._child.pid) if self._child is not None else None
+        if state is not None and state.is_stopped:
+            raise _Interrupted("the chat template's process was stopped by a signal")
+        return self._socket
 
     def _start(self) -> None:
         if self._closed:
             raise TemplateFailed("the server is shutting down")
         self._stop()
         ours, theirs = socket.socketpair()
+        pipe, self._pipe = os.pipe()
         with theirs:
-            self._child = subprocess.Popen(  # noqa: S603 - this very file, by a fixed command
-                [sys.executable, "-I", str(Path(__file__).resolve())],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "TZ": os.environ.get("TZ", "")},
-            )
+            try:
+                self._child = subprocess.Popen(  # noqa: S603 - this very file, by a fixed command
+                    [sys.executable, "-I", str(Path(__file__).resolve()), str(pipe)],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[pipe],
+                    env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "TZ": os.environ.get("TZ", "")},
+                )
+            finally:
+                os.close(pipe)
         self._socket = ours
         setup = json.dumps({"source": self.source, "special_tokens": self._special_tokens}).encode()
         ours.settimeout(self._deadline_s)
@@ -134,25 +222,19 @@ class ChatTemplate:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
         if self._child is not None:
             self._child.kill()
             self._child.wait()
             self._child = None
 
 
-def _receive(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
-    """Exactly `num_bytes`. Raises `TimeoutError` at the deadline, `EOFError` at the end."""
-    parts = bytearray()
-    while len(parts) < num_bytes:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        sock.settimeout(left)
-        part = sock.recv(min(num_bytes - len(parts), 1 << 20))
-        if not part:
-            raise EOFError
-        parts += part
-    return bytes(parts)
+def _memory_kills() -> "OutOfMemoryKills":
+    from server.endings import OutOfMemoryKills
+
+    return OutOfMemoryKills()
 
 
 # --- in the child
@@ -257,9 +339,24 @@ def _serve(stream: Any) -> None:
         send(answer)
 
 
+def _die_with(pipe: int) -> None:
+    """As `workers.kernel.die_with`, which can't be imported here: be killed when the parent's end
+    is closed, however that comes, and even while this process is stopped."""
+    import fcntl
+
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _main() -> None:
     import resource
 
+    _die_with(int(sys.argv[1]))
     for limit, value in (
         (resource.RLIMIT_AS, ADDRESS_SPACE_BYTES),
         (resource.RLIMIT_FSIZE, 0),

@@ -7,6 +7,7 @@ Knows nothing of how the figures came about.
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
@@ -23,16 +24,25 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from server.admin import ServerStatus
+from server.admin import AllocatorStatus, InstanceStatus, ServerStatus
 from server.checks import Check
 from server.device_verify import DeviceVerdict
-from server.fleet import Instance
+from server.instance import Instance
 from server.plan import MAX_INSTANCES, DevicePlan, Load, Plan, Room
 from server.process_memory import ProcessMemory
 from server.verify import Verdict
+from workers.messages import Loading
+
+log = logging.getLogger("onecopy.server")
+
+_STALLED_S: Final = 5.0
+"""A load that has not come on for so long is told of."""
 
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+_FILES_SHOWN: Final = 3
 
 
 def megabytes(num_bytes: float) -> str:
@@ -75,19 +85,34 @@ class StartDisplay:
         )
         self._task = self._progress.add_task(f"starting {model}", total=None)
         self._model = model
+        self._told = False
 
     def show(self, instances: Sequence[Instance]) -> None:
         """Draw the present state."""
-        loading = [one.loading for one in instances if one.loading and one.state == "loading"]
+        loading = [one for one in instances if one.loading and one.state == "loading"]
         if not loading:
             return
-        furthest = max(loading, key=lambda message: message.num_bytes)
+        furthest = max(loading, key=lambda one: one.loading.num_bytes if one.loading else 0)
+        assert furthest.loading is not None  # noqa: S101 - it was chosen for that
+        stalled = self._stalled(furthest, furthest.loading)
         self._progress.update(
             self._task,
-            description=f"loading {self._model} into shared memory",
-            completed=furthest.num_bytes,
-            total=furthest.total_bytes or None,
+            description=f"loading {self._model} into shared memory{stalled}",
+            completed=furthest.loading.num_bytes,
+            total=furthest.loading.total_bytes or None,
         )
+
+    def _stalled(self, instance: Instance, loading: Loading) -> str:
+        """Who does not come on, and for how long; once also to the log, which needs no terminal."""
+        stalled_s = time.monotonic() - instance.came_on_at
+        if stalled_s < _STALLED_S:
+            self._told = False
+            return ""
+        text = f"process {loading.writer_pid}, which writes, has not come on for {stalled_s:.0f} s"
+        if not self._told:
+            log.warning("loading %s: %s", self._model, text)
+        self._told = True
+        return f": {text}"
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -169,7 +194,23 @@ def server_line(status: ServerStatus) -> str:
         f"ready, {status.num_replaced} replaced so far; server pid {status.pid}"
         f"{', shutting down' if status.draining else ''}"
         f"{'; it sleeps: wake it with `onecopy wake`' if status.asleep else ''}"
+        f"{_allocator(status.allocator)}" + "".join(f"\n{line}" for line in warnings(status))
     )
+
+
+def warnings(status: ServerStatus) -> list[str]:
+    """What somebody should see to."""
+    found = []
+    if status.start_error is not None:
+        found.append(f"instances can't start: {status.start_error}")
+    if status.changed_files:
+        more = len(status.changed_files) - _FILES_SHOWN
+        shown = "; ".join(status.changed_files[:_FILES_SHOWN])
+        found.append(
+            f"{status.path} has changed since it was loaded, and is served as it was: {shown}"
+            f"{f' and {more} more' if more > 0 else ''}. `onecopy reload` serves it as it is now"
+        )
+    return found
 
 
 def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | None]) -> Table:
@@ -192,7 +233,7 @@ def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | Non
         table.add_row(
             instance.name,
             str(instance.pid or "-"),
-            instance.state,
+            _state(instance),
             status.model,
             megabytes(memory.shared_bytes) if memory else "-",
             megabytes(memory.private_bytes) if memory else "-",
@@ -201,6 +242,26 @@ def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | Non
             milliseconds(instance.ready_ms) if instance.ready_ms is not None else "-",
         )
     return table
+
+
+def _state(instance: InstanceStatus) -> str:
+    """With what is unusual about it."""
+    text: str = instance.state
+    if instance.unresponsive_s is not None:
+        text += f", unresponsive for {instance.unresponsive_s:.0f} s"
+    elif instance.stalled_s is not None and instance.stalled_s > _STALLED_S:
+        text += f", waits for pid {instance.writer_pid} for {instance.stalled_s:.0f} s"
+    return f"{text}, for one request" if instance.alone else text
+
+
+def _allocator(status: AllocatorStatus) -> str:
+    """What is unusual about it, if anything is."""
+    if status.pid is None:
+        return "; no allocator runs"
+    if status.unresponsive_s is None:
+        return ""
+    end = "" if status.started_here else ": end it, as with `kill -9`, and it is replaced"
+    return f"; allocator pid {status.pid} unresponsive for {status.unresponsive_s:.0f} s{end}"
 
 
 def verdict_text(verdict: Verdict | DeviceVerdict) -> Table:
@@ -253,11 +314,17 @@ def _shares(verdict: Verdict | DeviceVerdict) -> str:
             f"{megabytes(verdict.others_bytes)}; {megabytes(verdict.clients_bytes)} are the "
             f"{verdict.num_clients} clients' own: contexts, kernels, workspaces."
         )
-    return (
+    shares = (
         f"{megabytes(verdict.weights_bytes)} of weights in {verdict.segment} (inode "
         f"{verdict.inode}); the instances' shares of them add up to "
         f"{megabytes(verdict.weights_pss_bytes)}."
     )
+    if verdict.weights_bytes < verdict.max_private_bytes:
+        shares += (
+            f" A private copy of so little would not show: an instance may have "
+            f"{megabytes(verdict.max_private_bytes)} for itself (--max-private)."
+        )
+    return shares
 
 
 _STATUS_STYLES: Final = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}

@@ -126,9 +126,8 @@ def _onecopy(path: Path | None) -> list[Check]:
     shown = str(directory.path)
     try:
         allocator, server = directory.owner("allocator"), directory.owner("server")
-    except OSError as error:  # a lock file that is no file, or not readable
-        what = f"{error.filename}: {error.strerror}; `onecopy stop`, then remove it"
-        return [checks.runtime_dir(shown, what, exists=True)]
+    except RuntimeDirError as error:  # a lock file that is no file, or not readable
+        return [checks.runtime_dir(shown, str(error), exists=True)]
     prefix, sizes = directory.segment_prefix, list[int]()
     for segment in SHM_ROOT.glob(f"{prefix.lstrip('/')}*"):
         with contextlib.suppress(FileNotFoundError):  # freed meanwhile

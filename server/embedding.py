@@ -26,7 +26,7 @@ class Placer(Protocol):
         """Instances that answer requests now."""
 
     async def place_embedding(
-        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int, epoch: int
     ) -> Embedding:
         """Start a part of a request that was admitted."""
 
@@ -47,9 +47,14 @@ def cut(lengths: Sequence[int]) -> list[list[int]]:
 
 
 async def embed(
-    placer: Placer, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int
+    placer: Placer,
+    request_id: str,
+    inputs: Sequence[Sequence[int]],
+    dimensions: int,
+    epoch: int,
 ) -> list[bytes]:
-    """The vectors of `inputs`, in their order. Raises ServerError; if cancelled, all is aborted."""
+    """The vectors of `inputs`, in their order, by the model of that `epoch`. Raises ServerError; if
+    cancelled, all is aborted."""
     vectors: list[bytes] = [b""] * len(inputs)
     parts = list(enumerate(cut([len(one) for one in inputs])))
     parts.reverse()
@@ -58,7 +63,7 @@ async def embed(
         while parts:
             number, indices = parts.pop()
             part = await placer.place_embedding(
-                f"{request_id}-{number}", [inputs[index] for index in indices], dimensions
+                f"{request_id}-{number}", [inputs[index] for index in indices], dimensions, epoch
             )
             try:
                 for index, vector in zip(indices, await part.vectors(), strict=True):

@@ -4,13 +4,14 @@ Owns names and labels. The counters of an instance begin anew with its replaceme
 restarted process do. Knows nothing of the allocator, whose own figures are in `metrics.py`.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.fleet import Instance
+from server.instance import Instance
 from workers.messages import StepOutput
 
 _PREFIX: Final = "onecopy_instance_"
@@ -48,3 +49,24 @@ class InstanceFigures(Collector):
             for instance, load in loads:
                 counter.add_metric([instance], figure(load))
             yield counter
+        unresponsive = GaugeMetricFamily(
+            f"{_PREFIX}unresponsive_seconds",
+            "For how long it has shown no sign of life, though it should; 0 where it does.",
+            labels=["instance"],
+        )
+        step = GaugeMetricFamily(
+            f"{_PREFIX}step_seconds",
+            "How long the present step has taken; 0 between steps.",
+            labels=["instance"],
+        )
+        for one in self._instances():
+            beat = one.leash.look()
+            unresponsive.add_metric([one.name], _age(one.unresponsive_since))
+            step.add_metric([one.name], _age(beat.since if beat is not None else None))
+        yield unresponsive
+        yield step
+
+
+def _age(since: float | None) -> float:
+    """Seconds, of a moment of CLOCK_MONOTONIC."""
+    return 0.0 if since is None else time.monotonic() - since

@@ -33,12 +33,32 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class GrammarTooComplex(InvalidRequest):
+    """The form that is asked for takes more time, memory or stack to compile than is granted."""
+
+    code = "grammar_too_complex"
+
+
 class UnknownModel(ServerError):
     """The request names a model that is not served here."""
 
     status = 404
     kind = "invalid_request_error"
     code = "model_not_found"
+
+
+class UnsupportedMediaType(ServerError):
+    """The body is not declared to be JSON."""
+
+    status = 415
+    kind = "invalid_request_error"
+
+
+class BodyTooLarge(ServerError):
+    """The body has more bytes, or more values, than any request that could be answered."""
+
+    status = 413
+    kind = "invalid_request_error"
 
 
 class Overloaded(ServerError):

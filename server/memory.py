@@ -86,7 +86,7 @@ def _server(runtime_dir: RuntimeDir) -> ServerStatus | None:
     try:
         return AdminClient(runtime_dir).status()
     except NoServer:
-        return None
+        return None  # one that does not answer is no reason to act without it
 
 
 def _is_served(status: ServerStatus, model: str | None) -> bool:

@@ -1,10 +1,13 @@
 """Prometheus metrics: the allocator's figures, as a scrape sees them.
 
-Owns names and labels. Invariant: a scrape that can't reach the allocator still answers, and says
-that it is down. Knows nothing of HTTP.
+Owns names and labels, and the one thread that asks the allocator. Invariant: a scrape that can't
+reach the allocator still answers, within about a second, and says that it is down; however many
+scrapes there are, a silent allocator holds up that one thread. Knows nothing of HTTP.
 """
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -16,28 +19,60 @@ from allocator import AllocatorError, RuntimeDir, Statistics, connect
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX: Final = "onecopy_allocator_"
 _STATES: Final = ("loading", "sealed", "idle", "moving", "asleep")
-_SCRAPE_TIMEOUT_S: Final = 2.0
+_ANSWER_S: Final = 2.0
+_SCRAPE_S: Final = 1.0
+"""What a scrape waits for the allocator."""
+
+
+class Metrics:
+    """All metrics of one server."""
+
+    def __init__(self, runtime_dir: RuntimeDir, *others: Collector) -> None:
+        """`others` have figures that are not the allocator's."""
+        self._runtime_dir = runtime_dir
+        self._others = others
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._asking: asyncio.Future[list[Statistics]] | None = None
+
+    async def scrape(self) -> bytes:
+        """Prometheus' text format."""
+        if self._asking is None or self._asking.done():
+            loop = asyncio.get_running_loop()
+            self._asking = loop.run_in_executor(self._thread, self._read)
+        done, _ = await asyncio.wait({self._asking}, timeout=_SCRAPE_S)
+        return exposition(self._asking.result() if done else [], *self._others)
+
+    def close(self) -> None:
+        """Nobody scrapes any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self) -> list[Statistics]:
+        try:
+            return read_devices(self._runtime_dir)
+        except AllocatorError:
+            return []
 
 
 def read_devices(runtime_dir: RuntimeDir) -> list[Statistics]:
     """Every device's statistics. Raises AllocatorError."""
     found: list[Statistics] = []
-    with connect(runtime_dir, _SCRAPE_TIMEOUT_S, label="statistics") as memory:
-        found.append(memory.statistics())
-        others = [name for name in memory.devices if name != memory.device]
-    for name in others:
-        with connect(runtime_dir, _SCRAPE_TIMEOUT_S, device=name, label="statistics") as memory:
+    names = [""]  # of the first device, whatever it is called
+    while names:
+        with connect(
+            runtime_dir,
+            _ANSWER_S,
+            device=names.pop(0),
+            label="statistics",
+            request_timeout_s=_ANSWER_S,
+        ) as memory:
+            if not found:
+                names = [name for name in memory.devices if name != memory.device]
             found.append(memory.statistics())
     return found
 
 
-def scrape(runtime_dir: RuntimeDir, *others: Collector) -> bytes:
-    """All metrics in Prometheus' text format, and those of `others`. Blocks for some seconds at
-    most."""
-    try:
-        devices = read_devices(runtime_dir)
-    except AllocatorError:
-        devices = []
+def exposition(devices: Sequence[Statistics], *others: Collector) -> bytes:
+    """The figures of these devices, and those of `others`, in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Figures(devices))
     for collector in others:
@@ -51,7 +86,7 @@ _Figure = Callable[[Statistics], float]
 class _Figures(Collector):
     """One scrape's figures."""
 
-    def __init__(self, devices: list[Statistics]):
+    def __init__(self, devices: Sequence[Statistics]):
         self._devices = devices
 
     def collect(self) -> Iterator[Metric]:

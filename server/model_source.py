@@ -6,6 +6,7 @@ returned exists. Never imports torch; whether the files are sound, the workers f
 
 import importlib.util
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final
 from pydantic import BaseModel, Field, ValidationError
 
 from server.generation import NO_ADVICE, SamplingDefaults
+from workers import file_status, read_json
 
 log = logging.getLogger("onecopy.server")
 
@@ -33,31 +35,27 @@ _DEMO_SAMPLING: Final = SamplingDefaults(temperature=0.2, top_p=0.9)
 
 @dataclass(frozen=True)
 class ModelSource:
-    """`name` is what clients call it; `sampling` is what its authors advise."""
+    """`name` is what clients call it; `sampling` is what its authors advise; `given` is the path
+    that a person gave, if it was one, with the links in it."""
 
     name: str
     path: Path
     sampling: SamplingDefaults = NO_ADVICE
+    given: Path | None = None
 
 
 def find_model(model: str) -> ModelSource:
-    """Raises ModelNotFound. A hub id is downloaded to the hub's cache, where there is a network."""
+    """A hub id is downloaded to the hub's cache, where there is a network. Raises ModelNotFound,
+    CheckpointError."""
     if model == DEMO:
         path = _demo()
         return ModelSource(path.name.split(".")[0], path, _DEMO_SAMPLING)
-    path = Path(model).expanduser()
-    if path.exists():
-        path = path.resolve()
-        files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-        if path.is_dir() and not (path / "config.json").exists() and len(files) == 1:
-            path = files[0]
-        if path.is_dir() and not (path / "config.json").exists():
-            raise ModelNotFound(
-                f"{path} holds neither config.json nor a single .gguf file: give a Hugging Face "
-                "model folder, or a .gguf file"
-            )
+    given = _path(model)
+    if os.path.lexists(given):
+        path = _looked_at(given)
         name = path.stem if path.is_file() else path.name
-        return ModelSource(name, path, _advised_sampling(path))
+        inside = path.parent == given.resolve()  # of a folder its one file was taken
+        return ModelSource(name, path, _advised_sampling(path), None if inside else given)
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
         path = _download(model)
         return ModelSource(model, path, _advised_sampling(path))
@@ -67,8 +65,47 @@ def find_model(model: str) -> ModelSource:
     )
 
 
+def _path(model: str) -> Path:
+    """What a person means by a path. Raises ModelNotFound for what can be none."""
+    try:
+        path = Path(model).expanduser().absolute()
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # of a user who is not there, say
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelNotFound(f"{model[:200]} can't be a model's path: {reason}") from error
+    if os.fsencode(path).decode(errors="ignore") != str(path):
+        raise ModelNotFound(f"the name of {os.fsencode(path)!r} is no UTF-8: rename it")
+    return path
+
+
+def _looked_at(given: Path) -> Path:
+    """The folder or the file there, without links. Raises ModelNotFound, CheckpointError."""
+    try:
+        path = given.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # links that lead nowhere, or in a circle
+        raise ModelNotFound(f"{given} leads nowhere: {error}. Download the model again") from error
+    if os.fsencode(path).decode(errors="ignore") != str(path):
+        raise ModelNotFound(f"the name of {os.fsencode(path)!r} is no UTF-8: rename it")
+    if not path.is_dir():
+        file_status(path)
+        return path
+    if os.path.lexists(path / "config.json"):
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelNotFound(
+            f"{path} holds neither config.json nor a single .gguf file: give a Hugging Face model "
+            "folder, or a .gguf file"
+        )
+    file_status(files[0])
+    return files[0]
+
+
 class _GenerationConfig(BaseModel):
-    """The fields of generation_config.json that concern us; a value out of range is no advice."""
+    """The fields of generation_config.json that concern us; a value out of range is no advice, and
+    neither is null."""
 
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -78,15 +115,20 @@ class _GenerationConfig(BaseModel):
 
 
 def _advised_sampling(path: Path) -> SamplingDefaults:
-    """From the folder's generation_config.json, as other servers do; OpenAI's where it has none."""
+    """From the folder's generation_config.json, as other servers do; OpenAI's where it has none.
+    Raises CheckpointError where the file can't be read."""
     file = path / "generation_config.json"
-    if not path.is_dir() or not file.exists():
+    if not path.is_dir() or not os.path.lexists(file):
         return NO_ADVICE
+    said = {name: value for name, value in read_json(file).items() if value is not None}
     try:
-        advised = _GenerationConfig.model_validate_json(file.read_bytes())
+        advised = _GenerationConfig.model_validate(said)
     except ValidationError as error:
-        log.warning("ignoring the sampling defaults of %s: %s", file, error)
-        return NO_ADVICE
+        wrong = {str(one["loc"][0]) for one in error.errors()}
+        log.warning("%s advises what can't be followed: %s", file, ", ".join(sorted(wrong)))
+        advised = _GenerationConfig.model_validate(
+            {name: value for name, value in said.items() if name not in wrong}
+        )
     return SamplingDefaults(**advised.model_dump())
 
 

@@ -15,7 +15,6 @@ import bisect
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Final
 import msgspec
 from pydantic import BaseModel
 
+from allocator import module_command, module_environment
 from server.checks import meminfo_bytes
 from server.doctor import SHM_ROOT, group_limit, read_text
 from server.model_source import ModelSource
@@ -284,7 +284,7 @@ def read_estimate(
 ) -> Estimate:
     """Let a process of the workers' room read the model's headers; seconds, most of them torch's
     import. Raises PlanFailed with its one line."""
-    command = [sys.executable, "-m", "workers.estimate", str(source.path), "--dtype", dtype]
+    command = module_command("workers.estimate", str(source.path), "--dtype", dtype)
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     command += ["--token-budget", str(Settings.model_fields["token_budget"].default)]
     if max_model_len is not None:
@@ -294,7 +294,7 @@ def read_estimate(
         command,
         capture_output=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, **quiet},
+        env=module_environment(**quiet),
         check=False,
     )
     words = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2]

@@ -1,8 +1,9 @@
 """One request on its way between the HTTP side and an instance, whatever it asks for.
 
-Owns what differs between requests: what an instance is told, and what becomes of its answers.
-Invariant: after `take` returned true, or `fail`, the one who waits has been told the end. Does not
-know how instances are chosen.
+Owns what differs between requests: what an instance is told, and what becomes of its answers; and
+what is known of the request itself, so that one which ends instances can be told from its
+neighbours. Invariant: after `take` returned true, or `fail`, the one who waits has been told the
+end. Does not know how instances are chosen.
 """
 
 import asyncio
@@ -18,8 +19,8 @@ from server.errors import (
     Overloaded,
     ServerError,
 )
-from server.fleet import Instance
 from server.generation import NO_OPTIONS, Chunk, RequestOptions
+from server.instance import Instance
 from workers.messages import (
     Embed,
     Embedded,
@@ -31,6 +32,8 @@ from workers.messages import (
 )
 
 _LEAST_S: Final = 1e-3
+_MAX_BLAMED: Final = 2
+"""What was computed on so many instances that ended by themselves may be what ends them."""
 _RETRY_AFTER_S: Final = 2
 
 
@@ -44,12 +47,30 @@ class Aborter(Protocol):
 class Request(ABC):
     """What the router places on an instance, and moves to another when that one ends."""
 
-    def __init__(self, router: Aborter, request_id: str) -> None:
+    def __init__(self, router: Aborter, request_id: str, epoch: int) -> None:
         self._router = router
         self.request_id = request_id
+        self.epoch = epoch
+        """Which state of the model it is for; see `Fleet.epoch`."""
         self.instance: Instance | None = None
         self.num_moves = 0
+        self.num_blamed = 0
+        """Instances that ended by themselves while they computed it."""
+        self.num_waits = 0
+        """How often it had no instance, and had to wait for one."""
         self.ended = False
+        self.timer: asyncio.TimerHandle | None = None
+        """Of its deadline."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it must have an instance for itself."""
+        return self.num_blamed >= _MAX_BLAMED
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until its deadline, if it has one; never 0."""
+        return None
 
     @abstractmethod
     def message(self) -> ToInstance:
@@ -78,8 +99,9 @@ class Stream(Request):
         prompt: tuple[int, ...],
         sampling: SamplingParams,
         options: RequestOptions = NO_OPTIONS,
+        epoch: int = 0,
     ) -> None:
-        super().__init__(router, request_id)
+        super().__init__(router, request_id, epoch)
         self._options = options
         self._begun_at = time.monotonic()
         self._chunks: asyncio.Queue[Chunk | ServerError] = asyncio.Queue()
@@ -99,15 +121,17 @@ class Stream(Request):
             sampling=self.sampling,
             num_generated=len(self.generated),
             priority=self._options.priority,
-            deadline_s=self._seconds_left(),
+            deadline_s=self.seconds_left,
             cache_salt=self._options.cache_salt,
         )
 
-    def _seconds_left(self) -> float | None:
+    @property
+    def seconds_left(self) -> float | None:
+        """As in the base."""
         if self._options.deadline_s is None:
             return None
         left_s = self._begun_at + self._options.deadline_s - time.monotonic()
-        return max(left_s, _LEAST_S)  # an instance says that it is over, whoever has it then
+        return max(left_s, _LEAST_S)
 
     def take(self, output: Output | Embedded) -> bool:
         """New tokens."""
@@ -171,8 +195,9 @@ class Embedding(Request):
         request_id: str,
         inputs: Sequence[Sequence[int]],
         dimensions: int,
+        epoch: int = 0,
     ) -> None:
-        super().__init__(router, request_id)
+        super().__init__(router, request_id, epoch)
         self._inputs = tuple(map(tuple, inputs))
         self._dimensions = dimensions
         self._vectors: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()

@@ -13,27 +13,40 @@ import socket
 import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any, Final
 
-import uvicorn
 from fastapi import FastAPI
 
 from allocator import RuntimeDir
 from server import console, process_memory
 from server.admin import create_admin_app
+from server.allowed_hosts import AllowedHosts
 from server.app import Serving, create_app
+from server.background import Background
+from server.cache_salt import CacheSalts
+from server.cells import Cells
 from server.daemons import AllocatorProcess
 from server.engine_metrics import InstanceFigures
 from server.fleet import Fleet
-from server.metrics import scrape
-from server.router import Router
+from server.generation import SamplingDefaults
+from server.grammar_checks import GrammarChecks
+from server.handed_out import seen
+from server.http_server import HTTPServer, most_connections, raise_descriptor_limit
+from server.loaded_text import KeptTokenizer, LoadedText
+from server.metrics import Metrics
+from server.model_files import ModelFiles, ModelWatch
+from server.reload import Reloader
+from server.router import ModelAsItWas, Router
 from server.settings import Settings
 from server.sleep import Sleeper
 from server.text import Text
-from server.tokenizer_files import tokenizer_folder
 from server.version import version
 from workers.messages import Task
 
 log = logging.getLogger("onecopy.server")
+
+_SHOW_EVERY_S: Final = 0.2
+_ADMIN_CONNECTIONS: Final = 32
 
 
 class AddressInUse(Exception):
@@ -43,61 +56,82 @@ class AddressInUse(Exception):
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait for running requests.
 
-    Raises AddressInUse, AllocatorError, StartError, ServerError.
+    Raises AddressInUse, AllocatorError, CheckpointError, StartError, ServerError, WorkEnded.
     """
+    num_descriptors = raise_descriptor_limit()
     async with contextlib.AsyncExitStack() as stack:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
-        if settings.model.is_dir():
-            tokenizer_folder(settings.model)  # one that is missing is no reason to load first
+        files = await asyncio.to_thread(ModelFiles.at, settings.model, settings.model_given)
+        # A tokenizer that is missing is no reason to load first.
+        tokenizer = await asyncio.to_thread(KeptTokenizer.of, settings.model)
+        stack.callback(tokenizer.close)
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)
         http_socket, url = _bind(settings)
         stack.callback(_unbind, http_socket, settings.uds)
         stop = _Stop()
         stack.enter_context(stop.on_signals())
-        allocator = AllocatorProcess(runtime_dir, settings.memory_limit, settings.device)
+        allocator = AllocatorProcess(
+            runtime_dir, settings.memory_limit, settings.device, settings.hang_timeout_s
+        )
         stack.push_async_callback(allocator.stop_if_unused)
         await allocator.find_or_start()
 
         router = Router(settings)
-        fleet = Fleet(settings, runtime_dir, router.listeners)
+        fleet = Fleet(settings, runtime_dir, router.listeners, tokenizer.path)
         router.bind(fleet)
+        background = Background()
+        stack.push_async_callback(background.close)
         stack.push_async_callback(fleet.close)
         fleet.launch()
-        sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s)
-        admin_app = create_admin_app(fleet, router, sleeper, allocator, settings, url)
-        admin = _HTTPServer(admin_app, _bind_unix(runtime_dir.admin))
+        background.keep(
+            "the watch over the allocator", lambda: allocator.watch(lambda: fleet.awaits_allocator)
+        )
+        cells = Cells()
+        stack.callback(cells.close)
+        turn, watch = asyncio.Lock(), ModelWatch(files)
+        served = _Served(settings, router, cells)
+        sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s, turn)
+        reloader = Reloader(settings.model_named, fleet, router, watch, turn, served.serve)
+        metrics = Metrics(runtime_dir, InstanceFigures(lambda: fleet.instances))
+        stack.callback(metrics.close)
+        admin_app = create_admin_app(
+            fleet, router, sleeper, allocator, metrics, watch, reloader, stop.ask, settings, url
+        )
+        admin = HTTPServer(admin_app, _bind_unix(runtime_dir.admin), most=_ADMIN_CONNECTIONS)
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
         await admin.start()
 
-        text_task = asyncio.create_task(asyncio.to_thread(_load_text, settings))
+        text_task = asyncio.create_task(asyncio.to_thread(LoadedText.of, tokenizer))
         stack.push_async_callback(_settled, text_task)
-        if not await stop.unless_stopped(_started(fleet, settings)):
+        if not await stop.unless_stopped(_started(fleet, settings, text_task)):
             return
-        text = await text_task
-        stack.callback(text.close)
+        stack.callback(served.close)
+        stack.push_async_callback(reloader.close)
+        served.serve(await text_task, settings.sampling_defaults)
         app = create_app(
-            Serving(
-                generator=router,
-                text=text,
-                model_name=settings.served_model_name,
-                created=int(time.time()),
-                sampling_defaults=settings.sampling_defaults,
+            served.current,
+            metrics=metrics.scrape,
+            allowed_hosts=(
+                None if settings.uds else AllowedHosts(settings.host, settings.allowed_hosts)
             ),
-            metrics=lambda: scrape(runtime_dir, InstanceFigures(lambda: fleet.instances)),
         )
-        http = _HTTPServer(app, http_socket)
+        most = most_connections(num_descriptors, settings.num_instances)
+        http = HTTPServer(app, http_socket, most=most)
         stack.push_async_callback(http.close)
-        stack.callback(router.give_up_all)
-        await http.start()
+        stack.push_async_callback(router.close)
+        try:
+            await http.start()
+        except OSError as error:  # bound before, and another has begun to listen meanwhile
+            raise _in_use(settings, error) from error
+        background.need("the HTTP server", http.ended)
+        background.need("the admin server", admin.ended)
         lock.announce(url)
+        text = served.current().text
         await _print_ready(admin_app, settings, url, text, router.facts.task)
-        watching = asyncio.create_task(allocator.watch())
-        await stop.unless_stopped(fleet.run())
+        await stop.unless_stopped(background.run())
 
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
         log.info("shutting down: waiting for %d requests", router.num_streams)
         router.draining = True
         drain = _drain(router, fleet, settings.drain_timeout_s)
@@ -105,15 +139,61 @@ async def serve(settings: Settings) -> None:
             log.warning("stopped without waiting")
 
 
-async def _started(fleet: Fleet, settings: Settings) -> None:
+class _Served:
+    """What is served now, and what was before."""
+
+    def __init__(self, settings: Settings, router: Router, cells: Cells):
+        self._settings = settings
+        self._router = router
+        self._cells = cells
+        self._grammars = GrammarChecks(cells)
+        self._salts = CacheSalts(settings.prefix_cache_salt)
+        self._created = int(time.time())
+        self._loaded: LoadedText | None = None
+        self._serving: Serving | None = None
+
+    def serve(self, loaded: LoadedText, sampling: SamplingDefaults) -> LoadedText | None:
+        """From now on requests are for the fleet's model as it is now, with this text. Gives back
+        that of before."""
+        before, self._loaded = self._loaded, loaded
+        self._serving = Serving(
+            generator=ModelAsItWas(self._router),
+            text=loaded.text,
+            model_name=self._settings.served_model_name,
+            created=self._created,
+            cells=self._cells,
+            grammars=self._grammars,
+            sampling_defaults=sampling,
+            salts=self._salts,
+        )
+        return before
+
+    def current(self) -> Serving:
+        """Once the first model is served."""
+        assert self._serving is not None  # noqa: S101 - requests come after it
+        return self._serving
+
+    def close(self) -> None:
+        if self._loaded is not None:
+            self._loaded.close()
+
+
+async def _started(fleet: Fleet, settings: Settings, text: "asyncio.Task[LoadedText]") -> None:
+    """Until the instances are ready; or what is wrong with the tokenizer, as soon as it shows."""
     with console.StartDisplay(settings.served_model_name) as display:
         waiting = asyncio.create_task(fleet.wait_ready())
-        while not waiting.done():
-            changed = asyncio.create_task(fleet.change())
-            await asyncio.wait([waiting, changed], return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            display.show(fleet.instances)
-        await waiting
+        try:
+            while not waiting.done():
+                tasks: list[asyncio.Task[Any]] = [waiting, *([] if text.done() else [text])]
+                await asyncio.wait(
+                    tasks, timeout=_SHOW_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if text.done():
+                    text.result()
+                display.show(fleet.instances)
+            await waiting
+        finally:
+            waiting.cancel()
 
 
 async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
@@ -123,20 +203,19 @@ async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
     await fleet.drain(max(1.0, deadline - time.monotonic()))
 
 
-async def _settled(task: "asyncio.Task[Text]") -> None:
+async def _settled(task: "asyncio.Task[LoadedText]") -> None:
     """Until it has ended. Its error is of no interest to who waits for this."""
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _load_text(settings: Settings) -> Text:
-    return Text.load(tokenizer_folder(settings.model))
 
 
 async def _print_ready(
     admin_app: FastAPI, settings: Settings, url: str, text: Text, task: Task
 ) -> None:
     status = await admin_app.state.status()
-    memories = [process_memory.read(one.pid) if one.pid else None for one in status.instances]
+    mapped = await asyncio.to_thread(seen, RuntimeDir(settings.runtime_dir))
+    memories = [
+        process_memory.read(one.pid, mapped) if one.pid else None for one in status.instances
+    ]
     uds = str(settings.uds) if settings.uds else None
     name, chat = settings.served_model_name, text.has_chat_template
     curl = console.curl_line(url, uds, name, chat, task == "embed")
@@ -165,7 +244,13 @@ class _Stop:
                 loop.remove_signal_handler(number)
 
     def _signalled(self) -> None:
-        (self._second if self._first.is_set() else self._first).set()
+        self.ask(now=self._first.is_set())
+
+    def ask(self, now: bool) -> None:
+        """To drain, or not to wait; asked again for the same, nothing changes."""
+        self._first.set()
+        if now:
+            self._second.set()
 
     async def unless_stopped(self, work: Coroutine[object, object, None]) -> bool:
         """True where `work` ended by itself; its error is raised."""
@@ -191,47 +276,6 @@ class _Stop:
             await asyncio.gather(working, return_exceptions=True)
 
 
-class _HTTPServer(uvicorn.Server):
-    """uvicorn on a socket that is bound already, without signal handlers of its own."""
-
-    def __init__(self, app: FastAPI, bound: socket.socket):
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                lifespan="off",
-                server_header=False,
-                timeout_graceful_shutdown=5,
-            )
-        )
-        self._bound = bound
-        self._up = asyncio.Event()
-        self._serving: asyncio.Task[None] | None = None
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._up.set()
-
-    async def start(self) -> None:
-        """Until connections are accepted."""
-        self._serving = asyncio.create_task(self.serve(sockets=[self._bound]))
-        up = asyncio.create_task(self._up.wait())
-        await asyncio.wait([self._serving, up], return_when=asyncio.FIRST_COMPLETED)
-        up.cancel()
-        if self._serving.done():
-            self._serving.result()
-
-    async def close(self) -> None:
-        """Stop accepting, let running answers end, close."""
-        self.should_exit = True
-        if self._serving is not None:
-            await asyncio.gather(self._serving, return_exceptions=True)
-
-
 def _bind(settings: Settings) -> tuple[socket.socket, str]:
     if settings.uds is not None:
         return _bind_unix(settings.uds), f"unix:{settings.uds}"
@@ -242,15 +286,21 @@ def _bind(settings: Settings) -> tuple[socket.socket, str]:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise AddressInUse(
-            f"can't serve on {settings.host}:{settings.port}: {error.strerror}. Choose another "
-            "--port (or --host), or stop what uses it."
-        ) from error
+        raise _in_use(settings, error) from error
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return bound, f"http://{host}:{bound.getsockname()[1]}"
 
 
+def _in_use(settings: Settings, error: OSError) -> AddressInUse:
+    return AddressInUse(
+        f"can't serve on {settings.uds or f'{settings.host}:{settings.port}'}: {error.strerror}. "
+        "Choose another --port (or --host), or stop what uses it."
+    )
+
+
 def _bind_unix(path: Path) -> socket.socket:
+    if os.fsencode(path).decode(errors="ignore") != str(path):
+        raise AddressInUse(f"the name of {os.fsencode(path)!r} is no UTF-8: choose another --uds")
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

@@ -7,11 +7,15 @@ Knows nothing of how bytes move.
 
 import asyncio
 import logging
+from typing import Final
 
-from allocator import AllocatorError, RuntimeDir, connect
+from allocator import AllocatorError, Client, RuntimeDir, connect
 from server.fleet import Fleet, StartError
 
 log = logging.getLogger("onecopy.server")
+
+_ANSWER_S: Final = 10.0
+"""What the allocator may take for an answer, while it frees memory too."""
 
 
 class CannotSleep(Exception):
@@ -21,11 +25,14 @@ class CannotSleep(Exception):
 class Sleeper:
     """One served model's sleep."""
 
-    def __init__(self, fleet: Fleet, runtime_dir: RuntimeDir, drain_timeout_s: float):
+    def __init__(
+        self, fleet: Fleet, runtime_dir: RuntimeDir, drain_timeout_s: float, turn: asyncio.Lock
+    ):
+        """`turn` is held by whoever changes the fleet as a whole."""
         self._fleet = fleet
         self._runtime_dir = runtime_dir
         self._drain_timeout_s = drain_timeout_s
-        self._turn = asyncio.Lock()
+        self._turn = turn
 
     async def sleep(self, level: int) -> None:
         """End the instances after their requests; keep the weights in host memory (level 1) or on
@@ -66,9 +73,12 @@ class Sleeper:
                 raise CannotSleep(f"no instance can start: {error}") from error
 
     def _sleep_weights(self, key: str, level: int) -> None:
-        with connect(self._runtime_dir, label="server") as memory:
+        with self._connected() as memory:
             memory.sleep(key, level=level)
 
     def _wake_weights(self, key: str) -> None:
-        with connect(self._runtime_dir, label="server") as memory:
+        with self._connected() as memory:
             memory.wake(key)
+
+    def _connected(self) -> Client:
+        return connect(self._runtime_dir, _ANSWER_S, label="server", request_timeout_s=_ANSWER_S)

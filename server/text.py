@@ -9,7 +9,7 @@ nothing of HTTP, instances, torch.
 """
 
 import asyncio
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -23,10 +23,13 @@ from server.errors import ContextLengthExceeded, InvalidRequest
 from server.incremental import Detokenizer
 from server.token_texts import TokenTexts
 from server.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
+from server.tokenizer_limits import MAX_CHARS, normalizer_growth
+from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
 
 INLINE_CHARS: Final = 8192
 """Up to that many are encoded where the event loop runs (some 3 ms); more in a thread."""
 
+_MAX_TEMPLATE_BYTES: Final = 4 << 20
 MAX_CHARS_PER_COMPOSED: Final = 4
 """A normalizer may make one character of several; Unicode composition of four at most."""
 
@@ -69,11 +72,17 @@ class Text:
         """What each token shows, alone."""
 
     @classmethod
-    def load(cls, folder: Path, chat_template: str | None = None) -> Self:
-        """From a folder that `tokenizer_folder` gave; `chat_template` replaces the model's own.
-        Raises `TokenizerMissing` if the files can't be read."""
+    def load(
+        cls, folder: Path, chat_template: str | None = None, *, tokenizer_file: Path | None = None
+    ) -> Self:
+        """From a folder that `tokenizer_folder` gave; `chat_template` replaces the model's own,
+        `tokenizer_file` is where its tokenizer.json is kept, if not there. Raises
+        `TokenizerMissing` if the files can't be read."""
+        file = tokenizer_file or folder / "tokenizer.json"
         try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_buffer(read_file(file, MAX_TOKENIZER_BYTES))
+        except CheckpointError as error:
+            raise TokenizerMissing(str(error)) from error
         except Exception as error:  # the library raises plain `Exception`
             raise TokenizerMissing(
                 f"{folder / 'tokenizer.json'} can't be read: {error}. Copy it anew."
@@ -86,7 +95,7 @@ class Text:
             chat_template=ChatTemplate(source, names) if source is not None else None,
             stop_token_ids=_stop_token_ids(folder, tokenizer, names),
             lowers_inputs=_lowers_inputs(folder),
-            file=folder / "tokenizer.json",
+            file=file,
         )
 
     def close(self) -> None:
@@ -136,7 +145,8 @@ class Text:
                 param="truncate_prompt_tokens",
             )
         else:
-            inputs = [text[: self._max_chars(truncate_to)] for text in inputs]
+            most = min(self.max_chars(truncate_to), self._most_chars)
+            inputs = [text[:most] for text in inputs]
         if sum(map(len, inputs)) <= INLINE_CHARS:
             return self._encode_inputs(inputs, truncate_to)
         return await asyncio.to_thread(self._encode_inputs, inputs, truncate_to)
@@ -203,7 +213,7 @@ class Text:
             )
         num_chars = sum(len(message.get("content") or "") for message in messages)
         self._check_num_chars(num_chars, context_tokens, "messages")
-        max_chars = self._max_chars(context_tokens) + 1  # so that what is too long is seen as such
+        max_chars = self.max_chars(context_tokens) + 1  # so that what is too long is seen as such
         return lambda: template.render(messages, tools, max_chars=max_chars)
 
     def _checked(self, render: Callable[[], str], context_tokens: int) -> str:
@@ -231,10 +241,15 @@ class Text:
         return await asyncio.to_thread(self._encode, prompt, add_special_tokens)
 
     @cached_property
+    def _most_chars(self) -> int:
+        """Of a text that is encoded, whatever the context: a normalizer can make many of one."""
+        return int(MAX_CHARS / normalizer_growth(self._tokenizer))
+
+    @cached_property
     def _longest_token_chars(self) -> int:
         return max(map(len, self._tokenizer.get_vocab()), default=1)
 
-    def _max_chars(self, context_tokens: int) -> int:
+    def max_chars(self, context_tokens: int) -> int:
         """More characters than that are more than `context_tokens` tokens.
 
         A token stands for no more characters than its own text has (in a byte-level vocabulary a
@@ -248,15 +263,20 @@ class Text:
         self._check_num_chars(len(prompt), context_tokens, "prompt")
 
     def _check_num_chars(self, num_chars: int, context_tokens: int, param: str) -> None:
-        if num_chars <= context_tokens or num_chars <= self._max_chars(context_tokens):
-            return
         noun = "input" if param == "input" else "prompt"
-        least = num_chars * context_tokens // self._max_chars(context_tokens)
-        raise ContextLengthExceeded(
-            f"The {noun} has {num_chars} characters, which is at least {least} tokens; the "
-            f"model's context holds {context_tokens}. Shorten the {noun}.",
-            param=param,
-        )
+        if num_chars > context_tokens and num_chars > self.max_chars(context_tokens):
+            least = num_chars * context_tokens // self.max_chars(context_tokens)
+            raise ContextLengthExceeded(
+                f"The {noun} has {num_chars} characters, which is at least {least} tokens; the "
+                f"model's context holds {context_tokens}. Shorten the {noun}.",
+                param=param,
+            )
+        if num_chars > self._most_chars:
+            raise ContextLengthExceeded(
+                f"The {noun} has {num_chars} characters; of more than {self._most_chars} the "
+                f"model's normalizer could make too much to compute. Shorten the {noun}.",
+                param=param,
+            )
 
     # --- ids → text
 
@@ -287,15 +307,12 @@ def _half_a_pair(param: str) -> InvalidRequest:
 
 def _json_object(file: Path) -> dict[str, Any]:
     """Empty if there is no such file. Raises `TokenizerMissing` if it is no JSON object."""
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return {}
-    except ValueError as error:
-        raise TokenizerMissing(f"{file} is not JSON: {error}. Copy it anew.") from error
-    if not isinstance(value, dict):
-        raise TokenizerMissing(f"{file} is not a JSON object. Copy it anew.")
-    return value
+    try:
+        return read_json(file)
+    except CheckpointError as error:
+        raise TokenizerMissing(str(error)) from error
 
 
 def _lowers_inputs(folder: Path) -> bool:
@@ -307,14 +324,21 @@ def _lowers_inputs(folder: Path) -> bool:
 def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template, from the places where models have kept it, newest first."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if os.path.lexists(file):
+        try:
+            return read_file(file, _MAX_TEMPLATE_BYTES).decode()
+        except CheckpointError as error:
+            raise TokenizerMissing(str(error)) from error
+        except UnicodeDecodeError as error:
+            raise TokenizerMissing(
+                f"{file} is not text in UTF-8: {error}. Copy it anew."
+            ) from error
     kept = config.get("chat_template") or _json_object(folder / "chat_template.json").get(
         "chat_template"
     )
     if isinstance(kept, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in kept}
-        kept = named.get("default")
+        entries = (one for one in kept if isinstance(one, dict) and one.get("name") == "default")
+        kept = next(entries, {}).get("template")
     return kept if isinstance(kept, str) else None
 
 
@@ -335,11 +359,15 @@ def _stop_token_ids(
     folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]
 ) -> tuple[int, ...]:
     """All that ends an answer: the tokenizer's EOS, and what the files add (end of turn, …)."""
-    generation = _json_object(folder / "generation_config.json").get("eos_token_id")
+    file = folder / "generation_config.json"
     special = _json_object(folder / SPECIAL_IDS_FILE)
+    try:
+        said = end_tokens(_json_object(file).get("eos_token_id"), str(file)) or ()
+    except CheckpointError as error:
+        raise TokenizerMissing(str(error)) from error
     candidates = [
         tokenizer.token_to_id(special_tokens.get("eos_token", "")),
-        *(generation if isinstance(generation, list) else [generation]),
+        *said,
         *(special.get(f"{role}_token_id") for role in ("eos", "eot", "eom")),
     ]
     return tuple(sorted({value for value in candidates if isinstance(value, int)}))

@@ -9,11 +9,13 @@ Does not know how text is encoded, nor anything about weights.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,12 +24,17 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from allocator import module_command, module_environment
 from server.errors import ServerError
 
 FORMAT_VERSION: Final = 1
 """Raised when `build` writes something else for the same file, so that old folders are not used."""
 
 BUILD_DEADLINE_S: Final = 300.0
+BUILD_BYTES: Final = 4 << 30
+"""Whatever a file says, building its tokenizer takes no more memory."""
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_NO_ROOM_STATUS: Final = 3
 STALE_AFTER_S: Final = 3600.0
 """A half-built folder of that age belongs to a builder that was killed."""
 
@@ -73,7 +80,7 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
     if model_path.suffix.lower() == ".gguf" and model_path.is_file():
         return _built_folder(model_path.resolve(), cache_dir or default_cache_dir())
     folder = model_path if model_path.is_dir() else model_path.parent
-    if not (folder / "tokenizer.json").is_file():
+    if not os.path.lexists(folder / "tokenizer.json"):
         raise TokenizerMissing(_what_is_missing(folder))
     return folder
 
@@ -117,6 +124,11 @@ def _key(file: Path) -> str:
 
 
 def _final_folder(file: Path, cache_dir: Path) -> Path:
+    if os.fsencode(cache_dir).decode(errors="ignore") != str(cache_dir):
+        raise CacheNotWritable(
+            f"The name of the cache {os.fsencode(cache_dir)!r} is no UTF-8. Set ONECOPY_CACHE_DIR "
+            "to another folder."
+        )
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem)[:64]
     return cache_dir / "tokenizers" / f"{stem}-{_key(file)}"
 
@@ -163,18 +175,12 @@ def _sweep(home: Path) -> None:
 
 
 def _run_builder(file: Path, out: Path) -> None:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    # `-m` looks into the current folder first, and must find this package there.
-    environment.pop("PYTHONSAFEPATH", None)
+    environment = module_environment(
+        HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES=""
+    )
     try:
         done = subprocess.run(  # noqa: S603 - our own module, by a fixed command
-            [sys.executable, "-m", "server.tokenizer_files", str(file), str(out)],
-            cwd=Path(__file__).parents[1],
+            module_command("server.tokenizer_files", str(file), str(out)),
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -187,11 +193,17 @@ def _run_builder(file: Path, out: Path) -> None:
         raise TokenizerBuildFailed(
             f"Unpacking the tokenizer of {file.name} took more than {BUILD_DEADLINE_S:.0f} s."
         ) from error
+    if done.returncode == _NO_ROOM_STATUS:
+        raise CacheNotWritable(
+            f"Writing the tokenizer of {file.name} to {out.parent} failed "
+            f"({done.stderr.strip().rpartition(chr(10))[2]}). Make room there, or set "
+            "ONECOPY_CACHE_DIR to another folder."
+        )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise TokenizerBuildFailed(
-            f"The tokenizer of {file.name} can't be unpacked: {last[:500]}. Give a Hugging Face "
-            "folder with tokenizer.json instead."
+            f"The tokenizer of {file.name} can't be unpacked: {last[:500]}. Download the file "
+            "again, or give a Hugging Face folder with tokenizer.json instead."
         )
 
 
@@ -249,5 +261,19 @@ def _obey_add_bos(file: Path, special: dict[str, Any]) -> None:
     tokenizer.save(str(file))
 
 
+def _main() -> int:
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = BUILD_BYTES if most == resource.RLIM_INFINITY else min(BUILD_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
+    try:
+        build(Path(sys.argv[1]), Path(sys.argv[2]))
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        sys.stderr.write(f"{error.strerror}\n")
+        return _NO_ROOM_STATUS
+    return 0
+
+
 if __name__ == "__main__":
-    build(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(_main())

@@ -14,6 +14,8 @@ from server.process_memory import ProcessMemory
 MAX_PRIVATE_BYTES: Final = 60_000_000
 """What an instance may have for itself: its interpreter, its activations, its sockets."""
 
+_PARTS_SHOWN: Final = 3
+
 
 class InstanceFigures(BaseModel):
     """One instance, in bytes, as the kernel counts."""
@@ -42,6 +44,8 @@ class Verdict(BaseModel):
     unshared_bytes: int
     """What as many processes with a copy each would take."""
     problems: list[str]
+    max_private_bytes: int
+    """What each instance was granted for itself: a copy that is smaller would not show."""
 
 
 def judge_all(
@@ -85,8 +89,9 @@ def judge(
             problems.append(f"{name}: its mapping is writable or private")
         if memory.private_bytes > max_private_bytes:
             problems.append(
-                f"{name}: holds {memory.private_bytes / 1e6:.1f} MB of private memory, more than "
-                f"{max_private_bytes / 1e6:.0f} MB: part of the weights may be copied"
+                f"{name}: holds {memory.private_bytes / 1e6:.1f} MB of its own, more than "
+                f"{max_private_bytes / 1e6:.0f} MB: part of the weights may be copied "
+                f"({_largest(memory.private_parts)})"
             )
         figures.append(
             InstanceFigures(
@@ -116,4 +121,10 @@ def judge(
         total_bytes=weights_bytes + private,
         unshared_bytes=weights_bytes * len(figures) + private,
         problems=problems,
+        max_private_bytes=max_private_bytes,
     )
+
+
+def _largest(parts: Mapping[str, int]) -> str:
+    largest = sorted(parts.items(), key=lambda part: part[1], reverse=True)[:_PARTS_SHOWN]
+    return ", ".join(f"{num_bytes / 1e6:.1f} MB in {name}" for name, num_bytes in largest)

@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ RUNS_WHAT_IT_READS = (
 IMPORTERS = ("import_module", "__import__")
 PICKLING_METHODS = ("recv_pyobj", "send_pyobj")
 FALSE_ONLY = ("trust_remote_code", "allow_pickle")  # may be passed, but only as a literal False
+SAFE_PATH = ("-P", "-I", "-IS")  # options that keep the working folder out of a child's sys.path
 
 
 def is_within(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -115,6 +117,14 @@ class Reader:
                     if isinstance(key, ast.Constant) and isinstance(key.value, str):
                         yield value.lineno, key.value, value
 
+    def children(self) -> Iterator[tuple[int, ast.expr | None]]:
+        """(line, what follows it) of every `sys.executable` in a list or a tuple: a command."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.List | ast.Tuple):
+                for this, after in zip_longest(node.elts, node.elts[1:]):
+                    if isinstance(this, ast.Attribute) and ast.unparse(this) == "sys.executable":
+                        yield this.lineno, after
+
 
 def crossing(path: str, name: str, modules: frozenset[str]) -> str | None:
     """What is wrong with importing `name` at `path`, as far as rooms go."""
@@ -152,6 +162,9 @@ def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
     for line, name, value in reader.passed():
         if name in FALSE_ONLY and not (isinstance(value, ast.Constant) and value.value is False):
             found.add((line, f"{name} may only be a literal False"))
+    for line, after in reader.children():
+        if not (isinstance(after, ast.Constant) and after.value in SAFE_PATH):
+            found.add((line, "the child would import from its working folder; say -P"))
     return [f"{path}:{line}: {what}" for line, what in sorted(found)]
 
 
@@ -161,6 +174,13 @@ def test_rooms_keep_the_rules() -> None:
     names = frozenset(map(dotted, sources))
     broken = [line for path, source in sources.items() for line in violations(path, source, names)]
     assert not broken, "\n".join(broken)
+
+
+def test_benchmarks_start_children_that_ignore_the_working_folder() -> None:
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for line, after in Reader(path.name, path.read_text()).children():
+            assert isinstance(after, ast.Constant), f"{path}:{line}"
+            assert after.value in SAFE_PATH, f"{path}:{line}: a child without -P"
 
 
 def test_no_package_under_tests() -> None:
@@ -235,6 +255,9 @@ MODULES = frozenset(
         ("workers/engine.py", "f(trust_remote_code=True)", "literal False"),
         ("workers/engine.py", "f(trust_remote_code=flag)", "literal False"),
         ("workers/engine.py", "f(**{'trust_remote_code': True})", "literal False"),
+        ("server/plan.py", "run([sys.executable, '-m', 'workers'])", "say -P"),
+        ("server/plan.py", "command = (sys.executable, *arguments)", "say -P"),
+        ("server/plan.py", "run([*(sys.executable, 'server/plan.py')])", "say -P"),
     ],
 )
 def test_a_broken_rule_is_found(path: str, source: str, complaint: str) -> None:
@@ -254,6 +277,8 @@ def test_a_broken_rule_is_found(path: str, source: str, complaint: str) -> None:
         ("workers/engine.py", "'''Not import pickle, nor torch.load().'''"),
         ("workers/engine.py", "f(trust_remote_code=False)\ng(**{'trust_remote_code': False})"),
         ("workers/engine.py", "import json\njson.load(file)\nmodel.load()"),
+        ("server/plan.py", "run([sys.executable, '-P', '-m', 'workers'])"),
+        ("server/doctor.py", "run([sys.executable, '-IS', '-c', PROGRAM])"),
         ("allocator/backends/host.py", "import posix_ipc"),
         ("allocator/backends/cuda.py", "from cuda.bindings import driver\nimport torch.cuda"),
     ],

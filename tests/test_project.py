@@ -104,9 +104,11 @@ def test_make_targets_are_explained_and_exist() -> None:
 def deployed_commands() -> Iterator[list[str]]:
     """Every `onecopy ...` that systemd or compose starts, as words."""
     for unit in sorted((ROOT / "deploy/systemd").glob("*.service")):
-        line = re.search(r"^ExecStart=(\S+)/onecopy (.*)$", unit.read_text(), re.MULTILINE)
-        assert line, f"{unit.name} does not start onecopy"
-        yield line[2].split()
+        lines = re.findall(
+            r"^Exec(?:Start|Reload)=\S+/onecopy (.*)$", unit.read_text(), re.MULTILINE
+        )
+        assert lines, f"{unit.name} does not start onecopy"
+        yield from (line.split() for line in lines)
     compose = yaml.safe_load((ROOT / "deploy/docker/compose.yaml").read_text())
     for service in compose["services"].values():
         yield service["command"]

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from workers.architecture import check_buffers
 from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,14 @@ def compute_buffers(module: Any) -> None:
     Only the model's own initialisation knows the values, and it would also fill parameters: so it
     runs while those are still on meta. A value that no model has shows a buffer left alone.
     """
+    check_buffers(
+        sum(
+            buffer.numel() * buffer.element_size()
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None and name in owner._non_persistent_buffers_set
+        )
+    )
     owners: dict[str, torch.nn.Module] = {}
     for name, owner in module.named_modules():
         derived = owner._buffers.keys() & owner._non_persistent_buffers_set
@@ -46,7 +55,13 @@ def compute_buffers(module: Any) -> None:
             buffer = owner._buffers[buffer_name]
             if buffer is not None and _has_unset(buffer):
                 raise UnsupportedCheckpoint(
-                    f"can't tell the values of the buffer {name}.{buffer_name}"
+                    f"can't tell the values of the buffer {name}.{buffer_name}: see what "
+                    "config.json says of rotations (rope)"
+                )
+            if buffer is not None and "inv_freq" in buffer_name and not buffer.isfinite().all():
+                raise UnsupportedCheckpoint(
+                    f"{name}.{buffer_name}, by which tokens are told apart, is infinite: see what "
+                    "config.json says of rotations (rope)"
                 )
 
 

@@ -1,8 +1,9 @@
 """The step loop's body: schedule → forward → sample → emit.
 
 Owns the sequences' life on this instance. Invariants: every request ends with exactly one finish
-reason unless it is aborted; what goes wrong with one sequence ends that one; a token depends on its
-own sequence alone. Does not know sockets, text, blocks or where the weights are.
+reason unless it is aborted; whatever is raised over one sequence ends that one, and only a broken
+invariant of our own leaves `step`; a token depends on its own sequence alone. Does not know
+sockets, text, blocks or where the weights are.
 """
 
 import logging
@@ -17,7 +18,14 @@ import torch
 from workers.batch import Batch, Part
 from workers.device import Fault, no_fault, require_device
 from workers.drafts import propose
-from workers.errors import GrammarFailed, InvalidLogits, NoTokenLeft
+from workers.errors import (
+    GrammarFailed,
+    InvalidLogits,
+    NoTokenLeft,
+    for_the_wire,
+    unexpected,
+)
+from workers.isolation import in_sound_groups
 from workers.kv.cache import KVCache
 from workers.kv.layout import KVLayout
 from workers.messages import (
@@ -43,11 +51,19 @@ from workers.scheduler import Chunk, GenerationSequence, Scheduler
 
 logger = logging.getLogger(__name__)
 
-_MAX_ERROR_LENGTH: Final = 4096
 _LOGITS_BYTES: Final = 64 << 20
 """What the logits of one prompt may take at a time, where a request asks for them."""
 _SHARE_EVERY_S: Final = 0.1
 """How often to ask whether other instances lack room."""
+_GRAMMAR_WAIT_S: Final = 0.005
+_GRAMMAR_WAIT_SHARE: Final = 0.25
+_MOST_GRAMMAR_WAIT_S: Final = 0.05
+"""How long a step waits for what grammars allow, at least, as a share of the time that the last
+one took, and at most; who has it later sits out until then."""
+_DRAFT_WAIT_S: Final = 0.001
+"""How long a further token of a draft waits for it."""
+_HELD_WAIT_S: Final = 0.02
+"""How long a step waits where there is nothing else to do."""
 NO_ROOM_PATIENCE_S: Final = 15.0
 """How long a sequence lacks KV memory that nobody else holds here, before it ends."""
 
@@ -85,13 +101,15 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         attention_span: int | None = None,
         device_fault: Fault = no_fault,
+        works_on: Callable[[Sequence[str]], None] = lambda _names: None,
     ) -> None:
         """`max_model_len` bounds prompt and generated tokens together, `max_num_seqs` the sequences
         that run at once, `token_budget` the prompt tokens of a step. `kv` None keeps keys and
         values in memory of this process, without a limit. `num_speculative_tokens` is the longest
         guess at a sequence's next tokens. `tokenizer` is the tokenizer.json for requests with a
         grammar. `attention_span` is that of the scheduler. `device_fault` is asked after a failed
-        pass. Raises `ValueError` beyond the model's reach."""
+        pass, `works_on` told in each step whom it is about, before anything is computed. Raises
+        `ValueError` beyond the model's reach."""
         limit = model.geometry.max_model_len
         if not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 2 to {limit}")
@@ -108,9 +126,11 @@ class Engine:
         self._answered: list[Output] = []  # without a step: refused, or finished as they came
         self._clock = clock
         self._device_fault = device_fault
+        self._works_on = works_on
         self._idle_since: float | None = None  # the first of the last steps that did nothing
         self._share_again_at = 0.0
         self._drafted_tokens = self._accepted_tokens = 0
+        self._last_step_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -163,10 +183,15 @@ class Engine:
             self._refuse(request, problem, invalid=True)
             return
         try:
-            grammar = self._grammars.compile(request.sampling)
+            self._begin(request)
         except GrammarFailed as error:
             self._refuse(request, f"the grammar can't be used: {error}", invalid=True)
-            return
+        except Exception as error:
+            logger.exception("request %s can't begin", request.request_id)
+            self._refuse(request, unexpected(error))
+
+    def _begin(self, request: Generate) -> None:
+        grammar = self._grammars.grammar(request.sampling)
         num_prompt = len(request.token_ids) - request.num_generated
         sampler = SequenceSampler(
             request.sampling,
@@ -189,14 +214,23 @@ class Engine:
         )
         reason = self._finish_reason(sequence, sampler) if sequence.num_generated else None
         if reason is not None:
+            sampler.leave()
             self._answered.append(
                 Output(request_id=request.request_id, token_ids=(), finish_reason=reason)
             )
             return
         now = self._clock()
         expires_at = None if request.deadline_s is None else now + request.deadline_s
-        self._requests[request.request_id] = _Request(sampler, now, expires_at)
         self._scheduler.add(sequence)
+        self._requests[request.request_id] = _Request(sampler, now, expires_at)
+
+    def refuse(self, request_id: str, problem: str) -> None:
+        """Let the next `step` answer a request that can't be taken."""
+        self._answered.append(_error(request_id, problem, invalid=False))
+
+    def close(self) -> None:
+        """End the processes that grammars have. Nothing may be asked afterwards."""
+        self._grammars.close()
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its memory now. Unknown ids are ignored."""
@@ -211,13 +245,23 @@ class Engine:
         outputs, self._answered = self._answered, []
         now = self._clock()
         outputs += self._expired(now)
+        outputs += self._hold()
         self._share(now)
-        self._draft()
+        outputs += self._draft()
         chunks = self._scheduler.schedule(self._room)
+        for sequence, error in self._room.take_failures():
+            chunks = tuple(chunk for chunk in chunks if chunk.sequence is not sequence)
+            outputs.append(self._broken(sequence, error))
         if chunks:
             self._idle_since = None
+            self._works_on([chunk.sequence.request_id for chunk in chunks])
             self._come_on(chunks)
+            begun_at = time.monotonic()
             outputs += self._compute(chunks)
+            self._last_step_s = time.monotonic() - begun_at
+        elif self._scheduler.num_running or self._scheduler.next_waiting is None:
+            self._idle_since = None
+            self._grammars.receive(_HELD_WAIT_S, late_too=True)
         else:
             self._idle_since = now if self._idle_since is None else self._idle_since
             outputs += self._out_of_room(now, self._idle_since)
@@ -255,6 +299,34 @@ class Engine:
             return f"token id {largest} is outside the model's vocabulary of {vocab_size}"
         return invalid_params(request.sampling, vocab_size)
 
+    def _hold(self) -> list[Output]:
+        """Let those sit out whose grammar has not come as far as they have, and end those whose
+        grammar can't go on."""
+        followed = [
+            (sequence, grammar)
+            for sequence in self._scheduler
+            if (grammar := self._requests[sequence.request_id].sampler.grammar) is not None
+        ]
+        if not followed:
+            return []
+        wait_s = max(_GRAMMAR_WAIT_S, _GRAMMAR_WAIT_SHARE * self._last_step_s)
+        self._grammars.receive(min(wait_s, _MOST_GRAMMAR_WAIT_S))
+        outputs = []
+        for sequence, grammar in followed:
+            sequence.is_held = not grammar.arrived
+            if grammar.problem is not None:
+                problem = f"the grammar can't be used: {grammar.problem}"
+                outputs.append(self._fail(sequence, problem, invalid=grammar.is_invalid))
+        return outputs
+
+    def _has_arrived(self, sequence: GenerationSequence) -> bool:
+        """Whether a further token of a draft can be chosen now."""
+        grammar = self._requests[sequence.request_id].sampler.grammar
+        if grammar is None:
+            return True
+        self._grammars.receive(_DRAFT_WAIT_S)
+        return grammar.arrived
+
     def _share(self, now: float) -> None:
         """Give up room that other instances lack, those that came last first."""
         if now < self._share_again_at or not self._scheduler.num_running:
@@ -267,19 +339,23 @@ class Engine:
             self._scheduler.preempt(last, self._room)
             self._room.kv.trim()  # or it would begin again with the same blocks
 
-    def _draft(self) -> None:
-        """Let every sequence that decodes guess what may follow."""
-        if not self._num_speculative_tokens:
-            return
-        for sequence in self._scheduler.running:
+    def _draft(self) -> list[Output]:
+        """Let every sequence that decodes guess what may follow. Returns the ends of those that
+        can't."""
+        failed: list[Output] = []
+        for sequence in self._scheduler.running if self._num_speculative_tokens else ():
             if not sequence.is_decoding:
                 continue
-            left = min(
-                self._max_model_len - len(sequence.token_ids),
-                sequence.sampling.max_tokens - sequence.num_generated,
-            )
-            most = min(self._num_speculative_tokens, left - 1)
-            sequence.draft = propose(sequence.token_ids, most) if most > 0 else ()
+            try:
+                left = min(
+                    self._max_model_len - len(sequence.token_ids),
+                    sequence.sampling.max_tokens - sequence.num_generated,
+                )
+                most = min(self._num_speculative_tokens, left - 1)
+                sequence.draft = propose(sequence.token_ids, most) if most > 0 else ()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this sequence's
+                failed.append(self._broken(sequence, error))
+        return failed
 
     def _come_on(self, chunks: Sequence[Chunk]) -> None:
         """Note who is computed further than ever before: who gives way and begins again for ever
@@ -323,24 +399,51 @@ class Engine:
     # --- one step
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[Output]:
-        parts = [self._part(chunk) for chunk in chunks]
-        try:
-            logits = self._model.forward(Batch.of(parts)).cpu()  # waits for the device
-        except Exception as error:  # the architectures are not our code
-            require_device(self._device_fault, error)
-            logger.exception("a forward pass over %d sequences failed", len(chunks))
-            problem = f"the forward pass failed: {error}"
-            return [self._fail(chunk.sequence, problem, keep=False) for chunk in chunks]
-        outputs: list[Output] = []
+        computed, logits, outputs = self._forward(chunks)
         sampling: list[tuple[Chunk, int]] = []
         row = 0
-        for chunk, part in zip(chunks, parts, strict=True):
-            outputs += self._computed(chunk, logits[row : row + part.num_logits])
+        for chunk, part in computed:
+            rows = logits[row : row + part.num_logits]
             row += part.num_logits
+            self._note_computed(chunk)
+            try:
+                outputs += self._tell_of_prompt(chunk, rows)
+            except Exception as error:  # noqa: BLE001 - as above
+                outputs.append(self._broken(chunk.sequence, error))
             if chunk.samples and chunk.sequence.request_id in self._requests:
                 sampling.append((chunk, row - 1 - len(chunk.draft)))
         outputs += self._sample(sampling, logits)
         return outputs
+
+    def _forward(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[list[tuple[Chunk, Part]], torch.Tensor, list[Output]]:
+        """The chunks that could be computed, the logits of all their parts, one after the other,
+        and the ends of the sequences that could not."""
+        parts = [(chunk, self._part(chunk)) for chunk in chunks]
+        computed: list[tuple[Chunk, Part]] = []
+        logits: list[torch.Tensor] = []
+        failed: list[Output] = []
+        for group, found in in_sound_groups(parts, self._pass):
+            if isinstance(found, Exception):
+                [(chunk, _)] = group
+                logger.error("the forward pass of one sequence failed", exc_info=found)
+                problem = f"the forward pass failed: {found}"
+                failed.append(self._fail(chunk.sequence, problem, keep=False))
+            else:
+                computed += group
+                logits.append(found)
+        if len(logits) == 1:
+            return computed, logits[0], failed
+        nothing = torch.empty(0, self._model.geometry.vocab_size)
+        return computed, torch.cat(logits) if logits else nothing, failed
+
+    def _pass(self, parts: Sequence[tuple[Chunk, Part]]) -> torch.Tensor:
+        try:
+            return self._model.forward(Batch.of([part for _, part in parts])).cpu()
+        except Exception as error:  # the architectures are not our code
+            require_device(self._device_fault, error)
+            raise
 
     def _part(self, chunk: Chunk) -> Part:
         sequence = chunk.sequence
@@ -351,16 +454,20 @@ class Engine:
         self._drafted_tokens += len(chunk.draft)
         return Part(self._room[sequence].table, tokens, num_logits)
 
-    def _computed(self, chunk: Chunk, rows: torch.Tensor) -> list[Output]:
-        """Note that the chunk's tokens are there, and tell what is to be told of the prompt."""
+    def _note_computed(self, chunk: Chunk) -> None:
+        """The chunk's own tokens are there."""
         sequence = chunk.sequence
-        table = self._room[sequence].table
         if chunk.draft:
-            table.rewind(chunk.stop)
+            self._room[sequence].table.rewind(chunk.stop)
         request = self._requests[sequence.request_id]
         if request.num_cached is None:
             request.num_cached = min(chunk.start, sequence.num_prompt)
         self._scheduler.computed(chunk)
+
+    def _tell_of_prompt(self, chunk: Chunk, rows: torch.Tensor) -> list[Output]:
+        """What is to be told of the prompt, now that the chunk's tokens are there."""
+        sequence = chunk.sequence
+        request = self._requests[sequence.request_id]
         if chunk.samples and not self._settle(chunk, rows[-1]):
             return []
         count = sequence.sampling.prompt_logprobs
@@ -397,31 +504,62 @@ class Engine:
         going_on = [(chunk, row) for chunk, row in sampling if chunk.sequence in running]
         position = 0
         while going_on:
-            wanted = [row + position for _, row in going_on]
-            rows = logits if wanted == list(range(len(logits))) else logits[wanted]
-            samplers = [self._requests[chunk.sequence.request_id].sampler for chunk, _ in going_on]
+            rows = [row + position for _, row in going_on]
             further = []
-            for (chunk, row), token in zip(going_on, sample(rows, samplers), strict=True):
-                name = chunk.sequence.request_id
-                if isinstance(token, InvalidLogits):
-                    outputs += self._emit(chunk.sequence, emitted.pop(name, []), None)
-                    invalid = isinstance(token, NoTokenLeft)
-                    failed = self._fail(chunk.sequence, str(token), keep=False, invalid=invalid)
+            for (chunk, row), token in zip(
+                going_on, self._choose(going_on, rows, logits), strict=True
+            ):
+                own = emitted.setdefault(chunk.sequence.request_id, [])
+                try:
+                    reason, goes_on = self._take(chunk, token, own, position)
+                    if goes_on:
+                        further.append((chunk, row))
+                    else:
+                        outputs += self._emit(chunk.sequence, own, reason)
+                except InvalidLogits as error:
+                    outputs += self._emit(chunk.sequence, own, None)
+                    invalid = isinstance(error, NoTokenLeft)
+                    failed = self._fail(chunk.sequence, str(error), keep=False, invalid=invalid)
                     outputs.append(failed)
-                    continue
-                emitted.setdefault(name, []).append(token)
-                reason = self._accept(chunk.sequence, token.token)
-                right = position < len(chunk.draft) and token.token == chunk.draft[position]
-                if reason is None and right:
-                    self._accepted_tokens += 1
-                    chunk.sequence.num_computed += 1
-                    self._room[chunk.sequence].table.commit(1)
-                    further.append((chunk, row))
-                else:
-                    outputs += self._emit(chunk.sequence, emitted.pop(name), reason)
+                except Exception as error:  # noqa: BLE001 - as above
+                    outputs.append(self._broken(chunk.sequence, error))
             going_on = further
             position += 1
         return outputs
+
+    def _choose(
+        self, going_on: Sequence[tuple[Chunk, int]], rows: Sequence[int], logits: torch.Tensor
+    ) -> list[Sampled | Exception]:
+        """The token that follows from each of `rows`, or why there is none."""
+        samplers = [self._requests[chunk.sequence.request_id].sampler for chunk, _ in going_on]
+
+        def together(some: Sequence[int]) -> list[Sampled | InvalidLogits]:
+            wanted = [rows[index] for index in some]
+            own = logits if wanted == list(range(len(logits))) else logits[wanted]
+            return sample(own, [samplers[index] for index in some])
+
+        chosen: list[Sampled | Exception] = []
+        for _, found in in_sound_groups(range(len(rows)), together):
+            chosen += [found] if isinstance(found, Exception) else found
+        return chosen
+
+    def _take(
+        self, chunk: Chunk, token: Sampled | Exception, taken: list[Sampled], position: int
+    ) -> tuple[FinishReason | None, bool]:
+        """Add one more to the tokens that a sequence has `taken` in this step. Returns why it has
+        ended, if it has, and whether the draft was right, so that another follows. Raises what
+        there is in the token's place."""
+        if isinstance(token, Exception):
+            raise token
+        reason = self._accept(chunk.sequence, token.token)
+        taken.append(token)
+        right = position < len(chunk.draft) and token.token == chunk.draft[position]
+        if reason is not None or not right or not self._has_arrived(chunk.sequence):
+            return reason, False
+        self._accepted_tokens += 1
+        chunk.sequence.num_computed += 1
+        self._room[chunk.sequence].table.commit(1)
+        return None, True
 
     def _accept(self, sequence: GenerationSequence, token: int) -> FinishReason | None:
         sampler = self._requests[sequence.request_id].sampler
@@ -486,10 +624,16 @@ class Engine:
         self._forget(sequence, keep=keep)
         return _error(sequence.request_id, problem, invalid=invalid, kind=kind)
 
+    def _broken(self, sequence: GenerationSequence, error: Exception) -> Output:
+        """End a sequence over which something was raised that nobody expects. What it computed is
+        not kept: nobody knows how far it was right."""
+        logger.error("request %s ends by an error", sequence.request_id, exc_info=error)
+        return self._fail(sequence, unexpected(error), keep=False)
+
     def _forget(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
         self._scheduler.remove(sequence.request_id)
         self._room.end(sequence, keep=keep)
-        del self._requests[sequence.request_id]
+        self._requests.pop(sequence.request_id).sampler.leave()
 
 
 def _unlimited(
@@ -506,5 +650,5 @@ def _error(request_id: str, problem: str, *, invalid: bool, kind: Problem = "") 
         finish_reason="error",
         invalid=invalid,
         problem=kind,
-        error=problem[:_MAX_ERROR_LENGTH],
+        error=for_the_wire(problem),
     )

@@ -3,7 +3,10 @@
 Invariant: a message names what to change. Knows nothing of how it will be shown.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+_MAX_LENGTH: Final = 4096
+"""Of an error on the wire."""
 
 
 class WorkerError(Exception):
@@ -34,6 +37,12 @@ class CheckpointMismatch(CheckpointError):
     """The tensors do not fit the architecture that the config names."""
 
     code = "checkpoint_mismatch"
+
+
+class CheckpointChanged(CheckpointError):
+    """The files are no longer those of the weights that are served, and these are gone."""
+
+    code = "checkpoint_changed"
 
 
 class UnsupportedCheckpoint(CheckpointError):
@@ -88,3 +97,14 @@ class InvalidEmbedding(WorkerError):
     """The model gave no usable vector: NaN, or something infinite."""
 
     code = "invalid_embedding"
+
+
+def for_the_wire(message: str) -> str:
+    """As much of it as a message may hold. It may quote a request, with half a surrogate pair in
+    it, which is no text."""
+    return message.encode(errors="replace").decode()[:_MAX_LENGTH]
+
+
+def unexpected(error: Exception) -> str:
+    """What a client is told of an error of ours; the log has all of it."""
+    return f"an error of the instance ended this request ({type(error).__name__}); its log has more"

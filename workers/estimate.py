@@ -29,7 +29,7 @@ import msgspec
 import torch
 
 from workers.attention import DEFAULT_WORKSPACE_BYTES
-from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
 from workers.checkpoint.plan import make_plan
 from workers.checkpoint.source import SourceTensor
 from workers.embedding import task_of
@@ -88,7 +88,7 @@ def main() -> int:
         )
     except WorkerError as error:
         return _failed(str(error))
-    except (RuntimeError, MemoryError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001
         # The architectures are not our code: whatever building one raises is shown to a person.
         return _failed(f"{arguments.model} can't be laid out: {type(error).__name__}: {error}")
     sys.stdout.write(msgspec.json.encode(found).decode() + "\n")
@@ -108,7 +108,7 @@ def estimate(
     `max_model_len` or can't be split into `tensor_parallel_size` equal parts.
     """
     tensors = checkpoint.tensors()
-    metadata = checkpoint.metadata()
+    metadata = metadata_of(checkpoint)
     shapes = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in tensors}
     dtype = checkpoint.dtype or float_dtype(shapes)
     if task_of(metadata) == "embed":

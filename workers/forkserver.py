@@ -1,12 +1,12 @@
 """The forkserver: imports torch, transformers and the model's architecture once, then forks.
 
 Owns the instances' processes: starts them, reaps them, reports their ends. Invariants: no thread,
-no ZeroMQ context and no device call exists before a fork; an instance never outlives the
-forkserver, nor the forkserver the server that holds the other end of its socket. Knows nothing of
-requests.
+no ZeroMQ context and no device call exists before a fork; neither it nor an instance outlives the
+server, but an instance outlives it. Knows nothing of requests.
 
-Started as `python -m workers.forkserver FD MODEL DTYPE`, where FD is its end of a SOCK_SEQPACKET
-pair.
+Started as `python -m workers.forkserver FD PIPE MODEL DTYPE [METADATA_FD]`, where FD is its end of
+a SOCK_SEQPACKET pair, and it dies with whoever holds the other end of PIPE. METADATA_FD is a file
+with the metadata of the weight set that is served already: then MODEL is not looked at.
 """
 
 import contextlib
@@ -19,7 +19,10 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Final
+
+from workers import kernel
 
 MAX_FRAME_BYTES: Final = 1 << 16
 
@@ -32,35 +35,39 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
-    control = socket.socket(fileno=int(sys.argv[1]))
-    _preload(model=sys.argv[2], dtype=sys.argv[3])
-    forkserver = Forkserver(control)
+    control, pipe, model, dtype, *descriptors = sys.argv[1:]
+    kernel.die_with(int(pipe))
+    _preload(model, dtype, int(descriptors[0]) if descriptors else None)
+    forkserver = Forkserver(socket.socket(fileno=int(control)), int(pipe))
     forkserver.run(import_ms=(time.monotonic() - started) * 1000)
     return 0
 
 
-def _preload(model: str, dtype: str) -> None:
-    """Import what an instance of `model` needs. A model that can't be read is no error here: the
-    instance will say what is wrong with it."""
+def _preload(model: str, dtype: str, descriptor: int | None) -> None:
+    """Import what an instance of `model` needs, or of the set whose metadata the descriptor is open
+    on. A model that can't be read is no error here: the instance will say what is wrong with it."""
     # Whoever asks torch on import whether there is a GPU must not initialise CUDA by that: it does
     # not survive a fork.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     from workers import embedding, process
-    from workers.checkpoint import open_checkpoint
-    from workers.errors import CheckpointError
+    from workers.checkpoint import metadata_of, open_checkpoint
     from workers.model import preload
 
     try:
-        checkpoint = open_checkpoint(model, dtype)
-        metadata = checkpoint.metadata()
-        config, chosen = json.loads(metadata["config"]), checkpoint.dtype or torch.float32
+        if descriptor is None:
+            metadata = metadata_of(open_checkpoint(model, dtype))
+        else:
+            with open(descriptor, "rb") as file:  # noqa: PTH123 - it has no path
+                metadata = json.load(file)
+        config = json.loads(metadata["config"])
+        chosen = getattr(torch, metadata.get("dtype") or "float32")
         if embedding.task_of(metadata) == "embed":
             embedding.preload(config, chosen)
         else:
             preload(config, chosen)
-    except CheckpointError as error:
+    except Exception as error:  # noqa: BLE001 - see above
         logging.getLogger(process.__name__).debug("nothing preloaded: %s", error)
     # Objects that will never be freed leave the collector's lists, so that a collection in a child
     # does not touch, and so copy, the pages it shares with us.
@@ -71,15 +78,16 @@ def _preload(model: str, dtype: str) -> None:
 class Forkserver:
     """The loop: a request to fork, or a child's end."""
 
-    def __init__(self, control: socket.socket):
+    def __init__(self, control: socket.socket, pipe: int):
         self._control = control
+        self._pipe = pipe
         self._names: dict[int, str] = {}
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
 
     def run(self, import_ms: float) -> None:
-        """Announce, then serve until the server closes its end; then end all instances."""
+        """Announce, then serve until the server closes its end."""
         from workers.messages import Up, encode
 
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
@@ -97,29 +105,31 @@ class Forkserver:
                     self._wake_read.recv(4096)
                     self._reap()
                 if self._control in ready:
-                    frame = self._receive()
+                    frame, descriptors = self._receive()
                     if not frame:
                         break
-                    self._start(frame, selector)
-        signal.set_wakeup_fd(-1)  # the ends of those that are killed now wake nobody
-        for pid in self._names:
-            os.kill(pid, signal.SIGKILL)
+                    self._start(frame, descriptors, selector)
 
-    def _receive(self) -> bytes:
-        """A request; nothing where the server is gone, whatever it left unread."""
+    def _receive(self) -> tuple[bytes, list[int]]:
+        """A request, with the pipe and the pulse of the instance that it asks for; nothing where
+        the server is gone, whatever it left unread."""
         try:
-            return self._control.recv(MAX_FRAME_BYTES)
+            frame, descriptors, _, _ = socket.recv_fds(self._control, MAX_FRAME_BYTES, 2)
         except ConnectionResetError:
-            return b""
+            return b"", []
+        return frame, descriptors
 
-    def _start(self, frame: bytes, selector: selectors.BaseSelector) -> None:
+    def _start(
+        self, frame: bytes, descriptors: Sequence[int], selector: selectors.BaseSelector
+    ) -> None:
         from workers.messages import Started, decode_start, encode
 
         spec = decode_start(frame).spec
-        own_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _become_instance(own_pid, self, selector, frame)
+            _become_instance(self, selector, frame, *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
         self._names[pid] = spec.name
         with contextlib.suppress(BrokenPipeError):  # the server is gone; the loop sees it next
             self._control.send(encode(Started(name=spec.name, pid=pid)))
@@ -142,22 +152,24 @@ class Forkserver:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         selector.close()
         self._control.close()
+        os.close(self._pipe)
         self._wake_read.close()
         self._wake_write.close()
 
 
 def _become_instance(
-    parent_pid: int, forkserver: Forkserver, selector: selectors.BaseSelector, frame: bytes
+    forkserver: Forkserver, selector: selectors.BaseSelector, frame: bytes, pipe: int, pulse: int
 ) -> None:
     """In the child: run the instance and end the process. Never returns."""
     status = 1
     try:
-        from workers import kernel, process
+        from workers import process
         from workers.messages import decode_start
+        from workers.pulse import Pulse
 
-        kernel.die_with_parent(parent_pid)
+        kernel.die_with(pipe)
         forkserver.release_in_child(selector)
-        status = process.run(decode_start(frame).spec)
+        status = process.run(decode_start(frame).spec, Pulse(pulse))
     except BaseException:
         logging.getLogger("onecopy.instance").exception("an instance ended by an error of ours")
     finally:

@@ -4,25 +4,42 @@ Each function names the manual page that it follows.
 """
 
 import ctypes
+import fcntl
 import os
 import signal
 from typing import Final
 
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_F_SETSIG: Final = 10
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Be killed when the parent ends, however it ends (prctl(2), PR_SET_PDEATHSIG).
+def die_with(pipe: int) -> None:
+    """Be killed when nobody can write to `pipe` any more, be it that the last who could closed it
+    or ended, and whatever this process does or can't do then (fcntl(2), O_ASYNC, F_SETSIG); at once
+    where that is so already.
 
-    `parent_pid` is the parent that the caller was forked from; if it is gone already, end at once.
+    Other than with PR_SET_PDEATHSIG it need not be the parent that this process ends with. Nobody
+    else may hold the same opened pipe for reading: the signal goes to whoever asked for it last.
     """
-    if _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent_pid:
-        os._exit(1)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
+    try:
+        os.read(pipe, 1)
+    except BlockingIOError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """From now on a process whose parent ends becomes a child of this one, if it descends from it:
+    so its exit status can be had (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    if _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
 def set_process_name(name: str) -> None:

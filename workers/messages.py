@@ -132,11 +132,13 @@ ToInstance = Generate | Embed | Abort | Drain
 
 
 class Loading(Message, tag="loading", frozen=True):
-    """Progress of the weights. `writer` is true in the one instance that copies them in."""
+    """Progress of the weights. `writer` is true in the one instance that copies them in; who waits
+    says which process does."""
 
     num_bytes: Count
     total_bytes: Count
     writer: bool
+    writer_pid: Count = 0
 
 
 class ModelFacts(Message, frozen=True):
@@ -159,7 +161,8 @@ class Ready(Message, tag="ready", frozen=True):
     """The instance answers requests from now on.
 
     `startup_ms` maps a phase of the start to its length; `loaded` says whether this instance copied
-    the weights in (a cold start) or attached to a sealed set, the one under the key `weight_set`;
+    the weights in (a cold start) or attached to a sealed set, the one under the key `weight_set`.
+    `metadata` lies in that set: all that is needed to build the model on it, without its files.
     `cpu_kernels` names the native decoder's, "" where others compute the model.
     """
 
@@ -169,6 +172,7 @@ class Ready(Message, tag="ready", frozen=True):
     loaded: bool
     weight_set: Bounded
     startup_ms: dict[str, float]
+    metadata: dict[str, str] = {}
     cpu_kernels: Bounded = ""
 
 
@@ -251,13 +255,16 @@ FromInstance = Loading | Ready | StartFailed | StepOutput
 
 class InstanceSpec(Message, frozen=True):
     """All that an instance is told at its start. `requested_at` is CLOCK_MONOTONIC, in seconds, at
-    the moment somebody wanted it; `max_model_len` None is the model's own, `device` "" the
-    allocator's first. `tokenizer` is the tokenizer.json that grammars need, "" where there is
-    none; it is not read before the first of them comes."""
+    the moment somebody wanted it. The instance listens at `engines`, for `server_pid` alone.
+    `max_model_len` None is the model's own, `device` "" the allocator's first. `tokenizer` is the
+    tokenizer.json that grammars need, "" where there is none; it is not read before the first of
+    them comes. `weight_set` is the key of the set that is to be attached, whatever has become of
+    the files at `model`; "" loads what lies there."""
 
     name: Bounded
     runtime_dir: Bounded
     engines: Bounded
+    server_pid: Annotated[int, msgspec.Meta(ge=1)]
     model: Bounded
     served_model_name: Bounded
     dtype: Bounded
@@ -269,6 +276,9 @@ class InstanceSpec(Message, frozen=True):
     device: Bounded = ""
     map_files: bool = False
     tokenizer: Bounded = ""
+    weight_set: Bounded = ""
+    eos_token_ids: tuple[TokenId, ...] | None = None
+    """Of that set's model; None leaves them to its files."""
     shares_cores: bool = False
     """Whether `num_threads` is the fewest, and instances that compute share all cores."""
     attention_workspace_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 256 << 20
@@ -279,7 +289,8 @@ class InstanceSpec(Message, frozen=True):
 
 
 class Start(Message, tag="start", frozen=True):
-    """Fork an instance. Answered by Started."""
+    """Fork an instance. Two descriptors come along: the pipe that it ends with, and its pulse.
+    Answered by Started."""
 
     spec: InstanceSpec
 

@@ -7,19 +7,20 @@ memory, scheduling or sampling, and never runs code that came with a checkpoint.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from workers.architecture import architecture_errors, check_config
 from workers.attention import DEFAULT_WORKSPACE_BYTES
 from workers.attention_pass import NAME, attention_pass
 from workers.batch import Batch, Part
 from workers.binding import bind, compute_buffers, move_buffers
+from workers.ends import end_tokens
 from workers.errors import UnsupportedCheckpoint
 from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PrivateSource
@@ -173,7 +174,8 @@ class Model:
         by this architecture after all (`UnsupportedCheckpoint`), shows before a request does."""
         layout = self.geometry.kv_layout
         table = BlockTable(layout, PrivateSource(layout, self.device).lease(1))
-        self.forward(Batch.of([Part(table, [0], 1)]))
+        with architecture_errors(f"{self.geometry.architecture} can't compute a token"):
+            self.forward(Batch.of([Part(table, [0], 1)]))
 
 
 def preload(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -186,24 +188,33 @@ def build_model(
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
-    generation_config: Mapping[str, Any] | None = None,
+    eos_token_ids: Sequence[int] | None = None,
 ) -> Model:
     """Bind `tensors`, named as in the checkpoint, to the architecture that `config` describes.
 
-    `config` and `generation_config` are the parsed JSON files. Tensors may be read-only memory and
-    must stay mapped as long as the model lives. Of tied parameters, one is enough.
-    Raises `UnsupportedCheckpoint` and `CheckpointMismatch`.
+    `config` is the parsed JSON file; `eos_token_ids` None are its own. Tensors may be read-only
+    memory and must stay mapped as long as the model lives. Of tied parameters, one is enough.
+    Raises `UnsupportedCheckpoint`, `CheckpointMismatch` and `CheckpointCorrupt`.
     """
     module = skeleton(config, dtype)
-    bind(module, tensors, dtype)
-    move_buffers(module)
-    module.requires_grad_(False)
-    module.eval()
-    return Model(module, _geometry(module, dtype, generation_config or {}))
+    with architecture_errors(f"{type(module).__name__} can't be computed by this config.json"):
+        bind(module, tensors, dtype)
+        move_buffers(module)
+        module.requires_grad_(False)
+        module.eval()
+        return Model(module, _geometry(module, dtype, eos_token_ids))
 
 
 def skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The architecture with its parameters on meta and its derived buffers computed."""
+    check_config(raw_config)
+    with architecture_errors(
+        f"{raw_config.get('model_type')!r} can't be built by this config.json"
+    ):
+        return _skeleton(raw_config, dtype)
+
+
+def _skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     model_type = raw_config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedCheckpoint(
@@ -214,12 +225,8 @@ def skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
                 else ""
             )
         )
-    try:
+    with architecture_errors(f"config.json is none of model_type {model_type!r}"):
         config = CONFIG_MAPPING[model_type].from_dict(_decoded(raw_config))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnsupportedCheckpoint(
-            f"config.json is none of model_type {model_type!r}: {error}"
-        ) from error
     _check_config(config)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     no_interface = f"{model_class.__name__} does not take another attention function"
@@ -229,12 +236,10 @@ def skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     try:
         with no_init_weights(), torch.device("meta"):
             module = model_class._from_config(config, dtype=dtype, attn_implementation=NAME)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except KeyError as error:
         if error.args == (NAME,):  # it looked for a class of that name
             raise UnsupportedCheckpoint(no_interface) from error
-        raise UnsupportedCheckpoint(
-            f"{model_class.__name__} can't be built from this config.json: {error}"
-        ) from error
+        raise
     _attentions(module)
     compute_buffers(module)
     return module
@@ -295,7 +300,7 @@ def _head_dim(attention: Any) -> int | None:
     return getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
 
 
-def _geometry(module: Any, dtype: torch.dtype, generation_config: Mapping[str, Any]) -> Geometry:
+def _geometry(module: Any, dtype: torch.dtype, eos_token_ids: Sequence[int] | None) -> Geometry:
     config = module.config
     layers = []
     for part in _attentions(module):
@@ -306,7 +311,7 @@ def _geometry(module: Any, dtype: torch.dtype, generation_config: Mapping[str, A
         architecture=type(module).__name__,
         vocab_size=config.vocab_size,
         max_model_len=_max_model_len(config),
-        eos_token_ids=_eos_token_ids(config, generation_config),
+        eos_token_ids=_eos_token_ids(config) if eos_token_ids is None else tuple(eos_token_ids),
         kv_layout=KVLayout.on(next(module.parameters()).device, tuple(layers), dtype),
         sliding_windows=_sliding_windows(config),
         attention_span=_attention_span(module),
@@ -339,6 +344,11 @@ def _max_model_len(config: Any) -> int:
     a sequence would depend on its neighbours.
     """
     limit: int = config.max_position_embeddings
+    if not isinstance(limit, int) or limit < 1:
+        raise UnsupportedCheckpoint(
+            f"config.json says that max_position_embeddings is {limit!r}: it can be a number from "
+            "1 on"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
         if parameters.get("rope_type") == "longrope":
@@ -352,11 +362,5 @@ def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _eos_token_ids(config: Any, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Those of the generation config where it names any, else the config's."""
-    eos = generation_config.get("eos_token_id")
-    if eos is None:
-        eos = config.eos_token_id
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+def _eos_token_ids(config: Any) -> tuple[int, ...]:
+    return end_tokens(config.eos_token_id, "config.json") or ()

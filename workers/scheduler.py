@@ -12,6 +12,7 @@ whether there is room for tokens it asks `Room`.
 """
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class GenerationSequence:
     """
     draft: tuple[int, ...] = ()
     """Tokens that may come next, to be computed along with the last one on trial."""
+    is_held: bool = False
+    """Something else has to come first, such as what its grammar allows: no step computes it."""
     arrival: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
@@ -147,8 +150,8 @@ class Scheduler:
 
     @property
     def next_waiting(self) -> GenerationSequence | None:
-        """The first in order of those that wait."""
-        return self._waiting[0] if self._waiting else None
+        """The first in order of those that wait for room."""
+        return next((one for one in self._waiting if not one.is_held), None)
 
     @property
     def running(self) -> Sequence[GenerationSequence]:
@@ -171,17 +174,19 @@ class Scheduler:
         if sequence.request_id in self._by_id:
             raise ValueError(f"request {sequence.request_id!r} is here already")
         sequence.arrival = self._num_arrived
+        bisect.insort(self._waiting, sequence, key=_order)
         self._num_arrived += 1
         self._by_id[sequence.request_id] = sequence
-        bisect.insort(self._waiting, sequence, key=_order)
 
     def schedule(self, room: Room) -> tuple[Chunk, ...]:
         """The next step: all decodes, then prompts. Each chunk must be followed by `computed` or
-        `remove`. Nothing at all while sequences wait means that there is no room for any."""
+        `remove`. Nothing at all while sequences wait that are not held means that there is no room
+        for any."""
         self._make_way(room)
         decodes, gave_way = self._decodes(room)
         chunks = (*decodes, *self._prefills(room, admitting=not gave_way))
-        while not chunks and self._running:  # those that have begun are in each other's way
+        # Those that have begun are in each other's way.
+        while not chunks and not all(one.is_held for one in self._running):
             self.preempt(self._running[-1], room)
             self._num_until_retry = 0
             chunks = tuple(self._prefills(room, admitting=False))
@@ -245,7 +250,7 @@ class Scheduler:
         gave_way = False
         for sequence in tuple(self._running):
             # The last in order gives way first, so it may have done so by the time of its turn.
-            if not sequence.is_decoding or sequence not in self._running:
+            if sequence.is_held or not sequence.is_decoding or sequence not in self._running:
                 continue
             while not room.grow(sequence, len(sequence.token_ids)):
                 victim = self._running[-1]
@@ -265,13 +270,14 @@ class Scheduler:
         return chunks, gave_way
 
     def _prefills(self, room: Room, *, admitting: bool) -> list[Chunk]:
-        begun = [one for one in self._running if not one.is_decoding]
+        begun = [one for one in self._running if not one.is_decoding and not one.is_held]
         self._num_until_retry = max(0, self._num_until_retry - 1) if self._running else 0
         free_places = self._max_num_seqs - len(self._running)
         if not admitting or self._num_until_retry:
             free_places = 0
         chunks: list[Chunk] = []
-        candidates = [*begun, *self._waiting[:free_places]]
+        able = (one for one in self._waiting if not one.is_held)
+        candidates = [*begun, *itertools.islice(able, free_places)]
         shares = self._shares(candidates)
         self._served_last = None
         for sequence, budget in shares:
@@ -337,9 +343,10 @@ class Scheduler:
 
     def _make_way(self, room: Room) -> None:
         """Let the last of those that run give way to one that is more urgent."""
-        if not self._waiting or not self._running:
+        urgent = self.next_waiting
+        if urgent is None or not self._running:
             return
-        if self._waiting[0].priority >= self._running[-1].priority:
+        if urgent.priority >= self._running[-1].priority:
             return
         if len(self._running) == self._max_num_seqs or self._num_until_retry:
             self.preempt(self._running[-1], room)

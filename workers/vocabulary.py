@@ -13,12 +13,12 @@ from typing import Any, Final
 
 import msgspec
 
-from workers.errors import UnknownVocabulary
+from workers.errors import CheckpointError, UnknownVocabulary
+from workers.model_file import MAX_TOKENIZER_BYTES, read_file
 
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK: Final = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece writes for a blank."""
-MAX_FILE_BYTES: Final = 256 << 20
 
 
 class _AddedToken(msgspec.Struct):
@@ -44,11 +44,9 @@ def read_vocabulary(
     """What each of the first `vocab_size` tokens stands for: nothing, if it is special or one of
     `eos_token_ids`. Raises `UnknownVocabulary`."""
     try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise UnknownVocabulary(f"{file} is too large for a tokenizer")
-        content = file.read_bytes()
+        content = read_file(file, MAX_TOKENIZER_BYTES)
         tokenizer = msgspec.json.decode(content, type=_Tokenizer)
-    except (OSError, msgspec.DecodeError) as error:
+    except (CheckpointError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UnknownVocabulary(
             f"{file}, which says what the tokens are, can't be read: {error}"
         ) from error

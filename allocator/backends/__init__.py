@@ -131,6 +131,11 @@ class Backend(Protocol):
         segment is gone, NotWriter where it is sealed, OutOfDeviceMemory where its memory can't be
         committed."""
 
+    def kernel_object(self, handle: Handle) -> str:
+        """Client side: what /proc/PID/maps shows of a mapping of this very segment, as
+        "device:inode"; "" for memory that it does not show. Raises StaleGeneration where the
+        segment is gone, or another one has its name."""
+
     def open_pool(self, handle: Handle) -> PoolWindow:
         """Client side: addresses for the pool. Raises StaleGeneration where it is gone."""
 
@@ -179,6 +184,11 @@ def file_handle(path: Path) -> Handle:
         generation=0,
         identity=identity,
     )
+
+
+def kernel_object(handle: Handle) -> str:
+    """See `Backend.kernel_object`."""
+    return for_handle(handle).kernel_object(handle)
 
 
 def for_handle(handle: Handle) -> Backend:

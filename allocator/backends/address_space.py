@@ -12,6 +12,7 @@ import os
 import platform
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 _PROT_NONE: Final = 0
@@ -70,6 +71,19 @@ class AddressRange:
 def address_of(writable: mmap.mmap) -> int:
     """Where a writable mapping lies."""
     return ctypes.addressof(ctypes.c_ubyte.from_buffer(writable))
+
+
+def kernel_object(descriptor: int) -> str:
+    """The file that a descriptor is open on, as "device:inode" like in /proc/PID/maps. Found out by
+    mapping it, since on layered file systems stat(2) says something else."""
+    addresses = AddressRange(mmap.PAGESIZE)
+    addresses.map(descriptor, 0, mmap.PAGESIZE, writable=False)
+    with Path("/proc/self/maps").open() as maps:
+        for line in maps:  # START-END PERMISSIONS OFFSET DEVICE INODE PATH
+            bounds, _permissions, _offset, device, inode, *_path = line.split(maxsplit=5)
+            if int(bounds.partition("-")[0], 16) == addresses.address:
+                return f"{device}:{inode}"
+    raise OSError(errno.ENOENT, "the kernel shows no such mapping")
 
 
 def punch_hole(descriptor: int, offset: int, num_bytes: int) -> None:

@@ -163,6 +163,10 @@ class CUDABackend:
         mapped.map(0, mapped.num_bytes, descriptor, writable=writable)
         return CUDAMapping(mapped, handle.num_bytes, writable=writable)
 
+    def kernel_object(self, handle: Handle) -> str:
+        """See `Backend.kernel_object`: a device's memory is not among them."""
+        return ""
+
     def open_pool(self, handle: Handle) -> "CUDAPoolWindow":
         """See `Backend.open_pool`; but only the daemon knows whether the pool is gone, and says so
         when an extent is exported."""

@@ -5,11 +5,14 @@ identity its handle names, read-only; who changes it afterwards in place harms i
 truncates it ends them by SIGBUS. The daemon has no such device, so its side is refused.
 """
 
+import contextlib
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from typing import Final, NoReturn
 
+from allocator.backends.address_space import kernel_object
 from allocator.backends.host_mapping import HostMapping
 from allocator.errors import InvalidMessage, NotWriter, StaleGeneration
 from allocator.messages import Handle
@@ -44,31 +47,43 @@ class FileBackend:
             raise NotWriter(f"the file {handle.segment} is only read")
         if handle.num_bytes < 1:
             raise InvalidMessage(f"of the file {handle.segment} nothing is to be mapped")
-        try:
-            opened = os.open(handle.segment, _FLAGS)
-        except OSError as error:
-            raise StaleGeneration(
-                f"the file {handle.segment} can't be opened any more: {error.strerror}"
-            ) from error
-        try:
-            status = os.fstat(opened)
-            identity = _identity(status)
-            if not identity or identity != handle.identity or status.st_size < handle.num_bytes:
-                raise StaleGeneration(
-                    f"the file {handle.segment} has changed since its weight set was made: load "
-                    "the model anew"
-                )
+        with _opened(handle) as opened:
             mapping = HostMapping(opened, handle.num_bytes)
-        finally:
-            os.close(opened)
         mapping.will_need()
         return mapping
+
+    def kernel_object(self, handle: Handle) -> str:
+        """See `Backend.kernel_object`."""
+        with _opened(handle) as opened:
+            return kernel_object(opened)
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise NotWriter("files are mapped by clients; no allocator reserves, seals or frees them")
 
     limit_bytes = default_limit_bytes = reserve = seal = free = committed_bytes = sweep = _refuse
     reserve_pool = reserve_extent = free_extent = export = open_pool = _refuse
+
+
+@contextlib.contextmanager
+def _opened(handle: Handle) -> Iterator[int]:
+    """The descriptor of the very file that the handle was made for, closed at the end."""
+    try:
+        opened = os.open(handle.segment, _FLAGS)
+    except OSError as error:
+        raise StaleGeneration(
+            f"the file {handle.segment} can't be opened any more: {error.strerror}"
+        ) from error
+    try:
+        status = os.fstat(opened)
+        identity = _identity(status)
+        if not identity or identity != handle.identity or status.st_size < handle.num_bytes:
+            raise StaleGeneration(
+                f"the file {handle.segment} has changed since its weight set was made: load the "
+                "model anew"
+            )
+        yield opened
+    finally:
+        os.close(opened)
 
 
 def _identity(status: os.stat_result) -> str:

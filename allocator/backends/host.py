@@ -13,7 +13,7 @@ from typing import Final, NoReturn
 
 import posix_ipc
 
-from allocator.backends.address_space import punch_hole
+from allocator.backends.address_space import kernel_object, punch_hole
 from allocator.backends.capacity import check_memory, check_shared_memory, no_shared_memory
 from allocator.backends.host_mapping import HostMapping, HostPoolWindow
 from allocator.backends.placement import SHM_ROOT as SHM_ROOT
@@ -78,10 +78,9 @@ class HostBackend:
     def identity(self, segment: str) -> str:
         """Inode, size and mode: sealing is part of it."""
         try:
-            status = _path(segment).lstat()
+            return _identity(_path(segment).lstat())
         except FileNotFoundError:
             return ""
-        return f"{status.st_ino}:{status.st_size}:{status.st_mode:o}"
 
     def sweep(self, prefix: str, keep: frozenset[str] = frozenset()) -> list[str]:
         """Unlink every name with our prefix, but those in `keep`."""
@@ -136,6 +135,13 @@ class HostBackend:
                 raise
         return mapping
 
+    def kernel_object(self, handle: Handle) -> str:
+        """See `Backend.kernel_object`."""
+        with _opened(handle, writable=False) as opened:
+            if handle.identity and _identity(os.fstat(opened)) != handle.identity:
+                raise StaleGeneration(f"another segment is called {handle.segment} now")
+            return kernel_object(opened)
+
     def open_pool(self, handle: Handle) -> HostPoolWindow:
         """See `Backend.open_pool`."""
         with (
@@ -147,6 +153,10 @@ class HostBackend:
 
 def _path(segment: str) -> Path:
     return SHM_ROOT / segment.removeprefix("/")
+
+
+def _identity(status: os.stat_result) -> str:
+    return f"{status.st_ino}:{status.st_size}:{status.st_mode:o}"
 
 
 def _create(segment: str, num_bytes: int) -> None:

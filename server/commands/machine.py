@@ -10,6 +10,7 @@ from server.commands.options import JsonOption, RuntimeDirOption, one_line_error
 from server.doctor import examine
 from server.model_source import find_model
 from server.plan import MAX_NUM_SEQS, Load, make_plan, read_estimate, read_machine
+from server.served_check import served_model
 
 
 def plan(
@@ -80,7 +81,7 @@ def plan(
 
 def doctor(as_json: JsonOption = False, runtime_dir: RuntimeDirOption = None) -> None:
     """Check this machine, and say what to do where something is missing; exit 1 on a problem."""
-    found = examine(runtime_dir)
+    found = [*examine(runtime_dir), *served_model(runtime_dir)]
     status = checks.worst(found)
     if as_json:
         print_json({"status": status, "checks": [one.model_dump() for one in found]})

@@ -1,14 +1,13 @@
 """Commands about memory: allocator, sleep, wake, pin, evict, and the view of `ps --memory`."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from allocator import RuntimeDir, connect
+from allocator import RuntimeDir, connect, module_command, module_environment
 from server import console
 from server.commands.options import (
     ModelArgument,
@@ -69,8 +68,9 @@ def allocator(
     arguments = [text for name, value in given.items() if value for text in (name, str(value))]
     arguments += [text for one in device or [] for text in ("--device", one)]
     arguments += [text for one in quota or [] for text in ("--quota", one)]
+    command = module_command("allocator", *arguments)
     # Replace this process: the daemon needs none of what the command line has imported.
-    os.execv(sys.executable, [sys.executable, "-m", "allocator", *arguments])  # noqa: S606
+    os.execve(command[0], command, module_environment())  # noqa: S606
 
 
 def sleep(
@@ -103,9 +103,10 @@ def pin(
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Keep a model's weights on the device, also while nobody uses them and others want room."""
-    directory = RuntimeDir.open(runtime_dir, create=False)
-    with one_line_errors(), weight_set(directory, model) as (memory, key):
-        memory.pin(key, not off)
+    with one_line_errors():
+        directory = RuntimeDir.open(runtime_dir, create=False)
+        with weight_set(directory, model) as (memory, key):
+            memory.pin(key, not off)
         console.out.print(f"{key} is {'not pinned' if off else 'pinned'}", markup=False)
 
 
@@ -115,9 +116,10 @@ def evict(
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Free the memory of a weight set that nobody uses."""
-    directory = RuntimeDir.open(runtime_dir, create=False)
-    with one_line_errors(), weight_set(directory, model) as (memory, key):
-        memory.evict(key, image=image)
+    with one_line_errors():
+        directory = RuntimeDir.open(runtime_dir, create=False)
+        with weight_set(directory, model) as (memory, key):
+            memory.evict(key, image=image)
         console.out.print(f"{key} is evicted", markup=False)
 
 

@@ -5,25 +5,30 @@ Invariants: every expected failure is one line on stderr that names the fix, and
 """
 
 import contextlib
+import errno
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, NoReturn
 
 import typer
 from pydantic import ValidationError
 
 from allocator import AllocatorError
 from server import console
-from server.admin import NoServer
+from server.admin import AdminError
+from server.background import WorkEnded
 from server.errors import ServerError
 from server.fleet import StartError
 from server.memory import NoSuchModel
 from server.model_source import ModelNotFound
 from server.plan import PlanFailed
+from server.proof import NothingToProve
+from server.reload import CannotReload
 from server.serve import AddressInUse
 from server.sleep import CannotSleep
+from workers import CheckpointError
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -53,22 +58,56 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (
         AddressInUse,
+        AdminError,
         AllocatorError,
+        CannotReload,
         CannotSleep,
+        CheckpointError,
         ModelNotFound,
-        NoServer,
         NoSuchModel,
+        NothingToProve,
         PlanFailed,
         ServerError,
         StartError,
+        WorkEnded,
     ) as error:
         fail(str(error))
     except ValidationError as error:
-        fail("; ".join(f"--{e['loc'][0]}: {e['msg']}" for e in error.errors()))
+        fail("; ".join(f"--{_option(e['loc'][0])}: {e['msg']}" for e in error.errors()))
+    except BrokenPipeError:
+        raise  # of whoever reads our output
+    except OSError as error:
+        fail(_about(error))
 
 
-def fail(message: str) -> None:
-    console.err.print(f"onecopy: {message}", markup=False)
+def _option(field: object) -> str:
+    """As it is called on the command line."""
+    return str(field).replace("_", "-")
+
+
+def _about(error: OSError) -> str:
+    """What this machine could not do, and what to do about it."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    what = f"{where}{error.strerror or error}"
+    fix = _FIXES.get(error.errno or 0)
+    return f"{what}: {fix}" if fix else what
+
+
+_FIXES: Final = {
+    errno.EMFILE: "too few files may be open at once; raise the limit, `ulimit -n 4096`",
+    errno.ENFILE: "the machine has too many open files; raise the sysctl fs.file-max",
+    errno.ENOMEM: "end other programs, or raise the memory limit",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or raise the quota",
+    errno.EROFS: "choose another place, or mount it writable",
+    errno.EACCES: "change its permissions, or run as its owner",
+}
+
+
+def fail(message: str) -> NoReturn:
+    """One line, whatever the message holds."""
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    console.err.print(f"onecopy: {line}", markup=False)
     raise typer.Exit(1)
 
 

@@ -1,18 +1,25 @@
 """Commands about a server and its instances: serve, scale, ps, verify, stop."""
 
 import asyncio
-import contextlib
 import logging
 import os
+import resource
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from allocator import RuntimeDir, connect, device_usage, parse_bytes
-from allocator.messages import WeightSetStatistics
+from allocator import (
+    Owner,
+    ProcessState,
+    Role,
+    RuntimeDir,
+    parse_bytes,
+    remove_leftovers,
+)
 from server import console, device_verify, process_memory
-from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
+from server.admin import ADMIN_PATHS, AdminClient, AdminError, NoServer, ServerStatus
 from server.commands.memory import show_memory
 from server.commands.options import (
     JsonOption,
@@ -21,17 +28,25 @@ from server.commands.options import (
     one_line_errors,
     print_json,
 )
-from server.daemons import stop_process
-from server.device_verify import DeviceVerdict, judge_device
+from server.handed_out import seen
+from server.log_limit import LogLimit
 from server.model_source import find_model
+from server.proof import prove
 from server.serve import serve as run_server
 from server.settings import Settings
-from server.verify import MAX_PRIVATE_BYTES, Verdict, judge_all
+from server.stopping import answers_nothing, stop_process
+from server.verify import MAX_PRIVATE_BYTES
 from workers import KERNEL_SETS, KERNELS_VARIABLE
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
 """What a process may take to end, beyond what it grants its running requests."""
+_MAX_OPEN_FILES: Final = 1 << 16
+_LEAST_OPEN_FILES: Final = 128
+_OPEN_FILES_AN_INSTANCE: Final = 4
+"""Of the server and of the allocator, whatever clients there are."""
+_ANSWER_S: Final = 3.0
+"""What a server may take to hear that it is to end."""
 
 
 def serve(
@@ -52,6 +67,15 @@ def serve(
     uds: Annotated[
         Path | None, typer.Option(help="Serve on this Unix socket instead of host and port.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name by which clients may call the server, as `api.example.com`, "
+            "`*.example.com` or `*`; can be given several times. Addresses, localhost and the "
+            "machine's own name need not be named.",
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(
@@ -61,6 +85,10 @@ def serve(
     max_num_seqs: Annotated[
         int, typer.Option(min=1, help="Sequences that run at once in one instance.")
     ] = 16,
+    max_queued: Annotated[
+        int,
+        typer.Option(min=1, help="Requests that may wait beyond those; one more is refused (503)."),
+    ] = 256,
     max_num_batched_tokens: Annotated[
         int,
         typer.Option(
@@ -94,6 +122,13 @@ def serve(
             help=f"Instructions to use: {', '.join(KERNEL_SETS)}; auto: the best there are.",
         ),
     ] = "auto",
+    prefix_cache_salt: Annotated[
+        str,
+        typer.Option(
+            help="Who finds what was computed: none (all find all), key (requests of the same API "
+            "key), random (requests of this start of the server)."
+        ),
+    ] = "none",
     dtype: Annotated[
         str,
         typer.Option(
@@ -127,6 +162,14 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that running requests get at the end.")
     ] = 30.0,
+    hang_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds for which an instance may be stopped before another takes its place; "
+            "0: for ever, as for a debugger.",
+        ),
+    ] = 3.0,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Serve MODEL over an OpenAI-compatible REST API.
@@ -140,28 +183,35 @@ def serve(
         source = find_model(model)
         settings = Settings(
             model=source.path,
+            model_named=str(source.given or model),
+            model_given=source.given,
             served_model_name=served_model_name or source.name,
             runtime_dir=RuntimeDir.open(runtime_dir).path,
             host=host,
             port=port,
             uds=uds.absolute() if uds else None,
+            allowed_hosts=tuple(allowed_host or ()),
             num_instances=instances,
             sampling_defaults=source.sampling,
             dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
+            max_queued=max_queued,
             token_budget=max_num_batched_tokens,
             attention_workspace=parse_bytes(attention_workspace),
             num_speculative_tokens=num_speculative_tokens,
             prefix_caching=prefix_caching,
             cpu_kernels=cpu_kernels,  # type: ignore[arg-type]  # pydantic checks it
+            prefix_cache_salt=prefix_cache_salt,  # type: ignore[arg-type]  # as dtype
             num_threads=threads or default_threads(instances),
             shares_cores=threads is None,
             drain_timeout_s=drain_timeout,
+            hang_timeout_s=hang_timeout,
             memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
             device=device,
             map_files=map_files,
         )
+        _allow_open_files(instances)
         asyncio.run(run_server(settings))
 
 
@@ -190,8 +240,9 @@ def ps(
         if memory:
             show_memory(RuntimeDir.open(runtime_dir, create=False), events, as_json)
             return
-        status = AdminClient(RuntimeDir.open(runtime_dir, create=False)).status()
-        memories = _memories(status)
+        directory = RuntimeDir.open(runtime_dir, create=False)
+        status = AdminClient(directory).status()
+        memories = _memories(status, seen(directory))
         if as_json:
             print_json(
                 {
@@ -211,6 +262,16 @@ def ps(
             return
         console.out.print(console.server_line(status), markup=False)
         console.out.print(console.instances_table(status, memories))
+
+
+def reload(runtime_dir: RuntimeDirOption = None) -> None:
+    """Serve the model as it lies on disk now: new instances are started on it, then those of before
+    end after their requests. What can't be loaded leaves the model as it is served."""
+    with one_line_errors():
+        admin = AdminClient(RuntimeDir.open(runtime_dir, create=False))
+        with console.err.status("loading the model anew"):
+            status = admin.reload()
+        console.out.print(f"{status.model} is served as it lies at {status.path} now", markup=False)
 
 
 def verify(
@@ -233,45 +294,10 @@ def verify(
     with one_line_errors():
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
-        ready = [one for one in status.instances if one.state == "ready" and one.pid is not None]
-        with connect(directory) as memory:
-            statistics = memory.statistics()
-        pids = {one.pid for one in ready}
-        used = [one for one in statistics.weight_sets if pids & set(one.reader_pids)]
-        if not used:
-            fail(
-                "the allocator knows of no weight set that a ready instance reads. Either none is "
-                "ready (`onecopy ps`), or the allocator was restarted after they attached: then "
-                "`onecopy stop` and start again, to hold one copy"
-            )
-        verdict: Verdict | DeviceVerdict
-        if statistics.device == "host":
-            memories = [(one.name, process_memory.read(one.pid or 0)) for one in ready]
-            verdict = judge_all(_segments(used[0]), memories, max_private or MAX_PRIVATE_BYTES)
-        else:
-            owner = directory.owner("allocator")
-            verdict = judge_device(
-                statistics.device,
-                device_usage(statistics.device),
-                weights_bytes=used[0].num_bytes,
-                allocator_bytes=statistics.used_bytes,
-                instances=[(one.name, one.pid or 0) for one in ready],
-                readers=used[0].reader_pids,
-                clients={one.pid for one in statistics.sessions} - {os.getpid()},
-                allocator_pid=None if owner is None else owner.pid,
-                max_private_bytes=max_private or device_verify.MAX_PRIVATE_BYTES,
-            )
-        if len(used) > 1:
-            verdict.holds = False
-            verdict.problems.append(f"the instances read {len(used)} weight sets, not one")
-        if digests:
-            with connect(directory, label="onecopy verify") as memory:
-                damaged = memory.damaged(used[0].key)
-            if damaged:
-                verdict.holds = False
-                verdict.problems.append(
-                    f"{len(damaged)} tensors are not what was sealed, {damaged[0]} first"
-                )
+        ready = [
+            (one.name, one.pid) for one in status.instances if one.state == "ready" and one.pid
+        ]
+        verdict = prove(directory, ready, max_private, digests=digests)
         if as_json:
             print_json(verdict.model_dump())
         else:
@@ -285,24 +311,27 @@ def stop(
     keep_allocator: Annotated[
         bool, typer.Option("--keep-allocator", help="Leave the allocator and its weights.")
     ] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="Cut off running requests instead of waiting for them.")
+    ] = False,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
-    """Stop the server, after its running requests, and then the allocator."""
+    """Stop the server, after its running requests, and then the allocator. Given again while the
+    server waits for requests, it waits with it."""
     with one_line_errors():
         directory = RuntimeDir.open(runtime_dir, create=False)
         stopped = []
-        for role in ("server",) if keep_allocator else ("server", "allocator"):
+        roles: tuple[Role, ...] = ("server",) if keep_allocator else ("server", "allocator")
+        for role in roles:
             owner = directory.owner(role)
             if owner is None:
                 continue
-            timeout_s = _STOP_TIMEOUT_S
             if role == "server":
-                if keep_allocator:
-                    AdminClient(directory).keep_allocator()
-                with contextlib.suppress(NoServer):  # one that is about to start, or to end
-                    timeout_s += AdminClient(directory).status().drain_timeout_s
-                console.err.print(f"stopping the server (pid {owner.pid}) after its requests")
-            gently = stop_process(owner.process, timeout_s)
+                gently = _stop_server(directory, owner, keep_allocator=keep_allocator, now=now)
+            else:
+                gently = stop_process(owner.process, _STOP_TIMEOUT_S)
+            if not gently:
+                remove_leftovers(directory, role)
             stopped.append(f"{role} (pid {owner.pid}{'' if gently else ', killed'})")
         if not stopped:
             console.out.print(f"nothing runs in {directory.path}")
@@ -310,24 +339,57 @@ def stop(
         console.out.print(f"stopped {' and '.join(stopped)}", markup=False)
 
 
+def _allow_open_files(num_instances: int) -> None:
+    """As many as this process may have; fails where that is too few to serve with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    least = _LEAST_OPEN_FILES + _OPEN_FILES_AN_INSTANCE * num_instances
+    if most < least:
+        fail(
+            f"at most {most} files may be open at once, and {num_instances} instances need some "
+            f"{least}: raise the limit, `ulimit -n 4096`"
+        )
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
+def _stop_server(directory: RuntimeDir, owner: Owner, *, keep_allocator: bool, now: bool) -> bool:
+    """True where it ended by itself; one that does not answer is killed."""
+    is_mute = partial(answers_nothing, directory.admin)
+    state = ProcessState.of(owner.pid)
+    hangs = state is None or state.is_stopped or is_mute()
+    patience_s, asked = 0.0, False
+    if not hangs:
+        admin = AdminClient(directory, _ANSWER_S)
+        try:
+            if keep_allocator:
+                admin.keep_allocator()
+            status = admin.stop(now=now)
+            patience_s, asked = (0.0 if now else status.drain_timeout_s), True
+        except NoServer:  # one that is about to start, or to end
+            now = True
+        except AdminError as error:  # of another version, perhaps
+            console.err.print(f"{error}; it is told to end by a signal", markup=False)
+    after = "now" if now or hangs else "after its requests"
+    console.err.print(f"stopping the server (pid {owner.pid}) {after}")
+    return stop_process(owner.process, patience_s + _STOP_TIMEOUT_S, is_mute, asked=asked)
+
+
 def default_threads(num_instances: int) -> int:
     """Threads of one instance: the cores, shared out."""
     return max(1, len(os.sched_getaffinity(0)) // num_instances)
 
 
-def _memories(status: ServerStatus) -> list[process_memory.ProcessMemory | None]:
-    return [process_memory.read(one.pid) if one.pid else None for one in status.instances]
-
-
-def _segments(weight_set: WeightSetStatistics) -> dict[str, int]:
-    """Segment or file → bytes."""
-    in_files = sum(num_bytes for _, num_bytes in weight_set.files)
-    return {weight_set.segment: weight_set.num_bytes - in_files, **dict(weight_set.files)}
+def _memories(
+    status: ServerStatus, mapped: process_memory.HandedOut
+) -> list[process_memory.ProcessMemory | None]:
+    return [process_memory.read(one.pid, mapped) if one.pid else None for one in status.instances]
 
 
 def _log_to_stderr() -> None:
     handler = console.ConsoleHandler()
     handler.setFormatter(logging.Formatter(_LOG_FORMAT, datefmt="%H:%M:%S"))
+    handler.addFilter(LogLimit())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -4,13 +4,19 @@ Invariant: of a request's sequences all are started or none. Knows neither how p
 nor what becomes of the answer.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 from uuid import uuid4
 
+from fastapi import Request
+
+from server.cache_salt import CacheSalts
+from server.cells import Cells
 from server.errors import InvalidRequest, UnknownModel
-from server.generation import NO_ADVICE, Generator, SamplingDefaults
+from server.generation import NO_ADVICE, Generator, RequestOptions, SamplingDefaults
+from server.grammar_checks import GrammarChecks
 from server.openai.schemas import GenerationRequest
 from server.openai.sequence import TextSequence
 from server.text import Text
@@ -25,13 +31,27 @@ _OTHER_TASK: Final[Mapping[Task, str]] = {
 
 @dataclass(frozen=True)
 class Serving:
-    """All that the HTTP side needs: the one model that is served, and how."""
+    """All that the HTTP side needs: the one model that is served, and how. A request keeps to the
+    one that it began with, also where another is served meanwhile."""
 
     generator: Generator
     text: Text
     model_name: str
     created: int  # when the server began to serve it, in seconds since 1970
+    cells: Cells
+    grammars: GrammarChecks
     sampling_defaults: SamplingDefaults = NO_ADVICE
+    salts: CacheSalts = field(default_factory=CacheSalts)
+
+    def options(self, body: GenerationRequest, request: Request) -> RequestOptions:
+        """What the request says of itself."""
+        authorization = request.headers.get("authorization")
+        salt = self.salts.salt(body.cache_salt or "", authorization)
+        return RequestOptions(body.priority or 0, body.deadline_s, salt)
+
+
+Current = Callable[[], Serving]
+"""What is served now."""
 
 
 def new_id(prefix: str) -> str:
@@ -63,7 +83,8 @@ def check_model(serving: Serving, name: str) -> None:
 
 async def submit_all(
     serving: Serving,
-    request: GenerationRequest,
+    body: GenerationRequest,
+    options: RequestOptions,
     request_id: str,
     prompts: Sequence[tuple[Sequence[int], SamplingParams]],
 ) -> list[TextSequence]:
@@ -72,16 +93,17 @@ async def submit_all(
     try:
         for index, (ids, sampling) in enumerate(prompts):
             own_id = request_id if len(prompts) == 1 else f"{request_id}-{index}"
-            stream = await serving.generator.submit(own_id, ids, sampling, request.options)
+            stream = await serving.generator.submit(own_id, ids, sampling, options)
             started.append(
                 TextSequence(
                     stream,
                     serving.text.detokenizer(),
-                    request.stops,
+                    body.stops,
                     ids,
                     min_tokens=sampling.min_tokens,
                 )
             )
+            await asyncio.sleep(0)  # many long prompts must not hold up everybody else
     except BaseException:
         await close_all(started)
         raise

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import anyio
@@ -22,24 +21,11 @@ from starlette.types import Receive, Scope, Send
 from server.errors import ServerError
 from server.openai.admission import close_all
 from server.openai.errors import error_reply
-from server.openai.replies import Finish
-from server.openai.sequence import Delta, TextSequence, merged
-from workers.messages import TokenLogprobs
+from server.openai.sequence import Answer, Delta, TextSequence, merged
 
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """All deltas of one sequence together."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: Finish
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: tuple[TokenLogprobs, ...]
 
 
 async def collect(request: Request, sequences: Sequence[TextSequence]) -> list[Answer]:
@@ -94,13 +80,14 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
 class EventStream(StreamingResponse):
     """Bodies as server-sent events, then `[DONE]`; or, if the source fails, its error, and an end.
+    Those that are bytes are JSON already.
 
     `events` is closed, and then `sequences`, however the response ends: the client may go while an
     event is being sent, where no generator would notice.
     """
 
     def __init__(
-        self, events: AsyncGenerator[BaseModel, None], sequences: Sequence[TextSequence]
+        self, events: AsyncGenerator[BaseModel | bytes, None], sequences: Sequence[TextSequence]
     ) -> None:
         # No proxy may collect or store what is meant to come at once.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -124,10 +111,10 @@ class EventStream(StreamingResponse):
             await close_all(self._sequences)
 
 
-async def _framed(events: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[bytes, None]:
+async def _framed(events: AsyncGenerator[BaseModel | bytes, None]) -> AsyncGenerator[bytes, None]:
     try:
         async for event in events:
-            yield b"data: %b\n\n" % event.model_dump_json().encode()
+            yield b"data: %b\n\n" % _json(event)
     except Exception as error:  # noqa: BLE001 - the status is sent, only an event can tell
         if isinstance(error, ServerError):
             _log.warning("a stream failed: %s", error.message)
@@ -136,3 +123,7 @@ async def _framed(events: AsyncGenerator[BaseModel, None]) -> AsyncGenerator[byt
         yield b"data: %b\n\n" % error_reply(error).model_dump_json().encode()
         return
     yield b"data: [DONE]\n\n"
+
+
+def _json(event: BaseModel | bytes) -> bytes:
+    return event if isinstance(event, bytes) else event.model_dump_json().encode()

@@ -5,11 +5,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from server.openai.admission import Serving, check_request, new_id, submit_all
-from server.openai.answer import Answer, EventStream, collect
+from server.openai.admission import Current, check_request, new_id, submit_all
+from server.openai.answer import EventStream, collect
+from server.openai.body_reader import BodyReader
 from server.openai.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
+from server.openai.rendering import num_entries, response
 from server.openai.replies import (
     AssistantMessage,
     ChatChoice,
@@ -21,19 +23,20 @@ from server.openai.replies import (
 )
 from server.openai.sampling import sampling_for
 from server.openai.schemas import ChatRequest
-from server.openai.sequence import Delta, TextSequence, merged
+from server.openai.sequence import Answer, Delta, TextSequence, merged
 from server.openai.structured import grammar_for
 from server.token_texts import TokenTexts
 
 
-def routes(serving: Serving) -> APIRouter:
-    router = APIRouter()
+def routes(current: Current, bodies: BodyReader) -> APIRouter:
+    router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        serving = current()
         check_request(serving, body)
         facts = serving.generator.facts
-        grammar = await grammar_for(body)
+        grammar = await grammar_for(serving.grammars, body)
         ids = await serving.text.encode_chat_async(
             _messages(body), context_tokens=facts.max_model_len
         )
@@ -52,37 +55,42 @@ def routes(serving: Serving) -> APIRouter:
             )
         ]
         chat_id, created = new_id("chatcmpl"), int(time.time())
-        sequences = await submit_all(serving, body, chat_id, starts)
+        sequences = await submit_all(serving, body, serving.options(body, request), chat_id, starts)
         tokens = serving.text.tokens
         if body.stream:
             template = ChatChunk(id=chat_id, created=created, model=serving.model_name, choices=[])
             return EventStream(_events(template, body, sequences, tokens), sequences)
         answers = await collect(request, sequences)
-        reply = ChatCompletion(
-            id=chat_id,
-            created=created,
-            model=serving.model_name,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=AssistantMessage(content=answer.text),
-                    logprobs=_logprobs(body, answer, tokens),
-                    finish_reason=answer.finish_reason,
-                    token_ids=answer.token_ids if body.return_token_ids else None,
-                )
-                for index, answer in enumerate(answers)
-            ],
-            usage=Usage.of(
-                len(ids),
-                sum(len(answer.token_ids) for answer in answers),
-                sequences[0].num_cached,
-            ),
-            prompt_token_ids=ids if body.return_token_ids else None,
-        )
-        if body.prompt_logprobs is not None:
+
+        def reply() -> ChatCompletion:
             found = answers[0].prompt_logprobs
-            reply.prompt_logprobs = prompt_logprobs(ids, found, tokens, body.prompt_logprobs)
-        return JSONResponse(reply.model_dump())
+            count = body.prompt_logprobs
+            return ChatCompletion(
+                id=chat_id,
+                created=created,
+                model=serving.model_name,
+                choices=[
+                    ChatChoice(
+                        index=index,
+                        message=AssistantMessage(content=answer.text),
+                        logprobs=_logprobs(body, answer, tokens),
+                        finish_reason=answer.finish_reason,
+                        token_ids=answer.token_ids if body.return_token_ids else None,
+                    )
+                    for index, answer in enumerate(answers)
+                ],
+                usage=Usage.of(
+                    len(ids),
+                    sum(len(answer.token_ids) for answer in answers),
+                    sequences[0].num_cached,
+                ),
+                prompt_token_ids=ids if body.return_token_ids else None,
+                prompt_logprobs=(
+                    None if count is None else prompt_logprobs(ids, found, tokens, count)
+                ),
+            )
+
+        return await response(reply, num_entries(answers))
 
     return router
 
@@ -91,8 +99,7 @@ def _messages(body: ChatRequest) -> list[dict[str, str]]:
     """As templates expect them: content is a string, and "developer" is the newer name of a role
     that most templates know as "system"."""
     messages = []
-    for index, message in enumerate(body.messages):
-        message.check_supported(index)
+    for message in body.messages:
         role = "system" if message.role == "developer" else message.role
         plain = {"role": role, "content": message.text}
         if message.name is not None:

@@ -4,19 +4,22 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.errors import InvalidRequest
-from server.openai.admission import Serving, check_request, new_id, submit_all
-from server.openai.answer import Answer, EventStream, collect
+from server.openai.admission import Current, Serving, check_request, new_id, submit_all
+from server.openai.answer import EventStream, collect
+from server.openai.body_reader import BodyReader
 from server.openai.logprobs import completion_logprobs, prompt_logprobs
-from server.openai.replies import Completion, CompletionChoice, Usage
+from server.openai.rendering import aside, event, num_entries, response
+from server.openai.replies import Completion, CompletionChoice, Reply, Usage
 from server.openai.sampling import check_token_ids, sampling_for
-from server.openai.schemas import MAX_PROMPTS, CompletionRequest
-from server.openai.sequence import Delta, TextSequence, merged
+from server.openai.schemas import MAX_PROMPTS, CompletionRequest, texts_or_ids
+from server.openai.sequence import Answer, Delta, TextSequence, merged
 from server.openai.structured import grammar_for
 from server.text import Text
 from workers.messages import TokenLogprobs
@@ -33,14 +36,15 @@ class _Prompt:
     token_ids: list[int]
 
 
-def routes(serving: Serving) -> APIRouter:
-    router = APIRouter()
+def routes(current: Current, bodies: BodyReader) -> APIRouter:
+    router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        serving = current()
         check_request(serving, body)
         facts = serving.generator.facts
-        grammar = await grammar_for(body)
+        grammar = await grammar_for(serving.grammars, body)
         prompts = await _prompts(serving, body)
         if len(prompts) * body.num_choices > MAX_PROMPTS:
             raise InvalidRequest(
@@ -66,7 +70,9 @@ def routes(serving: Serving) -> APIRouter:
         template = Completion(
             id=new_id("cmpl"), created=int(time.time()), model=serving.model_name, choices=[]
         )
-        sequences = await submit_all(serving, body, template.id, starts)
+        sequences = await submit_all(
+            serving, body, serving.options(body, request), template.id, starts
+        )
         choices = [
             _Choice(serving.text, body, index, prompts[index // body.num_choices])
             for index in range(len(sequences))
@@ -74,15 +80,13 @@ def routes(serving: Serving) -> APIRouter:
         if body.stream:
             return EventStream(_events(template, body, sequences, choices, prompts), sequences)
         answers = await collect(request, sequences)
-        reply = template.model_copy(
-            update={
-                "choices": [
-                    one.piece(answer) for one, answer in zip(choices, answers, strict=True)
-                ],
-                "usage": _usage(prompts, choices, sequences),
-            }
-        )
-        return JSONResponse(reply.model_dump())
+
+        def reply() -> Completion:
+            pieces = [one.piece(answer) for one, answer in zip(choices, answers, strict=True)]
+            usage = _usage(prompts, choices, sequences)
+            return template.model_copy(update={"choices": pieces, "usage": usage})
+
+        return await response(reply, num_entries(answers))
 
     return router
 
@@ -95,22 +99,16 @@ def _num_prompt_logprobs(body: CompletionRequest) -> int | None:
 
 
 async def _prompts(serving: Serving, body: CompletionRequest) -> list[_Prompt]:
-    facts, prompt = serving.generator.facts, body.prompt
-    parts: Sequence[str | int | list[int]] = [prompt] if isinstance(prompt, str) else prompt
-    if not parts:
+    facts = serving.generator.facts
+    if not body.prompt:
         raise InvalidRequest("The prompt is empty.", param="prompt")
     prompts: list[_Prompt] = []
-    own: list[int] = []  # of a prompt that is a plain list of ids
-    for part in parts:
+    for part in texts_or_ids(body.prompt):
         if isinstance(part, str):
             ids = await serving.text.encode_async(part, context_tokens=facts.max_model_len)
             prompts.append(_Prompt(part, ids))
-        elif isinstance(part, int):
-            own.append(part)
         else:
             prompts.append(_Prompt(None, part))
-    if own:
-        prompts.append(_Prompt(None, own))
     for one in prompts:
         check_token_ids(one.token_ids, facts)
     return prompts
@@ -181,12 +179,13 @@ async def _events(
     sequences: Sequence[TextSequence],
     choices: Sequence[_Choice],
     prompts: Sequence[_Prompt],
-) -> AsyncGenerator[Completion, None]:
+) -> AsyncGenerator[Reply | bytes, None]:
     async with aclosing(merged(sequences)) as deltas:
         async for index, delta in deltas:
-            piece = choices[index].piece(delta)
+            size = num_entries([delta])
+            piece = await aside(partial(choices[index].piece, delta), size)
             tells = piece.text or piece.finish_reason or piece.token_ids is not None
             if tells or (piece.logprobs is not None and piece.logprobs.tokens):
-                yield template.model_copy(update={"choices": [piece]})
+                yield await event(template.model_copy(update={"choices": [piece]}), size)
     if body.include_usage:
         yield template.model_copy(update={"usage": _usage(prompts, choices, sequences)})

@@ -4,11 +4,17 @@ Owns the bodies' types and bounds. Invariants as in `schemas`: exact types, and 
 would change the answer is ignored. Extensions are named as in vLLM. Knows nothing of models.
 """
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from server.openai.schemas import TokenIds, refuse_unsupported
+from server.openai.schemas import (
+    Body,
+    TokenIds,
+    check_length,
+    refuse_unsupported,
+    texts_or_ids,
+)
 
 MAX_INPUTS: Final = 2048
 
@@ -31,22 +37,34 @@ Inputs = (
 )
 
 
-class EmbeddingRequest(BaseModel):
-    """Fields may be null, as if they weren't there."""
+class EmbeddingRequest(Body):
+    LONG: ClassVar[str] = "input"
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-
-    model: str
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     """Keep so many tokens of a text that has more, the special ones included; -1: what fits."""
-    user: str | None = None
+
+    @classmethod
+    def most_values(cls, max_tokens: int) -> int:
+        """As in the base; where all are to be cut, it may be twice as much."""
+        return 2 * MAX_INPUTS * (max_tokens + 1)
 
     def check_supported(self) -> None:
-        """Raises `InvalidRequest` for a parameter that would have to be ignored."""
+        """As in the base."""
         refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
+
+    def check_lengths(self, max_tokens: int, max_chars: int) -> None:
+        """As in the base. Where all are to be cut, none is too long; what goes in any case, goes
+        here."""
+        given = texts_or_ids(self.input)
+        if self.truncate_prompt_tokens is None:
+            for one in given:
+                check_length(one, max_tokens, max_chars, "input")
+            return
+        cut = [one[: max_chars if isinstance(one, str) else max_tokens] for one in given]
+        self.input = cast("Inputs", cut if given is self.input else cut[0])
 
 
 class EmbeddingItem(BaseModel):

@@ -3,7 +3,6 @@
 import base64
 import sys
 from array import array
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,18 +10,21 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.openai.admission import Serving, check_model, check_task, new_id
+from server.openai.admission import Current, Serving, check_model, check_task, new_id
 from server.openai.answer import while_connected
+from server.openai.body_reader import BodyReader
 from server.openai.embedding_schemas import EmbeddingList, EmbeddingRequest
 from server.openai.sampling import check_token_ids
+from server.openai.schemas import texts_or_ids
 from workers.messages import ModelFacts
 
 
-def routes(serving: Serving) -> APIRouter:
-    router = APIRouter()
+def routes(current: Current, bodies: BodyReader) -> APIRouter:
+    router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/embeddings", response_model=EmbeddingList)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        serving = current()
         check_model(serving, body.model)
         check_task(serving, "embed")
         body.check_supported()
@@ -66,14 +68,11 @@ async def _input_ids(
             param="truncate_prompt_tokens",
         )
     truncate_to = limit if cut == -1 else cut
-    given: Sequence[str | int | list[int]]
-    given = [body.input] if isinstance(body.input, str) else body.input
+    given = texts_or_ids(body.input)
     if not given or "" in given:
         raise InvalidRequest("The input is empty.", param="input")
     texts = [one for one in given if isinstance(one, str)]
     inputs = [one for one in given if isinstance(one, list)]
-    if own := [one for one in given if isinstance(one, int)]:  # an input that is a list of ids
-        inputs.append(own)
     for ids in inputs:
         check_token_ids(ids, facts, param="input")
     inputs = [ids[:truncate_to] for ids in inputs]

@@ -5,13 +5,11 @@ expected is told to the log, and to the client only that it happened. Knows no e
 """
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -26,8 +24,6 @@ DEFAULT_RETRY_AFTER_S: Final = 1
 CLIENT_CLOSED_REQUEST: Final = 499
 """Nobody receives it; it is for the access log."""
 
-_TYPE_NAMES: Final = frozenset({"str", "int", "float", "bool", "dict"})
-
 
 def error_reply(error: Exception) -> ErrorReply:
     """The body for an error; anything but a `ServerError` gives away nothing of itself."""
@@ -36,12 +32,19 @@ def error_reply(error: Exception) -> ErrorReply:
     return _reply("The server failed to answer this request.", "server_error", None, None)
 
 
-def too_large(max_bytes: int | None = None) -> Response:
-    """The answer to a body beyond the limit."""
-    limit = f" The limit is {max_bytes} bytes." if max_bytes is not None else ""
-    message = f"The request's body is larger than this server takes.{limit} Send less."
-    reply = _reply(message, "invalid_request_error", None, None)
-    return _response(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reply)
+def misdirected(host: str) -> Response:
+    """The answer to a request for a name that is not ours."""
+    message = (
+        f"This server is not called {host[:200]!r}. Use its address, or start it with "
+        "--allowed-host NAME."
+    )
+    reply = _reply(message, "invalid_request_error", None, "host_not_allowed")
+    return _response(HTTPStatus.MISDIRECTED_REQUEST, reply)
+
+
+def plain_error(message: str, kind: str) -> bytes:
+    """The body for what is refused before there is a request."""
+    return _reply(message, kind, None, None).model_dump_json().encode()
 
 
 def _reply(message: str, kind: str, param: str | None, code: str | None) -> ErrorReply:
@@ -59,7 +62,6 @@ def _response(
 def install(app: FastAPI) -> None:
     """Makes the app answer all errors in this way."""
     app.add_exception_handler(ServerError, _server_error)
-    app.add_exception_handler(RequestValidationError, _invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_middleware(CatchUnexpected)
@@ -73,43 +75,6 @@ async def _server_error(_: Request, error: Exception) -> Response:
     return _response(error.status, error_reply(error), headers)
 
 
-async def _invalid_body(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - it is registered for that
-    kind = "invalid_request_error"
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not re.fullmatch(r"application/(.+\+)?json", content_type):
-        # A web page may send other types to any address without asking first; JSON it may not.
-        message = "Send the request as JSON, with the header 'Content-Type: application/json'."
-        return _response(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, _reply(message, kind, None, None))
-    message, param = _what_is_invalid(error.errors())
-    return _response(HTTPStatus.BAD_REQUEST, _reply(message, kind, param, None))
-
-
-def _what_is_invalid(details: Sequence[Any]) -> tuple[str, str | None]:
-    """Message and parameter of the first wrong field, with all that is allowed in its place."""
-    first = details[0]
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "")
-        return f"The body isn't valid JSON at character {first['loc'][-1]}: {reason}.", None
-    param = _param(first["loc"])
-    reasons = dict.fromkeys(d["msg"] for d in details if _param(d["loc"]) == param)
-    text = "; or: ".join(list(reasons)[:5])
-    return (f"{param}: {text}." if param else f"The body is wrong: {text}."), param
-
-
-def _param(loc: Sequence[int | str]) -> str | None:
-    """`messages[0].content` of a location; what names a branch of a union isn't part of it."""
-    path = ""
-    for part in loc[1:]:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part in _TYPE_NAMES or not re.fullmatch(r"[a-z_][a-z0-9_]*", part):
-            break
-        else:
-            path += f".{part}" if path else part
-    return path or None
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - it is registered for that
     message = str(error.detail)
@@ -117,8 +82,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
         message = f"There is nothing at {request.method} {request.url.path}."
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         message = f"{request.url.path} doesn't take {request.method}."
-    elif error.status_code == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return too_large()
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return _response(error.status_code, _reply(message, kind, None, None), error.headers)
 

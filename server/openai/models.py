@@ -3,14 +3,15 @@
 from fastapi import APIRouter
 
 from server.errors import NotReady
-from server.openai.admission import Serving, check_model
+from server.openai.admission import Current, check_model
 from server.openai.replies import Model, ModelList
 
 
-def routes(serving: Serving) -> APIRouter:
+def routes(current: Current) -> APIRouter:
     router = APIRouter()
 
     def served() -> Model:
+        serving = current()
         model = Model(id=serving.model_name, created=serving.created)
         try:
             facts = serving.generator.facts
@@ -25,7 +26,7 @@ def routes(serving: Serving) -> APIRouter:
     # A name may hold slashes.
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Model:
-        check_model(serving, name)
+        check_model(current(), name)
         return served()
 
     return router

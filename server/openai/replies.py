@@ -15,6 +15,11 @@ class Reply(BaseModel):
 
     _optional: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Fields that are left out when they are null."""
+        return self._optional
+
     @serializer(mode="wrap")
     def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)

@@ -8,19 +8,20 @@ never ignored. Extensions are named as in vLLM. Knows nothing of models and toke
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from server.errors import InvalidRequest
-from server.generation import RequestOptions
+from server.errors import ContextLengthExceeded, InvalidRequest
 from workers.messages import MAX_LOGPROBS, MAX_TOKEN_RULES
 
 _log = logging.getLogger(__name__)
 
+MAX_NAME_CHARS: Final = 1024
 MAX_STOPS: Final = 16
 MAX_PROMPTS: Final = 128
 MAX_MESSAGES: Final = 4096
+_VALUES_PER_MESSAGE: Final = 16
 MAX_CHOICES: Final = 64
 """The most sequences for one prompt."""
 
@@ -105,12 +106,36 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class GenerationRequest(BaseModel):
-    """What both endpoints take. Fields may be null, as if they weren't there."""
+class Body(BaseModel):
+    """What a request's body holds. Fields may be null, as if they weren't there."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    model: str
+    LONG: ClassVar[str]
+    """The field that makes a large body large."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
+    user: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
+
+    @classmethod
+    @abstractmethod
+    def most_values(cls, max_tokens: int) -> int:
+        """How many JSON values the long field can hold, at most, where no prompt has more than
+        `max_tokens` tokens."""
+
+    @abstractmethod
+    def check_supported(self) -> None:
+        """Raises `InvalidRequest` for a parameter that would have to be ignored."""
+
+    @abstractmethod
+    def check_lengths(self, max_tokens: int, max_chars: int) -> None:
+        """Raises `ContextLengthExceeded` where token ids or characters are so many that the model
+        can't take them, whatever they are."""
+
+
+class GenerationRequest(Body):
+    """What both endpoints that generate text take."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -119,7 +144,6 @@ class GenerationRequest(BaseModel):
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
-    user: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -181,10 +205,6 @@ class GenerationRequest(BaseModel):
         """How many of the likeliest tokens are wanted at each position; None: no figures at all."""
 
     @property
-    def options(self) -> RequestOptions:
-        return RequestOptions(self.priority or 0, self.deadline_s, self.cache_salt or "")
-
-    @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
@@ -201,12 +221,37 @@ Prompt = (
 )
 
 
+def texts_or_ids(value: Prompt) -> list[str | list[int]]:
+    """Each of them; a plain list of ids is one."""
+    if isinstance(value, str) or (value and isinstance(value[0], int)):
+        return [value]
+    return cast("list[str | list[int]]", value)
+
+
+def check_length(one: str | list[int], max_tokens: int, max_chars: int, param: str) -> None:
+    """Raises `ContextLengthExceeded` for a text or ids that are too long, whatever they are."""
+    most, unit = (max_chars, "characters") if isinstance(one, str) else (max_tokens, "token ids")
+    if len(one) > most:
+        raise ContextLengthExceeded(
+            f"The {param} has {len(one)} {unit}, and the model's context holds {max_tokens} "
+            f"tokens. Shorten the {param}.",
+            param=param,
+        )
+
+
 class CompletionRequest(GenerationRequest):
+    LONG: ClassVar[str] = "prompt"
+
     prompt: Prompt
     # Nothing may be generated where only the prompt is wanted.
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @classmethod
+    def most_values(cls, max_tokens: int) -> int:
+        """As in the base."""
+        return MAX_PROMPTS * (max_tokens + 1)
 
     def check_supported(self) -> None:
         """As in the base."""
@@ -216,6 +261,11 @@ class CompletionRequest(GenerationRequest):
                 "'max_tokens' is 0, which makes sense with 'echo' only. Ask for more.",
                 param="max_tokens",
             )
+
+    def check_lengths(self, max_tokens: int, max_chars: int) -> None:
+        """As in the base."""
+        for one in texts_or_ids(self.prompt):
+            check_length(one, max_tokens, max_chars, "prompt")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -253,10 +303,17 @@ class Message(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
+    LONG: ClassVar[str] = "messages"
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @classmethod
+    def most_values(cls, max_tokens: int) -> int:
+        """As in the base; of a message's parts few have no text."""
+        return MAX_MESSAGES * _VALUES_PER_MESSAGE + 4 * max_tokens
 
     def check_supported(self) -> None:
         """As in the base."""
@@ -264,6 +321,18 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest(
                 "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs"
+            )
+        for index, message in enumerate(self.messages):
+            message.check_supported(index)
+
+    def check_lengths(self, max_tokens: int, max_chars: int) -> None:
+        """As in the base."""
+        num_chars = sum(len(message.text) for message in self.messages)
+        if num_chars > max_chars:
+            raise ContextLengthExceeded(
+                f"The messages have {num_chars} characters, and the model's context holds "
+                f"{max_tokens} tokens. Shorten them.",
+                param="messages",
             )
 
     @property

@@ -31,6 +31,17 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
+@dataclass(frozen=True)
+class Answer:
+    """All deltas of one sequence together."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: Finish
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
+
+
 class TextSequence:
     """Iterate `deltas` once; call `aclose` in any case."""
 

@@ -8,8 +8,10 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import ClassVar
 
+import msgspec
 import pytest
 
 from allocator import NotWriter, OutOfDeviceMemory, RuntimeDir, StaleGeneration
@@ -39,6 +41,12 @@ def mapped(backend: Backend, handle: Handle, *, writable: bool, commit: bool = T
     with exported(backend, handle.segment) as descriptor:
         client = for_handle(handle)
         return client.map(handle, writable=writable, commit=commit, descriptor=descriptor)
+
+
+def shown_objects() -> set[str]:
+    """device:inode of all that this process maps."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return {f"{fields[3]}:{fields[4]}" for fields in lines}
 
 
 def map_extent(
@@ -216,6 +224,24 @@ class BackendContract:
     ) -> None:
         with pytest.raises(NotWriter, match="sealed"):
             mapped(backend, sealed, writable=True)
+
+    def test_the_kernel_shows_a_mapping_of_it_under_the_name_that_is_told(
+        self, backend: Backend, sealed: Handle
+    ) -> None:
+        """Or it shows none at all, and none is told."""
+        named = for_handle(sealed).kernel_object(sealed)
+        before = shown_objects()
+        with contextlib.closing(mapped(backend, sealed, writable=False)):
+            assert (shown_objects() - before) & {named} == ({named} if named else set())
+        identified = msgspec.structs.replace(sealed, identity=backend.identity(sealed.segment))
+        assert for_handle(sealed).kernel_object(identified) == named
+        if named:
+            other = msgspec.structs.replace(sealed, identity="1:2:3")
+            with pytest.raises(StaleGeneration, match="another segment"):
+                for_handle(sealed).kernel_object(other)
+            backend.free(sealed.segment)
+            with pytest.raises(StaleGeneration, match="gone"):
+                for_handle(sealed).kernel_object(sealed)
 
     def test_a_read_only_mapping_refuses_to_write(self, backend: Backend, sealed: Handle) -> None:
         with contextlib.closing(mapped(backend, sealed, writable=False)) as mapping:

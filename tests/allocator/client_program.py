@@ -42,7 +42,7 @@ class Program:
             key,
             fingerprint,
             timeout_s=timeout_s,
-            on_wait=lambda done, total: self.waits.append((done, total)),
+            on_wait=lambda done, total, _writer: self.waits.append((done, total)),
         )
         if isinstance(opened, WeightSetWriter):
             self.writer = opened

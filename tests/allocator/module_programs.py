@@ -191,7 +191,8 @@ def main() -> None:
 class ModuleProcess:
     """One program in a process of its own. As a context it is stopped at the end."""
 
-    def __init__(self, connection: socket.socket):
+    def __init__(self, connection: socket.socket, runtime_dir: RuntimeDir):
+        self.runtime_dir = runtime_dir
         self._connection = connection
         self._text = b""
         self._ended = False
@@ -282,7 +283,7 @@ class Nursery:
         with theirs:
             socket.send_fds(self._control, [str(runtime_dir.path).encode()], [theirs.fileno()])
         assert self._control.recv(16) == b"started"
-        return ModuleProcess(ours)
+        return ModuleProcess(ours, runtime_dir)
 
     @contextlib.contextmanager
     def processes(self, runtime_dir: RuntimeDir, number: int) -> Iterator[list[ModuleProcess]]:

@@ -32,9 +32,11 @@ class Refused(Exception):
 class ClientProcess:
     """tests/allocator/client_program.py, connected. As a context it is stopped at the end."""
 
+    program = "tests.allocator.client_program"
+
     def __init__(self, runtime_dir: RuntimeDir, **options: str):
         """Options as `allocator.connect` takes them."""
-        program = (sys.executable, "-m", "tests.allocator.client_program")
+        program = (sys.executable, "-m", self.program)
         self._process = subprocess.Popen(
             [*program, str(runtime_dir.path), json.dumps(options)],
             stdin=subprocess.PIPE,

@@ -128,9 +128,7 @@ def test_a_fork_while_a_thread_waits_does_not_hang_the_child(
         writer = other.open_weight_set("k", {})
         assert isinstance(writer, WeightSetWriter)
         waiting = threading.Event()
-        opened = pool.submit(
-            memory.open_weight_set, "k", {}, on_wait=lambda _done, _total: waiting.set()
-        )
+        opened = pool.submit(memory.open_weight_set, "k", {}, on_wait=lambda *_: waiting.set())
         assert waiting.wait(60.0)
         wait_until(lambda: _locked(memory._connection._lock), "the thread is inside a request")
 
@@ -184,7 +182,7 @@ def test_threads_take_turns_with_one_that_waits(
         assert isinstance(writer, WeightSetWriter)
         waiting, slices = threading.Event(), []
 
-        def on_wait(done: int, _total: int) -> None:
+        def on_wait(done: int, _total: int, _writer: int) -> None:
             slices.append(done)
             waiting.set()
 
@@ -227,9 +225,7 @@ def test_closing_while_another_thread_waits_is_safe(daemon: DaemonProcess) -> No
         writer = other.open_weight_set("k", {})
         memory = daemon.connect()
         waiting = threading.Event()
-        opened = pool.submit(
-            memory.open_weight_set, "k", {}, on_wait=lambda _done, _total: waiting.set()
-        )
+        opened = pool.submit(memory.open_weight_set, "k", {}, on_wait=lambda *_: waiting.set())
         assert waiting.wait(60.0)
         memory.close()
         with pytest.raises(AllocatorGone, match="closed"):

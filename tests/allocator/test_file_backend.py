@@ -56,6 +56,19 @@ def test_a_file_is_mapped_where_it_lies(path: Path) -> None:
     assert descriptors() == before
 
 
+def test_the_kernel_shows_it_under_the_name_that_is_told(path: Path) -> None:
+    handle = handle_of(path)
+    before = descriptors()
+    named = FileBackend().kernel_object(handle)
+    with contextlib.closing(FileBackend().map(handle, writable=False)):
+        (line,) = [m for m in Path("/proc/self/maps").read_text().splitlines() if str(path) in m]
+    assert named == ":".join(line.split()[3:5])
+    path.write_bytes(CONTENT + b"more")
+    with pytest.raises(StaleGeneration, match="changed"):
+        FileBackend().kernel_object(handle)
+    assert descriptors() == before
+
+
 def test_a_part_of_it_may_be_all_that_is_wanted(path: Path) -> None:
     handle = handle_of(path, 10)
     with contextlib.closing(for_handle(handle).map(handle, writable=False)) as mapping:

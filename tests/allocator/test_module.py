@@ -12,6 +12,8 @@ from allocator import Client, InvalidMessage, OutOfDeviceMemory, RuntimeDir
 from allocator.messages import WeightSetStatistics
 from allocator.module import share
 from server import process_memory
+from server.handed_out import handed_out, seen
+from server.process_memory import HandedOut, ProcessMemory
 from tests.allocator.module_programs import ModuleProcess, Nursery
 from tests.allocator.processes import Refused
 from tests.allocator.sample_modules import (
@@ -69,10 +71,15 @@ def only_set(memory: Client) -> WeightSetStatistics:
     return found
 
 
+def measured(process: ModuleProcess, mapped: HandedOut | None = None) -> ProcessMemory:
+    """Its memory, of which the allocator has handed out what it has now, or `mapped`."""
+    found = process_memory.read(process.pid, mapped or seen(process.runtime_dir))
+    assert found is not None
+    return found
+
+
 def private_bytes(process: ModuleProcess) -> int:
-    measured = process_memory.read(process.pid)
-    assert measured is not None
-    return measured.private_bytes
+    return measured(process).private_bytes
 
 
 def peak_bytes(process: ModuleProcess) -> int:
@@ -98,8 +105,7 @@ def test_processes_at_once_compute_the_same_over_one_copy(start: Start, number: 
     assert sorted(process.receive() for process in processes) == [False] * (number - 1) + [True]
     assert [process.call("output") for process in processes] == [expected] * number
 
-    measured = [process_memory.read(process.pid) for process in processes]
-    segments = [segment for one in measured if one for segment in one.segments]
+    segments = [segment for process in processes for segment in measured(process).segments]
     assert len(segments) == number
     assert len({segment.inode for segment in segments}) == 1
     assert all(segment.shared and not segment.writable for segment in segments)
@@ -515,18 +521,16 @@ def test_a_shared_module_can_be_shared_again(memory: Client) -> None:
 def test_released_modules_stay_valid(start: Start, memory: Client) -> None:
     publisher, reader = sharing(start, "large"), sharing(start, "large", device="meta")
     expected = publisher.call("output")
+    mapped = handed_out(memory)
     for process in (publisher, reader):
         process.call("release")
     assert only_set(memory).state == "idle"
     memory.evict("k")
     assert [process.call("output") for process in (publisher, reader)] == [expected] * 2
-    measured = process_memory.read(reader.pid)
-    assert measured is not None
-    assert len(measured.segments) == 1
+    assert len(measured(reader, mapped).segments) == 1
+    assert measured(reader).segments == ()  # it has not been handed out any more
     reader.call("drop")
-    measured = process_memory.read(reader.pid)
-    assert measured is not None
-    assert measured.segments == ()
+    assert measured(reader, mapped).segments == ()
 
 
 def test_modules_outlive_the_allocator(start: Start, daemon: DaemonProcess) -> None:

@@ -9,16 +9,20 @@ import json
 import queue
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 
 from server.app import Serving, create_app
+from server.cache_salt import CacheSalts
+from server.cells import Cells
 from server.errors import InstanceFailed, NotReady
 from server.generation import NO_OPTIONS, Chunk, RequestOptions
+from server.grammar_checks import GrammarChecks
+from server.http_server import HTTPServer
 from server.text import Text
 from workers.messages import ModelFacts, SamplingParams, TokenLogprobs
 
@@ -158,19 +162,49 @@ def logprobs_of(token: int, count: int | None) -> TokenLogprobs:
 
 
 @contextmanager
-def echo_server(model: EchoModel, text: Text) -> Iterator[str]:
-    """The server over the model, at this address."""
-    serving = Serving(generator=model, text=text, model_name=NAME, created=1_700_000_000)
-    app = create_app(serving, max_body_bytes=1 << 20)
+def echo_server(
+    model: EchoModel,
+    text: Text,
+    *,
+    max_body_bytes: int = 1 << 20,
+    app_options: Mapping[str, Any] | None = None,
+    salts: CacheSalts | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """The server over the model, at this address. `options` are those of `HTTPServer`."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    started: Future[Callable[[], object]] = Future()
+
+    async def serve() -> None:
+        cells = Cells()
+        serving = Serving(
+            generator=model,
+            text=text,
+            model_name=NAME,
+            created=1_700_000_000,
+            cells=cells,
+            grammars=GrammarChecks(cells),
+            salts=salts or CacheSalts(),
+        )
+        app = create_app(lambda: serving, max_body_bytes=max_body_bytes, **(app_options or {}))
+        server = HTTPServer(app, listening, **options)
+        stop = asyncio.Event()
+        await server.start()
+        loop = asyncio.get_running_loop()
+        started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
+        await stop.wait()
+        await server.close()
+        cells.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(DEADLINE_S)
+    stop = started.result(DEADLINE_S)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        stop()
+        thread.join(DEADLINE_S)
     assert not thread.is_alive()
-    listening.close()
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -2,11 +2,16 @@
 
 import datetime
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from allocator import ProcessState
 from server.chat_template import ChatTemplate, TemplateFailed
+from tests.leaks import wait_until
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -86,6 +91,62 @@ def test_a_template_whose_process_is_gone_starts_another(template: Make) -> None
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert rendered(short) == "hi"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_what_others_do_to_its_process_is_no_error(template: Make, number: int) -> None:
+    source = "{% for i in range(9999) %}{% for j in range(999) %}{% endfor %}{% endfor %}x"
+    slow = template(source, deadline_s=600.0)
+    assert rendered(slow) == "x"
+    child = slow._child
+    assert child is not None
+    before = ProcessState.of(child.pid)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(rendered, slow)
+        wait_until(lambda: ProcessState.of(child.pid) != before, "the template to be at work")
+        os.kill(child.pid, number)
+        assert running.result() == "x"
+    assert slow._child is not child
+    assert child.poll() is not None
+    # And while it has nothing to do.
+    child = slow._child
+    assert child is not None
+    os.kill(child.pid, number)
+    assert rendered(slow) == "x"
+    assert child.poll() is not None
+
+
+def test_long_messages_to_a_stopped_process_pass(template: Make) -> None:
+    echo = template("{{ messages[0].content }}")
+    assert rendered(echo) == "hi"
+    assert echo._child is not None
+    os.kill(echo._child.pid, signal.SIGSTOP)
+    content = "é" * 3_000_000
+    messages = [{"role": "user", "content": content}]
+    assert echo.render(messages, max_chars=len(content)) == content
+
+
+def test_who_is_ended_again_and_again_is_given_up(template: Make) -> None:
+    """It looks as if somebody else did it, and is not."""
+    short = template("x")
+    assert rendered(short) == "x"
+    over = threading.Event()
+
+    def kill_all() -> None:
+        while not over.is_set():
+            child = short._child
+            if child is not None:
+                child.kill()
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        with pytest.raises(TemplateFailed, match="ended: signal 9"):
+            rendered(short)
+    finally:
+        over.set()
+        killer.join()
+    assert rendered(short) == "x"
 
 
 def test_after_close_nothing_is_rendered_and_no_child_is_left(template: Make) -> None:

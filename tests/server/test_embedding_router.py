@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from server.embedding import PART_TOKENS, cut
 from server.errors import InvalidRequest, NotReady
-from server.fleet import Fleet, Instance
+from server.fleet import Fleet
+from server.instance import Instance
 from server.router import Router
 from server.settings import Settings
 from tests.daemon_process import DaemonProcess

@@ -439,7 +439,7 @@ def test_a_missing_field_is_named(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"", b"[" * 100_000, b'{"model": "x", "prompt": "\xff"}', b"null", b'"text"', b"[1]"],
+    [b"{", b"", b"[" * 50_000, b'{"model": "x", "prompt": "\xff"}', b"null", b'"text"', b"[1]"],
 )
 def test_a_body_that_is_no_request_is_told_so(http: httpx.Client, content: bytes) -> None:
     headers = {"Content-Type": "application/json"}
@@ -460,7 +460,7 @@ def test_half_a_surrogate_is_no_text(http: httpx.Client) -> None:
         assert (response.status_code, error_of(response)["param"]) == (400, field)
     content = '{"model": "\\ud800", "prompt": "a"}'
     response = http.post("/v1/completions", content=content, headers=headers)
-    assert (response.status_code, error_of(response)["param"]) == (404, "model")
+    assert (response.status_code, error_of(response)["param"]) == (400, "model")
 
 
 def test_only_json_is_taken(http: httpx.Client) -> None:

@@ -10,17 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from server.process_memory import (
-    POOL_SUFFIX,
-    SEGMENT_PREFIX,
-    ProcessMemory,
-    SegmentMapping,
-    read,
-)
-from tests.daemon_process import DaemonProcess
+from server.process_memory import HandedOut, ProcessMemory, SegmentMapping, object_of, read
 
 NUM_BYTES = 4 << 20
-FOREIGN = "/dev/shm/foreign-"
 
 PROGRAM = """
 import mmap, os, sys
@@ -51,6 +43,8 @@ class Process:
     """Maps what it is told to."""
 
     def __init__(self) -> None:
+        self._segments: dict[str, str] = {}
+        self._handed_out = HandedOut()
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
@@ -59,15 +53,32 @@ class Process:
         )
         self.pid = self._process.pid
 
-    def map(self, path: object, how: str = "read", touched: int = NUM_BYTES) -> ProcessMemory:
-        """Map it, touch so many bytes of it, and see what the kernel says then."""
+    def map(
+        self,
+        path: object,
+        how: str = "read",
+        touched: int = NUM_BYTES,
+        *,
+        pool: Path | None = None,
+        foreign: Path | None = None,
+    ) -> ProcessMemory:
+        """Map it, touch so many bytes of it, and see what the kernel says then. Every path that was
+        mapped before was handed out as a segment, but for the `pool` and what is `foreign`."""
+        if isinstance(path, Path) and path not in (pool, foreign):
+            self._segments[object_of(path.stat())] = f"/{path.name}"
+        pools = frozenset([object_of(pool.stat())] if pool is not None else [])
+        self._handed_out = HandedOut(self._segments, pools | self._handed_out.pools)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(path, how, touched, file=self._process.stdin, flush=True)
         assert self._process.stdout.readline() == "done\n"
-        memory = read(self.pid)
-        assert memory is not None
-        return memory
+        return self.memory()
+
+    def memory(self) -> ProcessMemory:
+        """What the kernel says now."""
+        found = read(self.pid, self._handed_out)
+        assert found is not None
+        return found
 
     def end(self) -> None:
         self._process.communicate()
@@ -87,11 +98,11 @@ def process() -> Iterator[Callable[[], Process]]:
 
 
 @pytest.fixture
-def make_segment() -> Iterator[Callable[..., Path]]:
+def make_segment() -> Iterator[Callable[[], Path]]:
     made: list[Path] = []
 
-    def make(prefix: str, suffix: str = "") -> Path:
-        path = Path(f"{prefix}{secrets.token_hex(4)}{suffix}")
+    def make() -> Path:
+        path = Path(f"/dev/shm/test-{secrets.token_hex(4)}")
         made.append(path)
         path.write_bytes(bytes(NUM_BYTES))
         return path
@@ -102,8 +113,8 @@ def make_segment() -> Iterator[Callable[..., Path]]:
 
 
 @pytest.fixture
-def segment(make_segment: Callable[..., Path]) -> Path:
-    return make_segment(SEGMENT_PREFIX)
+def segment(make_segment: Callable[[], Path]) -> Path:
+    return make_segment()
 
 
 def only(memory: ProcessMemory) -> SegmentMapping:
@@ -122,7 +133,7 @@ def test_a_segment_that_two_processes_map_is_one_object_and_counted_half(
     )
     assert alone.mapped_bytes == alone.resident_bytes == alone.pss_bytes == NUM_BYTES
     assert (alone.writable, alone.shared) == (False, True)
-    seen = only(second.map(segment)), only(read(first.pid))  # type: ignore[arg-type]
+    seen = only(second.map(segment)), only(first.memory())
     assert seen[0] == seen[1]
     assert seen[0].inode == alone.inode
     assert (seen[0].resident_bytes, seen[0].pss_bytes) == (NUM_BYTES, NUM_BYTES // 2)
@@ -166,44 +177,36 @@ def test_two_segments_of_one_name_are_two(segment: Path, process: Callable[[], P
 
 
 def test_each_kind_of_memory_goes_where_it_belongs(
-    segment: Path, make_segment: Callable[..., Path], process: Callable[[], Process]
+    make_segment: Callable[[], Path], process: Callable[[], Process]
 ) -> None:
     one = process()
-    foreign = make_segment(FOREIGN)
-    pool = make_segment(SEGMENT_PREFIX, POOL_SUFFIX)
+    segment, pool, foreign = make_segment(), make_segment(), make_segment()
     start = one.map(segment, touched=0)
     weights = one.map(segment)
     assert weights.private_bytes - start.private_bytes < 1 << 20
     assert weights.pss_bytes - start.pss_bytes > NUM_BYTES - (1 << 20)
-    kv = one.map(pool, "write", touched=1 << 20)
+    kv = one.map(pool, "write", touched=1 << 20, pool=pool)
     assert (start.kv_bytes, kv.kv_bytes) == (0, 1 << 20)
     assert kv.private_bytes - weights.private_bytes < 1 << 20
     copied = one.map("anonymous", "write")
     assert copied.private_bytes - kv.private_bytes >= NUM_BYTES
     assert copied.kv_bytes == kv.kv_bytes
-    # Written by this process alone it is its own, but once others map it, it is shared.
+    # What was not handed out is its own, though another process maps it as well.
     other = process()
-    one.map(foreign, "write")
-    other.map(foreign, "write")
-    after = read(one.pid)
-    assert after is not None
-    assert after.private_bytes - copied.private_bytes < 1 << 20
+    other.map(foreign, "write", foreign=foreign)
+    after = one.map(foreign, "read", foreign=foreign)
+    assert after.private_parts[str(foreign)] == NUM_BYTES
+    assert after.private_bytes - copied.private_bytes >= NUM_BYTES
     assert {found.name for found in after.segments} == {f"/{segment.name}"}
 
 
-def test_the_name_of_a_pool_is_the_one_that_is_looked_for(daemon: DaemonProcess) -> None:
-    with daemon.connect() as client:
-        lease = client.lease(1 << 20)
-        lease.buffer[:] = b"x" * (1 << 20)
-        memory = read(os.getpid())
-        assert memory is not None
-        assert memory.kv_bytes == 1 << 20
-
-
-def test_the_prefix_of_segments_is_the_one_that_is_looked_for(tmp_path: Path) -> None:
-    from allocator import RuntimeDir
-
-    assert f"/dev/shm{RuntimeDir.open(tmp_path).segment_prefix}".startswith(SEGMENT_PREFIX)
+def test_a_program_is_its_own_only_where_it_was_written_to(process: Callable[[], Process]) -> None:
+    """The interpreter and its libraries are read from their files, and shared by all who run."""
+    one = process()
+    memory = one.memory()
+    program = str(Path(f"/proc/{one.pid}/exe").readlink())
+    assert memory.private_parts.get(program, 0) < Path(program).stat().st_size // 2
+    assert memory.private_bytes < 64 << 20
 
 
 def test_a_process_that_is_gone_has_no_memory() -> None:

@@ -5,120 +5,28 @@ import asyncio
 import itertools
 import os
 import signal
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from allocator import RuntimeDir
-from server.errors import InstanceFailed, InvalidRequest, NotReady, Overloaded
-from server.fleet import Fleet, Instance, Listeners, StartError
-from server.router import Router, Stream
-from server.settings import Settings
-from tests.daemon_process import DaemonProcess
-from tests.workers.tiny_models import VOCAB_SIZE, prompt, write_checkpoint
+from server.errors import DeadlineExceeded, InstanceFailed, InvalidRequest, NotReady, Overloaded
+from server.fleet import StartError
+from server.generation import RequestOptions
+from tests.server.tiny_fleet import (
+    NUM_TOKENS,
+    TIMEOUT_S,
+    Serve,
+    all_tokens,
+    crash,
+    first_tokens,
+    hold,
+    kill,
+    next_instance,
+    within_timeout,
+)
+from tests.workers.tiny_models import VOCAB_SIZE, write_checkpoint
 from workers.messages import Exited, Output, SamplingParams
-
-PROMPT = prompt(12)
-NUM_TOKENS = 80
-TIMEOUT_S = 600.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its context is so long that no request reaches the end by itself."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    return write_checkpoint(folder, "llama", max_position_embeddings=65536)
-
-
-class Served:
-    """A router and its fleet; `ended` holds the instances that ended, in order, `ended_at` when the
-    last of them did."""
-
-    def __init__(self, settings: Settings, runtime_dir: RuntimeDir):
-        self.router = Router(settings)
-        self.ended: list[Instance] = []
-        self.ended_at = 0.0
-        told = self.router.listeners
-
-        def on_ended(instance: Instance) -> None:
-            self.ended.append(instance)
-            self.ended_at = time.monotonic()
-            told.ended(instance)
-
-        self.fleet = Fleet(settings, runtime_dir, Listeners(told.output, told.ready, on_ended))
-        self.router.bind(self.fleet)
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        while not condition():
-            await self.fleet.change()
-
-    async def submit(self, name: str = "a", **changes: Any) -> Stream:
-        sampling = {"max_tokens": NUM_TOKENS, "temperature": 0.0, **changes}
-        return await self.router.submit(name, PROMPT, SamplingParams(**sampling, ignore_eos=True))
-
-
-Serve = Callable[..., Any]
-
-
-@pytest.fixture
-def serve(daemon: DaemonProcess, model: Path) -> Iterator[Serve]:
-    @asynccontextmanager
-    async def served(num_instances: int = 2, **changes: Any) -> AsyncIterator[Served]:
-        settings = Settings(
-            **{"model": model, "served_model_name": "tiny", "max_num_seqs": 4, **changes},
-            runtime_dir=daemon.runtime_dir.path,
-            num_instances=num_instances,
-        )
-        one = Served(settings, daemon.runtime_dir)
-        one.fleet.launch()
-        try:
-            yield one
-        finally:
-            await one.fleet.close()
-
-    return served  # type: ignore[return-value]
-
-
-def within_timeout(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(TIMEOUT_S):
-            await test()
-
-    asyncio.run(bounded())
-
-
-async def all_tokens(stream: Stream) -> list[int]:
-    chunks = [chunk async for chunk in stream]
-    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
-    assert chunks[-1].finish_reason == "length"
-    return [token for chunk in chunks for token in chunk.token_ids]
-
-
-async def first_tokens(stream: Stream, count: int) -> list[int]:
-    tokens: list[int] = []
-    async for chunk in stream:
-        tokens += chunk.token_ids
-        if len(tokens) >= count:
-            break
-    return tokens
-
-
-def kill(instance: Instance | None) -> None:
-    assert instance is not None
-    assert instance.pid is not None
-    os.kill(instance.pid, signal.SIGKILL)
-
-
-def hold(instance: Instance | None) -> None:
-    """Let it answer nothing more. It can still be killed."""
-    assert instance is not None
-    assert instance.pid is not None
-    os.kill(instance.pid, signal.SIGSTOP)
 
 
 def test_a_request_goes_on_wherever_its_instance_ended(serve: Serve) -> None:
@@ -167,14 +75,19 @@ def test_a_request_goes_on_wherever_its_instance_ended(serve: Serve) -> None:
             await fleet.wait_ready()
             assert not before & {one.name for one in fleet.instances}
 
-            # All end at once, with the forkserver.
+            # All end at once, and nobody can start another for a while.
             streams = [await served.submit(name, max_tokens=200) for name in "abc"]
             for one in fleet.instances:
                 hold(one)
             assert fleet.forkserver_pid is not None
             old = fleet.forkserver_pid
             os.kill(old, signal.SIGKILL)
-            assert [await all_tokens(stream) for stream in streams] == [whole[:200]] * 3
+            for one in fleet.instances:
+                kill(one)
+            await served.until(lambda: not fleet.ready_instances)
+            late = await served.submit("late", max_tokens=200)  # admitted, since they will be back
+            for stream in (*streams, late):
+                assert await all_tokens(stream) == whole[:200]
             assert [stream.num_moves for stream in streams] == [1] * 3
             assert fleet.forkserver_pid not in (None, old)
             assert await router.wait_idle(1)
@@ -184,22 +97,98 @@ def test_a_request_goes_on_wherever_its_instance_ended(serve: Serve) -> None:
     within_timeout(test)
 
 
-def test_what_ends_instance_after_instance_is_given_up(serve: Serve) -> None:
+def test_however_often_its_instance_is_killed_a_request_goes_on(serve: Serve) -> None:
     async def test() -> None:
         async with serve(1) as served:
             await served.fleet.wait_ready()
-            stream = await served.submit(max_tokens=60_000)
-            for number in range(4):
+            whole = await all_tokens(await served.submit(max_tokens=300))
+            stream = await served.submit(max_tokens=300)
+            for number in range(8):
                 await first_tokens(stream, 1)
-                assert stream.num_moves == number
                 kill(stream.instance)
                 await served.until(lambda number=number: len(served.ended) > number)
-            with pytest.raises(InstanceFailed, match="4 instances ended"):
+            await all_tokens(stream)
+            assert stream.generated == whole
+            assert (stream.num_moves, stream.num_blamed) == (8, 0)
+            assert {ending.how for ending in served.endings} == {"signal 9"}
+
+    within_timeout(test)
+
+
+def test_what_ends_instance_after_instance_goes_on_alone_and_then_is_given_up(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve(1) as served:
+            fleet = served.fleet
+            await fleet.wait_ready()
+            suspect, instance = await served.submit("suspect", max_tokens=60_000), None
+            for number in range(2):
+                instance = await next_instance(suspect, instance)
+                assert (instance.alone, suspect.num_blamed) == (False, number)
+                # Who is there, but was not computed, has nothing to do with it.
+                hold(instance)
+                other = await served.submit(f"other {number}")
+                assert other.instance is instance
+                crash(instance)
+                await served.until(lambda number=number: len(served.ended) > number)
+                assert (other.num_moves, other.num_blamed) == (1, 0)
+                assert len(await all_tokens(other)) == NUM_TOKENS
+            assert suspect.is_suspect
+            alone = await next_instance(suspect, instance)
+            assert alone.alone
+            # Others have the ordinary instance, and don't wait.
+            neighbours = [await served.submit(f"{number}") for number in range(3)]
+            for one in neighbours:
+                assert len(await all_tokens(one)) == NUM_TOKENS
+                assert (one.num_moves, one.num_waits) == (0, 0)
+            assert alone.requests == {"suspect"}
+            # Killed by somebody else, it gets another one for itself.
+            kill(alone)
+            again = await next_instance(suspect, alone)
+            assert again.alone
+            busy = await served.submit("busy", max_tokens=2000)
+            crash(again)
+            with pytest.raises(InstanceFailed, match="3 instances ended by themselves"):
+                await all_tokens(suspect)
+            assert len(await all_tokens(busy)) == 2000
+            assert busy.num_moves == 0
+            await served.until(lambda: [one.alone for one in fleet.instances] == [False])
+            assert await served.router.wait_idle(1)
+
+    within_timeout(test)
+
+
+def test_suspects_take_turns_and_all_end(serve: Serve) -> None:
+    """Whoever was computed beside what ends instances is suspected, too; none of them starves."""
+
+    async def test() -> None:
+        async with serve(1) as served:
+            await served.fleet.wait_ready()
+            whole = await all_tokens(await served.submit(max_tokens=200))
+            streams = [await served.submit(name, max_tokens=200) for name in "abcd"]
+            instance = None
+            for number in range(2):
+                instance = await next_instance(streams[0], instance)
+                crash(instance)
+                await served.until(lambda number=number: len(served.ended) > number)
+            for stream in streams:
+                await all_tokens(stream)
+                assert stream.generated == whole
+            assert max(stream.num_blamed for stream in streams) == 2
+            await served.until(lambda: [one.alone for one in served.fleet.instances] == [False])
+
+    within_timeout(test)
+
+
+def test_a_deadline_holds_whatever_the_instance_does(serve: Serve) -> None:
+    async def test() -> None:
+        async with serve(1) as served:
+            await served.fleet.wait_ready()
+            hold(served.fleet.instances[0])
+            stream = await served.submit(options=RequestOptions(deadline_s=0.2))
+            with pytest.raises(DeadlineExceeded):
                 await all_tokens(stream)
             assert await served.router.wait_idle(1)
-            await served.fleet.wait_ready()
-            assert served.fleet.num_replaced == 4
-            assert len(await all_tokens(await served.submit("b"))) == NUM_TOKENS
+            assert served.fleet.instances[0].requests == set()
 
     within_timeout(test)
 

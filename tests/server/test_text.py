@@ -117,7 +117,7 @@ def test_broken_files_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
         Text.load(tmp_path)
     shutil.copy(tokenizer_dir / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(TokenizerMissing, match=r"tokenizer_config\.json is not a JSON object"):
+    with pytest.raises(TokenizerMissing, match=r"_config\.json does not hold a JSON object"):
         Text.load(tmp_path)
 
 

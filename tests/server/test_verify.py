@@ -24,7 +24,7 @@ MEMORY = ProcessMemory(
     pid=11,
     segments=(MAPPING,),
     kv_bytes=3_000_000,
-    private_bytes=40_000_000,
+    private_parts={"anonymous memory": 39_000_000, "/dev/shm/other": 1_000_000},
     pss_bytes=95_000_000,
 )
 SOUND = ("i0", MEMORY)
@@ -73,7 +73,11 @@ def test_other_segments_are_nobodys_business() -> None:
         (mapping(writable=True), "i1: its mapping is writable or private"),
         (mapping(shared=False), "i1: its mapping is writable or private"),
         (mapping(inode="00:1a:78"), "the instances map 2 different objects"),
-        (replace(MEMORY, private_bytes=MAX_PRIVATE_BYTES + 1), "i1: holds 60.0 MB of private"),
+        (
+            replace(MEMORY, private_parts={"/memfd:x": MAX_PRIVATE_BYTES, "anonymous memory": 1}),
+            "i1: holds 60.0 MB of its own, more than 60 MB: part of the weights may be copied "
+            "(60.0 MB in /memfd:x, 0.0 MB in anonymous memory)",
+        ),
         (mapping(pss_bytes=MAPPED_BYTES), "the weights are counted 1.50 times"),
     ],
 )
@@ -85,7 +89,7 @@ def test_one_that_breaks_a_criterion_is_named(other: ProcessMemory | None, probl
 
 def test_bounds_are_themselves_within() -> None:
     assert judged(mapping(mapped_bytes=WEIGHTS_BYTES)).holds
-    assert judged(replace(MEMORY, private_bytes=MAX_PRIVATE_BYTES)).holds
+    assert judged(replace(MEMORY, private_parts={"x": MAX_PRIVATE_BYTES})).holds
     # The kernel rounds each share; one of its pages an instance is left to that.
     assert judged(mapping(pss_bytes=MAPPED_BYTES // 2 + 2 * 4096)).holds
     assert not judged(mapping(pss_bytes=MAPPED_BYTES // 2 + 2 * 4096 + 1)).holds

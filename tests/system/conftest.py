@@ -1,15 +1,15 @@
 """Servers for the tests of the whole system."""
 
-import os
+import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from allocator import module_command, module_environment
 from tests.system.running_server import TIMEOUT_S, Server
 
 
@@ -18,24 +18,34 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
     """Start servers; whatever still runs at the end of the tests is killed, and fails them."""
     servers: list[Server] = []
 
-    def start(model: str, *arguments: str, wait: bool = True, runtime_dir: Path | None = None):
+    def start(
+        model: str,
+        *arguments: str,
+        wait: bool = True,
+        runtime_dir: Path | None = None,
+        num_descriptors: int | None = None,
+        cwd: Path | None = None,
+    ) -> Server:
+        def limit() -> None:
+            if num_descriptors is not None:
+                limits = (num_descriptors, num_descriptors)
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
         folder = runtime_dir or Path(tempfile.mkdtemp(prefix="onecopy-t-"))
         log = Path(tempfile.mkstemp(prefix="onecopy-log-")[1])
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "server.cli", "serve", model, "--port", "0"),
+                module_command(
+                    *("server.cli", "serve", model, "--port", "0"),
                     *("--runtime-dir", str(folder), "--drain-timeout", str(TIMEOUT_S), *arguments),
-                ],
+                ),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,
                 text=True,
-                env={
-                    **os.environ,
-                    "ONECOPY_CACHE_DIR": str(tokenizer_cache),
-                    "HF_HUB_OFFLINE": "1",
-                },
+                preexec_fn=limit,
+                env=module_environment(ONECOPY_CACHE_DIR=str(tokenizer_cache), HF_HUB_OFFLINE="1"),
+                cwd=cwd,
             )
         server = Server(process, folder, log)
         servers.append(server)

@@ -1,9 +1,7 @@
 """A real server as a process, its clients, and proof that nothing of it is left afterwards."""
 
-import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from allocator import ProcessIdentity, RuntimeDir
+from allocator import ProcessIdentity, RuntimeDir, module_command, module_environment
 from server.admin import AdminClient
 
 TIMEOUT_S = 600.0
@@ -35,12 +33,12 @@ class Outcome:
 def onecopy(*arguments: str, timeout: float = TIMEOUT_S, **environment: str) -> Outcome:
     """Run the command line to its end."""
     done = subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
+        module_command("server.cli", *arguments),
         capture_output=True,
         text=True,
         timeout=timeout,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env=module_environment(HF_HUB_OFFLINE="1", **environment),
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)

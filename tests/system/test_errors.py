@@ -64,7 +64,7 @@ def test_folder_without_a_config(runtime_dir: Path, tmp_path: Path) -> None:
 
 
 def test_truncated_gguf(runtime_dir: Path, tmp_path: Path) -> None:
-    """Its tokenizer is whole, so that it is the instance that finds out."""
+    """Whoever finds out first, the one that unpacks its tokenizer or the instance."""
     short = write_gguf(tmp_path / "short.gguf")
     os.truncate(short, short.stat().st_size - 100)
     outcome = serve(short, runtime_dir, ONECOPY_CACHE_DIR=str(tmp_path / "cache"))

@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from allocator import RuntimeDir
 from server import process_memory
+from server.handed_out import seen
 from server.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
 from tests.system.running_server import TIMEOUT_S, Outcome, Server, onecopy
 from tests.system.test_errors import assert_refused
@@ -66,7 +68,8 @@ class Taken:
 
 def taken(server: Server) -> list[Taken]:
     """Of each instance, as `onecopy verify` counts."""
-    found = [process_memory.read(one["pid"]) for one in server.status()["instances"]]
+    mapped = seen(RuntimeDir.open(server.runtime_dir))
+    found = [process_memory.read(one["pid"], mapped) for one in server.status()["instances"]]
     return [
         Taken(sum(part.pss_bytes for part in one.segments), one.private_bytes, one.kv_bytes)
         for one in found

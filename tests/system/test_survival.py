@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +14,8 @@ import httpx
 import openai
 import pytest
 
-from allocator import ProcessIdentity, RuntimeDir
+from allocator import ProcessIdentity, ProcessState, RuntimeDir
+from tests.daemon_process import ROOT, DaemonProcess
 from tests.system.running_server import TIMEOUT_S, Server, leftovers, wait_until
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
@@ -122,9 +126,12 @@ def test_killed_server_takes_its_instances_with_it_and_the_next_one_attaches(
     server.remember()
     owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
     assert owner is not None
+    dying = [one for one in server.identities if one != owner.process]
+    for identity in dying:
+        if identity.pid != server.process.pid:  # whether they can react or not
+            os.kill(identity.pid, signal.SIGSTOP)
     server.process.kill()
     server.process.wait()
-    dying = [one for one in server.identities if one != owner.process]
     for identity in dying:
         assert _ended(identity)
     assert owner.process.is_alive()
@@ -160,6 +167,63 @@ def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
     verified = server.onecopy("verify")
     assert verified.status == 0, verified.stdout + verified.stderr
     server.stop()
+
+
+def test_a_stopped_allocator_holds_nobody_up(
+    make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "tiny", "llama", max_position_embeddings=65536)
+    server = make_server(str(write_tokenizer(folder)), "--hang-timeout", "0")
+    status = server.remember()
+    os.kill(status["allocator"]["pid"], signal.SIGSTOP)
+    assert StreamingRequest(server, 200).run().finish_reason == "length"
+    with ThreadPoolExecutor(32) as pool:  # more than there are threads for what blocks
+        scrapes = [
+            pool.submit(httpx.get, f"{server.url}/metrics", timeout=TIMEOUT_S) for _ in range(32)
+        ]
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        answers = [one.result().text for one in scrapes]
+    assert all("onecopy_allocator_up 0.0" in one for one in answers)
+    wait_until(lambda: server.status()["allocator"]["silent_s"], "an instance to say so")
+    os.kill(status["allocator"]["pid"], signal.SIGCONT)
+    wait_until(
+        lambda: "onecopy_allocator_up 1.0" in httpx.get(f"{server.url}/metrics").text,
+        "the allocator to answer",
+    )
+    # And where it must end, nothing of it is left.
+    os.kill(status["allocator"]["pid"], signal.SIGSTOP)
+    server.stop()
+
+
+LOADS_HALF = """
+import os, signal, sys
+from allocator import connect
+from workers.checkpoint import attach, open_checkpoint
+with connect(sys.argv[1]) as memory:
+    stop = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    attach(memory, open_checkpoint(sys.argv[2], "auto"), stop)
+"""
+
+
+def test_a_writer_that_is_stopped_is_told_of_and_then_replaced(
+    make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    runtime_dir = RuntimeDir.open(tempfile.mkdtemp(prefix="onecopy-t-"))
+    daemon = DaemonProcess(runtime_dir)
+    folder = write_tokenizer(write_checkpoint(tmp_path / "tiny", "llama"))
+    program = [sys.executable, "-c", LOADS_HALF, str(runtime_dir.path), str(folder)]
+    with subprocess.Popen(program, cwd=ROOT) as writer:
+        wait_until(lambda: (state := ProcessState.of(writer.pid)) and state.is_stopped, "a writer")
+        server = make_server(
+            str(folder), "--instances", "1", wait=False, runtime_dir=runtime_dir.path
+        )
+        told = f"process {writer.pid}, which writes, has not come on"
+        wait_until(lambda: told in server.log.read_text(), "the log to tell of it")
+        server.wait_ready()
+        assert [one["loaded"] for one in server.status()["instances"]] == [True]
+        writer.kill()
+    server.stop()
+    assert daemon.stop() == 0
 
 
 def test_sigterm_while_another_allocator_starts_leaves_nothing(tiny_server: Server) -> None:

@@ -121,13 +121,35 @@ def test_one_file_of_another_name_will_do(model: Path) -> None:
     assert [t.name for t in open_checkpoint(model).tensors()] == ["a"]
 
 
-def test_both_configs_are_handed_on(model: Path) -> None:
+def test_what_the_generation_config_says_is_no_part_of_the_weights(model: Path) -> None:
+    """It can be corrected, and the set in memory is the same."""
     save(model / "model.safetensors", {"a": torch.ones(2)})
-    assert set(open_checkpoint(model).metadata()) == {"config"}
+    before = open_checkpoint(model)
+    assert before.eos_token_ids() is None
     (model / "generation_config.json").write_text('{"eos_token_id": 2}')
-    metadata = open_checkpoint(model).metadata()
-    assert json.loads(metadata["config"])["model_type"] == "llama"
-    assert json.loads(metadata["generation_config"]) == {"eos_token_id": 2}
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.eos_token_ids() == (2,)
+    assert checkpoint.metadata() == before.metadata()
+    assert checkpoint.fingerprint() == before.fingerprint()
+    assert json.loads(checkpoint.metadata()["config"])["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("said", "ends"),
+    [("[2, null, 7, 2]", (2, 7)), ("null", None), ("[]", None), ("0", (0,))],
+)
+def test_end_tokens_as_files_name_them(model: Path, said: str, ends: object) -> None:
+    save(model / "model.safetensors", {"a": torch.ones(2)})
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": {said}}}')
+    assert open_checkpoint(model).eos_token_ids() == ends
+
+
+@pytest.mark.parametrize("said", ['"x"', "-1", "2.0", "[true]", '{"a": 1}', "4294967296"])
+def test_end_tokens_that_are_none(model: Path, said: str) -> None:
+    save(model / "model.safetensors", {"a": torch.ones(2)})
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": {said}}}')
+    with pytest.raises(CheckpointCorrupt, match=r"generation_config\.json says that eos_token_id"):
+        open_checkpoint(model).eos_token_ids()
 
 
 # --- what is damaged
@@ -210,7 +232,7 @@ def test_a_dangling_link(model: Path) -> None:
 
 def test_a_folder_with_the_name_of_a_file(model: Path) -> None:
     (model / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a folder"):
         open_checkpoint(model).fingerprint()
 
 

@@ -243,21 +243,24 @@ def test_bad_logits_end_one_sequence_only() -> None:
     assert tokens(outputs["a"]) == tokens(outputs["c"]) == alone
 
 
-def test_a_failed_pass_ends_its_batch_and_the_engine_goes_on() -> None:
+def test_a_failed_pass_ends_the_sequence_that_fails_alone() -> None:
     model = build_model(config_of("llama"), tensors_of(reference("llama")), torch.float32)
 
+    met = {token for one in (*PROMPTS, *expected("llama")) for token in one}
+    poison = next(token for token in range(4, VOCAB_SIZE) if token not in met)
+
     def refuse(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        if bool((arguments[0] == 300).any()):
+        if bool((arguments[0] == poison).any()):
             raise RuntimeError("out of patience" + "!" * 10_000)
 
     model.module.get_input_embeddings().register_forward_pre_hook(refuse)  # type: ignore[operator]
     engine = Engine(model, 128)
-    outputs = run(engine, request("a", [4, 300, 5]), request("b", [4, 5]))
-    for name in ("a", "b"):
-        error = outputs[name][-1].error
-        assert error.startswith("the forward pass failed: out of patience!")
-        assert len(error) == 4096  # what a message on the wire may hold
-    assert tokens(run(engine, request("c", PROMPTS[1]))["c"]) == expected("llama")[1]
+    others = [request(str(index), one) for index, one in enumerate(PROMPTS)]
+    outputs = run(engine, *others[:2], request("bad", [4, poison, 5]), *others[2:])
+    error = outputs["bad"][-1].error
+    assert error.startswith("the forward pass failed: out of patience!")
+    assert len(error) == 4096  # what a message on the wire may hold
+    assert [tokens(outputs[one.request_id]) for one in others] == expected("llama")
 
 
 def test_a_failed_pass_on_a_device_that_is_lost_ends_the_engine() -> None:

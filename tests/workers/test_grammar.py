@@ -7,16 +7,18 @@ vocabulary with longer tokens that straddle whatever a grammar is made of.
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from tests.leaks import Leaks
 from tests.workers.byte_tokenizer import PIECES, byte_tokenizer
 from workers import grammar_problem
 from workers.errors import GrammarFailed, NoTokenLeft, UnknownVocabulary
@@ -51,18 +53,26 @@ Sampler = Callable[..., SequenceSampler]
 
 
 @pytest.fixture(scope="module")
-def sampler(tokenizer: tuple[Tokenizer, Path]) -> Sampler:
+def compiler(tokenizer: tuple[Tokenizer, Path]) -> Iterator[GrammarCompiler]:
     made, path = tokenizer
     vocab_size = made.get_vocab_size() + 5  # padded, as models' are
+    compiler = GrammarCompiler(path, vocab_size, (made.token_to_id("<end>"),))
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture(scope="module")
+def sampler(tokenizer: tuple[Tokenizer, Path], compiler: GrammarCompiler) -> Sampler:
+    made = tokenizer[0]
+    vocab_size = made.get_vocab_size() + 5
     end = made.token_to_id("<end>")
-    compiler = GrammarCompiler(path, vocab_size, (end,))
 
     def of(kind: GrammarKind, source: str = "", **changes: Any) -> SequenceSampler:
         grammar = GrammarSpec(kind=kind, source=source)
         params = SamplingParams(
             **{"max_tokens": 999, "temperature": 1.0, "grammar": grammar, **changes}
         )
-        return SequenceSampler(params, [0], [], vocab_size, (end,), compiler.compile(params))
+        return SequenceSampler(params, [0], [], vocab_size, (end,), compiler.grammar(params))
 
     return of
 
@@ -191,7 +201,9 @@ def test_an_end_is_allowed_exactly_where_the_text_may_end(
         assert one.finished
 
 
-def test_a_sequence_goes_on_elsewhere(sampler: Sampler, tokenizer: tuple[Tokenizer, Path]) -> None:
+def test_a_sequence_goes_on_elsewhere(
+    sampler: Sampler, tokenizer: tuple[Tokenizer, Path], no_leaks: Leaks
+) -> None:
     made, path = tokenizer
     whole = sampler("json_schema", json.dumps(SCHEMA), seed=3, temperature=0.9)
     logits = torch.zeros(1, made.get_vocab_size() + 5)
@@ -199,13 +211,15 @@ def test_a_sequence_goes_on_elsewhere(sampler: Sampler, tokenizer: tuple[Tokeniz
     compiler = GrammarCompiler(path, logits.shape[1], (made.token_to_id("<end>"),))
     for _ in range(25):
         anew = SequenceSampler(
-            whole.params, [0], ids, logits.shape[1], (), compiler.compile(whole.params)
+            whole.params, [0], ids, logits.shape[1], (), compiler.grammar(whole.params)
         )
         (got,) = sample(logits, [whole])
         assert sample(logits, [anew]) == [got]
         assert isinstance(got, Sampled)
         whole.accept(got.token)
         ids.append(got.token)
+        anew.leave()
+    compiler.close()
 
 
 def test_masks_of_several_sequences_do_not_mix(
@@ -254,8 +268,11 @@ def test_what_is_wrong_with_a_grammar_is_said_by_server_and_instance(
     assert problem is not None
     assert re.search(message, problem)
     assert len(problem) < 1000
+    grammar = sampler(kind, source).grammar
+    assert grammar is not None
     with pytest.raises(GrammarFailed, match=message):
-        sampler(kind, source)
+        grammar.fill_mask(np.zeros(40, np.uint8), np.zeros(0, np.int64))
+    assert grammar.is_invalid
 
 
 def test_what_becomes_too_much_on_the_way_is_the_requests_own_fault(
@@ -285,10 +302,10 @@ def test_sound_grammars_have_no_problem() -> None:
 def test_who_has_no_tokenizer_or_no_end_says_so(tokenizer: tuple[Tokenizer, Path]) -> None:
     params = SamplingParams(max_tokens=1, grammar=GrammarSpec(kind="json_object"))
     with pytest.raises(GrammarFailed, match="no tokenizer"):
-        GrammarCompiler(None, 300, (1,)).compile(params)
+        GrammarCompiler(None, 300, (1,)).grammar(params)
     with pytest.raises(GrammarFailed, match="no end token"):
-        GrammarCompiler(tokenizer[1], 300, ()).compile(params)
-    assert GrammarCompiler(None, 300, ()).compile(SamplingParams(max_tokens=1)) is None
+        GrammarCompiler(tokenizer[1], 300, ()).grammar(params)
+    assert GrammarCompiler(None, 300, ()).grammar(SamplingParams(max_tokens=1)) is None
 
 
 # --- what tokens stand for

@@ -13,6 +13,7 @@ import torch
 
 from tests.workers.tiny_models import (
     CONFIGS,
+    EOS_TOKEN_ID,
     VOCAB_SIZE,
     config_of,
     prompt,
@@ -20,7 +21,7 @@ from tests.workers.tiny_models import (
     tensors_of,
 )
 from workers.batch import Batch, Part
-from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
+from workers.errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
 from workers.kv.layout import KVLayer
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
@@ -217,11 +218,15 @@ def test_geometry_tells_what_a_server_needs() -> None:
     assert built("gemma3").geometry.sliding_windows == (8, None, 8)
 
 
-def test_the_generation_config_names_the_ends() -> None:
+def test_others_than_the_config_may_name_the_ends() -> None:
     tensors = tensors_of(reference("llama"))
-    ends = {"eos_token_id": [5, 6]}
-    model = build_model(config_of("llama"), tensors, torch.float32, ends)
+    assert built("llama").geometry.eos_token_ids == (EOS_TOKEN_ID,)
+    model = build_model(config_of("llama"), tensors, torch.float32, (5, 6))
     assert model.geometry.eos_token_ids == (5, 6)
+    without = build_model(config_of("llama", eos_token_id=None), tensors, torch.float32)
+    assert without.geometry.eos_token_ids == ()
+    with pytest.raises(CheckpointError, match="eos_token_id' with value 'x'"):
+        build_model(config_of("llama", eos_token_id="x"), tensors, torch.float32)
 
 
 def test_lengths_stop_where_rotations_would_depend_on_the_batch() -> None:

@@ -8,6 +8,7 @@ tensors over the same bytes. Knows nothing of models.
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from allocator import (
     Client,
     TensorEntry,
+    UnknownWeightSet,
     WeightSetReader,
     WeightSetWriter,
     file_handle,
@@ -27,10 +29,10 @@ from allocator import (
 from workers.checkpoint.load import fill
 from workers.checkpoint.plan import FORMAT_VERSION, make_plan
 from workers.checkpoint.source import Checkpoint, open_checkpoint
-from workers.errors import CheckpointCorrupt
+from workers.errors import CheckpointChanged, CheckpointCorrupt
 
-OnProgress = Callable[[int, int, bool], None]
-"""Called with (written bytes, total bytes, whether this process writes)."""
+OnProgress = Callable[[int, int, int], None]
+"""Called with (written bytes, total bytes, pid of the process that writes)."""
 
 _PROGRESS_STEP: Final = 32
 """Progress is reported this many times over a load, so that messages do not grow with its size."""
@@ -45,6 +47,12 @@ class AttachedWeights:
     reader: WeightSetReader
     loaded: bool
     """Whether this process copied the weights in, rather than finding them sealed."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of its floating-point tensors; None where each has its own."""
+        named = getattr(torch, self.metadata.get("dtype", ""), None)
+        return named if isinstance(named, torch.dtype) else None
 
     @property
     def num_bytes(self) -> int:
@@ -63,17 +71,33 @@ def attach_weights(
     return attach(memory, open_checkpoint(path, dtype)).tensors
 
 
+def attach_served(
+    memory: Client, key: str, on_progress: OnProgress | None = None
+) -> AttachedWeights:
+    """What the allocator has under this key, sealed, asleep or being loaded; the checkpoint's files
+    are not looked at, unless they are what it maps. Raises UnknownWeightSet where it has nothing
+    (any more), else as `attach_weights` does."""
+    opened = memory.open_weight_set(key, None, on_wait=on_progress)
+    if isinstance(opened, WeightSetWriter):
+        opened.abandon()  # whoever loaded it has given up
+        raise UnknownWeightSet(f"no weight set is called {key!r} any more")
+    return _attached(opened, loaded=False)
+
+
 def attach(
     memory: Client,
     checkpoint: Checkpoint,
     on_progress: OnProgress | None = None,
     *,
     map_files: bool = False,
+    only: str = "",
 ) -> AttachedWeights:
     """As `attach_weights`, with what else the weight set tells. `map_files` maps the checkpoint's
     own files instead of copying them, where nothing in them needs converting: nothing is read at
     the start, but who changes such a file in place changes the weights of whoever serves them.
-    Raises as `attach_weights` does."""
+    With `only`, a key, what would be another set is not loaded.
+
+    Raises as `attach_weights` does, and CheckpointChanged."""
     files = checkpoint.fingerprint()
     map_files = map_files and can_be_mapped(checkpoint)
     fingerprint = {
@@ -83,13 +107,13 @@ def attach(
         "format": str(FORMAT_VERSION),
         "names": f"transformers {importlib.metadata.version('transformers')}",  # its tables' names
     }
-    opened = memory.open_weight_set(
-        weight_set_key(checkpoint.path, fingerprint),
-        fingerprint,
-        on_wait=None
-        if on_progress is None
-        else lambda done, total: on_progress(done, total, False),
-    )
+    key = weight_set_key(checkpoint.path, fingerprint)
+    if only not in ("", key):
+        raise CheckpointChanged(
+            f"the weights that are served are no longer in the allocator's memory, and {key} at "
+            f"{checkpoint.path} is not what they were made from: `onecopy reload` serves it"
+        )
+    opened = memory.open_weight_set(key, fingerprint, on_wait=on_progress)
     if isinstance(opened, WeightSetWriter):
         if map_files:
             return _attached(_map(opened, checkpoint), loaded=True)
@@ -107,6 +131,13 @@ def weight_set_key(path: Path, fingerprint: dict[str, str]) -> str:
     return f"{path.name[:200]}@{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def metadata_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """What lies beside the tensors: all that an instance must know to build the model. Beside the
+    checkpoint's own files the "dtype" that they are served in, "" where each has its own."""
+    dtype = "" if checkpoint.dtype is None else str(checkpoint.dtype).removeprefix("torch.")
+    return {**checkpoint.metadata(), "dtype": dtype}
+
+
 def can_be_mapped(checkpoint: Checkpoint) -> bool:
     """Whether every tensor lies in one piece in a file as it would be laid out."""
     for tensor in checkpoint.tensors():
@@ -119,7 +150,7 @@ def can_be_mapped(checkpoint: Checkpoint) -> bool:
 def _map(writer: WeightSetWriter, checkpoint: Checkpoint) -> WeightSetReader:
     """Seal a segment that holds the manifest alone; the tensors are where they are."""
     with writer:
-        plan = make_plan(checkpoint.tensors(), checkpoint.metadata())
+        plan = make_plan(checkpoint.tensors(), metadata_of(checkpoint))
         paths: dict[Path, int] = {}
         entries: dict[str, TensorEntry] = {}
         for name, entry in plan.manifest.tensors.items():
@@ -142,7 +173,7 @@ def _load(
     on_progress: OnProgress | None,
 ) -> WeightSetReader:
     with writer:  # an error on the way gives the election back
-        plan = make_plan(checkpoint.tensors(), checkpoint.metadata())
+        plan = make_plan(checkpoint.tensors(), metadata_of(checkpoint))
         mapping = writer.reserve_uncommitted(plan.segment_bytes)
         done = reported = 0
 
@@ -153,7 +184,7 @@ def _load(
                 reported = done
                 writer.progress(done)
                 if on_progress is not None:
-                    on_progress(done, plan.num_bytes, True)
+                    on_progress(done, plan.num_bytes, os.getpid())
 
         manifest = fill(writer, mapping, plan, checkpoint, copied)
         if checkpoint.fingerprint() != files:

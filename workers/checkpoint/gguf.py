@@ -19,41 +19,49 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader, GGUFValueType
-from huggingface_hub.errors import StrictDataclassError
 
+from workers.architecture import architecture_errors, check_config
 from workers.checkpoint.gguf_metadata import ROPE_FACTORS, completed
 from workers.checkpoint.source import (
     SCRATCH_BYTES,
     OnCopied,
     SourceTensor,
     StoredBytes,
-    file_identity,
-    unreadable,
 )
-from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint
+from workers.ends import end_tokens
+from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint, WorkerError
+from workers.model_file import file_identity, file_status, unreadable
 
 _LONG_ARRAY: Final = 64
-_UNREADABLE = (
-    ValueError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    TypeError,
-    struct.error,
-    UnicodeDecodeError,
-)
+_MAX_FIELDS: Final = 1 << 14
+_MAX_TENSORS: Final = 1 << 16
+_MAX_ARRAY: Final = 1 << 22
+"""More than any vocabulary, and its merges, have."""
 _gguf_patch = threading.Lock()
 
 
 class HeaderReader(GGUFReader):  # type: ignore[misc]
     """GGUFReader without the tokenizer: it builds a numpy array for each of 49,152 token strings,
-    which takes 2.7 s where skipping them takes 30 ms, and a tokenizer is the server's business."""
+    which takes 2.7 s where skipping them takes 30 ms, and a tokenizer is the server's business.
+    What a header claims to hold is bounded before it is read."""
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        _check_count(count, _MAX_FIELDS, "fields")
+        return int(super()._build_fields(offs, count))
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[Any]]:
+        _check_count(count, _MAX_TENSORS, "tensors")
+        found: tuple[int, list[Any]] = super()._build_tensor_info(offs, count)
+        return found
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
         if raw_type == GGUFValueType.ARRAY:
             item = int(self._get(orig_offs, np.uint32)[0])
             count = int(self._get(orig_offs + 4, np.uint64)[0])
             skipped = [GGUFValueType.ARRAY]
+            _check_count(count, _MAX_ARRAY, "entries of one field")
+            if item == GGUFValueType.ARRAY:
+                raise ValueError("it holds arrays of arrays, which no model's metadata has")
             if count > _LONG_ARRAY and item == GGUFValueType.STRING:
                 return self._skip_strings(orig_offs + 12, count) - orig_offs, [], [], skipped
             if count > _LONG_ARRAY and (scalar := self.gguf_scalar_to_np.get(GGUFValueType(item))):
@@ -67,6 +75,11 @@ class HeaderReader(GGUFReader):  # type: ignore[misc]
         for _ in range(count):  # each step goes 8 bytes on at least: the file's end bounds it
             offset += 8 + int(length_at(view, offset)[0])
         return offset
+
+
+def _check_count(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ValueError(f"it claims to hold {int(count):,} {what}")
 
 
 class GGUFCheckpoint:
@@ -90,6 +103,10 @@ class GGUFCheckpoint:
         self._open()
         return {"config": json.dumps(self._config)}
 
+    def eos_token_ids(self) -> tuple[int, ...] | None:
+        """The config has them: there is one file only."""
+        return None
+
     def tensors(self) -> list[SourceTensor]:
         """In file order, under the names of `transformers`."""
         self._map_names()
@@ -111,14 +128,12 @@ class GGUFCheckpoint:
         source = next(t for t in self._reader.tensors if self._names.get(t.name) == name)
         if self._rearranges(source.name):
             rows = self._dequantize(source.data, source.tensor_type)
-            try:
+            with _read_by_others(
+                f"{self.path}: {source.name} does not fit the model it belongs to"
+            ):
                 result = self._processor.process(
                     weights=rows, name=source.name, tensor_key_mapping=self._names
                 )
-            except _UNREADABLE as error:
-                raise CheckpointCorrupt(
-                    f"{self.path}: {source.name} does not fit the model it belongs to: {error}"
-                ) from error
             if result.name is None:
                 raise UnsupportedCheckpoint(
                     f"{self.path}: {source.name} is merged with other tensors, which can't be "
@@ -151,27 +166,27 @@ class GGUFCheckpoint:
         return True
 
     def _dequantize(self, data: Any, kind: Any) -> Any:
-        try:
-            # The file is mapped read-only, and torch wants to know that it may write.
-            return np.require(gguf.dequantize(data, kind), np.float32, ["C", "W"])
-        except NotImplementedError as error:
-            raise UnsupportedCheckpoint(
-                f"{self.path} holds blocks of type {kind.name}, which can't be dequantized: {error}"
-            ) from error
-        except _UNREADABLE as error:
-            raise CheckpointCorrupt(f"{self.path} is damaged: {error}") from error
+        with _read_by_others(f"{self.path} is damaged"):
+            try:
+                # The file is mapped read-only, and torch wants to know that it may write.
+                return np.require(gguf.dequantize(data, kind), np.float32, ["C", "W"])
+            except NotImplementedError as error:
+                raise UnsupportedCheckpoint(
+                    f"{self.path} holds blocks of type {kind.name}, which can't be dequantized: "
+                    f"{error}"
+                ) from error
 
     def _open(self) -> None:
         if self._reader is not None:
             return
-        try:
-            reader = HeaderReader(self.path)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
-        except _UNREADABLE as error:
-            raise CheckpointCorrupt(
-                f"{self.path} is truncated, damaged or no GGUF file ({error}): download it again"
-            ) from error
+        file_status(self.path)
+        with _read_by_others(
+            f"{self.path} is truncated, damaged or no GGUF file; download it again"
+        ):
+            try:
+                reader = HeaderReader(self.path)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
         self._config, self._architecture = self._read_config(reader)
         self._reader = reader
 
@@ -181,24 +196,22 @@ class GGUFCheckpoint:
         field = reader.get_field("general.architecture")
         if field is None:
             raise CheckpointCorrupt(f"{self.path} does not name its architecture")
-        architecture = str(field.contents())
-        try:
-            with _faster_gguf():
-                config = dict(legacy.load_gguf_checkpoint(str(self.path))["config"])
-        except _UNREADABLE as error:
-            raise UnsupportedCheckpoint(
-                f"{self.path}: the architecture {architecture!r} can't be served from a GGUF file "
-                f"({error})"
-            ) from error
-        config = self._completed(config, reader, architecture)
-        embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
-        if embedding is not None:  # the vocabulary itself was skipped, and it may be padded
-            config["vocab_size"] = int(embedding.shape[1])
-        eos = [config.get("eos_token_id")]
-        if (turn := reader.get_field("tokenizer.ggml.eot_token_id")) is not None:
-            eos.append(int(turn.contents()))
-        config["eos_token_id"] = list(dict.fromkeys(token for token in eos if token is not None))
-        return {k: _plain(v) for k, v in config.items() if not k.startswith("_")}, architecture
+        with _read_by_others(f"{self.path} has damaged metadata"):
+            architecture = str(field.contents())
+        said = f"{self.path}: the architecture {architecture!r} can't be served from a GGUF file"
+        with architecture_errors(said), _faster_gguf():
+            config = dict(legacy.load_gguf_checkpoint(str(self.path))["config"])
+        with _read_by_others(f"{self.path} has damaged metadata"):
+            config = self._completed(config, reader, architecture)
+            embedding = next((t for t in reader.tensors if t.name == "token_embd.weight"), None)
+            if embedding is not None:  # the vocabulary itself was skipped, and it may be padded
+                config["vocab_size"] = int(embedding.shape[1])
+            eos = [config.get("eos_token_id")]
+            if (turn := reader.get_field("tokenizer.ggml.eot_token_id")) is not None:
+                eos.append(turn.contents())
+            plain = {k: _plain(v) for k, v in config.items() if not k.startswith("_")}
+            plain["eos_token_id"] = list(end_tokens(_plain(eos), str(self.path)) or ())
+            return plain, architecture
 
     def _completed(
         self, config: dict[str, Any], reader: HeaderReader, architecture: str
@@ -211,19 +224,17 @@ class GGUFCheckpoint:
         rope_factors = None
         if factors is not None:
             rope_factors = torch.from_numpy(self._dequantize(factors.data, factors.tensor_type))
+        said = {
+            name.removeprefix(f"{architecture}."): field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(f"{architecture}.")
+        }
         try:
-            said = {
-                name.removeprefix(f"{architecture}."): field.contents()
-                for name, field in reader.fields.items()
-                if name.startswith(f"{architecture}.")
-            }
             return completed(
                 config, said, {key for key, name in heard.items() if name}, rope_factors
             )
         except UnsupportedCheckpoint as error:
             raise UnsupportedCheckpoint(f"{self.path}: {error}") from error
-        except (*_UNREADABLE, ZeroDivisionError) as error:
-            raise CheckpointCorrupt(f"{self.path} has damaged metadata: {error}") from error
 
     def _map_names(self) -> None:
         if self._names:
@@ -239,17 +250,14 @@ class GGUFCheckpoint:
             raise UnsupportedCheckpoint(
                 f"{self.path}: the architecture {architecture!r} is not known to transformers"
             )
+        check_config(self._config, str(self.path))
         processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
-        self._processor = processor(config=self._config)
-        try:
+        with architecture_errors(f"{self.path}: the architecture {architecture!r} can't be served"):
+            self._processor = processor(config=self._config)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**self._config))
             with _faster_gguf():
                 names = legacy.get_gguf_hf_weights_map(model, self._processor)
-        except (NotImplementedError, StrictDataclassError, *_UNREADABLE) as error:
-            raise UnsupportedCheckpoint(
-                f"{self.path}: the architecture {architecture!r} can't be served: {error}"
-            ) from error
         known = {name for name, _ in model.named_parameters()}
         stored = {tensor.name for tensor in self._reader.tensors} - {ROPE_FACTORS}
         unknown = sorted(name for name in stored if names.get(name) not in known)
@@ -262,6 +270,18 @@ class GGUFCheckpoint:
                     "checkpoint"
                 )
         self._names = {name: names[name] for name in stored}
+
+
+@contextlib.contextmanager
+def _read_by_others(what: str) -> Iterator[None]:
+    """Libraries read the file, which do not say what they raise where it is damaged. It is told as
+    CheckpointCorrupt; errors of this room as they are."""
+    try:
+        yield
+    except WorkerError:
+        raise
+    except Exception as error:
+        raise CheckpointCorrupt(f"{what}: {error}") from error
 
 
 @contextlib.contextmanager

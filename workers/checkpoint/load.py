@@ -17,8 +17,9 @@ import msgspec
 
 from allocator import Digest, Manifest, Mapping, WeightSetWriter
 from workers.checkpoint.plan import Plan
-from workers.checkpoint.source import Checkpoint, OnCopied, StoredBytes, unreadable
+from workers.checkpoint.source import Checkpoint, OnCopied, StoredBytes
 from workers.errors import CheckpointCorrupt
+from workers.model_file import opened
 
 _PIECE_BYTES: Final = 1 << 20
 """Small enough that a piece is still in the processor's cache when it is digested and written."""
@@ -109,16 +110,13 @@ class _Copier:
         target = self._plan.manifest.tensors[name].offset
         digest = Digest()
         for run in self._checkpoint.stored_runs(name):
-            try:
-                with run.file.open("rb", buffering=0) as file:
-                    for start in range(0, run.num_bytes, _PIECE_BYTES):
-                        part = scratch[: min(_PIECE_BYTES, run.num_bytes - start)]
-                        _read(file.fileno(), run, start, part)
-                        digest.update(part)
-                        self._mapping.write(target + start, part)
-                        self._count(len(part))
-            except OSError as error:
-                raise unreadable(run.file, error) from error
+            with opened(run.file) as file:
+                for start in range(0, run.num_bytes, _PIECE_BYTES):
+                    part = scratch[: min(_PIECE_BYTES, run.num_bytes - start)]
+                    _read(file, run, start, part)
+                    digest.update(part)
+                    self._mapping.write(target + start, part)
+                    self._count(len(part))
             target += run.num_bytes
         return digest.hexdigest()
 

@@ -6,6 +6,7 @@ or copies whole tensors into private memory; here the bytes go from the file int
 Invariant: nothing a header says is believed before it was checked against the file's size.
 """
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from workers.architecture import check_config
 from workers.checkpoint.parameters import Parameter, Run, as_stored, parameters_of
 from workers.checkpoint.sentence_files import sentence_files
 from workers.checkpoint.source import (
@@ -23,20 +25,23 @@ from workers.checkpoint.source import (
     SourceTensor,
     StoredBytes,
     digest,
-    file_identity,
-    read_json,
-    unreadable,
 )
 from workers.embedding.settings import task_of
+from workers.ends import end_tokens
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
     CheckpointNotFound,
     UnsupportedCheckpoint,
 )
+from workers.model_file import file_identity, opened, read_file, read_json
 
 MAX_HEADER_BYTES: Final = 100_000_000
 MAX_ELEMENTS: Final = 1 << 60
+MAX_NAME_CHARS: Final = 1024
+MAX_TENSORS: Final = 1 << 18
+"""Of a file. The largest models there are, with experts stored one by one, have some 150,000."""
+_MAX_INDEX_BYTES: Final = 64 << 20
 _DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -59,6 +64,10 @@ class _Entry(msgspec.Struct, frozen=True):
     data_offsets: tuple[int, int]
 
 
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor's place: bytes [begin, end) of the file."""
@@ -76,13 +85,15 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path, dtype: torch.dtype | None):
         self.path = path
         config_file = path / "config.json"
-        if not config_file.exists():
+        if not os.path.lexists(config_file):
             raise CheckpointNotFound(
                 f"{path} holds no config.json: give a Hugging Face model folder, or a .gguf file"
             )
         self._config = read_json(config_file)
+        check_config(self._config, str(config_file))
         if quantization := self._config.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown")
+            known = quantization if isinstance(quantization, dict) else {}
+            method = str(known.get("quant_method", "unknown"))[:80]
             raise UnsupportedCheckpoint(
                 f"{path} is quantized ({method}), which can't be served yet: give the unquantized "
                 "checkpoint, or a GGUF file"
@@ -94,7 +105,7 @@ class SafetensorsCheckpoint:
     def fingerprint(self) -> dict[str, str]:
         """File identities and headers; the weights themselves are not read."""
         files = [
-            f"{file.name}:{file_identity(file)}:{digest(repr(_read_header(file)[0]))}"
+            f"{file.name}:{file_identity(file)}:{hashlib.sha256(_read_header(file)[0]).hexdigest()}"
             for file in self._files
         ]
         return {
@@ -104,14 +115,18 @@ class SafetensorsCheckpoint:
         }
 
     def metadata(self) -> dict[str, str]:
-        """config.json, generation_config.json, and what sentence-transformers wrote."""
+        """config.json, and what sentence-transformers wrote."""
         found = {"config": msgspec.json.encode(self._config).decode()}
         if self._sentence is not None:
             found["sentence"] = msgspec.json.encode(self._sentence).decode()
-        generation = self.path / "generation_config.json"
-        if generation.exists():
-            found["generation_config"] = msgspec.json.encode(read_json(generation)).decode()
         return found
+
+    def eos_token_ids(self) -> tuple[int, ...] | None:
+        """Those of generation_config.json."""
+        generation = self.path / "generation_config.json"
+        if not os.path.lexists(generation):
+            return None
+        return end_tokens(read_json(generation).get("eos_token_id"), str(generation))
 
     def _settings(self) -> list[str]:
         """What changes the results of the same tensors."""
@@ -204,10 +219,16 @@ class SafetensorsCheckpoint:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(n, str) and n.endswith(".safetensors") for n in names):
+    if os.path.lexists(index):
+        try:
+            names = msgspec.json.decode(
+                read_file(index, _MAX_INDEX_BYTES), type=_Index
+            ).weight_map.values()
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise CheckpointCorrupt(
+                f"{index} holds no weight_map from tensors to files: {error}"
+            ) from error
+        if not names or not all(name.endswith(".safetensors") for name in names):
             raise CheckpointCorrupt(f"{index} holds no weight_map from tensors to files")
         files = [folder / Path(name).name for name in sorted(set(names))]
         missing = [file.name for file in files if not file.exists()]
@@ -220,6 +241,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if os.path.lexists(usual := folder / "model.safetensors"):
         return [usual]  # what lies beside it is an adapter, or the same model in another layout
     files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        if os.fsencode(file).decode(errors="ignore") != str(file):
+            raise CheckpointNotFound(f"the name of {os.fsencode(file)!r} is no UTF-8: rename it")
     if files:
         return files
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
@@ -230,37 +254,35 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointNotFound(f"{folder} holds no .safetensors file")
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The decoded header, and where the tensors begin."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length_bytes = stream.read(8)
-            length = int.from_bytes(length_bytes, "little")
-            if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointCorrupt(
-                    f"{file} is truncated or no safetensors file: its header should take {length} "
-                    f"bytes of {size}. Download it again."
-                )
-            text = stream.read(length)
-    except OSError as error:
-        raise unreadable(file, error) from error
-    try:
-        return msgspec.json.decode(text, type=dict[str, Any]), 8 + length
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
+def _read_header(file: Path) -> tuple[bytes, int, int]:
+    """The header's text, where the tensors begin, and the file's size."""
+    with opened(file) as descriptor:
+        size = os.fstat(descriptor).st_size
+        length_bytes = os.pread(descriptor, 8, 0)
+        length = int.from_bytes(length_bytes, "little")
+        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise CheckpointCorrupt(
+                f"{file} is truncated or no safetensors file: its header should take {length} "
+                f"bytes of {size}. Download it again."
+            )
+        text = os.pread(descriptor, length, 8)
+    if text.count(b'"data_offsets"') > MAX_TENSORS:
+        raise UnsupportedCheckpoint(f"{file} holds more than {MAX_TENSORS:,} tensors")
+    return text, 8 + length, size
 
 
 def _read_tensors(file: Path) -> dict[str, _Stored]:
-    header, data_start = _read_header(file)
-    header.pop("__metadata__", None)
-    size = file.stat().st_size
+    text, data_start, size = _read_header(file)
+    try:
+        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        header.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
     found: dict[str, _Stored] = {}
     expected = 0
-    try:
-        entries = {name: msgspec.convert(entry, _Entry) for name, entry in header.items()}
-    except msgspec.ValidationError as error:
-        raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
+    if max(map(len, entries), default=0) > MAX_NAME_CHARS:
+        raise CheckpointCorrupt(f"{file} holds a tensor whose name has no end")
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
         if entry.dtype not in _DTYPES:
@@ -299,17 +321,14 @@ def _read_into(file: Path, begin: int, out: torch.Tensor, on_copied: OnCopied) -
     """Fill `out` # [num_bytes] uint8 from the file, a bounded piece a system call."""
     target = memoryview(out.numpy())  # type: ignore[arg-type]  # numpy 2 arrays are buffers
     done = 0
-    try:
-        with file.open("rb", buffering=0) as stream:
-            while done < len(target):
-                piece = target[done : done + SCRATCH_BYTES]
-                count = os.preadv(stream.fileno(), [piece], begin + done)
-                if count == 0:
-                    raise CheckpointCorrupt(f"{file} became shorter while it was read")
-                done += count
-                on_copied(count)
-    except OSError as error:
-        raise unreadable(file, error) from error
+    with opened(file) as descriptor:
+        while done < len(target):
+            piece = target[done : done + SCRATCH_BYTES]
+            count = os.preadv(descriptor, [piece], begin + done)
+            if count == 0:
+                raise CheckpointCorrupt(f"{file} became shorter while it was read")
+            done += count
+            on_copied(count)
 
 
 def _ignore(_num_bytes: int) -> None:

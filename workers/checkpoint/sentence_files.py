@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import msgspec
 
-from workers.checkpoint.source import read_json, unreadable
 from workers.errors import CheckpointCorrupt
+from workers.model_file import read_file, read_json
 
 MAX_FILE_BYTES: Final = 1 << 20
 _FOLDER: Final = re.compile(r"(?!\.+$)[\w.-]+")
@@ -31,12 +31,8 @@ def sentence_files(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise CheckpointCorrupt(f"{file} has more than {MAX_FILE_BYTES} bytes")
-        steps = msgspec.json.decode(file.read_bytes(), type=list[_Module])
-    except OSError as error:
-        raise unreadable(file, error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        steps = msgspec.json.decode(read_file(file, MAX_FILE_BYTES), type=list[_Module])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointCorrupt(f"{file} is damaged: {error}. Download it again.") from error
     modules = [
         {"type": step.type.rpartition(".")[2], "config": _step_config(folder, step)}

@@ -6,16 +6,16 @@ one tensor that must be rearranged as a whole. Knows nothing of where the tensor
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 
-from workers.errors import CheckpointCorrupt, CheckpointNotFound, UnsupportedCheckpoint
+from workers.errors import CheckpointNotFound, UnsupportedCheckpoint
+from workers.model_file import opened, unreadable
 
 SCRATCH_BYTES: Final = 8 << 20
 """How much of a tensor is read or converted at a time."""
@@ -62,8 +62,11 @@ class Checkpoint(Protocol):
         """What distinguishes this checkpoint in this layout. Cheap: reads headers at most."""
 
     def metadata(self) -> dict[str, str]:
-        """JSON texts under "config" and, where the checkpoint has such, "generation_config" and
-        "sentence" (see `sentence_files`)."""
+        """JSON texts under "config" and, where the checkpoint has such, "sentence" (see
+        `sentence_files`): what changes what is computed."""
+
+    def eos_token_ids(self) -> tuple[int, ...] | None:
+        """The tokens that end an answer, where a file beside the config names them."""
 
     def tensors(self) -> list[SourceTensor]:
         """All tensors, in the order in which they should lie."""
@@ -84,13 +87,13 @@ def open_checkpoint(path: Path | str, dtype: str = "auto") -> Checkpoint:
     """
     path = Path(path)
     chosen = parse_dtype(dtype)
-    if not path.exists():
-        raise CheckpointNotFound(
-            f"{path} does not exist: give a Hugging Face folder or a .gguf file"
-        )
     try:
-        if path.is_file():
-            if path.suffix != ".gguf" and path.open("rb").read(4) != b"GGUF":
+        if not path.exists():
+            raise CheckpointNotFound(
+                f"{path} does not exist: give a Hugging Face folder or a .gguf file"
+            )
+        if not path.is_dir():
+            if path.suffix != ".gguf" and not _begins_like_gguf(path):
                 raise UnsupportedCheckpoint(
                     f"{path} is not a GGUF file: give a .gguf file, or the folder that holds "
                     "config.json and *.safetensors"
@@ -101,8 +104,13 @@ def open_checkpoint(path: Path | str, dtype: str = "auto") -> Checkpoint:
         from workers.checkpoint.safetensors import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path, chosen)
-    except PermissionError as error:
+    except OSError as error:
         raise unreadable(Path(error.filename or path), error) from error
+
+
+def _begins_like_gguf(path: Path) -> bool:
+    with opened(path) as descriptor:
+        return os.pread(descriptor, 4, 0) == b"GGUF"
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
@@ -117,37 +125,6 @@ def parse_dtype(name: str) -> torch.dtype | None:
     return known[name]
 
 
-def file_identity(path: Path) -> str:
-    """Changes whenever the file's content may have changed, without reading it. Raises
-    CheckpointNotFound."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
-
-
-def unreadable(path: Path, error: OSError) -> CheckpointNotFound:
-    """What to say of a file that is there no more, or may not be read."""
-    return CheckpointNotFound(
-        f"{path} can't be read ({error.strerror}): check its permissions as user id "
-        f"{os.geteuid()}, or download the model again"
-    )
-
-
 def digest(*parts: str) -> str:
     """A short, stable digest of texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointCorrupt, CheckpointNotFound."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointCorrupt(f"{path} does not hold a JSON object")
-    return value

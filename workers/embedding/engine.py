@@ -1,15 +1,15 @@
 """The step loop's body for models that embed: choose → forward → pool → emit.
 
 Owns the requests' life on this instance. Invariants: every request is answered exactly once unless
-it is aborted; what goes wrong with a batch ends the requests that have a text in it, and no others;
-a vector does not depend on what else is in the batch, rounding aside. Does not know sockets, text
-or where the weights are.
+it is aborted; whatever is raised over one text ends the request that it is of, and no other; a
+vector does not depend on what else is in the batch, rounding aside. Does not know sockets, text or
+where the weights are.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
@@ -19,14 +19,14 @@ import torch
 from workers.device import Fault, no_fault, require_device
 from workers.embedding.batching import choose, fill
 from workers.embedding.model import EmbeddingModel
-from workers.errors import InvalidEmbedding, WorkerError
+from workers.errors import InvalidEmbedding, for_the_wire, unexpected
+from workers.isolation import in_sound_groups
 from workers.messages import MAX_FRAME_BYTES, Embed, Embedded, Output, StepOutput
 
 logger = logging.getLogger(__name__)
 
 _WINDOW: Final = 1024
 """So many of the oldest texts are considered for a batch: what a step costs stays bounded."""
-_MAX_ERROR_LENGTH: Final = 4096
 
 
 @dataclass(slots=True)
@@ -56,12 +56,13 @@ class EmbeddingEngine:
         max_answer_bytes: int = MAX_FRAME_BYTES // 4,
         clock: Callable[[], float] = time.monotonic,
         device_fault: Fault = no_fault,
+        works_on: Callable[[Sequence[str]], None] = lambda _names: None,
     ) -> None:
         """`max_model_len` bounds a text, `token_budget` the tokens of a step; a longer text is
         computed alone. `threads_now` says how many threads a step may use, `max_answer_bytes` how
         much it may give at once (one request's vectors in any case), `clock` gives seconds;
-        `device_fault` is asked after a failed pass. Raises `ValueError` beyond the model's reach.
-        """
+        `device_fault` is asked after a failed pass, `works_on` told in each step whom it is about.
+        Raises `ValueError` beyond the model's reach."""
         limit = model.max_model_len
         if not 1 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 1 to {limit}")
@@ -74,6 +75,7 @@ class EmbeddingEngine:
         self._max_answer_bytes = max_answer_bytes
         self._clock = clock
         self._device_fault = device_fault
+        self._works_on = works_on
         self._requests: dict[str, _Request] = {}  # in the order in which they came
         self._answered: list[Embedded] = []  # refused without a step, or too much for the last
 
@@ -99,7 +101,13 @@ class EmbeddingEngine:
             self.abort(request.request_id)
             self._answered.append(_refusal(request, "this request id is in use already"))
             return
-        problem = self._problem(request)
+        try:
+            problem = self._problem(request)
+        except Exception as error:
+            logger.exception("request %s can't begin", request.request_id)
+            failed = Embedded(request_id=request.request_id, error=unexpected(error))
+            self._answered.append(failed)
+            return
         if problem is not None:
             self._answered.append(_refusal(request, problem))
             return
@@ -108,6 +116,10 @@ class EmbeddingEngine:
         self._requests[request.request_id] = _Request(
             request, [b""] * count, list(range(count)), expires_at
         )
+
+    def refuse(self, request_id: str, problem: str) -> None:
+        """Let the next `step` answer a request that can't be taken."""
+        self._answered.append(Embedded(request_id=request_id, error=for_the_wire(problem)))
 
     def abort(self, request_id: str) -> None:
         """Forget a request and all its vectors now. Unknown ids are ignored."""
@@ -125,26 +137,33 @@ class EmbeddingEngine:
         batch = [waiting[position] for position in chosen]
         if not batch:
             return self._some_of(answers)
+        self._works_on(sorted({request.message.request_id for request, _ in batch}))
         if self._threads_now is not None:
             torch.set_num_threads(self._threads_now())
-        try:
-            vectors = self._model.forward([one.message.inputs[index] for one, index in batch])
-        except (RuntimeError, MemoryError, WorkerError) as error:
-            require_device(self._device_fault, error)
-            logger.exception("a forward pass over %d texts failed", len(batch))
-            for request, _ in batch:
-                self._fail(request, f"the forward pass failed: {error}", answers)
-            return self._some_of(answers)
-        for (request, index), vector in zip(batch, vectors, strict=True):
-            try:
-                made = self._model.finish(vector, request.message.dimensions)
-            except InvalidEmbedding as error:
-                self._fail(request, str(error), answers)
-            else:
-                request.vectors[index] = made
+        for group, vectors in in_sound_groups(batch, self._pass):
+            if isinstance(vectors, Exception):
+                [(request, _)] = group
+                logger.error("the forward pass of one text failed", exc_info=vectors)
+                self._fail(request, f"the forward pass failed: {vectors}", answers)
+                continue
+            for (request, index), vector in zip(group, vectors, strict=True):
+                try:
+                    request.vectors[index] = self._model.finish(vector, request.message.dimensions)
+                except InvalidEmbedding as error:
+                    self._fail(request, str(error), answers)
+                except Exception as error:
+                    logger.exception("request %s ends by an error", request.message.request_id)
+                    self._fail(request, unexpected(error), answers)
         for request in {id(one): one for one, _ in batch}.values():
             self._settle(request, answers)
         return self._some_of(answers)
+
+    def _pass(self, texts: Sequence[tuple[_Request, int]]) -> torch.Tensor:
+        try:
+            return self._model.forward([one.message.inputs[index] for one, index in texts])
+        except Exception as error:
+            require_device(self._device_fault, error)
+            raise
 
     def _some_of(self, answers: list[Embedded]) -> tuple[Embedded, ...]:
         """As many as one message can hold; the next step gives the others."""
@@ -168,7 +187,7 @@ class EmbeddingEngine:
         """End a request; nothing if it has ended, by another of its texts."""
         request_id = request.message.request_id
         if self._requests.pop(request_id, None) is not None:
-            answers.append(Embedded(request_id=request_id, error=problem[:_MAX_ERROR_LENGTH]))
+            answers.append(Embedded(request_id=request_id, error=for_the_wire(problem)))
 
     def report(self, outputs: tuple[Output | Embedded, ...]) -> StepOutput:
         """What a step gave, and the load after it. Keys and values are not kept between steps."""
@@ -209,4 +228,4 @@ class EmbeddingEngine:
 
 
 def _refusal(request: Embed, problem: str) -> Embedded:
-    return Embedded(request_id=request.request_id, invalid=True, error=problem[:_MAX_ERROR_LENGTH])
+    return Embedded(request_id=request.request_id, invalid=True, error=for_the_wire(problem))

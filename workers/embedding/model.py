@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.initialization import no_init_weights
 
+from workers.architecture import architecture_errors, check_config
 from workers.binding import bind, compute_buffers, move_buffers
 from workers.embedding.settings import ENCODERS, EmbeddingSettings, read_settings
 from workers.errors import InvalidEmbedding, UnsupportedCheckpoint
@@ -147,7 +148,8 @@ class EmbeddingModel:
     def warm_up(self) -> None:
         """Compute two short texts and forget them: what is slow the first time, or not supported by
         this architecture after all, shows before a request does."""
-        self.forward([[0, 0], [0]])
+        with architecture_errors(f"{type(self.module).__name__} can't compute a text"):
+            self.forward([[0, 0], [0]])
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -199,31 +201,34 @@ def build_embedding_model(
     """
     settings = read_settings(metadata)
     module = _skeleton(json.loads(metadata["config"]), dtype)
-    bind(module, _named_for(module, tensors), dtype)
-    move_buffers(module)
-    module.requires_grad_(False)
-    module.eval()
-    return EmbeddingModel(module, settings)
+    with architecture_errors(f"{type(module).__name__} can't be computed by this config.json"):
+        bind(module, _named_for(module, tensors), dtype)
+        move_buffers(module)
+        module.requires_grad_(False)
+        module.eval()
+        return EmbeddingModel(module, settings)
 
 
 def _skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The architecture with its parameters on meta and its derived buffers computed."""
+    check_config(raw_config)
     name = raw_config.get("model_type")
     if name not in ENCODERS | _DECODERS:
         raise UnsupportedCheckpoint(
             f"model_type {name!r} is not one that embeds text here; known are "
             f"{', '.join(sorted(ENCODERS | _DECODERS))}"
         )
-    config = CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(raw_config)))
-    model_class = MODEL_MAPPING[type(config)]
-    attention = "sdpa" if model_class._supports_sdpa else "eager"
-    takes = inspect.signature(model_class.__init__).parameters
-    options = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
-    with no_init_weights(), torch.device("meta"):
-        module = model_class._from_config(
-            config, dtype=dtype, attn_implementation=attention, **options
-        )
-    compute_buffers(module)
+    with architecture_errors(f"{name!r} can't be built by this config.json"):
+        config = CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(raw_config)))
+        model_class = MODEL_MAPPING[type(config)]
+        attention = "sdpa" if model_class._supports_sdpa else "eager"
+        takes = inspect.signature(model_class.__init__).parameters
+        options = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+        with no_init_weights(), torch.device("meta"):
+            module = model_class._from_config(
+                config, dtype=dtype, attn_implementation=attention, **options
+            )
+        compute_buffers(module)
     return module
 
 

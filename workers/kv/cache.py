@@ -86,6 +86,7 @@ class KVCache:
         self._free: list[KVBlock] = []
         self._open: dict[int, SequenceCache] = {}
         self._prompt_tokens = self._hit_tokens = 0
+        self._pool_is_gone = False
         self.problem = ""
         """Why the last `grow` was refused."""
 
@@ -227,17 +228,26 @@ class KVCache:
         if self._pool is None:
             return self._private.lease(count)
         try:
-            try:
-                return self._pool.lease(max(count, _LEASED_AHEAD))
-            except PoolGone:
-                raise
-            except OutOfKVMemory:
-                if count >= _LEASED_AHEAD:
-                    raise
-                return self._pool.lease(count)
+            leased = self._lease_of_pool(self._pool, count)
         except PoolGone as gone:
-            log.warning("KV blocks come from this process's own memory: %s", gone)
+            if not self._pool_is_gone:
+                log.warning("KV blocks come from this process's own memory: %s", gone)
+            self._pool_is_gone = True
             return self._private.lease(count)
+        if self._pool_is_gone:
+            log.info("KV blocks come from the pool again")
+        self._pool_is_gone = False
+        return leased
+
+    def _lease_of_pool(self, pool: PoolSource, count: int) -> list[KVBlock]:
+        try:
+            return pool.lease(max(count, _LEASED_AHEAD))
+        except PoolGone:
+            raise
+        except OutOfKVMemory:
+            if count >= _LEASED_AHEAD:
+                raise
+            return pool.lease(count)
 
     def _trim(self, keep: int) -> None:
         surplus, self._free = self._free[keep:], self._free[:keep]

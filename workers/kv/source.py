@@ -130,7 +130,11 @@ class PrivateSource:
         blocks = []
         for _ in range(count):
             if self._device is None or self._device.type == "cpu":
-                memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                try:
+                    memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                except OSError as error:
+                    text = f"this process can't get memory for its KV blocks: {error.strerror}"
+                    raise OutOfKVMemory(text) from error
                 storage = torch.frombuffer(memory, dtype=torch.uint8)
             else:
                 storage = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)

@@ -26,7 +26,8 @@ class TokenCounts:
 
     def add(self, token: int) -> None:
         """The token was generated once more."""
-        self._numbers[self._row(token)] += 1
+        row = self._row(token)  # first: it may put a longer column in the place of this one
+        self._numbers[row] += 1
 
     @property
     def token_ids(self) -> torch.Tensor:

@@ -28,8 +28,8 @@ class SequenceSampler:
         eos_token_ids: Collection[int],
         grammar: Grammar | None = None,
     ) -> None:
-        """`params` must be such that `invalid_params` finds nothing in them. `grammar` has taken
-        no token yet; it takes `generated_token_ids` here."""
+        """`params` must be such that `invalid_params` finds nothing in them. `grammar` begins here,
+        with `generated_token_ids`."""
         self.params = params
         self.num_generated = len(generated_token_ids)
         self.grammar = grammar
@@ -54,8 +54,7 @@ class SequenceSampler:
             or bool(params.logit_bias)
         )
         if grammar is not None:
-            for token in generated_token_ids:
-                grammar.accept(token, ends=token in self._ends)
+            grammar.begin(generated_token_ids, self._ends)
 
     def accept(self, token: int) -> None:
         """The sequence goes on with `token`."""
@@ -64,6 +63,11 @@ class SequenceSampler:
             self.counts.add(token)
         if self.grammar is not None:
             self.grammar.accept(token, ends=token in self._ends)
+
+    def leave(self) -> None:
+        """The sequence has ended."""
+        if self.grammar is not None:
+            self.grammar.leave()
 
     @property
     def finished(self) -> bool:

@@ -1,0 +1,49 @@
+"""The server's side of the forkserver, where the other side does not do its part."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from workers.client import Forkserver, ForkserverBusy, ForkserverEnded
+from workers.messages import InstanceSpec, decode_start
+
+SPEC = InstanceSpec(
+    name="i0",
+    runtime_dir="/run",
+    engines="ipc:///run/engines.sock",
+    model="/models/x" * 100,
+    served_model_name="x",
+    dtype="auto",
+    max_model_len=None,
+    max_num_seqs=1,
+    token_budget=1,
+    num_threads=1,
+    requested_at=0.0,
+)
+
+
+def test_one_that_does_not_read_is_busy_and_was_not_asked() -> None:
+    """Whoever asks must not count on an instance that will never come."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with theirs, ours, subprocess.Popen([sys.executable, "-c", ""]) as process:
+        forkserver = Forkserver(process, ours)
+        num_asked = 0
+        with contextlib.suppress(ForkserverBusy):
+            while True:
+                forkserver.start(SPEC)
+                num_asked += 1
+        with pytest.raises(ForkserverBusy):
+            forkserver.start(SPEC)
+        theirs.setblocking(False)
+        for _ in range(num_asked):
+            assert decode_start(theirs.recv(1 << 16)).spec == SPEC
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1 << 16)
+        forkserver.start(SPEC)  # there is room again
+        theirs.close()
+        with pytest.raises(ForkserverEnded):
+            forkserver.start(SPEC)

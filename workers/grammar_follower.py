@@ -1,0 +1,196 @@
+"""The cell of one grammar: compiles it, and follows it for each sequence that an instance names.
+
+Owns both sides' wire types, and the parsers. Invariants: each `Begin` and each `Accept` is answered
+by one `Position` or `Failed`, in their order; a sequence's parser is its own, but for what the
+library shares between copies. Knows neither logits nor where tokens come from. Runs in a process of
+its own (`workers.warden`), since the library compiles by recursion, takes what memory it likes, and
+holds the interpreter's lock for as long as it accepts a token.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from workers.errors import GrammarFailed, UnknownVocabulary
+from workers.grammar_source import shortened, started, tokens_of
+from workers.messages import GrammarKind, GrammarSpec
+from workers.vocabulary import read_vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_FRAME_BYTES: Final = 1 << 18
+"""A mask takes a bit for each token of the vocabulary."""
+STEP_S: Final = 1.0
+"""What one token may compute, before the kernel ends the cell."""
+REPLAYED_TOKEN_S: Final = 0.02
+_MUCH_S: Final = 0.1
+_MUCH_PER_ANSWER_S: Final = 0.005
+_NICE: Final = 15
+"""A cell that has computed for so long, and for so long on average, lets all others go first."""
+
+
+class Compile(msgspec.Struct, tag="compile", frozen=True):
+    """What comes first. Answered by `Failed` alone."""
+
+    kind: GrammarKind
+    source: str
+
+
+class Begin(msgspec.Struct, tag="begin", frozen=True):
+    """A sequence that has these tokens already. `ends`: which of them end a text, if it is
+    complete."""
+
+    sequence: int
+    tokens: list[int]
+    ends: list[bool]
+
+
+class Accept(msgspec.Struct, tag="accept", frozen=True):
+    """The sequence's next token, which is one of its text."""
+
+    sequence: int
+    token: int
+
+
+class Leave(msgspec.Struct, tag="leave", frozen=True):
+    """Forget a sequence. Not answered."""
+
+    sequence: int
+
+
+class Position(msgspec.Struct, tag="position", frozen=True):
+    """Where a sequence is. `mask`: a bit for each token that may come next; `accepting`: whether
+    the text may end here; `ended`: it has."""
+
+    sequence: int
+    mask: bytes
+    accepting: bool
+    ended: bool
+    cpu_s: float
+    """What finding this out took."""
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """The sequence can't go on; all can't, where None is named."""
+
+    sequence: int | None
+    message: str
+
+
+ToCell = Begin | Accept | Leave
+FromCell = Position | Failed
+_to_cell: "msgspec.msgpack.Decoder[ToCell]" = msgspec.msgpack.Decoder(ToCell)
+_from_cell: "msgspec.msgpack.Decoder[FromCell]" = msgspec.msgpack.Decoder(FromCell)
+_compile: msgspec.msgpack.Decoder[Compile] = msgspec.msgpack.Decoder(Compile)
+
+
+def decode_from_cell(frame: bytes) -> FromCell:
+    """Raises `msgspec.DecodeError` on anything but a valid message."""
+    return _from_cell.decode(frame)
+
+
+class _Vocabulary:
+    """The model's, read once for all cells; or why it could not be."""
+
+    tokens: "LLTokenizer | None" = None
+    problem: str = ""
+
+
+def prepare(setup: Mapping[str, Any]) -> None:
+    """Read the vocabulary: `tokenizer` is the path of a tokenizer.json, `vocab_size` the model's,
+    `eos_token_ids` those that are no text."""
+    try:
+        texts = read_vocabulary(
+            Path(setup["tokenizer"]), setup["vocab_size"], setup["eos_token_ids"]
+        )
+    except UnknownVocabulary as error:
+        _Vocabulary.problem = str(error)
+        return
+    _Vocabulary.tokens = tokens_of(texts)
+    # What the first grammar makes the library set up is there for all cells then.
+    started(GrammarSpec(kind="json_object"), _Vocabulary.tokens)
+
+
+def run(_kind: str, _options: Mapping[str, Any], fds: Sequence[int]) -> None:
+    """Follow the grammar that comes first over the socket, until that is closed."""
+    with socket.socket(fileno=fds[0]) as link, contextlib.suppress(ConnectionError):
+        asked = _compile.decode(link.recv(MAX_FRAME_BYTES))
+        try:
+            follower = _Follower(_template(GrammarSpec(kind=asked.kind, source=asked.source)))
+        except GrammarFailed as error:
+            link.send(msgspec.msgpack.encode(Failed(None, str(error))))
+            return
+        while frame := link.recv(MAX_FRAME_BYTES):
+            answer = follower.answer(_to_cell.decode(frame))
+            if answer is not None:
+                link.send(msgspec.msgpack.encode(answer))
+
+
+def _template(spec: GrammarSpec) -> "LLMatcher":
+    if _Vocabulary.tokens is None:
+        raise GrammarFailed(_Vocabulary.problem)
+    return started(spec, _Vocabulary.tokens)
+
+
+class _Follower:
+    def __init__(self, template: "LLMatcher"):
+        self._template = template  # before the first token
+        self._matchers: dict[int, LLMatcher] = {}
+        self._is_polite = False
+        self._num_answers = 0
+        self._cpu_s = 0.0
+
+    def answer(self, message: ToCell) -> FromCell | None:
+        if isinstance(message, Leave):
+            self._matchers.pop(message.sequence, None)
+            return None
+        replayed = len(message.tokens) if isinstance(message, Begin) else 0
+        signal.setitimer(signal.ITIMER_PROF, STEP_S + replayed * REPLAYED_TOKEN_S)
+        begun_at = time.process_time()
+        try:
+            match message:
+                case Begin():
+                    ended = self._begin(message)
+                case Accept(sequence=sequence, token=token):
+                    ended = False
+                    self._matchers[sequence].consume_token(token)
+            return self._position(message.sequence, ended, begun_at)
+        except GrammarFailed as error:
+            del self._matchers[message.sequence]
+            return Failed(message.sequence, str(error))
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            self._be_polite(time.process_time() - begun_at)
+
+    def _begin(self, message: Begin) -> bool:
+        """Whether the text has ended."""
+        matcher = self._matchers[message.sequence] = self._template.deep_copy()
+        for token, ends in zip(message.tokens, message.ends, strict=True):
+            if ends and matcher.is_accepting():
+                return True
+            matcher.consume_token(token)
+        return False
+
+    def _position(self, sequence: int, ended: bool, begun_at: float) -> Position:
+        matcher = self._matchers[sequence]
+        mask = b"" if ended else bytes(matcher.compute_bitmask())
+        if matcher.is_error():
+            raise GrammarFailed(f"the grammar can't go on: {shortened(matcher.get_error())}")
+        accepting = ended or matcher.is_accepting()
+        return Position(sequence, mask, accepting, ended, time.process_time() - begun_at)
+
+    def _be_polite(self, took_s: float) -> None:
+        self._num_answers += 1
+        self._cpu_s += took_s
+        much_s = max(_MUCH_S, _MUCH_PER_ANSWER_S * self._num_answers)
+        if not self._is_polite and self._cpu_s > much_s:
+            self._is_polite = True
+            os.nice(_NICE)
