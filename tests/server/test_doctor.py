@@ -568,7 +568,7 @@ def test_a_bad_runtime_dir(runtime_dir: RuntimeDir, fault: str) -> None:
         case "lock":
             (path / "server.lock").mkdir(parents=True, mode=0o700)
             path.chmod(0o700)
-            words = "server.lock", "Is a directory"
+            words = "server.lock can't be used (Is a directory)"
     status, found = report("--runtime-dir", str(path))
     assert status == 1
     seen(Check(**found["runtime directory"]), "problem", str(path), words)
