@@ -25,6 +25,7 @@ from allocator.backends.cuda_driver import (
 )
 from allocator.errors import InvalidMessage, InvalidSetting, OutOfDeviceMemory, StaleGeneration
 from allocator.messages import Extent, Handle
+from allocator.room import Room
 
 if TYPE_CHECKING:
     from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
@@ -58,6 +59,10 @@ class CUDABackend:
         """The device's memory. How much of it is free only a context could tell; what is not there
         shows when it is asked for."""
         return self._device.total_bytes
+
+    def room(self) -> Room | None:
+        """None: only a context could tell."""
+        return None
 
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """All of the memory at once, in whole units of the granularity."""
@@ -99,6 +104,10 @@ class CUDABackend:
         if pool in self._segments or pool in self._pools:
             raise InvalidMessage(f"there is a segment {pool} already")
         self._pools[pool] = {}
+
+    def hold_pool(self, pool: str) -> None:
+        """Raises StaleGeneration where it is gone."""
+        self._extents(pool)
 
     def reserve_extent(self, pool: str, extent: Extent) -> None:
         """One allocation. Raises OutOfDeviceMemory."""
