@@ -32,7 +32,7 @@ class KVRoom:
 
     def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
         """Blocks for so many tokens of it in all; False where there is no room."""
-        return self.kv.grow(self._caches[sequence], num_tokens)
+        return self.kv.grow(self._caches[sequence], num_tokens, sequence.since_ms)
 
     def give_up(self, sequence: GenerationSequence) -> None:
         """Its blocks are free; what it has computed can be found again while nobody needs the

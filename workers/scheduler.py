@@ -52,6 +52,8 @@ class GenerationSequence:
     draft: tuple[int, ...] = ()
     """Tokens that may come next, to be computed along with the last one on trial."""
     arrival: int = field(init=False, default=-1)
+    since_ms: int = 0
+    """When it came (CLOCK_MONOTONIC); 0 where it does not matter."""
 
     def __post_init__(self) -> None:
         self.num_known = len(self.token_ids)

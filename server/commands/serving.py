@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 import typer
 
-from allocator import RuntimeDir, connect, parse_bytes
+from allocator import RuntimeDir, check_limits, connect, parse_bytes
 from allocator.messages import WeightSetStatistics
 from server import console, process_memory
 from server.admin import ADMIN_PATHS, AdminClient, NoServer, ServerStatus
@@ -152,6 +152,8 @@ def serve(
             device=device,
             map_files=map_files,
         )
+        if settings.device == "host":
+            check_limits(settings.memory_limit)
         asyncio.run(run_server(settings))
 
 
