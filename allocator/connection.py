@@ -40,6 +40,19 @@ log = logging.getLogger("onecopy.allocator")
 
 REQUEST_TIMEOUT_S: Final = 30.0
 
+_REPEATABLE: Final = (
+    *(messages.Open, messages.Progress, messages.Lease, messages.MakeRoom, messages.LookUpBlocks),
+    *(messages.GetShare, messages.Pin, messages.SetQuota, messages.CheckIntegrity),
+    *(messages.GetStatistics, messages.GetRegions, messages.GetEvents, messages.GetHoldings),
+)
+"""What can be asked again when nobody knows whether it was done: what it gave is given back first
+(`_catch_up`), or it gives nothing."""
+
+
+class _Lost(Unanswered):
+    """The daemon lives, and says that it has lost something."""
+
+
 R = TypeVar("R", bound=messages.Message)
 
 
@@ -100,18 +113,17 @@ class Connection:
         with self._exclusive():
             if self._closed:
                 raise AllocatorGone("this session is closed")
-            self._catch_up()
-            if epoch not in (None, self.epoch):
-                raise AllocatorGone("the allocator that knew of this ended; its successor does not")
-            self._is_behind, missed = True, self._num_missed
-            request_id = self._send(frame)
-            reply = self._await(request_id)
-            count = num_descriptors(reply)
-            descriptors: list[int] = []
-            if count:
-                descriptors = self._lifeline.descriptors(request_id, count, REQUEST_TIMEOUT_S)
-            self._is_behind = self._num_missed > missed
-            self._books.enter(message, reply)
+            while True:
+                self._catch_up()
+                if epoch not in (None, self.epoch):
+                    text = "the allocator that knew of this ended; its successor does not"
+                    raise AllocatorGone(text)
+                try:
+                    reply, descriptors = self._exchange(message, frame)
+                    break
+                except _Lost:
+                    if not isinstance(message, _REPEATABLE):
+                        raise
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
         return reply, descriptors
@@ -167,12 +179,32 @@ class Connection:
 
     # --- steps
 
+    def _exchange(
+        self, message: messages.Request, frame: bytes
+    ) -> tuple[messages.Reply, list[int]]:
+        self._is_behind, missed = True, self._num_missed
+        request_id = self._send(frame)
+        reply = self._await(request_id)
+        count = num_descriptors(reply)
+        descriptors: list[int] = []
+        if count:
+            descriptors = self._lifeline.descriptors(request_id, count, REQUEST_TIMEOUT_S)
+        self._is_behind = self._num_missed > missed
+        self._books.enter(message, reply)
+        return reply, descriptors
+
     def _begin(self, hello: Hello) -> None:
         self._lifeline = Lifeline.connect(self._runtime_dir.lifeline, self._timeout_s, hello)
+        self._connect_socket()
+
+    def _connect_socket(self) -> None:
+        welcome = self._lifeline.welcome
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
-        self._socket.connect(self._lifeline.welcome.requests)
+        self._socket.setsockopt(zmq.PLAIN_USERNAME, messages.PLAIN_USER)
+        self._socket.setsockopt(zmq.PLAIN_PASSWORD, messages.plain_password(welcome.token))
+        self._socket.connect(welcome.requests)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._lifeline.connection.fileno(), zmq.POLLIN)
@@ -201,6 +233,8 @@ class Connection:
 
     def _catch_up(self) -> None:
         """See that allocator and books agree. Raises AllocatorGone, WaitTimeout."""
+        if self._lifeline.take_loss(between_requests=True):
+            self._reconnect_socket()
         if not self._lifeline.is_open():
             self._resume()
             self._is_behind = True
@@ -222,6 +256,11 @@ class Connection:
             yield holdings
             if not holdings.more:
                 return
+
+    def _reconnect_socket(self) -> None:
+        """The daemon has begun its own anew: what this one has accepted may go nowhere."""
+        self._socket.close(0)
+        self._connect_socket()
 
     def _send(self, frame: bytes) -> bytes:
         request_id = next(self._request_ids).to_bytes(messages.REQUEST_ID_BYTES, "big")
@@ -261,6 +300,9 @@ class Connection:
                     return messages.decode_reply(frame)
                 except msgspec.DecodeError as error:
                     raise InvalidMessage(f"not a reply: {error}") from error
+            if self._lifeline.take_loss():
+                self._reconnect_socket()
+                raise _Lost("the allocator has lost this request or its answer: ask again")
             if not self._lifeline.is_open():
                 raise Unanswered(
                     "the allocator ended before it answered. Mapped memory stays valid; ask again "
