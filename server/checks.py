@@ -289,6 +289,7 @@ def left_behind(runs: Sequence[AbandonedRun]) -> Check:
     name = "left behind"
     if not runs:
         return ok(name, "nothing")
+    runs = sorted(runs, key=lambda run: (not run.may_be_removed, -run.num_bytes))
     removable = [run for run in runs if run.may_be_removed]
     seen = "; ".join(
         f"{len(run.segments)} segments ({', '.join(run.segments[:_NAMES_SHOWN])}), "
