@@ -4,11 +4,19 @@ Importing it is cheap: neither torch nor a device's library is loaded before it 
 """
 
 from allocator.backends import Mapping, device_fault, file_handle, kernel_object
+from allocator.backends.capacity import headroom_bytes, memory_bounds, shared_memory_bound
+from allocator.backends.limits import (
+    address_space_failure,
+    check_limits,
+    file_size_failure,
+)
 from allocator.backends.nvml import DeviceUsage, device_usage, device_usages
+from allocator.backends.segments import AbandonedRun, abandoned_runs, remove_abandoned
 from allocator.client import Client, connect
 from allocator.daemon_settings import parse_bytes
 from allocator.digests import Digest
 from allocator.errors import (
+    AllocatorBusy,
     AllocatorError,
     AllocatorGone,
     AllocatorSilent,
@@ -22,6 +30,7 @@ from allocator.errors import (
     NotWriter,
     OutOfDeviceMemory,
     QuotaExceeded,
+    RoomTaken,
     RuntimeDirError,
     StaleGeneration,
     Unauthorized,
@@ -35,11 +44,14 @@ from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, man
 from allocator.own_module import module_command, module_environment
 from allocator.process_identity import ProcessIdentity
 from allocator.process_state import ProcessState
+from allocator.room import Room
 from allocator.runtime_dir import Owner, RuntimeDir
 from allocator.weights import WeightSetReader, WeightSetWriter
 
 __all__ = [
     "ALIGNMENT",
+    "AbandonedRun",
+    "AllocatorBusy",
     "AllocatorError",
     "AllocatorGone",
     "AllocatorSilent",
@@ -64,6 +76,8 @@ __all__ = [
     "ProcessState",
     "QuotaExceeded",
     "Role",
+    "Room",
+    "RoomTaken",
     "RuntimeDir",
     "RuntimeDirError",
     "StaleGeneration",
@@ -75,15 +89,23 @@ __all__ = [
     "WeightSetBusy",
     "WeightSetReader",
     "WeightSetWriter",
+    "abandoned_runs",
+    "address_space_failure",
+    "check_limits",
     "connect",
     "device_fault",
     "device_usage",
     "device_usages",
     "file_handle",
+    "file_size_failure",
+    "headroom_bytes",
     "kernel_object",
     "manifest_bytes",
+    "memory_bounds",
     "module_command",
     "module_environment",
     "parse_bytes",
+    "remove_abandoned",
     "remove_leftovers",
+    "shared_memory_bound",
 ]

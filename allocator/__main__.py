@@ -51,7 +51,7 @@ def main() -> int:
             ),
             ready_fd=arguments.ready_fd,
         )
-    except AllocatorError as error:
+    except (AllocatorError, OSError) as error:  # of the machine itself: /proc, descriptors
         print(f"onecopy allocator: {error}", file=sys.stderr)
         return 1
     return 0

@@ -62,6 +62,15 @@ class Journaled:
     sessions: dict[int, Session] = field(default_factory=dict)
     devices: dict[str, Legacy] = field(default_factory=dict)
 
+    def segments(self) -> set[str]:
+        """The names of all that it mentions in shared memory."""
+        handles = [legacy.pool.handle for legacy in self.devices.values() if legacy.pool]
+        for legacy in self.devices.values():
+            for kept in legacy.sets.values():
+                handles += [copy.handle for copy in kept.copies.values()]
+                handles += [kept.target] if kept.target is not None else []
+        return {handle.segment for handle in handles if handle.backend != "file"}
+
     def device(self, name: str) -> Legacy:
         """That of one device; empty where it is not mentioned."""
         return self.devices.setdefault(name, Legacy())
@@ -191,7 +200,8 @@ def _adopt(
     ):
         log.warning("the pool %s is gone or another: its leases are void", pool.handle.segment)
         pool = None
-    pool_bytes = max(backend.granularity, limit_bytes or backend.limit_bytes())
+    most = backend.limit_bytes()
+    pool_bytes = max(backend.granularity, min(limit_bytes or most, most))
     memory = DeviceMemory(
         pool.handle.num_bytes if pool is not None else pool_bytes,
         backend.granularity,
@@ -201,8 +211,10 @@ def _adopt(
     for session in sessions:
         memory.begin_session(session.number, Holder(session.model, session.user))
     if pool is not None:
+        memory.pool.begin_restoring()
         for record in legacy.pool_records:
             _replay_pool(memory, record, now)
+        memory.pool.end_restoring()
         _empty_what_is_free(memory, backend, pool.handle)
     num_sets = 0
     known = {session.number for session in sessions}

@@ -9,7 +9,7 @@ Invariants: extents never overlap, leased + free = total, and no two free extent
 Knows nothing of segments, sessions or memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -87,28 +87,30 @@ class Arena:
         self._leased[block.start] = block
         return block.start << self._shift
 
-    def allocate_at(self, offset: int, num_bytes: int) -> None:
-        """Lease exactly these bytes, as an earlier arena had. Looks through all extents.
+    def restore(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Lease exactly these (offset, bytes), as an earlier arena had; nothing is leased yet.
+        Takes the time of sorting them.
 
-        Raises ForeignExtent where they are not free, or no multiples of the alignment.
+        Raises ForeignExtent where they overlap, or are no multiples of the alignment; the arena is
+        of no use then.
         """
-        start, size = offset >> self._shift, num_bytes >> self._shift
-        aligned = start << self._shift == offset and size << self._shift == num_bytes
-        block: _Block | None = self._first
-        while block is not None and block.start + block.size <= start:
-            block = block.after
-        if block is None or not aligned or not block.free or start < 0 or size < 1:
-            raise ForeignExtent(f"the {num_bytes} bytes at offset {offset} can't be leased")
-        if start + size > block.start + block.size:
-            raise ForeignExtent(f"the {num_bytes} bytes at offset {offset} are not all free")
-        self._take(block)
-        if block.start < start:
-            wanted = self._split(block, start - block.start)
-            self._put(block)
-            block = wanted
-        if block.size > size:
-            self._put(self._split(block, size))
-        self._leased[block.start] = block
+        rest = self._first
+        self._take(rest)
+        for offset, num_bytes in sorted(extents):
+            start, size = offset >> self._shift, num_bytes >> self._shift
+            aligned = start << self._shift == offset and size << self._shift == num_bytes
+            if not aligned or size < 1 or start < rest.start or start + size > self._total:
+                raise ForeignExtent(f"the {num_bytes} bytes at offset {offset} can't be leased")
+            if start > rest.start:
+                block = self._split(rest, start - rest.start)
+                self._put(rest)
+            else:
+                block = rest
+            self._leased[start] = block
+            if start + size == self._total:
+                return
+            rest = self._split(block, size)
+        self._put(rest)
 
     def free(self, offset: int) -> None:
         """Give back the extent that `allocate` put at `offset`.

@@ -129,7 +129,7 @@ class Client:
 
     def evict(self, key: str, *, image: bool = False) -> None:
         """Free an idle or sleeping set, with `image` its image too. Raises UnknownWeightSet,
-        WeightSetBusy."""
+        WeightSetBusy, and DiskError where the image can't be deleted: nothing has changed then."""
         self.request(messages.Evict(key=key, image=image), messages.Done)
 
     def damaged(self, key: str, *, timeout_s: float = 3600.0) -> list[str]:
@@ -170,9 +170,12 @@ class Client:
         Raises OutOfDeviceMemory, QuotaExceeded."""
         return self._pool.lease(num_bytes)[0]
 
-    def lease_many(self, num_bytes: int, count: int) -> list[Lease]:
-        """`count` leases of `num_bytes` each in one round trip: all, or none."""
-        return self._pool.lease(num_bytes, count)
+    def lease_many(self, num_bytes: int, count: int, *, alone_since_ms: int = 0) -> list[Lease]:
+        """`count` leases of `num_bytes` each in one round trip: all, or none. `alone_since_ms`:
+        when the one task began that this session works at (CLOCK_MONOTONIC), where it has nothing
+        else to give way for it: of those that lack room for their only task, the oldest comes
+        first."""
+        return self._pool.lease(num_bytes, count, alone_since_ms=alone_since_ms)
 
     def release_many(self, leases: Sequence[Lease]) -> None:
         """Release them in one round trip."""

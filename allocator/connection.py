@@ -52,6 +52,20 @@ _SLICE_S: Final = 0.25
 _CLOSE_S: Final = 1.0
 """How long the end of a session waits for a thread that asks a silent allocator."""
 
+_REPEATABLE: Final = (
+    *(messages.Open, messages.Progress, messages.Lease, messages.MakeRoom, messages.LookUpBlocks),
+    *(messages.GetShare, messages.Pin, messages.SetQuota, messages.CheckIntegrity),
+    *(messages.GetStatistics, messages.GetRegions, messages.GetEvents, messages.GetHoldings),
+    messages.GetSegments,
+)
+"""What can be asked again when nobody knows whether it was done: what it gave is given back first
+(`_catch_up`), or it gives nothing."""
+
+
+class _Lost(Unanswered):
+    """The daemon lives, and says that it has lost something."""
+
+
 R = TypeVar("R", bound=messages.Message)
 
 
@@ -133,18 +147,17 @@ class Connection:
                 raise AllocatorGone("this session is closed")
             patience_s = self._request_timeout_s if self._patience_s is None else self._patience_s
             patience_s += getattr(message, "wait_ms", 0) / 1000
-            self._catch_up(patience_s, resume=self._patience_s is None)
-            if epoch not in (None, self.epoch):
-                raise AllocatorGone("the allocator that knew of this ended; its successor does not")
-            self._is_behind, missed = True, self._num_missed
-            request_id = self._send(frame)
-            reply = self._await(request_id, patience_s)
-            count = num_descriptors(reply)
-            descriptors: list[int] = []
-            if count:
-                descriptors = self._lifeline.descriptors(request_id, count, patience_s)
-            self._is_behind = self._num_missed > missed
-            self._books.enter(message, reply)
+            while True:
+                self._catch_up(patience_s, resume=self._patience_s is None)
+                if epoch not in (None, self.epoch):
+                    text = "the allocator that knew of this ended; its successor does not"
+                    raise AllocatorGone(text)
+                try:
+                    reply, descriptors = self._exchange(message, frame, patience_s)
+                    break
+                except _Lost:
+                    if not isinstance(message, _REPEATABLE):
+                        raise
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
         return reply, descriptors
@@ -200,6 +213,20 @@ class Connection:
 
     # --- steps
 
+    def _exchange(
+        self, message: messages.Request, frame: bytes, patience_s: float
+    ) -> tuple[messages.Reply, list[int]]:
+        self._is_behind, missed = True, self._num_missed
+        request_id = self._send(frame)
+        reply = self._await(request_id, patience_s)
+        count = num_descriptors(reply)
+        descriptors: list[int] = []
+        if count:
+            descriptors = self._lifeline.descriptors(request_id, count, patience_s)
+        self._is_behind = self._num_missed > missed
+        self._books.enter(message, reply)
+        return reply, descriptors
+
     def _close(self) -> None:
         if self._closed:
             return
@@ -211,10 +238,16 @@ class Connection:
 
     def _begin(self, hello: Hello) -> None:
         self._lifeline = Lifeline.connect(self._runtime_dir.lifeline, self._timeout_s, hello)
+        self._connect_socket()
+
+    def _connect_socket(self) -> None:
+        welcome = self._lifeline.welcome
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
-        self._socket.connect(self._lifeline.welcome.requests)
+        self._socket.setsockopt(zmq.PLAIN_USERNAME, messages.PLAIN_USER)
+        self._socket.setsockopt(zmq.PLAIN_PASSWORD, messages.plain_password(welcome.token))
+        self._socket.connect(welcome.requests)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._lifeline.connection.fileno(), zmq.POLLIN)
@@ -254,6 +287,8 @@ class Connection:
         while self._given_up:
             self._books.enter(self._given_up.popleft(), messages.Done())
             self._is_behind = True
+        if self._lifeline.take_loss(between_requests=True):
+            self._reconnect_socket()
         if not self._lifeline.is_open():
             if not resume:
                 raise AllocatorGone("the allocator ended; mapped memory stays valid")
@@ -277,6 +312,11 @@ class Connection:
             yield holdings
             if not holdings.more:
                 return
+
+    def _reconnect_socket(self) -> None:
+        """The daemon has begun its own anew: what this one has accepted may go nowhere."""
+        self._socket.close(0)
+        self._connect_socket()
 
     def _send(self, frame: bytes) -> bytes:
         request_id = next(self._request_ids).to_bytes(messages.REQUEST_ID_BYTES, "big")
@@ -343,6 +383,9 @@ class Connection:
                     return messages.decode_reply(frame)
                 except msgspec.DecodeError as error:
                     raise InvalidMessage(f"not a reply: {error}") from error
+            if self._lifeline.take_loss():
+                self._reconnect_socket()
+                raise _Lost("the allocator has lost this request or its answer: ask again")
             if not self._lifeline.is_open():
                 raise Unanswered(
                     "the allocator ended before it answered. Mapped memory stays valid; ask again "

@@ -7,17 +7,14 @@ since handing out wrong memory is worse than restarting. Never imports torch.
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import resource
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -25,25 +22,26 @@ import zmq
 
 from allocator.adoption import adopt, boot_id, read_records
 from allocator.backends import open_device
+from allocator.backends.limits import check_limits
 from allocator.backends.placement import placement_notes
+from allocator.bounded_router import BoundedRouter, Loss
 from allocator.daemon_settings import DaemonSettings
 from allocator.device import Answers, Device
 from allocator.device_memory import DeviceMemory
 from allocator.errors import (
+    AllocatorBusy,
     AllocatorError,
+    DeviceError,
     InvalidMessage,
     InvalidSetting,
+    RuntimeDirError,
     Unauthorized,
 )
 from allocator.events import History
 from allocator.exports import send_exports
 from allocator.hung_writers import HungWriters
 from allocator.journal import read_journal
-from allocator.lifeline import (
-    LifelineListener,
-    Visitor,
-    refuse,
-)
+from allocator.lifeline import LifelineListener, Visitor, refuse, tell_to_ask_again
 from allocator.messages import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -62,10 +60,14 @@ from allocator.messages import (
     Welcome,
     decode_request,
     encode,
+    plain_token,
 )
+from allocator.own_segments import OwnSegments
 from allocator.process_identity import ProcessIdentity
+from allocator.reception import Reception
 from allocator.records import JOURNAL_VERSION, RunBegan, SessionBegan, SessionEnded
 from allocator.runtime_dir import RuntimeDir
+from allocator.seldom import Seldom
 from allocator.sessions import Session, Sessions
 from allocator.state_journal import StateJournal
 from allocator.statistics import (
@@ -80,10 +82,9 @@ log = logging.getLogger("onecopy.allocator")
 
 _REQUESTS_A_TURN: Final = 64
 """After so many requests the loop looks at the lifelines again, however busy the clients are."""
-_HELLO_PATIENCE_S: Final = 5.0
-_MAX_VISITORS: Final = 256
-_SPARE_DESCRIPTORS: Final = 64
-_MAX_WIRE_BYTES: Final = 8 * MAX_FRAME_BYTES
+_MAX_FRAMES: Final = 5
+"""Identity, request id, token and request; one more shows that there are too many."""
+_MAX_WIRE_BYTES: Final = 2 * MAX_FRAME_BYTES
 """Longer frames end the connection; up to here a sender is told what is wrong."""
 
 
@@ -91,42 +92,61 @@ class Daemon:
     """The allocator of one runtime directory. `serve` runs until `stop`, or until a signal."""
 
     def __init__(self, runtime_dir: RuntimeDir, settings: DaemonSettings | None = None):
-        """Raises AlreadyRunning, InvalidSetting."""
+        """Raises AlreadyRunning, InvalidSetting, RuntimeDirError, JournalError, DeviceError."""
         self._settings = settings or DaemonSettings()
         self._sessions = Sessions()
-        self._visitors: dict[int, Visitor] = {}  # by file descriptor
         self._devices: dict[str, Device] = {}
         self._history = History()
         self._hung_writers = HungWriters()
+        self._seldom = Seldom(log)
         self._started = time.monotonic()
         self._running = True
+        self._poller = zmq.Poller()
         with contextlib.ExitStack() as undo:
             self._lock = runtime_dir.lock("allocator")
             undo.callback(self._lock.release)
-            # A client may hold a handle of the daemon before us: no name may come again.
-            run = f"{runtime_dir.segment_prefix}{secrets.token_hex(4)}-"
-            self._names: Iterator[str] = (f"{run}{number}" for number in itertools.count(1))
             self._journal = StateJournal(runtime_dir.journal, self._snapshot, self._history)
             undo.callback(self._journal.close)
+            self._segments = OwnSegments(runtime_dir)
+            undo.callback(self._leave_to_the_next)
             self._take_over(runtime_dir)
-            self._context = zmq.Context(io_threads=1)
-            undo.callback(self._context.destroy, 0)
-            self._router = self._context.socket(zmq.ROUTER)
-            self._router.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.MAXMSGSIZE, _MAX_WIRE_BYTES)
-            self._router.bind(runtime_dir.allocator_requests)
-            self._requests = runtime_dir.allocator_requests
-            self._listener = LifelineListener(runtime_dir.lifeline)
+            self._open_sockets(runtime_dir, undo)
             undo.pop_all()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._listener.fileno(), zmq.POLLIN)
         self._poller.register(self._wake_read.fileno(), zmq.POLLIN)
         for session in self._sessions:
             self._poller.register(session.fd, zmq.POLLIN)
+
+    def _open_sockets(self, runtime_dir: RuntimeDir, undo: contextlib.ExitStack) -> None:
+        self._requests = runtime_dir.allocator_requests
+        try:
+            self._router = BoundedRouter(
+                self._requests,
+                self._poller,
+                self._is_client,
+                max_frame_bytes=_MAX_WIRE_BYTES,
+                max_frames=_MAX_FRAMES,
+            )
+            undo.callback(self._router.close)
+            self._reception = Reception(LifelineListener(runtime_dir.lifeline), self._poller)
+        except (OSError, zmq.ZMQError) as error:
+            raise RuntimeDirError(
+                f"no socket can be made in the runtime directory {runtime_dir.path}: "
+                f"{error.strerror}. See what lies there, or choose another one with --runtime-dir."
+            ) from error
+
+    def _leave_to_the_next(self) -> None:
+        """The start has failed: what was adopted is still there to be adopted."""
+        kept = any(list(device.memory.sets.handles()) for device in self._devices.values())
+        if not kept and not any(device.has_pool for device in self._devices.values()):
+            self._journal.remove()
+        self._segments.leave()
+
+    def _is_client(self, password: bytes) -> bool:
+        session = self._sessions.by_token(plain_token(password))
+        return session is not None and not session.adopted
 
     # --- the start
 
@@ -135,6 +155,7 @@ class Daemon:
         settings = self._settings
         now = time.monotonic()
         journaled = read_records(read_journal(runtime_dir.journal))
+        self._segments.claim(journaled.segments())
         dead = [one for one in journaled.sessions.values() if not self._sessions.adopt(one)]
         opened = {
             name: open_device(name, settings.placement if name == "host" else "")
@@ -166,7 +187,7 @@ class Daemon:
                 backend,
                 host_tier,
                 adopted.memory,
-                self._names,
+                self._segments.names,
                 answers,
                 self._history,
                 image_folder=settings.image_folder,
@@ -190,6 +211,9 @@ class Daemon:
         for side in {backend.name: backend for backend in (*backends, host_tier)}.values():
             for name in side.sweep(runtime_dir.segment_prefix, frozenset(keep)):
                 self._history.add("removed", f"{name}, of an allocator that is gone")
+        self._segments.settle(keep)
+        for removed in self._segments.remove_abandoned():
+            self._history.add("removed", removed)
         self._journal.begin()
 
     # --- life
@@ -224,20 +248,23 @@ class Daemon:
             session = self._sessions.by_fd(fd) if isinstance(fd, int) else None
             if session is not None:
                 self._end_session(session)
-        for fd in events.keys() & self._visitors.keys():
-            self._hear(self._visitors[fd])
-        if self._listener.fileno() in events:
-            self._begin_visit()
-        if self._router in events:
+        for fd in events:
+            visitor = self._reception.take(fd) if isinstance(fd, int) else None
+            if visitor is not None:
+                self._hear(visitor)
+        if self._reception.listener_fd in events:
+            self._reception.accept(len(self._sessions))
+        self._router.greet(events)
+        if self._router.socket in events:
             self._answer_requests()
         now = time.monotonic()
         for device in self._devices.values():
             for weight_set, waiter in device.memory.sets.expired(now):
                 self._reply(waiter.reply_to, waiter.session, device.still_loading(weight_set))
                 self._doubt(weight_set, now)
-        for visitor in [v for v in self._visitors.values() if v.deadline <= now]:
-            self._end_visit(visitor)
-            visitor.connection.close()
+            device.relieve(now)
+        self._reception.tidy(now)
+        self._keep_within_bounds(now)
         self._journal.tidy()
 
     def _doubt(self, weight_set: WeightSet, now: float) -> None:
@@ -253,52 +280,45 @@ class Daemon:
 
     def _patience_ms(self) -> int | None:
         deadlines = [device.memory.sets.next_deadline() for device in self._devices.values()]
-        deadlines += [visitor.deadline for visitor in self._visitors.values()]
+        deadlines += [device.next_relief() for device in self._devices.values()]
+        deadlines += [self._reception.next_deadline()]
+        if len(self._sessions):  # nobody else can send anything
+            deadlines += [self._router.next_tick()]
         earliest = min((one for one in deadlines if one is not None), default=None)
         if earliest is None:
             return None
         return int(max(0.0, earliest - time.monotonic()) * 1000) + 1
+
+    def _keep_within_bounds(self, now: float) -> None:
+        """Whoever sends without end loses its sessions. Where all connections had to begin anew,
+        clients learn that what they have sent may be lost."""
+        loss = self._router.tick(now)
+        if loss is Loss.FLOODERS:
+            for session in [s for s in self._sessions if s.process.pid in self._router.flooders]:
+                text = f"session {session.number}, process {session.process.pid}, sent without end"
+                self._history.add("cut off", text)
+                self._end_session(session)
+        elif loss is Loss.ALL:
+            for session in self._sessions:
+                if session.lifeline is not None:
+                    tell_to_ask_again(session.lifeline)
 
     def _close(self) -> None:
         for device in self._devices.values():
             device.close()
         for session in self._sessions:
             session.close()
-        for visitor in self._visitors.values():
-            visitor.connection.close()
-        self._listener.close()
-        self._router.close(0)
-        self._context.term()
-        # libzmq leaves its name behind; without segments there is nothing to journal.
-        Path(self._requests.removeprefix("ipc://")).unlink(missing_ok=True)
-        self._journal.remove()
+        self._reception.close()
+        self._router.close()
+        self._journal.remove()  # without segments there is nothing to journal
+        self._segments.close()
         self._wake_read.close()
         self._wake_write.close()
         self._lock.release()
 
     # --- sessions
 
-    def _begin_visit(self) -> None:
-        visitor = self._listener.accept(_HELLO_PATIENCE_S)
-        if visitor is None:
-            return
-        if len(self._visitors) >= _MAX_VISITORS:
-            visitor.refuse(Unauthorized("too many clients are about to connect: try again"))
-            return
-        if len(self._sessions) + len(self._visitors) >= _most_clients():
-            text = "the allocator has no descriptors for more clients: raise its `ulimit -n`"
-            visitor.refuse(Unauthorized(text))
-            return
-        self._visitors[visitor.connection.fileno()] = visitor
-        self._poller.register(visitor.connection.fileno(), zmq.POLLIN)
-
-    def _end_visit(self, visitor: Visitor) -> None:
-        fd = visitor.connection.fileno()
-        del self._visitors[fd]
-        self._poller.unregister(fd)
-
     def _hear(self, visitor: Visitor) -> None:
-        self._end_visit(visitor)
         connection = visitor.connection
         try:
             hello = visitor.hello()
@@ -326,6 +346,10 @@ class Daemon:
             return
         except AllocatorError as error:
             refuse(connection, error)
+            return
+        except OSError as error:  # of /proc, where descriptors have run out
+            self._seldom.warning("a client can't be taken: %s", error)
+            refuse(connection, AllocatorBusy(f"the allocator can't take a client: {error}"))
             return
         self._poller.register(session.fd, zmq.POLLIN)
         with contextlib.suppress(OSError):  # gone already: the poller says so next
@@ -376,12 +400,11 @@ class Daemon:
 
     def _answer_requests(self) -> None:
         for _ in range(_REQUESTS_A_TURN):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = self._router.receive()
+            if frames is None:
                 return
             if len(frames) < 2 or len(frames[1]) != REQUEST_ID_BYTES:
-                log.warning("dropped a message of %d frames: not a request", len(frames))
+                self._seldom.warning("dropped a message of %d frames: not a request", len(frames))
                 continue
             identity, request_id, *rest = frames
             self._answer((identity, request_id), rest)
@@ -391,7 +414,9 @@ class Daemon:
         reply: Reply | None
         try:
             if len(frames) != 2:
-                raise InvalidMessage(f"a request has 3 frames, this one {len(frames) + 1}")
+                num_frames = len(frames) + 1
+                most = " or more" if num_frames == _MAX_FRAMES - 1 else ""
+                raise InvalidMessage(f"a request has 3 frames, this one {num_frames}{most}")
             token, payload = frames
             session = self._sessions.by_token(token) if len(token) == TOKEN_BYTES else None
             if session is None or session.adopted:
@@ -399,8 +424,19 @@ class Daemon:
             reply = self._dispatch(session, reply_to, _decoded(payload))
         except AllocatorError as error:
             reply = Failed(code=error.code, message=str(error)[:4000])
+        except OSError as error:
+            reply = self._broken(session, error)
         if reply is not None:
             self._reply(reply_to, session.number if session is not None else 0, reply)
+
+    def _broken(self, session: Session | None, error: OSError) -> Failed:
+        """The machine refused something that is not foreseen to fail. That is this request's error,
+        as long as our own books are right, which they are found to be or the daemon ends."""
+        log.error("a request failed: %s", error, exc_info=error)
+        if session is not None:
+            self._devices[session.device].memory.check()
+        text = f"the machine does not let the allocator do that: {error}"
+        return Failed(code=DeviceError.code, message=text[:4000])
 
     def _dispatch(self, session: Session, reply_to: ReplyTo, request: Request) -> Reply | None:
         now = time.monotonic()
@@ -408,6 +444,7 @@ class Daemon:
         match request:
             case GetStatistics():
                 uptime_s = now - self._started
+                device.look(now)
                 return device_statistics(
                     device, self._sessions, now, uptime_s, self._history.num_events
                 )
@@ -442,9 +479,9 @@ class Daemon:
         if len(frame) > MAX_FRAME_BYTES:  # it would never arrive, and be waited for
             text = f"the answer takes {len(frame)} bytes, at most {MAX_FRAME_BYTES} can be sent"
             frame = encode(Failed(code=InvalidMessage.code, message=text))
-        # A ROUTER drops what is for a peer that is gone or does not read, which is what we want:
-        # its lifeline tells us when it ends.
-        self._router.send_multipart([identity, request_id, frame])
+        # What is for a peer that is gone or does not read is dropped, which is what we want: its
+        # lifeline tells us when it ends.
+        self._router.send(identity, request_id, frame)
 
     # --- the journal
 
@@ -457,12 +494,6 @@ class Daemon:
             yield _session_record(session)
         for device in self._devices.values():
             yield from device.records()
-
-
-def _most_clients() -> int:
-    """Each has a lifeline and a connection of ZeroMQ's; the daemon's own work needs some more."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else (soft - _SPARE_DESCRIPTORS) // 2
 
 
 def _decoded(payload: bytes) -> Request:
@@ -507,6 +538,8 @@ def run(
     """Serve until SIGTERM or SIGINT; `ready_fd` gets one byte, and is closed, once clients can
     connect. Raises AlreadyRunning, InvalidSetting."""
     os.umask(0o077)
+    if settings is None or "host" in settings.devices:
+        check_limits(None if settings is None else settings.memory_limit)
     # A lifeline each client, and for a moment a descriptor for what it maps.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -6,18 +6,22 @@ nothing. Knows nothing of sockets.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from allocator.backends import Backend, for_handle
-from allocator.device_memory import AnyEffect, DeviceMemory, Evicted, FreeExtent, Holder, size
+from allocator.device_memory import AnyEffect, DeviceMemory, Evicted, FreeExtent, Holder
 from allocator.device_pool import DevicePool
+from allocator.device_room import DeviceRoom
 from allocator.errors import (
+    DeviceError,
+    DiskError,
     InvalidMessage,
+    NameTaken,
     OutOfDeviceMemory,
-    StaleGeneration,
+    RoomTaken,
     UnknownWeightSet,
 )
 from allocator.events import History
@@ -37,6 +41,7 @@ from allocator.messages import (
     Lease,
     LookUpBlocks,
     LowerTier,
+    MakeRoom,
     Message,
     Moved,
     Open,
@@ -57,13 +62,19 @@ from allocator.messages import (
     UnpinBlocks,
 )
 from allocator.records import BlockGone, Note, QuotaKept, ReadersChanged, SetGone, SetKept
+from allocator.room import size
 from allocator.sessions import Session
 from allocator.weight_set import Answer, Discard, Free, ReplyTo, Waiter, WeightSet
 
 log = logging.getLogger("onecopy.allocator")
 
+_ABOUT_ROOM: Final = (Open, Reserve, Seal, Sleep, Lease, GetShare)
+"""Requests that are answered by how much room there is."""
 _POOL_SUFFIX: Final = "-pool"
 """Tells the pool's segment from those of weights where the kernel shows its name."""
+_RELIEVE_EVERY_S: Final = 1.0
+"""So soon what nobody uses goes when others take of the device's memory, though nobody asks us."""
+_NAMES_TRIED: Final = 64
 _PREFIX_CACHE_PART: Final = 8
 """Unless told otherwise, blocks that nobody pins take an eighth of host memory at most."""
 
@@ -98,7 +109,8 @@ class Device:
     ) -> None:
         """`names` gives segment names that never repeat; `pool` is one that was adopted. Blocks
         that nobody pins may take `prefix_cache_limit` bytes; None is all that the memory limit
-        leaves, or where there is none, a part of host memory, which others need as well."""
+        leaves, or where there is none, a part of host memory, which others need as well. Raises
+        DeviceError."""
         self.backend = backend
         self.host_tier = host_tier
         self.memory = memory
@@ -113,11 +125,14 @@ class Device:
         self._pool = DevicePool(
             backend,
             memory,
-            lambda num_bytes: self._handle(backend, num_bytes, 0, _POOL_SUFFIX),
+            self._make_pool,
             self._apply,
             self._note,
             pool,
         )
+        self._pool.hold()
+        self._room = DeviceRoom(backend, memory, lambda: self._pool.handle)
+        self._relieve_at = 0.0
         self.num_adopted_sets = 0
 
     @property
@@ -125,12 +140,20 @@ class Device:
         """ "host", or "cuda:GPU-<UUID>"."""
         return self.backend.device
 
+    @property
+    def has_pool(self) -> bool:
+        """Whether it holds a segment for leases."""
+        return self._pool.handle is not None
+
     def find_images(self) -> None:
         """What sleeps on disk is there to be woken."""
         self._images.remove_leftovers()
         for key, fingerprint, copy in self._images.all():
-            if self.memory.sets.get(key) is None:
+            known = self.memory.sets.get(key)
+            if known is None:
                 self.memory.sets.restore(WeightSet(key, fingerprint, copies={"disk": copy}))
+            elif known.fingerprint == fingerprint:
+                self.memory.sets.found_image(key, copy)
 
     # --- sessions
 
@@ -140,17 +163,27 @@ class Device:
 
     def end_session(self, session: Session, now: float) -> None:
         """All that it held comes back."""
-        writing_image = any(
-            one.writer == session.number and one.target_tier == "disk" for one in self.memory.sets
-        )
+        imaged = [
+            (one.key, one.fingerprint)
+            for one in self.memory.sets
+            if one.writer == session.number and one.target_tier == "disk"
+        ]
         effects, changed = self.memory.end_session(session.number, now)
         self._pool.end_session(session.number)
+        for key, fingerprint in imaged:
+            self._find_image(key, fingerprint)
         for key in changed:
             self._note_set(key)
         self._apply(effects)
         self._shed()
-        if writing_image:
+        if imaged:
             self._images.remove_leftovers(session.process)
+
+    def _find_image(self, key: str, fingerprint: Mapping[str, str]) -> None:
+        """Whoever wrote it may have come to its end between the last byte and its word."""
+        image = self._images.find(key, fingerprint)
+        if image is not None:
+            self.memory.sets.found_image(key, image)
 
     # --- requests
 
@@ -158,11 +191,26 @@ class Device:
         self, session: Session, reply_to: ReplyTo, request: Request, now: float
     ) -> Reply | None:
         """Do it. None where the answer comes later. Raises AllocatorError."""
+        if not isinstance(request, _ABOUT_ROOM):
+            return self._do(session, reply_to, request, now)
+        self._room.look(now)
+        try:
+            return self._do(session, reply_to, request, now)
+        except OutOfDeviceMemory:
+            if not self._room.look_again(now):
+                raise
+            return self._do(session, reply_to, request, now)
+
+    def _do(
+        self, session: Session, reply_to: ReplyTo, request: Request, now: float
+    ) -> Reply | None:
         match request:
             case Open() | Reserve() | Progress() | Seal() | Abandon() | Release():
                 return self._load(session, reply_to, request, now)
             case Evict() | Pin() | Sleep() | Moved():
                 return self._move(session, reply_to, request, now)
+            case MakeRoom(num_bytes=num_bytes):
+                return self._make_room(session, num_bytes, now)
             case Lease() | Return() | PutBlocks() | LookUpBlocks() | UnpinBlocks() | GetShare():
                 reply = self._pool.dispatch(session.number, request, now)
                 if isinstance(request, UnpinBlocks):
@@ -180,6 +228,24 @@ class Device:
             case GetStatistics() | GetRegions() | GetEvents() | GetHoldings() | GetSegments():
                 raise InvalidMessage("these are the daemon's to answer")
 
+    def look(self, now: float) -> None:
+        """See how much room there is, for who asks."""
+        self._room.look(now)
+
+    def relieve(self, now: float) -> None:
+        """Give up what nobody uses where others have taken the memory that it lies in: before the
+        kernel ends somebody for want of it."""
+        if now < self._relieve_at:
+            return
+        self._relieve_at = now + _RELIEVE_EVERY_S
+        self._room.look(now)
+        self._apply(self.memory.relieve())
+
+    def next_relief(self) -> float | None:
+        """When `relieve` should be asked next; None where nothing could be given up."""
+        idle = self.memory.sets.least_recently_used(owned=True) is not None
+        return self._relieve_at if idle or self.memory.pool.evictable_bytes else None
+
     def still_loading(self, weight_set: WeightSet) -> StillLoading:
         """What a waiter whose time is up is told."""
         source = weight_set.highest
@@ -194,6 +260,25 @@ class Device:
         """Nobody needs more unpinned blocks than the prefix cache may hold."""
         if self._prefix_cache_limit is not None:
             self._apply(self.memory.evict_blocks(self._prefix_cache_limit))
+
+    def _make_room(self, session: Session, num_bytes: int, now: float) -> Done:
+        """The device refused to commit what fits by our count: others use it, and may use other
+        bounds than we see. Raises RoomTaken, OutOfDeviceMemory."""
+        self._room.look_anew(now)
+        memory = self.memory
+        effects = memory.relieve()
+        freed = sum(effect.num_bytes for effect in effects if isinstance(effect, Evicted))
+        while freed < num_bytes and (evicted := memory.evict_one(owned=True)):
+            freed += sum(one.num_bytes for one in evicted if isinstance(one, Evicted))
+            effects += evicted
+        self._apply(effects)
+        self._room.look_anew(now)
+        if effects or not memory.overdrawn_bytes:
+            return Done()
+        problem = memory.shortage(num_bytes)
+        if self._pool.lacks_room(session.number, now):
+            raise RoomTaken(problem)
+        raise OutOfDeviceMemory(problem)
 
     # --- weight sets
 
@@ -231,7 +316,11 @@ class Device:
             case Seal():
                 return self._seal(session, request)
             case Abandon(generation=generation, discard_source=discard):
+                weight_set = sets.writing(number, key, generation)
+                moved_to = weight_set.target_tier
                 effects = sets.abandon(number, key, generation, discard_source=discard)
+                if moved_to == "disk":
+                    self._find_image(key, weight_set.fingerprint)
                 self._note_set(key)
                 self._apply(effects)
                 return Done()
@@ -249,8 +338,7 @@ class Device:
     def _reserve(self, session: Session, key: str, generation: int, num_bytes: int) -> Reserved:
         self.memory.sets.may_reserve(session.number, key, generation)
         self._apply(self.memory.make_room(session.number, num_bytes))
-        handle = self._handle(self.backend, num_bytes, generation)
-        self._reserve_segment(handle)
+        handle = self._made(self.backend, num_bytes, generation, self._reserve_segment)
         self.memory.sets.reserve(session.number, key, handle)
         self._note_set(key)
         self._history.add(
@@ -262,28 +350,19 @@ class Device:
         """Others use the device as well, so it can be short below our limit: what nobody uses goes
         then, unless even an otherwise empty device could not hold the segment."""
         in_vain = handle.num_bytes > self.backend.limit_bytes()
-        outstanding = self._outstanding_bytes(self.backend)
+        outstanding = self._room.outstanding_bytes()
         while True:
             try:
                 self.backend.reserve(
                     handle.segment, handle.num_bytes, outstanding_bytes=outstanding
                 )
             except OutOfDeviceMemory:
-                effects = [] if in_vain else self.memory.evict_one()
+                effects = [] if in_vain else self.memory.evict_one(owned=True)
                 if not effects:
                     raise
                 self._apply(effects)
             else:
                 return
-
-    def _outstanding_bytes(self, backend: Backend) -> int:
-        """Reserved, and not yet committed by their writers."""
-        targets = [s.target for s in self.memory.sets if s.target is not None]
-        return sum(
-            max(0, target.num_bytes - backend.committed_bytes(target.segment))
-            for target in targets
-            if target.backend == backend.name
-        )
 
     def _seal(self, session: Session, seal: Seal) -> Reply:
         sets = self.memory.sets
@@ -297,9 +376,9 @@ class Device:
         if seal.in_place:
             extra += weight_set.copies["disk"].handle.num_bytes
         if extra:
-            self._apply(self.memory.make_room(session.number, extra))
+            self._apply(self.memory.make_room(session.number, 0, mapped_bytes=extra))
         if weight_set.target is not None:
-            _take_write_access(self.backend, weight_set.target)
+            self.backend.seal(weight_set.target.segment)
         woken = bool(weight_set.copies)
         sealed, effects = sets.seal(
             session.number,
@@ -324,6 +403,10 @@ class Device:
         sets, key = self.memory.sets, request.key
         match request:
             case Evict(image=with_image):
+                imaged = sets.evictable(key).copies.get("disk")
+                if with_image and imaged is not None and self._images.discard(imaged.handle):
+                    # First: that may be refused, and then nothing has changed.
+                    self._history.add("discarded", f"the image {imaged.handle.segment}")
                 self._apply(sets.evict(key, image=with_image))
                 self._history.add("evicted", f"{key}, as asked")
             case Pin(pinned=pinned):
@@ -336,7 +419,7 @@ class Device:
                 if weight_set.target_tier == "disk":
                     image = self._images.written(key, weight_set.fingerprint)
                 elif weight_set.target_tier == "host" and weight_set.target is not None:
-                    _take_write_access(self.host_tier, weight_set.target)
+                    self.host_tier.seal(weight_set.target.segment)
                 effects = sets.moved(session.number, key, generation, image)
                 self._note_set(key)
                 self._apply(effects)
@@ -369,11 +452,14 @@ class Device:
         if tier == "host":
             num_bytes = weight_set.highest.handle.num_bytes
             self._check_host_tier(num_bytes)
-            target = self._handle(self.host_tier, num_bytes, 0)
-            self.host_tier.reserve(
-                target.segment,
+            outstanding = self._room.outstanding_bytes(self.host_tier)
+            target = self._made(
+                self.host_tier,
                 num_bytes,
-                outstanding_bytes=self._outstanding_bytes(self.host_tier),
+                0,
+                lambda handle: self.host_tier.reserve(
+                    handle.segment, num_bytes, outstanding_bytes=outstanding
+                ),
             )
         moving = sets.move(session.number, key, tier, target, str(self._images.path))
         self._note_set(key)
@@ -390,7 +476,8 @@ class Device:
 
     def _rise(self, session: Session, weight_set: WeightSet) -> None:
         """A set that sleeps in the very memory that the device has is awake once it counts."""
-        self._apply(self.memory.make_room(session.number, weight_set.num_bytes("host")))
+        num_bytes = weight_set.num_bytes("host")  # its memory is committed already
+        self._apply(self.memory.make_room(session.number, 0, mapped_bytes=num_bytes))
         self.memory.sets.relabel(weight_set.key, "device")
         self._history.add("woken", f"{weight_set.key}, {size(weight_set.num_bytes('device'))}")
 
@@ -417,8 +504,7 @@ class Device:
                 case FreeExtent(extent=extent):
                     self._pool.free_extent(extent)
                 case Discard(handle=handle):
-                    if self._images.discard(handle):
-                        self._history.add("discarded", f"the image {handle.segment}")
+                    self._discard(handle)
                 case Evicted(key="", digest=digest):
                     self._note(BlockGone(device=self.name, digest=digest))
                 case Evicted(key=key, num_bytes=num_bytes):
@@ -427,11 +513,57 @@ class Device:
                 case Answer(waiter=waiter, message=message):
                     self._answers.reply(waiter.reply_to, waiter.session, message)
 
+    def _discard(self, image: Handle) -> None:
+        """Nobody finds it any more, even if its file stays."""
+        try:
+            if self._images.discard(image):
+                self._history.add("discarded", f"the image {image.segment}")
+        except DiskError as error:
+            self._images.give_up(image)
+            self._history.add("disk", str(error))
+
     def _free(self, handle: Handle) -> None:
         if handle.backend == self.backend.name:
             self.backend.free(handle.segment)
         elif handle.backend == self.host_tier.name:
             self.host_tier.free(handle.segment)
+
+    def _make_pool(self, num_bytes: int) -> Handle:
+        return self._made(
+            self.backend,
+            num_bytes,
+            0,
+            lambda handle: self._reserve_pool(handle.segment, num_bytes),
+            _POOL_SUFFIX,
+        )
+
+    def _reserve_pool(self, segment: str, num_bytes: int) -> None:
+        self.backend.reserve_pool(segment, num_bytes)
+        try:
+            self.backend.hold_pool(segment)
+        except DeviceError:
+            self.backend.free(segment)
+            raise
+
+    def _made(
+        self,
+        backend: Backend,
+        num_bytes: int,
+        generation: int,
+        reserve: Callable[[Handle], None],
+        suffix: str = "",
+    ) -> Handle:
+        """A segment that `reserve` has made. Other users of the machine may make files where ours
+        should be; a name that is taken is passed over. Raises as `reserve` does."""
+        for _ in range(_NAMES_TRIED):
+            handle = self._handle(backend, num_bytes, generation, suffix)
+            try:
+                reserve(handle)
+            except NameTaken as error:
+                log.warning("%s", error)
+            else:
+                return handle
+        raise DeviceError("the names of our segments are all taken by files of other users")
 
     def _handle(
         self, backend: Backend, num_bytes: int, generation: int, suffix: str = ""
@@ -519,13 +651,3 @@ def _is_as_described(file: Handle) -> bool:
         return file.num_bytes <= Path(file.segment).lstat().st_size
     except OSError:
         return False
-
-
-def _take_write_access(backend: Backend, target: Handle) -> None:
-    """Seal a segment. Raises StaleGeneration where somebody has removed it."""
-    try:
-        backend.seal(target.segment)
-    except FileNotFoundError as error:
-        raise StaleGeneration(
-            f"the segment {target.segment} was removed by another program: load the set anew"
-        ) from error

@@ -1,23 +1,29 @@
 """All memory of one device as numbers: weight sets, the pool, who may hold how much. Pure.
 
 Owns the limit, the quotas and the order in which things are given up to make room: whatever nobody
-uses, least recently used first, weight sets and cached blocks alike. Invariants: what is used never
-exceeds the limit; nothing is given up unless that makes the room; who asks for more than its quota
-is refused before anything is given up for it. Knows nothing of bytes, sockets or backends.
+uses, least recently used first, weight sets and cached blocks alike. Two bounds count: the limit,
+for all that is used, and what the device has room for now (`see`), for what takes its memory: files
+that are mapped where they lie do not. What is reserved counts whether or not it is committed yet.
+Invariants: nothing is given out beyond either bound; nothing is given up unless that makes the
+room; who asks for more than its quota is refused before anything is given up for it. Knows nothing
+of bytes, sockets or backends.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from allocator.errors import OutOfDeviceMemory, QuotaExceeded
 from allocator.kv_pool import KVPool
 from allocator.messages import MAX_BYTES, BlockToPut, Extent, LeaseId, QuotaStatistics
+from allocator.room import Room, size
 from allocator.weight_set import Discard, Effect, Free, SessionId, WeightSet
 from allocator.weight_sets import WeightSets
 
 QuotaKey = tuple[str, str]
 """("model" or "user", name)."""
+_RAISE: Final = "raise --memory-limit"
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,13 @@ class DeviceMemory:
         limit_bytes: int | None = None,
         quotas: dict[QuotaKey, int] | None = None,
     ) -> None:
-        """`limit_bytes` None leaves it to the device to say when it is full."""
+        """`limit_bytes` None leaves it to the device."""
         self.sets = WeightSets()
         self.pool = KVPool(pool_bytes, granularity)
         self.limit_bytes = limit_bytes
+        self.device_bytes = MAX_BYTES
+        """What the device has room for, as it was last seen."""
+        self._room: Room | None = None
         self._quotas: dict[QuotaKey, int] = dict(quotas or {})
         self._holders: dict[SessionId, Holder] = {}
         self._tolerated_bytes = 0
@@ -101,18 +110,60 @@ class DeviceMemory:
         """Weight sets on the device, leased extents and cached blocks."""
         return self.sets.num_bytes("device") + self.pool.leased_bytes + self.pool.cached_bytes
 
-    def make_room(self, session: SessionId, num_bytes: int) -> list[AnyEffect]:
-        """Give up what nobody uses until `num_bytes` more fit.
+    @property
+    def owned_bytes(self) -> int:
+        """What of it takes the device's memory: all but files that are mapped where they lie."""
+        sets = sum(weight_set.owned_bytes for weight_set in self.sets)
+        return sets + self.pool.leased_bytes + self.pool.cached_bytes
+
+    @property
+    def bound_bytes(self) -> int:
+        """The lesser of limit and room, for what takes the device's memory."""
+        return min(self._most_bytes, self.device_bytes)
+
+    @property
+    def overdrawn_bytes(self) -> int:
+        """What is owned beyond the device's room, since others took of it."""
+        return max(0, self.owned_bytes - self.device_bytes)
+
+    @property
+    def leasable_bytes(self) -> int:
+        """What all sessions together could hold of the pool, once all that is idle is gone."""
+        busy = sum(s.owned_bytes for s in self.sets if s.state != "idle" or s.pinned)
+        return max(0, min(self.pool.total_bytes, self.bound_bytes - busy))
+
+    def see(self, device_bytes: int, room: Room | None = None) -> None:
+        """What the device has room for now, what is owned already included; `room` says for
+        people what bounds that."""
+        self.device_bytes = max(0, device_bytes)
+        self._room = room
+
+    def make_room(
+        self, session: SessionId, num_bytes: int, *, mapped_bytes: int = 0
+    ) -> list[AnyEffect]:
+        """Give up what nobody uses until `num_bytes` more fit, and beside them `mapped_bytes` of
+        files, which take none of the device's memory.
 
         Raises QuotaExceeded, or OutOfDeviceMemory, which says who holds what and what would help.
         """
-        self._check_room(session, num_bytes)
-        return self._evict_down_to(self._most_bytes - num_bytes)
+        self._check_room(session, num_bytes, mapped_bytes)
+        return self._evict_down_to(num_bytes, mapped_bytes, owned=num_bytes > 0)
 
-    def evict_one(self) -> list[AnyEffect]:
+    def relieve(self) -> list[AnyEffect]:
+        """Give up what nobody uses as long as more is owned than the device has room for. May not
+        be enough."""
+        effects: list[AnyEffect] = []
+        while self.overdrawn_bytes:
+            evicted = self.evict_one(owned=True)
+            if not evicted:
+                break
+            effects += evicted
+        return effects
+
+    def evict_one(self, *, owned: bool = False) -> list[AnyEffect]:
         """Give up the least recently used of the idle sets and unpinned blocks; [] if there is
-        none."""
-        idle = self.sets.least_recently_used()
+        none. `owned`: of those that take memory of the device."""
+        idle = self.sets.least_recently_used(owned=owned)
         block = self.pool.oldest_block()
         if idle is not None and (block is None or idle.idle_since <= block):
             num_bytes = idle.num_bytes("device")
@@ -145,7 +196,7 @@ class DeviceMemory:
                 effects += evicted
                 if self.pool.free_bytes >= rounded * count:
                     extents = self.pool.lease(session, num_bytes, count)
-        return extents, effects + self._evict_down_to(self._most_bytes)
+        return extents, effects + self._evict_down_to(0, owned=True)
 
     def give_back(self, session: SessionId, leases: Sequence[LeaseId]) -> list[AnyEffect]:
         """Leases end. Raises as `KVPool.give_back` does."""
@@ -200,6 +251,11 @@ class DeviceMemory:
                 held[charge] += leased_bytes
         return held
 
+    def shortage(self, num_bytes: int) -> str:
+        """What who can't have so much of the device's memory is told."""
+        busy = self.owned_bytes - self.pool.evictable_bytes
+        return self._beyond_room(num_bytes, busy)
+
     # --- steps
 
     @property
@@ -207,19 +263,30 @@ class DeviceMemory:
         # Without a limit the device says when it is full, but what is written down of it ends here.
         return MAX_BYTES if self.limit_bytes is None else self.limit_bytes
 
-    def _check_room(self, session: SessionId, num_bytes: int) -> None:
+    def _check_room(self, session: SessionId, num_bytes: int, mapped_bytes: int = 0) -> None:
         """Raises as `make_room` does, and changes nothing."""
-        self._check_quotas(session, num_bytes)
+        self._check_quotas(session, num_bytes + mapped_bytes)
         idle = [s for s in self.sets if s.state == "idle" and not s.pinned]
-        busy_bytes = self.used_bytes - self.pool.evictable_bytes
+        evictable_bytes = self.pool.evictable_bytes
+        busy_bytes = self.used_bytes - evictable_bytes
         busy_bytes -= sum(weight_set.num_bytes("device") for weight_set in idle)
-        if busy_bytes + num_bytes > self._most_bytes:
-            raise OutOfDeviceMemory(self._full(num_bytes, busy_bytes))
+        if busy_bytes + num_bytes + mapped_bytes > self._most_bytes:
+            raise OutOfDeviceMemory(self._beyond_limit(num_bytes + mapped_bytes, busy_bytes))
+        busy_bytes = self.owned_bytes - evictable_bytes
+        busy_bytes -= sum(weight_set.owned_bytes for weight_set in idle)
+        if num_bytes and busy_bytes + num_bytes > self.device_bytes:
+            raise OutOfDeviceMemory(self._beyond_room(num_bytes, busy_bytes))
 
-    def _evict_down_to(self, num_bytes: int) -> list[AnyEffect]:
+    def _evict_down_to(
+        self, num_bytes: int, mapped_bytes: int = 0, *, owned: bool
+    ) -> list[AnyEffect]:
+        """Until so much fits, as `_check_room` has found that it can; `owned`: into the device's
+        room as well as below the limit."""
         effects: list[AnyEffect] = []
-        while self.used_bytes > num_bytes:
+        while self.used_bytes + num_bytes + mapped_bytes > self._most_bytes:
             effects += self.evict_one()
+        while owned and self.owned_bytes + num_bytes > self.device_bytes:
+            effects += self.evict_one(owned=True)
         return effects
 
     def _evict_block(self) -> list[AnyEffect]:
@@ -229,19 +296,29 @@ class DeviceMemory:
         digest, extent = evicted
         return [Evicted("", digest, extent.num_bytes), FreeExtent(extent)]
 
-    def _full(self, num_bytes: int, busy_bytes: int) -> str:
+    def _beyond_limit(self, num_bytes: int, busy_bytes: int) -> str:
         limit = self._most_bytes
+        return self._full(num_bytes, busy_bytes, f"the limit is {size(limit)}", _RAISE)
+
+    def _beyond_room(self, num_bytes: int, busy_bytes: int) -> str:
+        room, ours = self._room, size(self.device_bytes)
+        if room is None:
+            return self._full(num_bytes, busy_bytes, f"the device has room for {ours}", "")
+        bound = f"{room.words}, of which {ours} can be onecopy's now"
+        short = busy_bytes + num_bytes - self.device_bytes
+        return self._full(num_bytes, busy_bytes, bound, room.remedy(short))
+
+    def _full(self, num_bytes: int, busy_bytes: int, bound: str, remedy: str) -> str:
         if not busy_bytes:
-            return (
-                f"{size(num_bytes)} are needed, but the limit is {size(limit)}. Raise "
-                "--memory-limit."
-            )
-        help_by = "Stop one of them, or raise --memory-limit."
+            helps = f" {remedy[:1].upper()}{remedy[1:]}." if remedy else ""
+            return f"{size(num_bytes)} are needed, but {bound}.{helps}"
+        verb = "Stop one of them"
         if any(s.pinned and s.state == "idle" for s in self.sets):
-            help_by = "Unpin or stop one of them, or raise --memory-limit."
+            verb = "Unpin or stop one of them"
+        helps = f"{verb}, or {remedy}." if remedy else f"{verb}."
         return (
-            f"{size(num_bytes)} are needed, but the limit is {size(limit)}, and "
-            f"{size(busy_bytes)} of it are in use: {', '.join(self._holdings())}. {help_by}"
+            f"{size(num_bytes)} are needed, but {bound}, and {size(busy_bytes)} of it are in use: "
+            f"{', '.join(self._holdings())}. {helps}"
         )
 
     def _no_extents(self, num_bytes: int, count: int) -> str:
@@ -305,11 +382,6 @@ def check_set(weight_set: WeightSet, sessions: Iterable[SessionId]) -> None:
         raise AssertionError(f"{weight_set.key}: sessions wait, and nobody writes")
     if weight_set.state == "absent":
         raise AssertionError(f"{weight_set.key}: it is absent, and still listed")
-
-
-def size(num_bytes: int) -> str:
-    """For people."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 __all__ = [

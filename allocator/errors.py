@@ -49,6 +49,13 @@ class Unauthorized(AllocatorError):
     code = "unauthorized"
 
 
+class AllocatorBusy(AllocatorError):
+    """The allocator takes no further client at the moment: too many are about to connect, or it has
+    no descriptors left. Worth trying again."""
+
+    code = "allocator_busy"
+
+
 class InvalidMessage(AllocatorError):
     """A frame was malformed, too long, or not allowed in this state."""
 
@@ -59,6 +66,22 @@ class OutOfDeviceMemory(AllocatorError):
     """The device can't hold what was asked for. The message says who holds it and what helps."""
 
     code = "out_of_device_memory"
+
+
+class SharedMemoryFull(OutOfDeviceMemory):
+    """The kernel has no memory for `num_bytes` of shared memory now: others use it, too."""
+
+    code = "shared_memory_full"
+
+    def __init__(self, message: str, num_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.num_bytes = num_bytes
+
+
+class RoomTaken(OutOfDeviceMemory):
+    """There would be room, but other sessions hold it. They come and go: it is worth waiting."""
+
+    code = "room_taken"
 
 
 class FingerprintMismatch(AllocatorError):
@@ -152,6 +175,12 @@ class DeviceError(AllocatorError):
     code = "device_error"
 
 
+class NameTaken(DeviceError):
+    """A file that is not of this allocator has the name that a segment was to get."""
+
+    code = "name_taken"
+
+
 BY_CODE: dict[str, type[AllocatorError]] = {
     cls.code: cls
     for cls in (
@@ -162,8 +191,11 @@ BY_CODE: dict[str, type[AllocatorError]] = {
         RuntimeDirError,
         AlreadyRunning,
         Unauthorized,
+        AllocatorBusy,
         InvalidMessage,
         OutOfDeviceMemory,
+        SharedMemoryFull,
+        RoomTaken,
         FingerprintMismatch,
         StaleGeneration,
         NotWriter,
@@ -179,5 +211,6 @@ BY_CODE: dict[str, type[AllocatorError]] = {
         ImageCorrupt,
         JournalError,
         DeviceError,
+        NameTaken,
     )
 }

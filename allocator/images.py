@@ -104,6 +104,7 @@ def write_image(
     temporary = folder / f".tmp-{own.pid}-{own.start_ticks}-{secrets.token_hex(8)}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_folder(folder)
         _require_room(folder, total)
         try:
             _write(temporary, source, ending, on_progress)
@@ -147,7 +148,7 @@ def list_images(folder: Path) -> list[tuple[Path, ImageRecord]]:
     """All good images of a folder, by name; of the others the log says why they are not. A folder
     that does not exist has none."""
     images: list[tuple[Path, ImageRecord]] = []
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    for path in _listed(folder, f"*{SUFFIX}"):
         try:
             record, _ = read_record(path)
         except (ImageCorrupt, DiskError) as error:
@@ -164,7 +165,7 @@ def remove_leftovers(folder: Path, ending: ProcessIdentity | None = None) -> lis
     process and those that write to the folder must see the same pids. What can't be deleted is
     logged."""
     removed: list[str] = []
-    for path in sorted(folder.glob(".tmp-*")):
+    for path in _listed(folder, ".tmp-*"):
         match = _LEFTOVER.fullmatch(path.name)
         if not match:
             continue
@@ -177,6 +178,31 @@ def remove_leftovers(folder: Path, ending: ProcessIdentity | None = None) -> lis
             else:
                 removed.append(path.name)
     return removed
+
+
+def _listed(folder: Path, pattern: str) -> list[Path]:
+    """By name; none where the folder can't be read, which the log says."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.match(pattern))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        log.warning("the folder of images %s can't be read: %s", folder, error.strerror)
+        return []
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises DiskError where others could put files of theirs in the place of ours."""
+    status = folder.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise DiskError(
+            f"the folder of images {folder} belongs to user id {status.st_uid}: choose one of your "
+            "own with --image-dir or ONECOPY_IMAGE_DIR"
+        )
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        raise DiskError(
+            f"everybody may write to the folder of images {folder}: run `chmod go-w {folder}`"
+        )
 
 
 # --- writing

@@ -55,6 +55,8 @@ class KVPool:
         self._cached_bytes = 0
         self._evictable_bytes = 0
         self._num_lookups = self._num_hits = self._num_evictions = 0
+        self._restored: dict[int, int] | None = None
+        """While an earlier daemon's journal is replayed: offset → bytes of what is not free."""
 
     @property
     def total_bytes(self) -> int:
@@ -200,7 +202,7 @@ class KVPool:
         del self._unpinned[digest]
         self._cached_bytes -= block.num_bytes
         self._evictable_bytes -= block.num_bytes
-        self._arena.free(block.offset)
+        self._free(block.offset)
         return Extent(offset=block.offset, num_bytes=block.num_bytes)
 
     # --- sessions
@@ -264,9 +266,20 @@ class KVPool:
             for digest, count in digests.items():
                 yield session, digest, count
 
+    def begin_restoring(self) -> None:
+        """From now on what happened is told again, until `end_restoring`: where extents lie is
+        known, and what is free between them matters at the end only."""
+        self._restored = {}
+
+    def end_restoring(self) -> None:
+        """Go on from here. Raises ForeignExtent where extents overlap, or do not fit."""
+        if self._restored is not None:
+            self._arena.restore(self._restored.items())
+        self._restored = None
+
     def restore_lease(self, session: SessionId, generation: int, extent: Extent) -> None:
         """Raises ForeignExtent where the extent is not free."""
-        self._arena.allocate_at(extent.offset, extent.num_bytes)
+        self._restore(extent)
         self._hold(session, extent, generation)
         self._generation = max(self._generation, generation)
 
@@ -278,7 +291,7 @@ class KVPool:
 
     def restore_block(self, digest: bytes, extent: Extent, now: float) -> None:
         """Raises ForeignExtent where the extent is not free."""
-        self._arena.allocate_at(extent.offset, extent.num_bytes)
+        self._restore(extent)
         self._keep(digest, extent, now)
 
     def restore_pins(self, session: SessionId, digests: Iterable[bytes], now: float) -> None:
@@ -380,8 +393,19 @@ class KVPool:
         self._held[lease.session].discard(offset)
         self._held_bytes[lease.session] -= lease.num_bytes
         if free:
-            self._arena.free(offset)
+            self._free(offset)
         return Extent(offset=offset, num_bytes=lease.num_bytes)
+
+    def _restore(self, extent: Extent) -> None:
+        if self._restored is None or extent.offset in self._restored:
+            raise ForeignExtent(f"the extent at offset {extent.offset} is not free")
+        self._restored[extent.offset] = extent.num_bytes
+
+    def _free(self, offset: int) -> None:
+        if self._restored is None:
+            self._arena.free(offset)
+        else:
+            del self._restored[offset]
 
     def _keep(self, digest: bytes, extent: Extent, now: float) -> None:
         self._blocks[digest] = _Block(extent.offset, extent.num_bytes, 0, now)

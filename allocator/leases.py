@@ -21,9 +21,16 @@ from typing import TYPE_CHECKING
 from allocator import messages
 from allocator.backends import PoolWindow, for_handle
 from allocator.connection import Connection, expect
-from allocator.errors import AllocatorGone, DoubleFree, Unanswered, WaitTimeout
+from allocator.errors import (
+    AllocatorGone,
+    DoubleFree,
+    SharedMemoryFull,
+    Unanswered,
+    WaitTimeout,
+)
 from allocator.lifeline import close_all
 from allocator.messages import MAX_BATCH, BlockToPut, Extent, Handle, LeaseId
+from allocator.shortage import Shortage
 
 if TYPE_CHECKING:
     import torch
@@ -145,12 +152,13 @@ class PoolClient:
         self._closed = False
         self._lock = threading.RLock()
 
-    def lease(self, num_bytes: int, count: int = 1) -> list[Lease]:
+    def lease(self, num_bytes: int, count: int = 1, *, alone_since_ms: int = 0) -> list[Lease]:
         """`count` extents of at least `num_bytes` bytes each, mapped, committed and zero: all, or
-        none. Raises OutOfDeviceMemory, QuotaExceeded."""
+        none. `alone_since_ms`: see `messages.Lease`. Raises OutOfDeviceMemory, RoomTaken,
+        QuotaExceeded."""
         with self._turn():
             answer, descriptors = self._connection.exchange(
-                messages.Lease(num_bytes=num_bytes, count=count)
+                messages.Lease(num_bytes=num_bytes, count=count, alone_since_ms=alone_since_ms)
             )
             leased = expect(answer, messages.Leased)
             try:
@@ -303,12 +311,18 @@ class PoolClient:
         writable: bool,
     ) -> _Mapped:
         done: list[Extent] = []
+        shortage = Shortage(self._connection)
         try:
             mapped = self._window_of(pool)
             try:
                 for index, extent in enumerate(extents):
                     descriptor = descriptors[index] if descriptors else None
-                    mapped.map(extent, writable=writable, descriptor=descriptor)
+                    while True:
+                        try:
+                            mapped.map(extent, writable=writable, descriptor=descriptor)
+                            break
+                        except SharedMemoryFull as error:
+                            shortage(error)
                     done.append(extent)
             except BaseException:
                 for extent in done:

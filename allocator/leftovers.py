@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from allocator.backends import open_device
+from allocator.backends.segments import OWNER, remove, runs_of
 from allocator.errors import AlreadyRunning
 from allocator.runtime_dir import RuntimeDir
 
@@ -26,7 +27,10 @@ def remove_leftovers(runtime_dir: RuntimeDir, role: Role) -> list[str]:
     try:
         removed: list[str] = []
         if role == "allocator":
-            removed += open_device("host").sweep(runtime_dir.segment_prefix, frozenset())
+            prefix = runtime_dir.segment_prefix
+            removed += open_device("host").sweep(prefix, frozenset())
+            for run in runs_of(prefix):
+                remove(f"{run}-{OWNER}")
             requests = Path(runtime_dir.allocator_requests.removeprefix(_ZEROMQ))
             files = [runtime_dir.lifeline, runtime_dir.journal, requests]
         else:

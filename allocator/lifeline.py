@@ -1,8 +1,9 @@
 """The lifeline: a Unix socket that says who a client is, and whether it still lives.
 
-Owns both ends. Invariant: a session lives as long as its lifeline is open; the kernel closes it
-when the client's process ends, however it ends. Also carries what ZeroMQ can't, file descriptors.
-Knows nothing of what a session holds.
+Owns both ends. Invariants: a session lives as long as its lifeline is open; the kernel closes it
+when the client's process ends, however it ends; whoever comes is heard or told why not, also when
+descriptors have run out. Also carries what ZeroMQ can't: file descriptors, and that answers are
+lost. Knows nothing of what a session holds.
 """
 
 import contextlib
@@ -20,15 +21,18 @@ import msgspec
 
 from allocator.errors import (
     BY_CODE,
+    AllocatorBusy,
     AllocatorError,
     AllocatorGone,
     AllocatorSilent,
     InvalidMessage,
+    Unanswered,
     Unauthorized,
     WaitTimeout,
 )
 from allocator.messages import (
     PROTOCOL_VERSION,
+    AskAgain,
     Descriptor,
     Hello,
     Refused,
@@ -44,6 +48,10 @@ _BACKLOG: Final = 128
 _FRAME_BYTES: Final = 8192
 MAX_DESCRIPTORS: Final = 250
 """The kernel takes 253 a message (SCM_MAX_FD)."""
+_OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
+NO_DESCRIPTORS: Final = "the allocator has no descriptors for more clients: raise its `ulimit -n`"
+_FIRST_PAUSE_S: Final = 0.02
+_LONGEST_PAUSE_S: Final = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +81,17 @@ class Visitor:
             )
         return hello
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether there is nothing to be heard from it yet, not even its end."""
+        try:
+            self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def refuse(self, error: AllocatorError) -> None:
         """Say why, and hang up."""
         refuse(self.connection, error)
@@ -85,34 +104,50 @@ def refuse(connection: socket.socket, error: AllocatorError) -> None:
     connection.close()
 
 
+class NobodyThere(Exception):
+    """Nobody is waiting to be accepted."""
+
+
+class OutOfDescriptors(Exception):
+    """Somebody is waiting, and can't be accepted."""
+
+
 class LifelineListener:
     """The daemon's end: accepts clients of our own user."""
 
     def __init__(self, path: Path):
+        """Raises OSError where the name can't be had."""
         self._path = path
         self._socket = socket.socket(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         )
-        # Only the holder of the runtime directory's lock gets here, so an old name is a dead one's.
-        path.unlink(missing_ok=True)
-        self._socket.bind(os.fspath(path))
-        path.chmod(0o600)
-        self._socket.listen(_BACKLOG)
-        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Only the holder of the runtime directory's lock gets here, so an old name is a dead
+            # one's.
+            path.unlink(missing_ok=True)
+            self._socket.bind(os.fspath(path))
+            path.chmod(0o600)
+            self._socket.listen(_BACKLOG)
+            self._spare: int | None = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self._socket.close()
+            raise
 
     def fileno(self) -> int:
         """Readable when a client connects."""
         return self._socket.fileno()
 
     def accept(self, patience_s: float) -> Visitor | None:
-        """The next client, which has `patience_s` to say Hello; None where it was refused or went
-        away again."""
+        """The next client, which has `patience_s` to say Hello; None where it was refused, or went
+        away again. Raises NobodyThere, OutOfDescriptors."""
         try:
             connection, _ = self._socket.accept()
+        except BlockingIOError as error:
+            raise NobodyThere from error
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away()
-            return None
+            if error.errno in _OUT_OF_DESCRIPTORS:
+                raise OutOfDescriptors from error
+            return None  # ECONNABORTED, and whatever else says that this one is gone
         connection.setblocking(False)
         pid, uid, _gid = _UCRED.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
@@ -123,19 +158,35 @@ class LifelineListener:
             return None
         return Visitor(connection, pid, time.monotonic() + patience_s)
 
+    def turn_away(self) -> bool:
+        """Out of descriptors, with the one that is kept for this the next client can at least be
+        told so, where otherwise it would keep the listener readable for ever. False where even that
+        one is gone: try again later."""
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+            with contextlib.suppress(OSError):
+                connection, _ = self._socket.accept()
+                connection.setblocking(False)
+                refuse(connection, AllocatorBusy(NO_DESCRIPTORS))
+        with contextlib.suppress(OSError):
+            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        return self._spare is not None
+
     def close(self) -> None:
         """Stop listening and remove the name."""
         self._socket.close()
-        os.close(self._spare)
-        self._path.unlink(missing_ok=True)
-
-    def _turn_away(self) -> None:
-        """Out of descriptors: with the spare one the next client can at least be hung up on, where
-        otherwise it would keep the listener readable for ever."""
-        os.close(self._spare)
+        if self._spare is not None:
+            os.close(self._spare)
         with contextlib.suppress(OSError):
-            self._socket.accept()[0].close()
-        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            self._path.unlink(missing_ok=True)
+
+
+def tell_to_ask_again(connection: socket.socket) -> None:
+    """Requests on their way are lost, and so may be answers. A client that has gone, or reads
+    nothing, need not know."""
+    with contextlib.suppress(OSError):
+        connection.send(encode(AskAgain()), socket.MSG_DONTWAIT)
 
 
 def send_descriptors(
@@ -147,17 +198,33 @@ def send_descriptors(
     socket.send_fds(connection, [frame], list(descriptors), socket.MSG_DONTWAIT)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lifeline:
     """The client's end."""
 
     welcome: Welcome
     connection: socket.socket = field(repr=False)
+    _inbox: list[tuple[bytes, list[int]]] = field(default_factory=list, repr=False)
+    """Descriptors that have come, by the request that they belong to."""
+    _is_lossy: bool = False
 
     @classmethod
     def connect(cls, path: Path, timeout_s: float, hello: Hello) -> "Lifeline":
-        """Open a session. Raises AllocatorGone where nobody listens, or what the daemon refused
-        with."""
+        """Open a session. Raises AllocatorGone where nobody listens, AllocatorBusy where it has no
+        place for this client within `timeout_s`, or what the daemon refused with."""
+        deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            try:
+                return cls._connect_once(path, left_s, hello)
+            except AllocatorBusy:
+                if left_s <= pause_s:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    @classmethod
+    def _connect_once(cls, path: Path, timeout_s: float, hello: Hello) -> "Lifeline":
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         # The kernel waits for room in a busy daemon's queue only where the socket blocks: one with
         # a timeout of Python's would be told EAGAIN at once.
@@ -194,28 +261,31 @@ class Lifeline:
 
     def descriptors(self, request_id: bytes, count: int, timeout_s: float) -> list[int]:
         """The descriptors that come with the reply to this request, the caller's to close. Those of
-        requests that were given up are closed. Raises AllocatorGone, WaitTimeout."""
+        requests that were given up are closed. Raises AllocatorGone, Unanswered, WaitTimeout."""
         found: list[int] = []
         self.connection.settimeout(timeout_s)
         try:
-            while len(found) < count:
-                frame, received, _, _ = socket.recv_fds(
-                    self.connection, _FRAME_BYTES, MAX_DESCRIPTORS
-                )
-                message = decode_lifeline(frame)
-                if isinstance(message, Descriptor) and message.request_id == request_id:
-                    found += received
-                else:
-                    close_all(received)
-        except TimeoutError as error:
+            while True:
+                for belongs_to, received in self._inbox:
+                    if belongs_to == request_id:
+                        found += received
+                    else:
+                        close_all(received)
+                self._inbox.clear()
+                if len(found) >= count:
+                    return found
+                self._check_loss()
+                self._take()
+        except BaseException as error:
             close_all(found)
-            raise WaitTimeout(f"no descriptor came within {timeout_s:.0f} s") from error
-        except (OSError, msgspec.DecodeError) as error:  # an empty frame is the daemon's end
-            close_all(found)
-            raise AllocatorGone("the allocator ended before it sent its descriptors") from error
+            if isinstance(error, TimeoutError):
+                raise WaitTimeout(f"no descriptor came within {timeout_s:.0f} s") from error
+            if isinstance(error, OSError | EOFError | msgspec.DecodeError):
+                text = "the allocator ended before it sent its descriptors"
+                raise AllocatorGone(text) from error
+            raise
         finally:
             self.connection.setblocking(False)
-        return found
 
     def is_open(self) -> bool:
         """Whether the daemon still lives."""
@@ -226,9 +296,41 @@ class Lifeline:
         except OSError:
             return False
 
+    def take_loss(self, *, between_requests: bool = False) -> bool:
+        """Whether the daemon has lost requests or answers since this was last asked. Descriptors
+        that come before are kept for `descriptors`; `between_requests` nobody waits for any."""
+        with contextlib.suppress(OSError, EOFError, msgspec.DecodeError):
+            while True:
+                self._take()
+        if between_requests:
+            for _, received in self._inbox:
+                close_all(received)
+            self._inbox.clear()
+        lossy, self._is_lossy = self._is_lossy, False
+        return lossy
+
     def close(self) -> None:
         """End the session."""
         self.connection.close()
+        for _, received in self._inbox:
+            close_all(received)
+        self._inbox.clear()
+
+    def _check_loss(self) -> None:
+        if self._is_lossy:
+            raise Unanswered("the allocator has lost its answer: ask again")
+
+    def _take(self) -> None:
+        """The next message. Raises EOFError at the daemon's end, OSError, DecodeError."""
+        frame, received, _, _ = socket.recv_fds(self.connection, _FRAME_BYTES, MAX_DESCRIPTORS)
+        if not frame:
+            raise EOFError
+        message = decode_lifeline(frame)
+        if isinstance(message, Descriptor):
+            self._inbox.append((message.request_id, received))
+            return
+        close_all(received)
+        self._is_lossy = self._is_lossy or isinstance(message, AskAgain)
 
 
 def close_all(descriptors: Sequence[int]) -> None:

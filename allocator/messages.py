@@ -6,17 +6,19 @@ on the number of tensors. Knows nothing of what the bytes mean.
 
 Two sockets carry a session (docs/architecture.md):
   lifeline   Unix SOCK_SEQPACKET: the client sends one `Hello`, the daemon answers with `Welcome` or
-             `Refused`, and later only with descriptors (`Descriptor`) where a device needs them;
-             that it stays open is the lease on everything the session holds.
-  requests   ZeroMQ DEALER → ROUTER, frames [request id, 8 bytes][session token, 16 bytes][request],
-             answered by [request id][reply].
+             `Refused`, and later only with descriptors (`Descriptor`) where a device needs them, or
+             to say that requests are lost (`AskAgain`); that it stays open is the lease on
+             everything the session holds.
+  requests   ZeroMQ DEALER → ROUTER, which lets in who shows a session's token (PLAIN): frames
+             [request id, 8 bytes][session token, 16 bytes][request], answered by
+             [request id][reply].
 """
 
 from typing import Annotated, Final, Literal
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 MAX_FRAME_BYTES: Final = 1 << 20
 TOKEN_BYTES: Final = 16
 REQUEST_ID_BYTES: Final = 8
@@ -35,6 +37,7 @@ Key = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Word = Annotated[str, msgspec.Meta(max_length=4096)]
 Fields = Annotated[dict[Word, Word], msgspec.Meta(max_length=256)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
 WaitMs = Annotated[int, msgspec.Meta(ge=0, le=60_000)]
 BlockDigest = Annotated[bytes, msgspec.Meta(min_length=16, max_length=64)]
 """Content address of a KV block. Equal digests mean equal bytes: who makes them answers for it."""
@@ -109,6 +112,11 @@ class Descriptor(Message, tag="descriptor", frozen=True):
     before that reply."""
 
     request_id: bytes
+
+
+class AskAgain(Message, tag="ask_again", frozen=True):
+    """Requests that have not been answered are lost, and their answers may be: the daemon has begun
+    its ZeroMQ socket anew. A client connects to it anew, and asks what it holds."""
 
 
 # --- client → daemon: weight sets
@@ -207,10 +215,21 @@ class Moved(Message, tag="moved", frozen=True):
 
 
 class Lease(Message, tag="lease", frozen=True):
-    """`count` extents of `num_bytes` each. Answered by Leased, or Failed: all or none."""
+    """`count` extents of `num_bytes` each. Answered by Leased, or Failed: all or none.
+    `alone_since_ms`: this session works at one task only, which began then (CLOCK_MONOTONIC), and
+    has nothing else to give way for it; 0 where that is not so."""
 
     num_bytes: PositiveBytes
     count: Count = 1
+    alone_since_ms: Milliseconds = 0
+
+
+class MakeRoom(Message, tag="make_room", frozen=True):
+    """What this session was given could not be committed: the device is short of `num_bytes`, since
+    others use it, too. Answered by Done where some room was made, so that it is worth trying again,
+    else by Failed."""
+
+    num_bytes: PositiveBytes
 
 
 class LeaseId(Message, frozen=True, array_like=True):
@@ -255,7 +274,8 @@ class UnpinBlocks(Message, tag="unpin_blocks", frozen=True):
 
 
 class GetShare(Message, tag="get_share", frozen=True):
-    """How much of the pool may this session hold? Answered by Share."""
+    """How much of the pool may this session hold? Answered by Share. Asked now and then by who
+    holds some, it also shows that this one is at work."""
 
 
 # --- client → daemon: looking
@@ -314,6 +334,7 @@ Request = (
     | Sleep
     | Moved
     | Lease
+    | MakeRoom
     | Return
     | PutBlocks
     | LookUpBlocks
@@ -483,11 +504,13 @@ class SessionStatistics(Message, frozen=True):
 class Share(Message, tag="share", frozen=True):
     """What a session holds of the pool, leased and pinned, and an equal part of it for everybody
     who holds or wants some. `wanted`: another session lacks room, and what is held beyond the equal
-    part should be given back."""
+    part should be given back. `older_since_ms`: the only task of another session, which began then,
+    lacks room, and what tasks that began later hold should be given back; 0: there is none."""
 
     held_bytes: Bytes
     fair_bytes: Bytes
     wanted: bool
+    older_since_ms: Milliseconds = 0
 
 
 class PoolStatistics(Message, frozen=True):
@@ -645,14 +668,32 @@ def manifest_bytes(manifest: Manifest) -> int:
     return len(encode(msgspec.structs.replace(manifest, tensors=filled)))
 
 
+FromDaemon = Welcome | Refused | Descriptor | AskAgain
+"""What the daemon says on the lifeline."""
+
 _encoder = msgspec.msgpack.Encoder()
-_lifeline: msgspec.msgpack.Decoder[Welcome | Refused | Descriptor] = msgspec.msgpack.Decoder(
-    Welcome | Refused | Descriptor
-)
+_lifeline: msgspec.msgpack.Decoder[FromDaemon] = msgspec.msgpack.Decoder(FromDaemon)
 _hello: msgspec.msgpack.Decoder[Hello] = msgspec.msgpack.Decoder(Hello)
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _manifest: msgspec.msgpack.Decoder[Manifest] = msgspec.msgpack.Decoder(Manifest)
+
+
+PLAIN_USER: Final = b"onecopy"
+"""The name that goes with a session's token when the requests' socket is connected."""
+
+
+def plain_password(token: bytes) -> bytes:
+    """A token as the handshake takes it."""
+    return token.hex().encode()
+
+
+def plain_token(password: bytes) -> bytes:
+    """The reverse; b"" for what is no token."""
+    try:
+        return bytes.fromhex(password.decode())
+    except ValueError:
+        return b""
 
 
 def encode(message: Message) -> bytes:
@@ -660,7 +701,7 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_lifeline(frame: bytes) -> Welcome | Refused | Descriptor:
+def decode_lifeline(frame: bytes) -> FromDaemon:
     """Raises `msgspec.DecodeError` on anything but a valid message."""
     return _lifeline.decode(frame)
 

@@ -1,13 +1,17 @@
 """Where the sockets of one onecopy lie. Everyone who shares a runtime directory shares memory.
 
-Owns the directory's choice, its checks (ours, 0700, short enough for Unix sockets) and the names in
-it. Invariant: a `RuntimeDir` that was opened can be used. Knows nothing of what the sockets carry.
+Owns the directory's choice, its checks (ours, 0700, short enough for Unix sockets, at a place where
+nobody else can put another) and the names in it. Invariant: a `RuntimeDir` that was opened can be
+used. Knows nothing of what the sockets carry.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 import tempfile
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,6 +24,10 @@ from allocator.process_identity import ProcessIdentity
 MAX_SOCKET_PATH_BYTES: Final = 107
 """sun_path holds 108 bytes with its terminating zero (unix(7))."""
 LONGEST_NAME: Final = "allocator-requests.sock"
+_MOST_LINKS: Final = 40
+"""As many as the kernel follows (path_resolution(7))."""
+_FLAGS: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_MAX_LOCK_BYTES: Final = 4096
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -58,8 +66,10 @@ class RuntimeDir:
                 "ONECOPY_RUNTIME_DIR."
             )
         try:
+            _check_way(chosen)
             if create:
                 chosen.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _check_way(chosen)
             status = chosen.stat()
         except OSError as error:
             raise RuntimeDirError(
@@ -139,18 +149,28 @@ class RuntimeDir:
         return f"/onecopy-{hashlib.sha256(seed.encode()).hexdigest()[:12]}-"
 
     def owner(self, role: str) -> Owner | None:
-        """Who runs as `role` ("allocator" or "server") here; None where nobody does.
+        """Who runs as `role` ("allocator" or "server") here; None where nobody does. Raises
+        RuntimeDirError where something else than a file has the lock's name.
 
         Reads the lock file and asks the kernel for the process, rather than trying the lock: a
         probe that holds the lock for a moment could refuse a daemon that starts just then.
         """
         path = self._lock_path(role)
         try:
-            owner = msgspec.json.decode(path.read_bytes(), type=Owner)
-        except (FileNotFoundError, msgspec.DecodeError):
+            fd = os.open(path, os.O_RDONLY | _FLAGS)
+        except FileNotFoundError:
             return None
         except OSError as error:
             raise _unusable(path, error) from error
+        try:
+            _check_is_file(fd, path)
+            owner = msgspec.json.decode(os.pread(fd, _MAX_LOCK_BYTES, 0), type=Owner)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        except OSError as error:
+            raise _unusable(path, error) from error
+        finally:
+            os.close(fd)
         return owner if owner.process.is_alive() else None
 
     def lock(self, role: str) -> "RoleLock":
@@ -158,9 +178,14 @@ class RuntimeDir:
         path = self._lock_path(role)
         while True:
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600)
             except OSError as error:
                 raise _unusable(path, error) from error
+            try:
+                _check_is_file(fd, path)
+            except RuntimeDirError:
+                os.close(fd)
+                raise
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -172,7 +197,7 @@ class RuntimeDir:
                     f"--runtime-dir {self.path}`, or choose another --runtime-dir."
                 ) from None
             try:
-                same = os.fstat(fd).st_ino == path.stat().st_ino
+                same = os.fstat(fd).st_ino == path.lstat().st_ino
             except FileNotFoundError:
                 same = False
             if same:
@@ -192,8 +217,8 @@ class RuntimeDir:
 
 def _unusable(path: Path, error: OSError) -> RuntimeDirError:
     return RuntimeDirError(
-        f"{path} can't be used ({error.strerror}): make room there, or remove it once nothing of "
-        "onecopy runs there, or choose another --runtime-dir."
+        f"{path} can't be used ({error.strerror}): make room there, or remove what lies there once "
+        "nothing of onecopy runs there, or choose another --runtime-dir."
     )
 
 
@@ -213,5 +238,50 @@ class RoleLock:
 
     def release(self) -> None:
         """Unlink the file, then drop the lock."""
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is left is seen to be a dead one's
+            self._path.unlink(missing_ok=True)
         os.close(self._fd)
+
+
+def _check_is_file(fd: int, path: Path) -> None:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise RuntimeDirError(f"the lock file {path} is no file: remove what lies there")
+
+
+def _check_way(path: Path) -> None:
+    """Whoever owns a directory, or a link, on the way to `path` decides what lies there: that must
+    be us, or root. Looks as far as there is something. Raises RuntimeDirError, OSError."""
+    here, steps, num_links = Path("/"), deque(path.parts[1:]), 0
+    while steps:
+        step = steps.popleft()
+        if step == "..":
+            here = here.parent
+            continue
+        there = here / step
+        try:
+            status = there.lstat()
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(status.st_mode):
+            num_links += 1
+            if status.st_uid not in (0, os.geteuid()) or num_links > _MOST_LINKS:
+                raise _insecure(path, there, f"is a link of user id {status.st_uid}")
+            target = there.readlink()
+            here = Path("/") if target.is_absolute() else here
+            steps.extendleft(reversed(target.parts[1:] if target.is_absolute() else target.parts))
+            continue
+        here = there
+        if not steps:
+            return  # the directory itself, which is checked for more
+        if status.st_uid not in (0, os.geteuid()):
+            raise _insecure(path, there, f"belongs to user id {status.st_uid}")
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            raise _insecure(path, there, "is one that everybody may write to")
+
+
+def _insecure(path: Path, step: Path, what: str) -> RuntimeDirError:
+    return RuntimeDirError(
+        f"the runtime directory {path} is not safe: on the way to it, {step} {what}, so that "
+        "another user could put something else in its place. Choose another with --runtime-dir or "
+        "ONECOPY_RUNTIME_DIR."
+    )

@@ -74,10 +74,11 @@ class Sessions:
         self._last = max(self._last, session.number)
 
     def adopt(self, session: Session) -> bool:
-        """Take over an earlier daemon's; False where its process is gone."""
+        """Take over an earlier daemon's; False where its process is gone. Raises OSError where that
+        can't be found out: what it holds must not be taken for free then."""
         try:
             session.pidfd = os.pidfd_open(session.process.pid)
-        except OSError:
+        except ProcessLookupError:
             return False
         if not session.process.is_alive():  # asked after the pidfd, so that it is the same process
             session.close()

@@ -64,7 +64,7 @@ def _statistics(
         pid=os.getpid(),
         uptime_s=uptime_s,
         device=device.name,
-        limit_bytes=min(memory.limit_bytes or _UNLIMITED, device.backend.limit_bytes()),
+        limit_bytes=memory.bound_bytes,
         used_bytes=memory.used_bytes,
         weights_bytes=sets.num_bytes("device"),
         host_tier_bytes=sets.num_bytes("host"),

@@ -78,6 +78,11 @@ class Copy(msgspec.Struct, frozen=True):
         return self.handle.num_bytes + sum(file.num_bytes for file in self.files)
 
     @property
+    def owned_bytes(self) -> int:
+        """What of it takes memory of its tier, rather than being a file's own pages."""
+        return 0 if self.handle.backend == "file" else self.handle.num_bytes
+
+    @property
     def is_file(self) -> bool:
         """Whether some of it is a file's own pages, which cost nothing to map again."""
         return self.handle.backend == "file" or bool(self.files)
@@ -126,3 +131,15 @@ class WeightSet:
         copy = self.copies.get(tier)
         sealed = copy.num_bytes if copy is not None else 0
         return sealed + (self.target.num_bytes if self.target and self.target_tier == tier else 0)
+
+    @property
+    def owned_bytes(self) -> int:
+        """What of it takes memory of the device, a copy that is being written included."""
+        copy = self.copies.get("device")
+        sealed = copy.owned_bytes if copy is not None else 0
+        return sealed + (self.target.num_bytes if self.target and self.is_for_device else 0)
+
+    @property
+    def is_for_device(self) -> bool:
+        """Where what is being written is to lie."""
+        return self.target_tier == "device"

@@ -298,6 +298,15 @@ class WeightSets:
         weight_set = self._sets[key]
         weight_set.copies[tier] = weight_set.copies.pop("host" if tier == "device" else "device")
 
+    def found_image(self, key: str, image: Copy) -> bool:
+        """There is an image of the set that nobody has told of: whoever wrote it, or the daemon
+        that was told, ended just then. Whether that is news."""
+        weight_set = self._sets.get(key)
+        if weight_set is None or "disk" in weight_set.copies:
+            return False
+        weight_set.copies["disk"] = image
+        return True
+
     # --- leaving
 
     def release(self, session: SessionId, key: str, generation: int, now: float) -> None:
@@ -327,22 +336,29 @@ class WeightSets:
         """Whether making room may evict the set. Raises UnknownWeightSet."""
         self._known(key).pinned = pinned
 
-    def evict(self, key: str, *, image: bool = False) -> list[Effect]:
-        """Free an idle or sleeping set; with `image` its image as well. Raises UnknownWeightSet or
-        WeightSetBusy."""
+    def evictable(self, key: str) -> WeightSet:
+        """The set, where `evict` would succeed. Raises as that does."""
         weight_set = self._known(key)
         if weight_set.writer is not None or weight_set.readers:
             raise WeightSetBusy(self._busy(weight_set))
+        return weight_set
+
+    def evict(self, key: str, *, image: bool = False) -> list[Effect]:
+        """Free an idle or sleeping set; with `image` its image as well. Raises UnknownWeightSet or
+        WeightSetBusy."""
+        weight_set = self.evictable(key)
         effects = self._drop(weight_set, "device") + self._drop(weight_set, "host")
         if image:
             effects += self._drop(weight_set, "disk")
         self._forget_if_empty(weight_set)
         return effects
 
-    def least_recently_used(self) -> WeightSet | None:
-        """The idle set on the device that nobody has used for the longest time, pinned ones
-        aside."""
+    def least_recently_used(self, *, owned: bool = False) -> WeightSet | None:
+        """The idle set on the device that nobody has used for the longest time, pinned ones aside.
+        `owned`: of those that take memory of the device."""
         idle = [s for s in self._sets.values() if s.state == "idle" and not s.pinned]
+        if owned:
+            idle = [s for s in idle if s.owned_bytes]
         return min(idle, key=lambda weight_set: weight_set.idle_since, default=None)
 
     def num_bytes(self, tier: Tier) -> int:

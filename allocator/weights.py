@@ -25,6 +25,7 @@ from allocator.errors import (
 )
 from allocator.lifeline import close_all
 from allocator.messages import Extent, Handle, Manifest
+from allocator.shortage import Shortage
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +141,7 @@ class WeightSetWriter:
         Drop every writable tensor before: what still views the writable mapping keeps it alive.
         """
         mapping = self._reserved()
+        mapping.complete()
         manifest = _with_digests(mapping, manifest)
         text = messages.encode(manifest)
         if offset + len(text) > mapping.num_bytes:
@@ -183,7 +185,10 @@ class WeightSetWriter:
         )
         handle = expect(answer, messages.Reserved).handle
         self._handle = handle
-        self._mapping = map_handle(handle, descriptors, writable=True, commit=commit)
+        self._mapping = map_handle(handle, descriptors, writable=True, commit=False)
+        self._mapping.on_shortage = Shortage(self._connection)
+        if commit:
+            self._mapping.commit(0, num_bytes)
         return self._mapping
 
     def _seal(

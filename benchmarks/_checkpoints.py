@@ -152,5 +152,5 @@ with connect(sys.argv[1]) as memory:
     save_file(weights.tensors, folder / "model.safetensors", metadata={"format": "pt"})
 """
     subprocess.run(
-        [sys.executable, "-c", script, str(runtime_dir), source, str(checkpoint)], check=True
+        [sys.executable, "-P", "-c", script, str(runtime_dir), source, str(checkpoint)], check=True
     )

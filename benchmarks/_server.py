@@ -15,12 +15,19 @@ from _processes import environment
 
 @contextlib.contextmanager
 def running_server(
-    model: str, runtime_dir: Path, *, num_instances: int, options: Sequence[str] = ()
+    model: str,
+    runtime_dir: Path,
+    *,
+    num_instances: int,
+    options: Sequence[str] = (),
+    within: Sequence[str] = (),
 ) -> Iterator[float]:
-    """Serve `model`; gives the milliseconds from the process's start to its ready line."""
+    """Serve `model`; gives the milliseconds from the process's start to its ready line. `within` is
+    a program that becomes the server, once it has put itself into another place."""
     wanted = time.monotonic()
     server = subprocess.Popen(
         [
+            *within,
             *(sys.executable, "-P", "-m", "server.cli", "serve", model, "--port", "0"),
             *("--instances", str(num_instances), "--runtime-dir", str(runtime_dir)),
             *options,

@@ -138,7 +138,7 @@ def _install(wheels: Path, site: Path, folder: Path) -> None:
         packages.append(model)
     subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"),
+            *(sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"),
             *("--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site)),
             *map(str, packages),
         ],
@@ -152,7 +152,7 @@ def _why_not(environment: Mapping[str, str], stages: Sequence[StageSpec]) -> dic
     names = [one.name for one in stages]
     try:
         probed = subprocess.run(
-            [sys.executable, "-c", _PROBE],
+            [sys.executable, "-P", "-c", _PROBE],
             cwd=ROOT,
             env=dict(environment),
             capture_output=True,
@@ -174,7 +174,7 @@ def _last_line(text: str) -> str:
 def _simulation(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
     folder.mkdir()
     made = subprocess.run(
-        [sys.executable, "-c", _SIMULATION, str(folder)],
+        [sys.executable, "-P", "-c", _SIMULATION, str(folder)],
         cwd=ROOT,
         env=dict(environment),
         stdout=subprocess.PIPE,

@@ -116,7 +116,7 @@ def serving(*, few: bool) -> Iterator[Server]:
             if few:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (_FEW, _FEW))
 
-        command = [sys.executable, "-m", "server.cli", "serve", "demo", "--port", "0"]
+        command = [sys.executable, "-P", "-m", "server.cli", "serve", "demo", "--port", "0"]
         options = ["--runtime-dir", str(runtime_dir), "--max-queued", str(2 * _STREAMS)]
         with log.open("w") as stderr:
             process = subprocess.Popen(
@@ -134,7 +134,15 @@ def serving(*, few: bool) -> Iterator[Server]:
             status = AdminClient(RuntimeDir.open(runtime_dir)).status()
             yield Server(status.url, status.model, status.pid, runtime_dir, log)
         finally:
-            stop = [sys.executable, "-m", "server.cli", "stop", "--runtime-dir", str(runtime_dir)]
+            stop = [
+                sys.executable,
+                "-P",
+                "-m",
+                "server.cli",
+                "stop",
+                "--runtime-dir",
+                str(runtime_dir),
+            ]
             subprocess.run(stop, check=False, stdout=subprocess.DEVNULL)
             process.wait(timeout=120)
 

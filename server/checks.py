@@ -11,6 +11,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel
 
+from allocator import AbandonedRun, Room, headroom_bytes
+
 Status = Literal["ok", "info", "warning", "problem"]
 
 SMALL_BYTES: Final = 1_000_000_000
@@ -20,6 +22,7 @@ LEAST_OPEN_FILES: Final = 1024
 LEAST_MAPS: Final = 65530
 """The kernel's own default (vm.max_map_count)."""
 LAST_SYSTEM_UID: Final = 999
+_NAMES_SHOWN: Final = 4
 X86_FLAGS: Final = ("amx_bf16", "avx512_bf16", "avx2")
 ARM_FLAGS: Final = ("sve", "bf16", "i8mm")
 
@@ -107,24 +110,34 @@ def memory(meminfo: str | None) -> Check:
     return ok("memory", seen)
 
 
-def memory_limit(limit: int | None, meminfo: str | None, shm_bytes: int | None) -> Check:
-    """The control group's. Shared memory counts against it, and the kernel kills at it, while the
-    allocator looks at the size of /dev/shm only."""
+def memory_limit(group: Room | None, meminfo: str | None) -> Check:
+    """`group`: the control group that leaves the least. Shared memory counts against its limit, and
+    the kernel kills at it; so the allocator gives out less, by what processes need to grow."""
     name, total = "memory limit", meminfo_bytes(meminfo, "MemTotal")
-    if limit is None or (total is not None and limit >= total):
+    if group is None or (total is not None and group.total_bytes >= total):
         return ok(name, "none by a control group")
-    seen = size_text(limit) + (f" of {size_text(total)}" if total is not None else "")
-    if limit < SMALL_BYTES:
+    seen = size_text(group.total_bytes) + (f" of {size_text(total)}" if total is not None else "")
+    seen = f"{seen} by {group.name}, {size_text(group.available_bytes)} free"
+    if group.total_bytes < SMALL_BYTES or group.available_bytes < SMALL_BYTES // 2:
         fix = "raise it: `docker run --memory 4g`, under systemd `MemoryMax=4G`"
-        return warning(name, f"{seen}, by a control group", fix)
-    if shm_bytes is not None and shm_bytes > limit:
-        return warning(
-            name,
-            f"{seen}, by a control group; /dev/shm is larger ({size_text(shm_bytes)}), but the "
-            "kernel kills at the limit",
-            f"`onecopy serve MODEL --memory-limit {limit // 4 * 3}` leaves a quarter to processes",
-        )
-    return info(name, f"{seen}, by a control group; shared memory counts")
+        return warning(name, seen, fix)
+    headroom = size_text(headroom_bytes(group.total_bytes))
+    return info(name, f"{seen}; shared memory counts, and leaves {headroom} to processes")
+
+
+def address_space(soft: int, failure: str | None) -> Check:
+    """RLIMIT_AS in bytes, -1 for none; `failure`: why that is not enough, with the fix."""
+    if failure is not None:
+        return problem("address space", size_text(soft), failure)
+    return ok("address space", "unlimited" if soft == -1 else size_text(soft))
+
+
+def file_size(soft: int, failure: str | None) -> Check:
+    """RLIMIT_FSIZE in bytes, -1 for none, which counts for shared memory, too; `failure`: why that
+    is not enough, with the fix."""
+    if failure is not None:
+        return problem("file size", size_text(soft), failure)
+    return ok("file size", "unlimited" if soft == -1 else size_text(soft))
 
 
 def locked_memory(soft: int, unlimited: bool, has_nvidia: bool) -> Check:
@@ -266,8 +279,40 @@ def segments(prefix: str, num_bytes: Sequence[int], allocator_pid: int | None) -
     seen = f"{len(num_bytes)}, {size_text(sum(num_bytes))}"
     if allocator_pid is not None:
         return ok("segments", f"{seen}, of the allocator")
-    fix = f"start onecopy once, which clears them up; or `rm /dev/shm{prefix}*`"
+    fix = "start onecopy once, which takes them over or clears them up; or `onecopy doctor --fix`"
     return warning("segments", f"{seen}, left by an allocator that is gone", fix)
+
+
+def left_behind(runs: Sequence[AbandonedRun]) -> Check:
+    """What allocators of this user have left in /dev/shm that are gone with their directories, as
+    when a container was restarted in its pod."""
+    name = "left behind"
+    if not runs:
+        return ok(name, "nothing")
+    runs = sorted(runs, key=lambda run: (not run.may_be_removed, -run.num_bytes))
+    removable = [run for run in runs if run.may_be_removed]
+    seen = "; ".join(
+        f"{len(run.segments)} segments ({', '.join(run.segments[:_NAMES_SHOWN])}), "
+        f"{size_text(run.num_bytes)}, left by {_whose(run)}"
+        for run in runs[:_NAMES_SHOWN]
+    )
+    if len(runs) > _NAMES_SHOWN:
+        rest = runs[_NAMES_SHOWN:]
+        seen += f"; {size_text(sum(run.num_bytes for run in rest))} by {len(rest)} more"
+    if removable:
+        return warning(name, seen, "`onecopy doctor --fix` removes what nobody uses any more")
+    if all(run.takes_locks for run in runs):
+        return info(name, f"{seen}; still in use")
+    fix = "if no onecopy of an earlier version runs any more: " + " ".join(
+        f"`rm /dev/shm{run.run}-*`" for run in runs if not run.takes_locks
+    )
+    return warning(name, seen, fix)
+
+
+def _whose(run: AbandonedRun) -> str:
+    if run.owner is not None:
+        return f"an allocator of {run.owner.directory}"
+    return "an allocator" if run.takes_locks else "an allocator of an earlier version"
 
 
 # --- devices

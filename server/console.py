@@ -461,9 +461,15 @@ def _room_lines(load: Load, device: DevicePlan, room: Room) -> list[str]:
     fitting = " or ".join(f"{option} {number}" for option, number in options.items() if number)
     fitting += ", else as planned; " if fitting else ""
     tokens = f"{room.max_kv_tokens:,} tokens in all of {instances}; " * bool(room.max_kv_tokens)
+    missing = device.total_bytes_at_full_load - left
+    shared = device.weights_bytes + device.kv_bytes_at_full_load - room.shared_memory_bytes
+    if shared > missing:
+        missing, there = (
+            shared,
+            f"of shared memory {megabytes(room.shared_memory_bytes)} may be used",
+        )
     return [
-        f"Fits at the start, but {megabytes(device.total_bytes_at_full_load - left)} are missing "
-        f"at full load ({there}).",
+        f"Fits at the start, but {megabytes(missing)} are missing at full load ({there}).",
         f"What would fit: {fitting}{tokens}or {_idle(room)}.",
     ]
 

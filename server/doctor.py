@@ -1,8 +1,8 @@
 """What `onecopy doctor` reads from this machine, and in which order it judges it.
 
-Owns reading. Invariants: nothing is changed or left behind; what can't be read is None, which the
-check judges; no server and no allocator is needed. Knows no criteria: those are in `checks` and
-`package_checks`.
+Owns reading, and the one thing that can be mended here (`clear_up`). Invariants: looking changes
+nothing and leaves nothing behind; what can't be read is None, which the check judges; no server and
+no allocator is needed. Knows no criteria: those are in `checks` and `package_checks`.
 """
 
 import contextlib
@@ -19,7 +19,18 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from allocator import InvalidSetting, RuntimeDir, RuntimeDirError, device_usages
+from allocator import (
+    AbandonedRun,
+    InvalidSetting,
+    RuntimeDir,
+    RuntimeDirError,
+    abandoned_runs,
+    address_space_failure,
+    device_usages,
+    file_size_failure,
+    memory_bounds,
+    remove_abandoned,
+)
 from server import checks, package_checks
 from server.checks import Check
 from workers import NotThisProcessor, usable_kernels
@@ -37,13 +48,18 @@ _NO_PLACE: Final = (
     "there is none, and it can't be made there: choose another one with --runtime-dir or "
     "ONECOPY_RUNTIME_DIR."
 )
-_NO_LIMIT: Final = 1 << 62
-"""From here on a limit is version 1's way to say that there is none: the largest whole page."""
 
 
 def examine(runtime_dir: Path | None) -> list[Check]:
     """All checks, of this machine now."""
     return [*_software(), *_memory(), *_limits(), *_onecopy(runtime_dir), *_devices()]
+
+
+def clear_up() -> list[AbandonedRun]:
+    """Remove from /dev/shm what allocators of this user have left that are gone, and nobody uses:
+    that is proven by locks, whatever namespace a process is in. Returns what was removed."""
+    removed = (remove_abandoned(run.run) for run in abandoned_runs() if run.may_be_removed)
+    return [run for run in removed if run is not None]
 
 
 # --- each group
@@ -74,19 +90,21 @@ def _software() -> list[Check]:
 
 def _memory() -> list[Check]:
     meminfo = read_text("/proc/meminfo")
-    limit = group_limit(Path("/"))
+    groups = [bound for bound in memory_bounds() if bound.bound == "group"]
+    group = min(groups, key=lambda one: one.available_bytes, default=None)
     size: tuple[int, int] | None = None
     with contextlib.suppress(OSError):
         status = os.statvfs(SHM_ROOT)
         size = status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize
     total = checks.meminfo_bytes(meminfo, "MemTotal")
-    room = min((one for one in (total, limit) if one is not None), default=None)
+    limits = [total, *(one.total_bytes for one in groups)]
+    room = min((one for one in limits if one is not None), default=None)
     return [
         checks.shared_memory(
             read_text("/proc/mounts"), size, os.access(SHM_ROOT, os.W_OK | os.X_OK), room
         ),
         checks.memory(meminfo),
-        checks.memory_limit(limit, meminfo, size[0] if size else None),
+        checks.memory_limit(group, meminfo),
         checks.huge_pages(read_text("/sys/kernel/mm/transparent_hugepage/shmem_enabled")),
         checks.numa(read_text("/sys/devices/system/node/online")),
     ]
@@ -102,6 +120,8 @@ def _limits() -> list[Check]:
         checks.locked_memory(
             resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], may_lock, bool(_nvidia_files())
         ),
+        checks.address_space(resource.getrlimit(resource.RLIMIT_AS)[0], address_space_failure()),
+        checks.file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[0], file_size_failure()),
         checks.memory_maps(read_text("/proc/sys/vm/max_map_count")),
         checks.overcommit(read_text("/proc/sys/vm/overcommit_memory")),
         checks.smaps(_smaps_failure()),
@@ -122,7 +142,7 @@ def _onecopy(path: Path | None) -> list[Check]:
         failure: str | None = str(error)
         if isinstance(error.__cause__, FileNotFoundError):  # fine, where it can be made
             failure = None if can_be_made(missing) else _NO_PLACE
-        return [checks.runtime_dir(str(missing), failure, exists=False)]
+        return [checks.runtime_dir(str(missing), failure, exists=False), _left_behind("")]
     shown = str(directory.path)
     try:
         allocator, server = directory.owner("allocator"), directory.owner("server")
@@ -130,15 +150,24 @@ def _onecopy(path: Path | None) -> list[Check]:
         return [checks.runtime_dir(shown, str(error), exists=True)]
     prefix, sizes = directory.segment_prefix, list[int]()
     for segment in SHM_ROOT.glob(f"{prefix.lstrip('/')}*"):
+        if segment.name.endswith("-owner"):
+            continue
         with contextlib.suppress(FileNotFoundError):  # freed meanwhile
-            sizes.append(segment.stat().st_blocks * 512)
+            sizes.append(segment.lstat().st_blocks * 512)
     allocator_pid, server_pid = (one.pid if one else None for one in (allocator, server))
     return [
         checks.runtime_dir(shown, None, exists=True),
         checks.allocator(allocator_pid, server_pid),
         checks.server(server_pid, server.url if server else ""),
         checks.segments(prefix, sizes, allocator_pid),
+        _left_behind(prefix),
     ]
+
+
+def _left_behind(own_prefix: str) -> Check:
+    """Of other runtime directories than this one; those that are still there clear up themselves,
+    when onecopy starts there, but until then they hold memory as well."""
+    return checks.left_behind(abandoned_runs(but=own_prefix))
 
 
 def _devices() -> list[Check]:
@@ -182,27 +211,6 @@ def can_be_made(path: Path) -> bool:
         return False
     above = next(one for one in path.parents if one.exists())
     return above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-
-
-def group_limit(root: Path) -> int | None:
-    """The least memory limit, in bytes, of our control group and those above it (cgroups(7), both
-    versions); None where there is none. In a container the groups above it can't be seen, and the
-    path may be the host's: then the mount itself is the container's group."""
-    limits = []
-    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            mount, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        group = Path(path.lstrip("/"))
-        for one in (group, *group.parents):
-            text = read_text(mount / one / name)
-            if text is not None and text.strip() != "max" and int(text) < _NO_LIMIT:
-                limits.append(int(text))
-    return min(limits, default=None)
 
 
 def logind_configurations(root: Path) -> list[str] | None:

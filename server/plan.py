@@ -12,8 +12,6 @@ Never imports torch; knows nothing of how the figures are shown.
 """
 
 import bisect
-import contextlib
-import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +21,14 @@ from typing import Final
 import msgspec
 from pydantic import BaseModel
 
-from allocator import module_command, module_environment
-from server.checks import meminfo_bytes
-from server.doctor import SHM_ROOT, group_limit, read_text
+from allocator import (
+    AllocatorError,
+    headroom_bytes,
+    memory_bounds,
+    module_command,
+    module_environment,
+    shared_memory_bound,
+)
 from server.model_source import ModelSource
 from server.settings import Settings
 from workers.messages import Estimate, decode_estimate
@@ -88,7 +91,7 @@ class Room(BaseModel, frozen=True):
     """Whether a person said what there is; else it is what is available on this machine now."""
     memory_bytes: int
     shared_memory_bytes: int
-    """What the weights, which lie in shared memory, may take of it."""
+    """What weights and KV cache, which lie in shared memory, may take of it."""
     other_processes_bytes: int
     weights_fit: bool
     fits_at_start: bool
@@ -205,10 +208,13 @@ class _Device:
             return weights_fit and self.at_start(count) <= left
 
         def holds(num_instances: int, max_num_seqs: int) -> bool:
-            return weights_fit and self.at_full_load(num_instances, max_num_seqs) <= left
+            kv_bytes = num_instances * max_num_seqs * self.kv_bytes_per_sequence
+            shared = self.weights_bytes + kv_bytes <= machine.shared_memory_bytes
+            return shared and self.at_full_load(num_instances, max_num_seqs) <= left
 
         kv_bytes = instances * sequences * self.kv_bytes_per_sequence
         for_kv = left - self.at_full_load(instances, sequences) + kv_bytes
+        for_kv = min(for_kv, machine.shared_memory_bytes - self.weights_bytes)
         kv_tokens = longest = 0
         if self.kv_bytes_per_token:
             # Blocks are held as a whole, and may take more than their tokens do.
@@ -310,18 +316,20 @@ def read_estimate(
 
 
 def read_machine(memory: int | None, memory_limit: int | None) -> Machine:
-    """What is available here at this moment, or a device of `memory` bytes; the allocator's
-    `memory_limit` bounds what of it may be shared."""
+    """What is available here at this moment, in /dev/shm, on the machine and in our control groups,
+    or a device of `memory` bytes; the allocator's `memory_limit` bounds what may be shared."""
     if memory is not None:
         return Machine(memory, min(memory, memory_limit or memory), given=True)
-    limits = (meminfo_bytes(read_text("/proc/meminfo"), "MemAvailable"), group_limit(Path("/")))
-    free = 0
-    with contextlib.suppress(FileNotFoundError):
-        shared = os.statvfs(SHM_ROOT)
-        free = shared.f_bavail * shared.f_frsize
+    bounds = memory_bounds()
+    shared = [one.available_bytes - headroom_bytes(one.total_bytes) for one in bounds]
+    try:
+        shared.append(shared_memory_bound().available_bytes)
+    except AllocatorError:
+        shared.append(0)
+    shared += [memory_limit] if memory_limit is not None else []
     return Machine(
-        memory_bytes=min((one for one in limits if one is not None), default=1 << 62),
-        shared_memory_bytes=min(free, memory_limit or free),
+        memory_bytes=min((one.available_bytes for one in bounds), default=1 << 62),
+        shared_memory_bytes=max(0, min(shared)),
         given=False,
     )
 

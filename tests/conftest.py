@@ -141,9 +141,9 @@ def start_daemon(
     """Start allocators in the runtime directory; each is stopped by SIGTERM at teardown."""
     started: list[DaemonProcess] = []
 
-    def start(*arguments: str) -> DaemonProcess:
+    def start(*arguments: str, program: str = "") -> DaemonProcess:
         images = ("--image-dir", str(image_folder))
-        started.append(DaemonProcess(runtime_dir, *images, *arguments))
+        started.append(DaemonProcess(runtime_dir, *images, *arguments, program=program))
         return started[-1]
 
     yield start

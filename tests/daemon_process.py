@@ -20,13 +20,14 @@ TIMEOUT_S = 300.0
 class DaemonProcess:
     """`python -m allocator`, started and ready."""
 
-    def __init__(self, runtime_dir: RuntimeDir, *arguments: str):
+    def __init__(self, runtime_dir: RuntimeDir, *arguments: str, program: str = ""):
+        """`program`: to be run instead of `-m allocator`, with the same arguments."""
         self.runtime_dir = runtime_dir
         ready_read, ready_write = os.pipe()
         try:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "allocator"),
+                    *(sys.executable, *(("-c", program) if program else ("-m", "allocator"))),
                     *("--runtime-dir", str(runtime_dir.path), "--ready-fd", str(ready_write)),
                     *arguments,
                 ],

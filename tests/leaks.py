@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from allocator import RuntimeDir
 from allocator.backends.host import SHM_ROOT
+from allocator.backends.segments import OWNER
 
 T = TypeVar("T")
 
@@ -63,9 +64,14 @@ def descriptors() -> dict[int, str]:
     return found
 
 
-def segments(prefix: str) -> list[str]:
+def shared_files(prefix: str) -> list[str]:
     """Names in /dev/shm that belong to one runtime directory."""
     return sorted(path.name for path in SHM_ROOT.glob(f"{prefix.lstrip('/')}*"))
+
+
+def segments(prefix: str) -> list[str]:
+    """Those of them that hold something: without the files that say whose they are."""
+    return [name for name in shared_files(prefix) if not name.endswith(f"-{OWNER}")]
 
 
 def _reap(pids: set[int]) -> None:
@@ -99,7 +105,7 @@ class Leaks:
         _reap({pid for pid, what in new.items() if what.startswith("Z")})
         lines = [f"child {pid}: {what}" for pid, what in new.items() if not what.startswith("Z")]
         for path, prefix in self._directories:
-            lines += [f"segment {name}" for name in segments(prefix)]
+            lines += [f"segment {name}" for name in shared_files(prefix)]
             if path.exists():
                 lines += [f"file {file}" for file in path.iterdir()]
         # A number may have been used again for a thing of the same kind: only growth is a leak.
@@ -134,6 +140,6 @@ class Leaks:
         for pid in children().keys() - self._children:
             os.kill(pid, signal.SIGKILL)
         for _, prefix in self._directories:
-            for name in segments(prefix):
+            for name in shared_files(prefix):
                 (SHM_ROOT / name).unlink()
         self._descriptors = self._counted()

@@ -210,6 +210,7 @@ class Engine:
             priority=request.priority,
             cache_salt=request.cache_salt,
             may_skip=not wants_prompt,
+            since_ms=int(time.monotonic() * 1000),
             most_per_step=self._most_logits if wants_prompt else None,
         )
         reason = self._finish_reason(sequence, sampler) if sequence.num_generated else None
@@ -332,12 +333,20 @@ class Engine:
         if now < self._share_again_at or not self._scheduler.num_running:
             return
         self._share_again_at = now + _SHARE_EVERY_S
-        surplus = self._room.kv.surplus()
+        surplus, older_since_ms = self._room.kv.surplus()
         while surplus > 0 and self._scheduler.num_running > 1:
-            last = self._scheduler.running[-1]
-            surplus -= len(self._room[last].table.blocks)
-            self._scheduler.preempt(last, self._room)
-            self._room.kv.trim()  # or it would begin again with the same blocks
+            surplus -= self._give_way()
+        running = self._scheduler.running
+        if older_since_ms and running and running[-1].since_ms > older_since_ms:
+            self._give_way()  # one at a time, since it is asked again soon: that may be enough
+
+    def _give_way(self) -> int:
+        """Let the last sequence wait. Returns how many blocks it had."""
+        last = self._scheduler.running[-1]
+        num_blocks = len(self._room[last].table.blocks)
+        self._scheduler.preempt(last, self._room)
+        self._room.kv.trim()  # or it would begin again with the same blocks
+        return num_blocks
 
     def _draft(self) -> list[Output]:
         """Let every sequence that decodes guess what may follow. Returns the ends of those that
@@ -374,6 +383,9 @@ class Engine:
         if first is None:
             return []
         request = self._requests[first.request_id]
+        if self._room.kv.is_taken:  # it is its turn as soon as older ones elsewhere have ended
+            request.stalled_since = None
+            return []
         if request.stalled_since is None:
             request.stalled_since = max(idle_since, request.added_at)
         if now - request.stalled_since < NO_ROOM_PATIENCE_S:

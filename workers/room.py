@@ -42,7 +42,7 @@ class KVRoom:
     def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
         """Blocks for so many tokens of it in all; False where there is no room."""
         try:
-            return self.kv.grow(self._caches[sequence], num_tokens)
+            return self.kv.grow(self._caches[sequence], num_tokens, sequence.since_ms)
         except Exception as error:  # noqa: BLE001 - as above
             self._failures.setdefault(sequence, error)
             return False

@@ -55,6 +55,8 @@ class GenerationSequence:
     is_held: bool = False
     """Something else has to come first, such as what its grammar allows: no step computes it."""
     arrival: int = field(init=False, default=-1)
+    since_ms: int = 0
+    """When it came (CLOCK_MONOTONIC); 0 where it does not matter."""
 
     def __post_init__(self) -> None:
         self.num_known = len(self.token_ids)

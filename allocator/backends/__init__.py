@@ -8,15 +8,20 @@ weight set; a pool is a range of offsets of which extents get memory one by one.
     pool, in one client's addresses    | mapped | (no access)    | (another's)     |          |
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
+from allocator.errors import SharedMemoryFull
 from allocator.messages import Extent, Handle
+from allocator.room import Room
 
 
 class Mapping(Protocol):
     """A segment in this process's address space, until the last view of it is gone."""
+
+    on_shortage: Callable[[SharedMemoryFull], None] | None
+    """Asked for room where memory can't be committed. Returns where trying again makes sense."""
 
     @property
     def buffer(self) -> memoryview:
@@ -33,6 +38,10 @@ class Mapping(Protocol):
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Copy `data` to `offset`, committing as it goes. Threads may write at once. Raises
+        OutOfDeviceMemory."""
+
+    def complete(self) -> None:
+        """Commit what was not written, so that nobody who reads the segment meets a hole. Raises
         OutOfDeviceMemory."""
 
     def read(self, offset: int, out: memoryview) -> None:
@@ -85,7 +94,11 @@ class Backend(Protocol):
     """Whether a client needs a descriptor (`export`) to map."""
 
     def limit_bytes(self) -> int:
-        """What the device could hold if nothing else used it."""
+        """What the device could hold if nothing else used it. Raises DeviceError."""
+
+    def room(self) -> Room | None:
+        """What it can hold beside what is committed now; None for a device that only tells by
+        refusing. Raises DeviceError."""
 
     def default_limit_bytes(self, clients: Collection[int]) -> int | None:
         """How much is given out where nobody says; None for what the device can give. `clients`
@@ -93,10 +106,12 @@ class Backend(Protocol):
 
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """Make a segment. `outstanding_bytes` were reserved earlier and may not be committed yet.
-        Raises OutOfDeviceMemory, naming the fix, and then leaves nothing."""
+        Raises OutOfDeviceMemory, naming the fix, NameTaken or DeviceError, and then leaves
+        nothing."""
 
     def seal(self, segment: str) -> None:
-        """From now on the segment can be mapped read-only."""
+        """From now on the segment can be mapped read-only. Raises StaleGeneration where it is gone,
+        InvalidMessage where some of it has no memory."""
 
     def free(self, segment: str) -> None:
         """Give the segment back. Processes that map it keep their mapping until they drop it."""
@@ -112,14 +127,18 @@ class Backend(Protocol):
         """Free what an earlier daemon of this prefix left behind, but `keep`; return the names."""
 
     def reserve_pool(self, pool: str, num_bytes: int) -> None:
-        """Make a pool; it takes no memory before its extents do."""
+        """Make a pool; it takes no memory before its extents do. Raises as `reserve` does."""
+
+    def hold_pool(self, pool: str) -> None:
+        """Have what it takes to free extents of a pool that is there, whatever becomes scarce
+        later. Raises StaleGeneration, DeviceError."""
 
     def reserve_extent(self, pool: str, extent: Extent) -> None:
-        """Make an extent leasable. Raises OutOfDeviceMemory where there clearly is no room."""
+        """Make an extent leasable. Raises OutOfDeviceMemory where the device refuses."""
 
     def free_extent(self, pool: str, extent: Extent) -> None:
         """Take an extent's memory back, whoever still maps it: a client of the host backend that
-        does would read zeros."""
+        does would read zeros. Raises DeviceError, and then it may not have gone."""
 
     def export(self, segment: str, extent: Extent | None = None) -> int:
         """A descriptor for a client to map, the caller's to close. Only where `exports`."""

@@ -28,6 +28,7 @@ from allocator.backends.cuda_driver import (
 from allocator.backends.nvml import device_usage
 from allocator.errors import InvalidMessage, InvalidSetting, OutOfDeviceMemory, StaleGeneration
 from allocator.messages import Extent, Handle
+from allocator.room import Room
 
 if TYPE_CHECKING:
     from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
@@ -76,6 +77,10 @@ class CUDABackend:
         left = max(0, total - headroom - self._others_bytes(clients))
         return max(1, left // self.granularity) * self.granularity
 
+    def room(self) -> Room | None:
+        """None: only a context could tell."""
+        return None
+
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """All of the memory at once, in whole units of the granularity."""
         if segment in self._segments or segment in self._pools:
@@ -116,6 +121,10 @@ class CUDABackend:
         if pool in self._segments or pool in self._pools:
             raise InvalidMessage(f"there is a segment {pool} already")
         self._pools[pool] = {}
+
+    def hold_pool(self, pool: str) -> None:
+        """Raises StaleGeneration where it is gone."""
+        self._extents(pool)
 
     def reserve_extent(self, pool: str, extent: Extent) -> None:
         """One allocation. Raises OutOfDeviceMemory."""

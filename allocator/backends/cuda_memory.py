@@ -14,6 +14,7 @@ import bisect
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from typing import Final
 
 from allocator.backends import dlpack
@@ -27,7 +28,12 @@ from allocator.backends.cuda_driver import (
     load,
     location,
 )
-from allocator.errors import InvalidMessage, OutOfDeviceMemory, StaleGeneration
+from allocator.errors import (
+    InvalidMessage,
+    OutOfDeviceMemory,
+    SharedMemoryFull,
+    StaleGeneration,
+)
 from allocator.messages import Extent
 
 log = logging.getLogger("onecopy.allocator")
@@ -162,11 +168,15 @@ class CUDAMapping(_DeviceView):
         """All of `device_range` is mapped already."""
         super().__init__(device_range, num_bytes)
         self._is_writable = writable
+        self.on_shortage: Callable[[SharedMemoryFull], None] | None = None
         self._copier = Copier(device_range.device.ordinal)
 
     def commit(self, offset: int, num_bytes: int) -> None:
         """Device memory is committed from the start."""
         self._check(offset, num_bytes, write=True)
+
+    def complete(self) -> None:
+        """Nothing is missing."""
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """See `Mapping.write`. Ended when it returns."""

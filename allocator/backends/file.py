@@ -60,7 +60,8 @@ class FileBackend:
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise NotWriter("files are mapped by clients; no allocator reserves, seals or frees them")
 
-    limit_bytes = default_limit_bytes = reserve = seal = free = committed_bytes = sweep = _refuse
+    limit_bytes = default_limit_bytes = room = hold_pool = _refuse
+    reserve = seal = free = committed_bytes = sweep = _refuse
     reserve_pool = reserve_extent = free_extent = export = open_pool = _refuse
 
 

@@ -1,31 +1,33 @@
 """Host memory as a device: POSIX shared memory, named, 0600, committed before it is written.
 
-Owns names under /dev/shm. Invariants: memory that can be written through an address was committed
-before (a sparse segment would mean SIGBUS in the middle of a forward pass); after the seal a client
-can map read-only only, on a descriptor that was opened read-only, so mprotect can't undo it.
+Owns what the daemon and a client do with segments. Invariants: memory that can be written through
+an address was committed before (a sparse segment would mean SIGBUS in the middle of a forward
+pass), and nothing sparse is sealed; after the seal a client can map read-only only, on a descriptor
+that was opened read-only, so mprotect can't undo it. Names are in `segments`.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Final, NoReturn
+from typing import NoReturn
 
-import posix_ipc
-
+from allocator.backends import segments
 from allocator.backends.address_space import kernel_object, punch_hole
-from allocator.backends.capacity import check_memory, check_shared_memory, no_shared_memory
+from allocator.backends.capacity import (
+    check_room,
+    no_shared_memory,
+    shareable_bytes,
+    shareable_room,
+)
 from allocator.backends.host_mapping import HostMapping, HostPoolWindow
 from allocator.backends.placement import SHM_ROOT as SHM_ROOT
 from allocator.backends.placement import parse_placement
-from allocator.errors import InvalidMessage, NotWriter, StaleGeneration
+from allocator.errors import DeviceError, InvalidMessage, NameTaken, StaleGeneration
 from allocator.messages import Extent, Handle
+from allocator.room import Room
 
-READ_ONLY: Final = 0o400
-READ_WRITE: Final = 0o600
-_WRITE_BITS: Final = 0o222
-_LOOK_AT_MEMORY_EVERY_BYTES: Final = 64 << 20
-"""Reading /proc/meminfo takes longer than leasing an extent, so small extents share one look."""
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 
 
 class HostBackend:
@@ -40,14 +42,18 @@ class HostBackend:
         """`placement` as `parse_placement` takes it. Raises InvalidSetting."""
         self.placement = placement
         self._placement = parse_placement(placement)
-        self._bytes_since_look = 0
+        self._pools: dict[str, int] = {}
+        """Descriptors by which holes are punched: to open one then could fail."""
 
     # --- the daemon's side
 
     def limit_bytes(self) -> int:
-        """The size of /dev/shm."""
-        status = os.statvfs(SHM_ROOT)
-        return status.f_blocks * status.f_frsize
+        """What /dev/shm, the machine and our control groups could hold at most."""
+        return shareable_bytes()
+
+    def room(self) -> Room:
+        """What they can still give, less what processes need for themselves."""
+        return shareable_room()
 
     def default_limit_bytes(self, clients: Collection[int]) -> None:
         """None: /dev/shm and the machine are looked at whenever there is something to reserve."""
@@ -55,37 +61,48 @@ class HostBackend:
     def reserve(self, segment: str, num_bytes: int, *, outstanding_bytes: int = 0) -> None:
         """Check for room and create the segment. Its pages are committed by the writer, so that
         reserving a large one does not hold up the daemon's other clients."""
-        check_shared_memory(num_bytes, outstanding_bytes)
-        check_memory(num_bytes, outstanding_bytes)
+        check_room(num_bytes, outstanding_bytes)
         _create(segment, num_bytes)
 
     def seal(self, segment: str) -> None:
-        """Take write permission from the name."""
-        _path(segment).chmod(READ_ONLY)
+        """Take write permission from the name. Raises StaleGeneration where somebody has removed
+        it, InvalidMessage where some of it was never written: its readers would end by SIGBUS."""
+        status = segments.status_of(segment)
+        if status is None:
+            raise _removed(segment)
+        if status.st_blocks * 512 < status.st_size:
+            raise InvalidMessage(
+                f"of the {status.st_size} bytes of the segment {segment} only "
+                f"{status.st_blocks * 512} have memory: commit what is not written"
+            )
+        try:
+            segments.seal(segment)
+        except FileNotFoundError as error:
+            raise _removed(segment) from error
+        except OSError as error:
+            raise DeviceError(f"{segment} can't be sealed: {error.strerror}") from error
 
     def free(self, segment: str) -> None:
         """Unlink the name; a name that is already gone is fine."""
-        with contextlib.suppress(posix_ipc.ExistentialError):
-            posix_ipc.unlink_shared_memory(segment)
+        descriptor = self._pools.pop(segment, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        segments.remove(segment)
 
     def committed_bytes(self, segment: str) -> int:
         """Of a segment that is gone, 0."""
-        try:
-            return _path(segment).lstat().st_blocks * 512  # stat(2): whatever the block size
-        except FileNotFoundError:
-            return 0
+        status = segments.status_of(segment)
+        return status.st_blocks * 512 if status is not None else 0  # stat(2): whatever the block
 
     def identity(self, segment: str) -> str:
         """Inode, size and mode: sealing is part of it."""
-        try:
-            return _identity(_path(segment).lstat())
-        except FileNotFoundError:
-            return ""
+        status = segments.status_of(segment)
+        return "" if status is None else _identity(status)
 
     def sweep(self, prefix: str, keep: frozenset[str] = frozenset()) -> list[str]:
-        """Unlink every name with our prefix, but those in `keep`."""
-        found = (f"/{path.name}" for path in SHM_ROOT.glob(f"{prefix.lstrip('/')}*"))
-        stale = sorted(set(found) - keep)
+        """Unlink every name of ours with our prefix, but those in `keep`."""
+        found = {f"/{name}" for name in segments.names_of(prefix)}
+        stale = sorted(found - keep)
         for segment in stale:
             self.free(segment)
         return stale
@@ -94,24 +111,35 @@ class HostBackend:
         """A sparse segment."""
         _create(pool, num_bytes)
 
+    def hold_pool(self, pool: str) -> None:
+        """Keep what `free_extent` needs. Raises DeviceError."""
+        if pool not in self._pools:
+            try:
+                with segments.opened(pool, writable=True) as descriptor:
+                    self._pools[pool] = os.dup(descriptor)
+            except OSError as error:
+                raise DeviceError(f"{pool} can't be held open: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Let go of what `hold_pool` holds; the pools stay. Idempotent."""
+        for descriptor in self._pools.values():
+            os.close(descriptor)
+        self._pools.clear()
+
     def reserve_extent(self, pool: str, extent: Extent) -> None:
-        """Only look for room; the client's window commits."""
-        check_shared_memory(extent.num_bytes)
-        self._bytes_since_look += extent.num_bytes
-        if self._bytes_since_look >= _LOOK_AT_MEMORY_EVERY_BYTES:
-            check_memory(extent.num_bytes)
-            self._bytes_since_look = 0
+        """Nothing: the client's window commits, and whether there is room `room` has said."""
 
     def free_extent(self, pool: str, extent: Extent) -> None:
-        """Punch a hole. Nothing is left to do in a pool that is gone."""
+        """Punch a hole. Nothing is left to do in a pool that is gone. Raises DeviceError."""
         try:
-            descriptor = os.open(_path(pool), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
+            self.hold_pool(pool)
+            punch_hole(self._pools[pool], extent.offset, extent.num_bytes)
+        except StaleGeneration:
             return
-        try:
-            punch_hole(descriptor, extent.offset, extent.num_bytes)
-        finally:
-            os.close(descriptor)
+        except OSError as error:
+            raise DeviceError(
+                f"the memory of an extent of {pool} can't be taken back: {error.strerror}"
+            ) from error
 
     def export(self, segment: str, extent: Extent | None = None) -> NoReturn:
         """Never: see `exports`."""
@@ -151,8 +179,10 @@ class HostBackend:
             return HostPoolWindow(read, write, handle.num_bytes, self._placement)
 
 
-def _path(segment: str) -> Path:
-    return SHM_ROOT / segment.removeprefix("/")
+def _removed(segment: str) -> StaleGeneration:
+    return StaleGeneration(
+        f"the segment {segment} was removed by another program: load the set anew"
+    )
 
 
 def _identity(status: os.stat_result) -> str:
@@ -160,31 +190,22 @@ def _identity(status: os.stat_result) -> str:
 
 
 def _create(segment: str, num_bytes: int) -> None:
-    shared = posix_ipc.SharedMemory(segment, posix_ipc.O_CREX, mode=READ_WRITE, size=0)
     try:
-        os.ftruncate(shared.fd, num_bytes)
+        segments.create(segment, num_bytes)
+    except FileExistsError as error:
+        raise NameTaken(f"there is a file {segments.path_of(segment)} already") from error
     except OSError as error:
-        posix_ipc.unlink_shared_memory(segment)
-        raise no_shared_memory(num_bytes, error.strerror or str(error)) from error
-    finally:
-        shared.close_fd()
+        if error.errno in _NO_ROOM:
+            raise no_shared_memory(num_bytes, error.strerror or str(error)) from error
+        raise DeviceError(
+            f"no segment of shared memory can be made in {SHM_ROOT}: {error.strerror}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _opened(handle: Handle, *, writable: bool) -> Iterator[int]:
     """The descriptor of what the handle names, closed at the end."""
-    try:
-        shared = posix_ipc.SharedMemory(handle.segment, read_only=not writable)
-    except posix_ipc.ExistentialError as error:
-        raise StaleGeneration(f"the segment {handle.segment} is gone") from error
-    except posix_ipc.PermissionsError as error:
-        raise NotWriter(f"the segment {handle.segment} is sealed, or not ours") from error
-    try:
-        status = os.fstat(shared.fd)
-        if status.st_size != handle.num_bytes:
+    with segments.opened(handle.segment, writable=writable) as descriptor:
+        if os.fstat(descriptor).st_size != handle.num_bytes:
             raise StaleGeneration(f"the segment {handle.segment} has another size")
-        if writable and not status.st_mode & _WRITE_BITS:  # root may open it all the same
-            raise NotWriter(f"the segment {handle.segment} is sealed")
-        yield shared.fd
-    finally:
-        shared.close_fd()
+        yield descriptor

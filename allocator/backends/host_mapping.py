@@ -8,15 +8,26 @@ read-only. Knows nothing of names under /dev/shm.
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from io import FileIO
 
 from allocator.backends.address_space import AddressRange, address_of, populate, punch_hole
-from allocator.backends.capacity import no_shared_memory
+from allocator.backends.capacity import CommitWatch, no_shared_memory
 from allocator.backends.placement import Placement, huge_page_bytes
-from allocator.errors import InvalidMessage, OutOfDeviceMemory
+from allocator.errors import (
+    DeviceError,
+    InvalidMessage,
+    OutOfDeviceMemory,
+    SharedMemoryFull,
+)
 from allocator.messages import Extent
+from allocator.room import size
 
-_NO_ROOM = (errno.ENOSPC, errno.ENOMEM)
+OnShortage = Callable[[SharedMemoryFull], None]
+"""Returns where it makes sense to try again, raises where not."""
+
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
+_commits = CommitWatch()
 
 
 class HostMapping:
@@ -26,7 +37,10 @@ class HostMapping:
         """`descriptor` stays the caller's. Writable where there is a `placement`, and then nothing
         is committed yet."""
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if placement is not None else 0)
-        mapped = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, protection)
+        try:
+            mapped = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, protection)
+        except OSError as error:
+            raise _no_addresses(num_bytes, error) from error
         self._file: FileIO | None = None
         self._huge_address: int | None = None
         if placement is not None:
@@ -37,6 +51,7 @@ class HostMapping:
         self._mapped: mmap.mmap | None = mapped
         self._buffer: memoryview | None = memoryview(mapped)
         self._num_bytes = num_bytes
+        self.on_shortage: OnShortage | None = None
 
     @property
     def buffer(self) -> memoryview:
@@ -54,26 +69,21 @@ class HostMapping:
         """See `Mapping.commit`."""
         file = self._writable(offset, num_bytes)
         if num_bytes:
-            self._use_huge_pages(offset, num_bytes)
-            _commit(file.fileno(), offset, num_bytes)
+            self._with_room(lambda: self._commit(file, offset, num_bytes))
+
+    def complete(self) -> None:
+        """See `Mapping.complete`."""
+        file = self._writable(0, self._num_bytes)
+        if os.fstat(file.fileno()).st_blocks * 512 < self._num_bytes:
+            self._with_room(lambda: _commit(file.fileno(), 0, self._num_bytes))
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """See `Mapping.write`. By pwrite, which takes no page faults and commits without zeroing
         first."""
         view = memoryview(data)
         file = self._writable(offset, view.nbytes)
-        if not view.nbytes:
-            return
-        self._use_huge_pages(offset, view.nbytes)
-        view, done = view.cast("B"), 0
-        while done < len(view):
-            try:
-                done += os.pwrite(file.fileno(), view[done:], offset + done)
-            except OSError as error:
-                if error.errno in _NO_ROOM:
-                    reason = error.strerror or str(error)
-                    raise no_shared_memory(len(view) - done, reason) from error
-                raise
+        if view.nbytes:
+            self._with_room(lambda: self._write(file, offset, view.cast("B")))
 
     def read(self, offset: int, out: memoryview) -> None:
         """See `Mapping.read`."""
@@ -105,6 +115,34 @@ class HostMapping:
         if offset < 0 or num_bytes < 0 or num_bytes > self._num_bytes - offset:
             raise ValueError(f"{num_bytes} bytes at {offset} lie outside the segment")
 
+    def _with_room(self, attempt: Callable[[], None]) -> None:
+        """Again, as long as there is somebody to ask for room who made some."""
+        while True:
+            try:
+                return attempt()
+            except SharedMemoryFull as error:
+                if self.on_shortage is None:
+                    raise
+                self.on_shortage(error)
+
+    def _commit(self, file: FileIO, offset: int, num_bytes: int) -> None:
+        _commits.about_to(num_bytes)
+        self._use_huge_pages(offset, num_bytes)
+        _commit(file.fileno(), offset, num_bytes)
+
+    def _write(self, file: FileIO, offset: int, view: memoryview) -> None:
+        _commits.about_to(len(view))
+        self._use_huge_pages(offset, len(view))
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(file.fileno(), view[done:], offset + done)
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    reason = error.strerror or str(error)
+                    raise no_shared_memory(len(view) - done, reason) from error
+                raise
+
     def _use_huge_pages(self, offset: int, num_bytes: int) -> None:
         # Only faults bring them; one in the midst of a huge page brings all of it.
         if self._huge_address is not None:
@@ -120,7 +158,7 @@ class HostPoolWindow:
         self._placement = placement
         # Huge pages need addresses that are as aligned as the offsets are.
         alignment = huge_page_bytes() if placement.uses_huge_pages else mmap.PAGESIZE
-        self._range: AddressRange | None = AddressRange(num_bytes, alignment)
+        self._range: AddressRange | None = _reserved(num_bytes, alignment)
         self._num_bytes = num_bytes
         self._readable = FileIO(os.dup(readable), "r")
         self._writable = FileIO(os.dup(writable), "r+")
@@ -141,6 +179,7 @@ class HostPoolWindow:
         if not writable:
             _mapped(addresses, self._readable, offset, num_bytes, writable=False)
             return
+        _commits.about_to(num_bytes)
         _mapped(addresses, self._writable, offset, num_bytes, writable=True)
         try:
             self._placement.apply(addresses.address + offset, num_bytes)
@@ -181,6 +220,22 @@ class HostPoolWindow:
         if offset < 0 or num_bytes < 1 or num_bytes > self._num_bytes - offset:
             raise InvalidMessage(f"the extent of {num_bytes} bytes at {offset} is not in the pool")
         return offset, num_bytes
+
+
+def _reserved(num_bytes: int, alignment: int) -> AddressRange:
+    try:
+        return AddressRange(num_bytes, alignment)
+    except OSError as error:
+        raise _no_addresses(num_bytes, error) from error
+
+
+def _no_addresses(num_bytes: int, error: OSError) -> Exception:
+    if error.errno != errno.ENOMEM:
+        return DeviceError(f"{size(num_bytes)} can't be mapped: {error.strerror}")
+    return OutOfDeviceMemory(
+        f"this process has no addresses for {size(num_bytes)} of shared memory: raise what it may "
+        "have with `ulimit -v unlimited`, under systemd `LimitAS=infinity`"
+    )
 
 
 def _mapped(

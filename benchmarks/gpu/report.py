@@ -136,7 +136,7 @@ def run_stages(
             stage["status"], stage["why"] = "not run", f"the {total_s:.0f} s were spent"
         else:
             device = "cuda:0" if spec.simulated or "--small" not in options else "host"
-            command = [sys.executable, "-m", spec.module, "--device", device]
+            command = [sys.executable, "-P", "-m", spec.module, "--device", device]
             _run(
                 [*command, *spec.arguments, *options],
                 environments[spec.simulated],

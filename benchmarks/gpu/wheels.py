@@ -65,7 +65,15 @@ def _download(what: Sequence[str], folder: Path) -> None:
     platforms += ["manylinux2014_x86_64", "manylinux1_x86_64"]
     subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+            *(
+                sys.executable,
+                "-P",
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+            ),
             *("--no-deps", "--only-binary=:all:", "--implementation", "cp"),
             *("--python-version", _PYTHON, "-c", str(ROOT / "constraints.txt")),
             *(word for platform in platforms for word in ("--platform", platform)),

@@ -7,7 +7,7 @@ import typer
 from allocator import parse_bytes
 from server import checks, console
 from server.commands.options import JsonOption, RuntimeDirOption, one_line_errors, print_json
-from server.doctor import examine
+from server.doctor import clear_up, examine
 from server.model_source import find_model
 from server.plan import MAX_NUM_SEQS, Load, make_plan, read_estimate, read_machine
 from server.served_check import served_model
@@ -79,8 +79,22 @@ def plan(
         console.out.print(console.plan_lines(made), markup=False)
 
 
-def doctor(as_json: JsonOption = False, runtime_dir: RuntimeDirOption = None) -> None:
+def doctor(
+    fix: Annotated[
+        bool,
+        typer.Option(
+            "--fix",
+            help="Remove shared memory that allocators which are gone have left, where it is "
+            "proven that no process uses it.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeDirOption = None,
+) -> None:
     """Check this machine, and say what to do where something is missing; exit 1 on a problem."""
+    for run in clear_up() if fix else ():
+        size = checks.size_text(run.num_bytes)
+        console.err.print(f"removed {len(run.segments)} segments, {size}: {run.run}-*")
     found = [*examine(runtime_dir), *served_model(runtime_dir)]
     status = checks.worst(found)
     if as_json:

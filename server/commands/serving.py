@@ -15,6 +15,7 @@ from allocator import (
     ProcessState,
     Role,
     RuntimeDir,
+    check_limits,
     parse_bytes,
     remove_leftovers,
 )
@@ -212,6 +213,8 @@ def serve(
             map_files=map_files,
         )
         _allow_open_files(instances)
+        if settings.device == "host":
+            check_limits(settings.memory_limit)
         asyncio.run(run_server(settings))
 
 

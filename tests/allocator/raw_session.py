@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import zmq
 
 from allocator import RuntimeDir
+from allocator.backends import for_handle
 from allocator.lifeline import Lifeline
 from allocator.messages import (
+    PLAIN_USER,
     PROTOCOL_VERSION,
     REQUEST_ID_BYTES,
     Elected,
@@ -27,11 +29,14 @@ from allocator.messages import (
     Reserved,
     Seal,
     Sealed,
+    Welcome,
     decode_reply,
     encode,
+    plain_password,
 )
 
 TIMEOUT_S = 300.0
+Socket = zmq.Socket[bytes]
 
 
 class RawSession:
@@ -42,9 +47,7 @@ class RawSession:
         self.lifeline = Lifeline.connect(runtime_dir.lifeline, TIMEOUT_S, hello)
         self.token = self.lifeline.welcome.token
         self._context = zmq.Context(io_threads=1)
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(self.lifeline.welcome.requests)
+        self._socket = requests_socket(self._context, self.lifeline.welcome)
         self._ids = itertools.count(1)
 
     def send_frames(self, frames: Sequence[bytes]) -> None:
@@ -101,7 +104,7 @@ class RawSession:
     def sealed(self, key: str, num_bytes: int, fingerprint: dict[str, str] | None = None) -> Handle:
         """A set that this session reads. Its manifest is nothing that could be read."""
         generation = self.elected(key, fingerprint)
-        self.reserved(key, generation, num_bytes)
+        commit(self.reserved(key, generation, num_bytes))
         manifest = Extent(offset=0, num_bytes=0)
         reply = self.ask(
             Seal(key=key, generation=generation, manifest=manifest, manifest_digest="")
@@ -119,6 +122,23 @@ class RawSession:
         """End the session."""
         self.lifeline.close()
         self._context.destroy(0)
+
+
+def requests_socket(context: "zmq.Context[zmq.Socket[bytes]]", welcome: Welcome) -> Socket:
+    """A DEALER that the daemon lets in."""
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.PLAIN_USERNAME, PLAIN_USER)
+    dealer.setsockopt(zmq.PLAIN_PASSWORD, plain_password(welcome.token))
+    dealer.connect(welcome.requests)
+    return dealer
+
+
+def commit(handle: Handle) -> Handle:
+    """Give a segment of host memory all its memory, as whoever seals it must have done."""
+    if handle.backend == "host":
+        for_handle(handle).map(handle, writable=True).close()
+    return handle
 
 
 def raw_lifeline(runtime_dir: RuntimeDir) -> socket.socket:

@@ -16,10 +16,11 @@ from allocator import Client, OutOfDeviceMemory, RuntimeDir, WeightSetWriter, co
 from allocator.backends import for_handle
 from allocator.backends.host import SHM_ROOT, HostBackend
 from allocator.backends.placement import huge_page_mode, placement_notes
-from allocator.messages import Extent, Handle, Manifest
+from allocator.messages import Extent, Failed, Handle, Lease, Leased, MakeRoom, Manifest
 from tests.allocator.processes import in_fork
+from tests.allocator.raw_session import RawSession
 from tests.daemon_process import DaemonProcess
-from tests.leaks import descriptors
+from tests.leaks import descriptors, wait_until
 from tests.mount_namespace import run_on_tmpfs
 
 MODULE = "tests.allocator.small_shm"
@@ -111,7 +112,6 @@ def pool(prefix: str) -> dict[str, object]:
     used = free_blocks()
     too_large = Extent(offset=extents[3].offset, num_bytes=4 * MIB)
     found: dict[str, object] = {
-        "reserve_extent": refusal(lambda: backend.reserve_extent(f"{prefix}pool", too_large)),
         "map": refusal(lambda: window.map(too_large, writable=True)),
         "nothing_taken": free_blocks() == used,
         "fault": in_fork(lambda: str(window.buffer[too_large.offset])).signal,
@@ -134,6 +134,52 @@ def daemon_in_need(memory: Client) -> dict[str, object]:
     found["after_evicting"] = keys(memory)
     found["too_large"] = load(memory, "huge", 100 * MIB)
     found["after_too_large"] = keys(memory)
+    return found
+
+
+def shortage(runtime_dir: RuntimeDir) -> dict[str, object]:
+    """What was promised can't be committed, since another program has taken the room meanwhile."""
+    filler = SHM_ROOT / "another program's"
+    daemon = DaemonProcess(runtime_dir)
+    try:
+        with connect(runtime_dir) as memory:
+            found: dict[str, object] = {"idle": load(memory, "idle", 2 * MIB)}
+            writer = memory.open_weight_set("new", {})
+            assert isinstance(writer, WeightSetWriter)
+            with writer:
+                mapping = writer.reserve_uncommitted(4 * MIB)
+                filler.write_bytes(bytes(3 * MIB))
+                mapping.write(0, bytes(4 * MIB - 4096))  # 3 MiB were left, and the idle set's
+                writer.seal(Manifest(version=1, tensors={}, metadata={}), 4 * MIB - 4096).release()
+                found["after_writing"] = keys(memory)
+            filler.unlink()
+            found |= unanswered_promise(runtime_dir, memory, filler)
+    finally:
+        status = daemon.stop()
+    filler.unlink()
+    left = sorted(path.name for path in SHM_ROOT.iterdir())
+    return found | {"status": status, "left": left}
+
+
+def unanswered_promise(runtime_dir: RuntimeDir, memory: Client, filler: Path) -> dict[str, object]:
+    """3 MiB are leased and not committed yet when there is no room for them any more."""
+    memory.evict("new")
+    wait_until(lambda: memory.statistics().limit_bytes > 7 * MIB, "the room is seen")
+    load(memory, "idle", 2 * MIB)
+    session = RawSession(runtime_dir)
+    leased = session.ask(Lease(num_bytes=3 * MIB))
+    assert isinstance(leased, Leased)
+    found: dict[str, object] = {"beside_a_promise": refusal(lambda: memory.lease(6 * MIB))}
+    found["before"] = keys(memory)
+    filler.write_bytes(bytes(5 * MIB - 65536))
+    wait_until(lambda: not keys(memory), "what is idle is given up, though nobody asks")
+    found["room"] = type(session.ask(MakeRoom(num_bytes=3 * MIB))).__name__
+    with filler.open("ab") as file:
+        file.write(bytes(MIB))
+    refused = session.ask(MakeRoom(num_bytes=3 * MIB))
+    assert isinstance(refused, Failed)
+    found |= {"no_room": refused.message, "code": refused.code}
+    session.close()
     return found
 
 
@@ -205,6 +251,8 @@ def main() -> None:
             found = segments(runtime_dir.segment_prefix)
         case "pool":
             found = pool(runtime_dir.segment_prefix)
+        case "shortage":
+            found = shortage(runtime_dir)
         case "huge":
             found = huge(runtime_dir.segment_prefix)
         case part:

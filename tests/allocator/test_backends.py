@@ -27,6 +27,7 @@ from allocator.tensor import as_bytes
 from tests.allocator.backend_contract import PATTERN, SIZE, BackendContract, bytes_of
 from tests.allocator.backend_peer import Peer
 from tests.allocator.processes import in_fork
+from tests.allocator.raw_session import commit
 from tests.leaks import descriptors
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -155,6 +156,7 @@ class TestHost(BackendContract):
     def test_others_may_not_even_open_it(self, handle: Handle, pool: Handle) -> None:
         assert path_of(handle).stat().st_mode & 0o777 == 0o600
         assert path_of(pool).stat().st_mode & 0o777 == 0o600
+        commit(handle)
         HostBackend().seal(handle.segment)
         assert path_of(handle).stat().st_mode & 0o777 == 0o400
 
@@ -167,6 +169,7 @@ class TestHost(BackendContract):
         assert child.text.startswith("NotWriter")
         child = in_fork(lambda: str(len(backend.map(sealed, writable=False).buffer)), uid=65534)
         assert child.text == str(SIZE)
+        os.chown(path_of(sealed), 0, 0)  # what is another user's is not swept
 
     def test_torch_does_not_warn_of_read_only_memory(
         self, backend: Backend, sealed: Handle, recwarn: pytest.WarningsRecorder
@@ -187,6 +190,7 @@ class TestHost(BackendContract):
         first = backend.identity(handle.segment)
         assert first
         assert backend.identity(handle.segment) == first
+        commit(handle)
         backend.seal(handle.segment)
         sealed = backend.identity(handle.segment)
         assert sealed != first
@@ -194,6 +198,7 @@ class TestHost(BackendContract):
         backend.free(handle.segment)
         assert backend.identity(handle.segment) == ""
         backend.reserve(handle.segment, SIZE)
+        commit(handle)
         backend.seal(handle.segment)
         assert backend.identity(handle.segment) not in ("", first, sealed)
         held.close()
@@ -238,6 +243,7 @@ class TestHost(BackendContract):
     def test_a_closed_window_leaves_neither_descriptor_nor_mapping(
         self, backend: Backend, pool: Handle, extents: list[Extent]
     ) -> None:
+        backend.hold_pool(pool.segment)
         before = descriptors()
         window = backend.open_pool(pool)
         window.map(extents[0], writable=True)
@@ -304,7 +310,7 @@ class TestHost(BackendContract):
             backend.reserve_pool(f"{prefix}pool", 1 << 21)
             return "made"
 
-        assert in_fork(attempt).text.startswith("OutOfDeviceMemory: 2.1 MB of shared memory")
+        assert in_fork(attempt).text.startswith("SharedMemoryFull: 2.1 MB of shared memory")
         assert backend.sweep(prefix) == []
 
     def test_freeing_an_extent_of_a_pool_that_is_gone_is_harmless(
@@ -344,12 +350,19 @@ class TestHost(BackendContract):
         window.buffer[extent.offset : extent.offset + 3] = b"abc"
         assert in_fork(lambda: bytes(window.buffer[extent.offset :][:3]).decode()).text == "abc"
 
-    def test_an_extent_larger_than_the_device_is_not_leased(
+    def test_an_extent_larger_than_the_device_is_refused_at_once(
         self, backend: Backend, prefix: str
     ) -> None:
-        backend.reserve_pool(f"{prefix}large", 1 << 55)
-        with pytest.raises(OutOfDeviceMemory, match="Enlarge"):
-            backend.reserve_extent(f"{prefix}large", Extent(offset=0, num_bytes=1 << 50))
+        status = os.statvfs(SHM_ROOT)
+        size = status.f_blocks * status.f_frsize + backend.granularity
+        backend.reserve_pool(f"{prefix}large", size)
+        handle = self.handle_of(backend, f"{prefix}large", size)
+        with (
+            contextlib.closing(backend.open_pool(handle)) as window,
+            pytest.raises(OutOfDeviceMemory, match=r"are needed, but .* are free\."),
+        ):
+            window.map(Extent(offset=0, num_bytes=size), writable=True)
+        assert committed(handle) == 0
 
     def test_the_limit_of_mappings_is_told(
         self, backend: Backend, prefix: str, start_peer: Callable[[], Peer]

@@ -24,8 +24,7 @@ def test_a_full_device(runtime_dir: RuntimeDir) -> None:
 
 def test_a_pool_on_a_full_device(runtime_dir: RuntimeDir) -> None:
     found = on_own_shm("pool", runtime_dir)
-    for where in ("map", "reserve_extent"):
-        assert "it holds 8.4 MB, of which 2.1 MB are free" in found[where]
+    assert "it holds 8.4 MB, of which 2.1 MB are free" in found["map"]
     assert found["nothing_taken"]
     assert found["fault"] == signal.SIGSEGV  # and not SIGBUS: it is not mapped at all
     assert found["others"] == [1, 2, 3]
@@ -42,3 +41,18 @@ def test_a_daemon_on_a_full_device(runtime_dir: RuntimeDir) -> None:
     assert found["after_too_large"] == ["new"]
     assert found["status"] == 0
     assert found["left"] == ["another program's"]
+
+
+def test_what_others_take_between_a_promise_and_its_commit(runtime_dir: RuntimeDir) -> None:
+    """What is idle goes for it, whether a client asks or not; where nothing is left to go, whoever
+    was promised is told, and nothing that is in use is touched."""
+    found = on_own_shm("shortage", runtime_dir)
+    assert found["idle"] == "loaded"
+    assert found["after_writing"] == ["new"]
+    assert "6.3 MB are needed, but /dev/shm holds 8.4 MB in all" in found["beside_a_promise"]
+    assert "3.1 MB of it are in use" in found["beside_a_promise"]
+    assert found["before"] == ["idle"]  # a refusal changes nothing
+    assert found["room"] == "Done"
+    assert found["code"] == "out_of_device_memory"
+    assert re.search(r"3.1 MB are needed.*remount,size=", found["no_room"])
+    assert (found["status"], found["left"]) == (0, [])

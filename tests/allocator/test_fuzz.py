@@ -56,7 +56,7 @@ from allocator.messages import (
     encode,
 )
 from tests.allocator.random_messages import RandomMessages, spoiled
-from tests.allocator.raw_session import RawSession, raw_lifeline
+from tests.allocator.raw_session import RawSession, commit, raw_lifeline
 from tests.daemon_process import DaemonProcess
 from tests.leaks import segments, wait_until
 
@@ -192,8 +192,9 @@ class Crowd:
         session, key = talk.session, self.chance.choice(("a", "b", "c"))
         reply = session.ask(Open(key=key, fingerprint={}, wait_ms=0))
         if isinstance(reply, Elected):
-            handle = session.ask(Reserve(key=key, generation=reply.generation, num_bytes=MIB))
-            if isinstance(handle, Reserved):
+            answer = session.ask(Reserve(key=key, generation=reply.generation, num_bytes=MIB))
+            if isinstance(answer, Reserved):
+                commit(answer.handle)
                 manifest = Extent(offset=0, num_bytes=0)
                 seal = Seal(
                     key=key, generation=reply.generation, manifest=manifest, manifest_digest=""
@@ -506,13 +507,14 @@ def test_connections_of_every_kind_at_once(daemon: DaemonProcess, good: Client) 
 def test_hundreds_that_say_nothing_hold_up_nobody_for_long(
     daemon: DaemonProcess, good: Client
 ) -> None:
-    """Those that are too many are told so. Who is there already is served, and soon others are."""
+    """Those that were silent for longest are told to go. Who is there already is served, and so is
+    who comes."""
     silent = [raw_lifeline(daemon.runtime_dir) for _ in range(300)]
-    refused = silent[256:]
-    for connection in refused:
+    for connection in silent[:44]:
         assert isinstance(decode_lifeline(connection.recv(8192)), Refused)
     good.lease(EXTENT).release()
     assert good.statistics().num_sessions == 1
+    RawSession(daemon.runtime_dir).close()
     for connection in silent[:100]:
         connection.close()
     wait_until(lambda: num_descriptors(daemon) < 200, "the daemon has noticed")

@@ -38,7 +38,7 @@ from allocator.messages import (
 )
 from tests.allocator.doomed import Doomed, Report
 from tests.allocator.processes import ClientProcess
-from tests.allocator.raw_session import RawSession
+from tests.allocator.raw_session import RawSession, commit
 from tests.daemon_process import DaemonProcess
 from tests.leaks import segments, wait_until
 
@@ -143,6 +143,8 @@ def test_a_writer_that_ends_before_it_is_answered(
             break
         reply = raw.ask(message)  # type: ignore[arg-type]
         assert isinstance(reply, kind)
+        if isinstance(reply, Reserved):
+            commit(reply.handle)
         generation = getattr(reply, "generation", generation)
     raw.close()
     with daemon.connect() as memory:

@@ -5,6 +5,7 @@ each of them; now and then the pool is made again from what it says of itself, t
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -281,12 +282,14 @@ def test_statistics_tell_how_broken_up_the_pool_is() -> None:
 def made_again(pool: KVPool) -> KVPool:
     """A second pool, from what the first one says of itself."""
     again = KVPool(pool.total_bytes, GRANULE)
+    again.begin_restoring()
     for session, generation, extent in pool.leases():
         again.restore_lease(session, generation, extent)
     for number, extent in pool.blocks():
         again.restore_block(number, extent, 0.0)
     for session, number, count in pool.pins():
         again.restore_pins(session, [number] * count, 0.0)
+    again.end_restoring()
     again.check()
     return again
 
@@ -306,23 +309,38 @@ def test_a_pool_that_is_made_again_goes_on_where_the_first_one_was() -> None:
     assert again.give_back(OWNER, [lease]) == [at(0, 3)]
 
 
-def test_what_is_taken_cannot_be_taken_over_again() -> None:
+def taken_over(further: Callable[[KVPool], None]) -> None:
+    """Granules 1 and 2 of 4, and then what is done further."""
     pool = pool_of(4)
+    pool.begin_restoring()
     pool.restore_lease(OWNER, 5, at(1, 2))
+    further(pool)
+    pool.end_restoring()
+
+
+def test_what_is_taken_cannot_be_taken_over_again() -> None:
     for restore in (
-        lambda: pool.restore_lease(OTHER, 6, at(2)),
-        lambda: pool.restore_block(digest(1), at(0, 2), 0.0),
+        lambda pool: pool.restore_lease(OTHER, 6, at(1)),
+        lambda pool: pool.restore_lease(OTHER, 6, at(2)),
+        lambda pool: pool.restore_block(digest(1), at(0, 2), 0.0),
+        lambda pool: pool.restore_block(digest(1), at(3, 2), 0.0),
     ):
         with pytest.raises(ForeignExtent):
-            restore()
-    pool.check()
+            taken_over(restore)
+    pool = pool_of(4)
+    with pytest.raises(ForeignExtent):
+        pool.restore_lease(OWNER, 5, at(1, 2))  # it goes on already
+    pool.begin_restoring()
+    pool.restore_lease(OWNER, 5, at(1, 2))
     pool.restore_pins(OWNER, [digest(9)], 0.0)  # of a block that is gone: nothing to pin
     assert pool.held(OWNER) == (2 * GRANULE, 1, 0)
     assert pool.generation == 5
     pool.end_leases(OTHER, [GRANULE])  # not its own
+    pool.restore_lease(OWNER, 6, at(0))
+    pool.end_leases(OWNER, [0])
+    pool.end_restoring()
+    pool.check()
     assert pool.leased_bytes == 2 * GRANULE
-    pool.end_leases(OWNER, [GRANULE])
-    assert pool.leased_bytes == 0
 
 
 # --- at random, against a plain model

@@ -114,7 +114,8 @@ def test_processes_at_once_compute_the_same_over_one_copy(start: Start, number: 
     assert LARGE_BYTES <= copy < LARGE_BYTES + (1 << 16)
     assert sum(segment.pss_bytes for segment in segments) <= copy + number * 4096
     for process, private in zip(processes, before, strict=True):
-        assert private_bytes(process) < private - LARGE_BYTES + (4 << 20)
+        # What Python takes for itself on the way it takes a mebibyte at a time.
+        assert private_bytes(process) < private - LARGE_BYTES + (5 << 20)
 
 
 def test_the_memory_of_parameters_goes_though_a_buffer_had_a_part_of_it(start: Start) -> None:

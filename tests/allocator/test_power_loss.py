@@ -3,6 +3,7 @@
 A daemon always starts, and what it starts with is in order, whatever it found.
 """
 
+import contextlib
 import os
 import random
 import resource
@@ -355,11 +356,10 @@ def test_a_set_with_files_is_taken_over_while_they_are_what_they_were(
 def adopted_from(runtime_dir: RuntimeDir, payloads: Sequence[bytes]) -> tuple[int, int, int]:
     """(weight sets, leases, blocks) that would be taken over, all of it in order."""
     journaled = read_records(payloads)
-    backend = HostBackend()
     sessions = list(journaled.sessions.values())
-    adopted = adopt(
-        journaled.device("host"), sessions, backend, backend, limit_bytes=None, quotas={}, now=0.0
-    )
+    legacy = journaled.device("host")
+    with contextlib.closing(HostBackend()) as backend:
+        adopted = adopt(legacy, sessions, backend, backend, limit_bytes=None, quotas={}, now=0.0)
     adopted.memory.check()
     for session in sessions:
         adopted.memory.end_session(session.number, 0.0)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 from allocator import AlreadyRunning, ProcessIdentity, RuntimeDir, RuntimeDirError
 from allocator.runtime_dir import LONGEST_NAME, MAX_SOCKET_PATH_BYTES
 from tests.allocator.processes import in_fork
+from tests.daemon_process import ROOT
+from tests.leaks import shared_files
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a directory away needs root")
@@ -48,6 +52,113 @@ def test_open_to_others(folder: Path, mode: int) -> None:
     expected = rf"open to other users \(mode {mode:04o}\): run `chmod 700 {folder}`"
     with pytest.raises(RuntimeDirError, match=expected):
         RuntimeDir.open(folder)
+
+
+# --- what others could put in its place
+
+
+@as_root
+def test_a_link_of_another_users(folder: Path) -> None:
+    """Who owns the link decides what it leads to, now and later; a link of our own is fine."""
+    ours = folder / "ours"
+    ours.mkdir(mode=0o700)
+    folder.chmod(0o1777)
+    link = folder / "link"
+
+    def make() -> str:
+        link.symlink_to(ours)
+        return "made"
+
+    assert in_fork(make, uid=NOBODY).text == "made"
+    for create in (True, False):
+        with pytest.raises(RuntimeDirError, match=f"{link} is a link of user id {NOBODY}"):
+            RuntimeDir.open(link, create=create)
+        with pytest.raises(RuntimeDirError, match="is a link of user id"):
+            RuntimeDir.open(link / "below", create=create)
+    assert list(ours.iterdir()) == []
+    own = folder / "own"
+    own.symlink_to("ours")
+    assert RuntimeDir.open(own).path == own
+    further = folder / "further"
+    further.symlink_to(link)  # a link of ours that leads to theirs
+    with pytest.raises(RuntimeDirError, match=f"{link} is a link of user id {NOBODY}"):
+        RuntimeDir.open(further)
+
+
+@as_root
+def test_below_a_directory_of_another_users(folder: Path) -> None:
+    theirs = folder / "theirs"
+    theirs.mkdir(mode=0o755)
+    os.chown(theirs, NOBODY, NOBODY)
+    (theirs / "ours").mkdir(mode=0o700)
+    with pytest.raises(RuntimeDirError, match=f"{theirs} belongs to user id {NOBODY}"):
+        RuntimeDir.open(theirs / "ours")
+    # Root may have any directory on the way: of its own, and of whoever uses it.
+    os.chown(folder, NOBODY, NOBODY)
+    os.chown(theirs / "ours", NOBODY, NOBODY)
+    assert in_fork(lambda: str(RuntimeDir.open(theirs / "ours").path), uid=NOBODY).text == str(
+        theirs / "ours"
+    )
+
+
+def test_below_a_directory_that_everybody_may_change(folder: Path) -> None:
+    (folder / "ours").mkdir(mode=0o700)
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeDirError, match="is one that everybody may write to"):
+        RuntimeDir.open(folder / "ours")
+    folder.chmod(0o1777)  # as /tmp is: nobody but us may rename what is ours
+    assert RuntimeDir.open(folder / "ours")
+
+
+def test_a_link_that_leads_to_itself(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(RuntimeDirError, match="--runtime-dir"):
+        RuntimeDir.open(folder / "loop")
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link", "dangling link"])
+def test_what_is_no_lock_file_is_refused_in_a_line(folder: Path, kind: str) -> None:
+    path = folder / "allocator.lock"
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            (folder / "target").write_text("")
+            path.symlink_to("target")
+        case _:
+            path.symlink_to("nowhere")
+    opened = RuntimeDir.open(folder)
+    with pytest.raises(RuntimeDirError, match=r"allocator\.lock .*[Rr]emove what lies there"):
+        opened.lock("allocator")
+    with pytest.raises((RuntimeDirError, OSError)):
+        opened.owner("allocator")
+    assert not (folder / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["allocator.sock", "allocator-requests.sock", "allocator.journal", "allocator.lock"]
+)
+def test_an_allocator_that_can_not_have_its_names_says_so_in_a_line(
+    folder: Path, name: str
+) -> None:
+    (folder / name).mkdir()
+    (folder / name / "more").touch()
+    ended = subprocess.run(
+        [sys.executable, "-m", "allocator", "--runtime-dir", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    [line] = [one for one in ended.stderr.splitlines() if one.startswith("onecopy allocator: ")]
+    assert str(folder) in line
+    assert {path.name for path in folder.iterdir()} == {name}
+    assert shared_files(RuntimeDir.open(folder).segment_prefix) == []
 
 
 @as_root

@@ -1,5 +1,6 @@
 """Weight sets that sleep in host memory or on disk: the same bytes afterwards, whatever happens."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -21,8 +22,10 @@ from allocator import (
     WeightSetReader,
     WeightSetWriter,
 )
+from allocator.backends import for_handle
 from allocator.backends.host import SHM_ROOT
 from allocator.errors import DiskError
+from allocator.images import write_image
 from allocator.messages import (
     Done,
     Elected,
@@ -380,7 +383,7 @@ def test_what_is_pinned_or_asleep_gives_way_to_nobody(start_daemon: StartDaemon)
 
 
 def test_a_full_disk_leaves_the_set_where_it_was(runtime_dir: RuntimeDir) -> None:
-    outcome = on_small_disk(runtime_dir)
+    outcome = on_small_disk("full", runtime_dir)
     assert "an image of 4.2 MB can't be written" in outcome["too_large"]
     assert "delete images or other files there" in outcome["too_large"]
     assert outcome["state_then"] == ["idle", "device"]
@@ -388,6 +391,46 @@ def test_a_full_disk_leaves_the_set_where_it_was(runtime_dir: RuntimeDir) -> Non
     assert outcome["damaged_then"] == []
     assert outcome["state_with_room"] == ["asleep", "disk"]
     assert outcome["damaged_at_last"] == []
+
+
+def test_a_disk_that_can_not_be_written_is_an_error_of_who_needs_it(
+    runtime_dir: RuntimeDir,
+) -> None:
+    """The image can be read all the same, and nobody loses anything."""
+    outcome = on_small_disk("read_only", runtime_dir)
+    assert "can't be deleted: Read-only file system" in outcome["evict"]
+    assert outcome["state_then"] == ["asleep", "disk"]
+    assert outcome["damaged"] == []
+    assert outcome["state_awake"] == ["idle", "device"]
+    assert outcome["evicted"] == ["asleep", "disk"]
+    assert outcome["had_sources"] == [True, False]
+    assert outcome["same_files"]
+    assert outcome["lease"]
+    assert outcome["same_daemon"]
+
+
+def test_an_image_whose_writer_ends_before_it_says_so_is_there(
+    memory: Client, runtime_dir: RuntimeDir
+) -> None:
+    """Nobody else would find it, and nobody would remove it."""
+    content = idle(memory)
+    session = RawSession(runtime_dir)
+    moving = session.ask(Sleep(key="k", tier="disk", wait_ms=0))
+    assert isinstance(moving, Moving)
+    with contextlib.closing(for_handle(moving.handle).map(moving.handle, writable=False)) as source:
+        write_image(
+            Path(moving.image_folder),
+            *("k", moving.fingerprint, source.buffer, moving.manifest, lambda _: None),
+        )
+    assert where(memory, "k") == ("moving", "device")
+    session.close()
+    wait_until(lambda: where(memory, "k") == ("idle", "device"), "it is where it was")
+    memory.evict("k")
+    assert where(memory, "k") == ("asleep", "disk")
+    check(memory, content)
+    memory.evict("k", image=True)
+    assert where(memory, "k") == ("absent", "")
+    assert list(Path(moving.image_folder).iterdir()) == []
 
 
 def test_a_folder_that_is_none_leaves_the_set_where_it_was(
@@ -606,8 +649,8 @@ def test_a_client_process_says_by_name_why_a_set_cannot_sleep(start: Start) -> N
 
 def test_shared_memory_of_a_sleeping_set_is_free(memory: Client, runtime_dir: RuntimeDir) -> None:
     def shared_bytes() -> int:
-        names = SHM_ROOT.glob(f"{runtime_dir.segment_prefix.lstrip('/')}*")
-        return sum(path.stat().st_blocks * 512 for path in names)
+        names = segments(runtime_dir.segment_prefix)
+        return sum((SHM_ROOT / name).stat().st_blocks * 512 for name in names)
 
     content = idle(memory, num_bytes=8 * MIB)
     assert shared_bytes() >= 8 * MIB

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from allocator import RuntimeDir, WeightSetWriter
+from allocator import AbandonedRun, Room, RuntimeDir, WeightSetWriter
+from allocator.backends.segments import RunOwner
 from server import checks, console, doctor, package_checks
 from server.checks import Check
 from tests.daemon_process import DaemonProcess
@@ -224,65 +225,26 @@ def test_memory() -> None:
 
 
 def test_memory_limit() -> None:
-    seen(checks.memory_limit(None, MEMINFO, 33 * GIB), "ok", "none")
-    seen(checks.memory_limit(128 * GIB, MEMINFO, 33 * GIB), "ok", "none")
-    seen(checks.memory_limit(65641148 * 1024, MEMINFO, 128 * GIB), "ok", "none")
-    seen(checks.memory_limit(8 * GIB, MEMINFO, 4 * GIB), "info", "8.59 GB of 67.22 GB")
-    seen(checks.memory_limit(8 * GIB, None, None), "info", "8.59 GB, by")
-    found = checks.memory_limit(8 * GIB, MEMINFO, 33 * GIB)
-    seen(found, "warning", "35.43 GB", f"--memory-limit {6 * GIB}")
-    seen(checks.memory_limit(512 << 20, MEMINFO, 64 << 20), "warning", "docker run --memory")
+    def group(limit: int, free: int) -> Room:
+        return Room(free, limit, "group", "the control group /docker/8ab1")
+
+    seen(checks.memory_limit(None, MEMINFO), "ok", "none")
+    seen(checks.memory_limit(group(128 * GIB, GIB), MEMINFO), "ok", "none")
+    seen(checks.memory_limit(group(65641148 * 1024, GIB), MEMINFO), "ok", "none")
+    found = checks.memory_limit(group(8 * GIB, 5 * GIB), MEMINFO)
+    seen(found, "info", "8.59 GB of 67.22 GB by the control group /docker/8ab1, 5.37 GB free")
+    seen(found, "info", "leaves 859.0 MB to processes")
+    seen(checks.memory_limit(group(8 * GIB, 5 * GIB), None), "info", "8.59 GB by")
+    seen(checks.memory_limit(group(8 * GIB, 300 << 20), None), "warning", "314.6 MB free")
+    found = checks.memory_limit(group(512 << 20, 512 << 20), MEMINFO)
+    seen(found, "warning", "docker run --memory")
 
 
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        # systemd, version 2: the slice above allows less than the unit itself.
-        (
-            {
-                "proc/self/cgroup": "0::/system.slice/onecopy-server.service\n",
-                "sys/fs/cgroup/system.slice/onecopy-server.service/memory.max": "max\n",
-                "sys/fs/cgroup/system.slice/memory.max": "4294967296\n",
-            },
-            4 * GIB,
-        ),
-        # The unit itself allows less.
-        (
-            {
-                "proc/self/cgroup": "0::/system.slice/onecopy-server.service\n",
-                "sys/fs/cgroup/system.slice/onecopy-server.service/memory.max": "1073741824\n",
-                "sys/fs/cgroup/system.slice/memory.max": "4294967296\n",
-            },
-            GIB,
-        ),
-        # A container, version 2: its group is the root of what it sees.
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "2147483648\n"}, 2 * GIB),
-        # A container, version 1: the path is the host's, the mount the container's.
-        (
-            {
-                "proc/self/cgroup": "12:cpu,cpuacct:/docker/8ab1\n4:memory:/docker/8ab1\n0::/\n",
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "3221225472\n",
-            },
-            3 * GIB,
-        ),
-        # Version 1 without a limit: the largest whole page.
-        (
-            {
-                "proc/self/cgroup": "4:memory:/\n",
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-            },
-            None,
-        ),
-        # The host itself, version 2: the root group has no such file.
-        ({"proc/self/cgroup": "0::/init.scope\n"}, None),
-        ({}, None),
-    ],
-)
-def test_the_limit_of_a_control_group(
-    tmp_path: Path, files: dict[str, str], limit: int | None
-) -> None:
-    put(tmp_path, files)
-    assert doctor.group_limit(tmp_path) == limit
+def test_limits_of_processes() -> None:
+    seen(checks.address_space(UNLIMITED, None), "ok", "unlimited")
+    seen(checks.address_space(GIB, "`ulimit -v unlimited`"), "problem", "1.07 GB", "ulimit -v")
+    seen(checks.file_size(UNLIMITED, None), "ok", "unlimited")
+    seen(checks.file_size(GIB, "`ulimit -f unlimited`"), "problem", "1.07 GB", "ulimit -f")
 
 
 def test_huge_pages() -> None:
@@ -386,7 +348,23 @@ def test_segments() -> None:
     seen(checks.segments("/onecopy-ab-", [], None), "ok", "none")
     seen(checks.segments("/onecopy-ab-", [269_000_000], 71), "ok", "269.0 MB")
     found = checks.segments("/onecopy-ab-", [2_000_000_000, 500_000_000], None)
-    seen(found, "warning", "2, 2.50 GB", "rm /dev/shm/onecopy-ab-*")
+    seen(found, "warning", "2, 2.50 GB", "onecopy doctor --fix")
+
+
+def test_left_behind() -> None:
+    def run(owner: RunOwner | None, takes_locks: bool, in_use: bool) -> AbandonedRun:
+        segments = ("/onecopy-ab-cd-1", "/onecopy-ab-cd-2")
+        return AbandonedRun("/onecopy-ab-cd", segments, 269_000_000, owner, takes_locks, in_use)
+
+    owner = RunOwner("/run/user/7/onecopy", 1, 2)
+    seen(checks.left_behind([]), "ok", "nothing")
+    found = checks.left_behind([run(owner, True, False)])
+    seen(found, "warning", "269.0 MB", "/onecopy-ab-cd-1", "/run/user/7/onecopy", "--fix")
+    seen(checks.left_behind([run(owner, True, True)]), "info", "still in use")
+    found = checks.left_behind([run(None, False, False)])
+    seen(found, "warning", "earlier version", "rm /dev/shm/onecopy-ab-cd-*")
+    many = checks.left_behind([run(owner, True, False)] * 9)
+    seen(many, "warning", "1.34 GB by 5 more")
 
 
 def test_smaps() -> None:
@@ -578,7 +556,7 @@ def test_a_bad_runtime_dir(runtime_dir: RuntimeDir, fault: str) -> None:
         case "lock":
             (path / "server.lock").mkdir(parents=True, mode=0o700)
             path.chmod(0o700)
-            words = "server.lock", "Is a directory"
+            words = "server.lock is no file"
     status, found = report("--runtime-dir", str(path))
     assert status == 1
     seen(Check(**found["runtime directory"]), "problem", str(path), words)
@@ -612,8 +590,7 @@ def test_an_allocator_that_runs_is_killed_and_runs_again(
         daemon.kill()
     _, found = report(*arguments)  # its lock file is still there
     assert found["allocator"]["seen"] == "none runs"
-    prefix = runtime_dir.segment_prefix
-    seen(Check(**found["segments"]), "warning", "1, 3.1 MB", f"rm /dev/shm{prefix}*")
+    seen(Check(**found["segments"]), "warning", "1, 3.1 MB", "start onecopy once")
     start_daemon()
     _, found = report(*arguments)
     seen(Check(**found["segments"]), "ok")

@@ -63,7 +63,7 @@ def serve(daemon: DaemonProcess, tmp_path: Path) -> Serve:
             token_budget=64,
         )
         router = Router(settings)
-        fleet = Fleet(settings, daemon.runtime_dir, router.listeners)
+        fleet = Fleet(settings, daemon.runtime_dir, router.listeners, folder / "tokenizer.json")
         router.bind(fleet)
         fleet.launch()
         try:

@@ -122,8 +122,13 @@ def test_it_fits_to_the_byte() -> None:
     }
 
 
-def test_weights_must_fit_into_shared_memory() -> None:
-    assert plan(shared_memory_bytes=1000 * MB).room.fits_at_full_load
+def test_weights_and_kv_cache_must_fit_into_shared_memory() -> None:
+    assert plan(shared_memory_bytes=1160 * MB).room.fits_at_full_load
+    room = plan(shared_memory_bytes=1160 * MB - 1).room
+    assert (room.fits_at_start, room.fits_at_full_load) == (True, False)
+    assert (room.max_num_seqs, room.max_instances) == (3, 1)
+    assert room.max_kv_tokens == (160 * MB - 1) // 20_000
+    assert plan(shared_memory_bytes=1000 * MB).room.weights_fit
     room = plan(shared_memory_bytes=1000 * MB - 1).room
     assert (room.weights_fit, room.fits_at_start, room.fits_at_full_load) == (False,) * 3
     assert (room.max_instances_at_start, room.max_instances, room.max_num_seqs) == (0, 0, 0)
@@ -182,6 +187,10 @@ def test_the_machine_is_this_one_or_the_one_that_was_given() -> None:
     [
         (plan(), ("Fits: ", "up to 56 instances with 4 sequences each")),
         (plan(1_650 * MB), ("Fits at the start, but", "--instances 1 or --max-num-seqs 3")),
+        (
+            plan(shared_memory_bytes=1_100 * MB),
+            ("Fits at the start, but 60.0 MB are missing", "of shared memory 1.10 GB may be"),
+        ),
         (plan(1_500 * MB, num_instances=9), ("Does not fit: ", "would fit: 6 idle instances")),
         (plan(1_000 * MB), ("Does not fit: ", "409.4 MB are missing already at the start")),
         (plan(shared_memory_bytes=MB), ("Does not fit: ", "1.0 MB may be used", "--memory-limit")),

@@ -45,7 +45,8 @@ class Served:
             self.ended_at = time.monotonic()
             told.lost(instance, ending)
 
-        self.fleet = Fleet(settings, runtime_dir, Listeners(told.output, told.ready, on_ended))
+        listeners = Listeners(told.output, told.ready, on_ended)
+        self.fleet = Fleet(settings, runtime_dir, listeners, settings.model / "tokenizer.json")
         self.router.bind(self.fleet)
 
     async def until(self, condition: Callable[[], object]) -> None:

@@ -70,10 +70,20 @@ def texts(server: Server, count: int = 4) -> set[str]:
     return {answer.choices[0].text for answer in answers}
 
 
-def replace_all(server: Server, pid: int | None = None) -> None:
-    """Kill every instance, or the process that they were forked from; others take their place."""
+def replace_all(server: Server, forkserver: int | None = None) -> None:
+    """Kill the process that instances are forked from, if it is named, and then every instance;
+    others take their place."""
     before = {one["pid"] for one in server.remember()["instances"]}
-    for one in before if pid is None else [pid]:
+    if forkserver is not None:
+        os.kill(forkserver, signal.SIGKILL)
+        wait_until(
+            lambda: (
+                (status := server.remember())["forkserver_is_up"]
+                and status["forkserver_pid"] != forkserver
+            ),
+            "another forkserver",
+        )
+    for one in before:
         os.kill(one, signal.SIGKILL)
     server.wait_instances(
         lambda instances: (

@@ -210,7 +210,9 @@ def server(
 ) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     write_checkpoint(folder, "llama", max_position_embeddings=65536)
-    server = make_server(str(write_tokenizer(folder)), "--instances", "1", "--dtype", "float32")
+    # By itself it would replace an allocator that hangs.
+    options = ("--instances", "1", "--dtype", "float32", "--hang-timeout", "0")
+    server = make_server(str(write_tokenizer(folder)), *options)
     yield server
     if server.process.poll() is None:  # the last test stops it
         server.remember()

@@ -81,7 +81,7 @@ class Trials:
         self._folder.rmdir()
 
     async def _start(self) -> None:
-        self._engines = Engines(self.runtime_dir.engines)
+        self._engines = Engines(self.runtime_dir)
         own = os.dup(2)
         os.dup2(self._log.fileno(), 2)  # what instances log is looked through
         try:
@@ -126,11 +126,12 @@ class Trials:
     async def _instance_part(self, model: Path, before: Outcome) -> Outcome:
         self._num_tried += 1
         name = f"t{self._num_tried}"
-        self._forkserver.start(
+        leash = self._forkserver.start(
             InstanceSpec(
                 name=name,
                 runtime_dir=str(self.runtime_dir.path),
-                engines=self.runtime_dir.engines,
+                engines=self._engines.expect(name),
+                server_pid=os.getpid(),
                 model=str(model),
                 served_model_name="trial",
                 dtype=self._dtype,
@@ -161,6 +162,8 @@ class Trials:
         if not exited.done() and not (message and message != "ready"):
             os.kill(started.pid, 9)
         event = await exited
+        leash.close()
+        self._engines.forget(name)
         assert isinstance(event, Exited)
         if not told.done() or told.cancelled():
             problem = problem or f"it ended with status {event.status} and said nothing"

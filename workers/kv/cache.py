@@ -20,7 +20,7 @@ from workers.errors import OutOfKVMemory
 from workers.kv.block import KVBlock
 from workers.kv.layout import KVLayout
 from workers.kv.prefix import extend_chain, root_digest
-from workers.kv.source import PoolGone, PoolSource, PrivateSource
+from workers.kv.source import PoolGone, PoolSource, PoolTaken, PrivateSource
 from workers.kv.table import BlockTable
 
 log = logging.getLogger("onecopy.instance")
@@ -89,6 +89,8 @@ class KVCache:
         self._pool_is_gone = False
         self.problem = ""
         """Why the last `grow` was refused."""
+        self.is_taken = False
+        """Whether that was since others hold the room, and are at work: so it is worth waiting."""
 
     # --- one sequence
 
@@ -111,15 +113,18 @@ class KVCache:
         self._open[id(cache)] = cache
         return cache
 
-    def grow(self, cache: SequenceCache, num_tokens: int) -> bool:
+    def grow(self, cache: SequenceCache, num_tokens: int, since_ms: int = 0) -> bool:
         """Have room for `num_tokens` tokens in all. False, and nothing changed, where there is
-        none; `problem` says why."""
+        none; `problem` says why. `since_ms`: when the sequence came (CLOCK_MONOTONIC): of those
+        that are alone in their instances, the oldest comes first."""
         short = self.layout.num_blocks(num_tokens) - len(cache.table.blocks)
         if short > len(self._free):
+            alone_since_ms = since_ms if len(self._open) == 1 else 0
             try:
-                self._free += self._lease(short - len(self._free))
+                self._free += self._lease(short - len(self._free), alone_since_ms)
             except OutOfKVMemory as error:
                 self.problem = str(error)
+                self.is_taken = isinstance(error, PoolTaken)
                 return False
         if short > 0:  # in the order in which they were leased, most of which lie in a row
             cache.table.extend(self._free[:short])
@@ -173,15 +178,19 @@ class KVCache:
         """Give back every block that no sequence holds."""
         self._trim(0)
 
-    def surplus(self) -> int:
+    def surplus(self) -> tuple[int, int]:
         """Blocks of sequences that should be given up, because another instance lacks its part of
-        the pool. Blocks that no sequence holds are given back first."""
-        num_bytes = self._pool.surplus_bytes() if self._pool is not None else 0
+        the pool; and the age of an only sequence of another's that lacks room, for which all that
+        came later should give way (0: there is none). Blocks that no sequence holds are given back
+        first."""
+        if self._pool is None:
+            return 0, 0
+        pressure = self._pool.pressure()
         num_free = sum(not block.is_private for block in self._free)
-        surplus = -(-num_bytes // self.layout.block_bytes) - num_free
-        if num_bytes:
+        surplus = -(-pressure.surplus_bytes // self.layout.block_bytes) - num_free
+        if pressure.surplus_bytes or pressure.older_since_ms:
             self.trim()
-        return max(0, surplus)
+        return max(0, surplus), pressure.older_since_ms
 
     @property
     def num_bytes(self) -> int:
@@ -224,11 +233,11 @@ class KVCache:
 
     # --- steps
 
-    def _lease(self, count: int) -> list[KVBlock]:
+    def _lease(self, count: int, alone_since_ms: int) -> list[KVBlock]:
         if self._pool is None:
             return self._private.lease(count)
         try:
-            leased = self._lease_of_pool(self._pool, count)
+            leased = self._lease_of_pool(self._pool, count, alone_since_ms)
         except PoolGone as gone:
             if not self._pool_is_gone:
                 log.warning("KV blocks come from this process's own memory: %s", gone)
@@ -239,15 +248,15 @@ class KVCache:
         self._pool_is_gone = False
         return leased
 
-    def _lease_of_pool(self, pool: PoolSource, count: int) -> list[KVBlock]:
+    def _lease_of_pool(self, pool: PoolSource, count: int, alone_since_ms: int) -> list[KVBlock]:
         try:
-            return pool.lease(max(count, _LEASED_AHEAD))
+            return pool.lease(max(count, _LEASED_AHEAD), alone_since_ms)
         except PoolGone:
             raise
         except OutOfKVMemory:
             if count >= _LEASED_AHEAD:
                 raise
-            return pool.lease(count)
+            return pool.lease(count, alone_since_ms)
 
     def _trim(self, keep: int) -> None:
         surplus, self._free = self._free[keep:], self._free[:keep]

@@ -2,17 +2,26 @@
 
 Owns the translation between the allocator's words and blocks. Invariants: what the pool refuses is
 `OutOfKVMemory`, and nothing changed then; an allocator that is gone is `PoolGone`, and what is held
-stays usable. Does not know sequences.
+stays usable; where others hold the room and are at work it is `PoolTaken`. Does not know sequences.
 """
 
 import logging
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from allocator import AllocatorError, Block, Client, Lease, OutOfDeviceMemory, QuotaExceeded
+from allocator import (
+    AllocatorError,
+    Block,
+    Client,
+    Lease,
+    OutOfDeviceMemory,
+    QuotaExceeded,
+    RoomTaken,
+)
 from allocator.messages import MAX_BATCH
 from workers.errors import OutOfKVMemory
 from workers.kv.block import KVBlock
@@ -28,6 +37,22 @@ class PoolGone(OutOfKVMemory):
     """No allocator answers, for now."""
 
 
+class PoolTaken(OutOfKVMemory):
+    """There would be room, but other instances hold it, and are at work."""
+
+
+@dataclass(frozen=True)
+class Pressure:
+    """What others want of this instance: `surplus_bytes` beyond its equal part, and whatever it
+    holds for sequences that came after `older_since_ms`, where that is not 0."""
+
+    surplus_bytes: int
+    older_since_ms: int
+
+
+_NO_PRESSURE: Final = Pressure(0, 0)
+
+
 class PoolSource:
     """Blocks of the common pool."""
 
@@ -35,14 +60,21 @@ class PoolSource:
         self._client = client
         self._layout = layout
 
-    def lease(self, count: int) -> list[KVBlock]:
-        """`count` writable blocks: all, or none. Raises `OutOfKVMemory`, `PoolGone`."""
+    def lease(self, count: int, alone_since_ms: int = 0) -> list[KVBlock]:
+        """`count` writable blocks: all, or none. `alone_since_ms`: they are for the only sequence
+        that this instance computes, which came then. Raises `OutOfKVMemory`, `PoolTaken`,
+        `PoolGone`."""
         blocks: list[KVBlock] = []
         try:
             while len(blocks) < count:
                 part = min(count - len(blocks), MAX_BATCH)
-                leases = self._client.lease_many(self._layout.block_bytes, part)
+                leases = self._client.lease_many(
+                    self._layout.block_bytes, part, alone_since_ms=alone_since_ms
+                )
                 blocks += [_block(lease) for lease in leases]
+        except RoomTaken as error:
+            self.release(blocks)
+            raise PoolTaken(str(error)) from error
         except (OutOfDeviceMemory, QuotaExceeded) as error:
             self.release(blocks)
             raise OutOfKVMemory(str(error)) from error
@@ -90,14 +122,14 @@ class PoolSource:
             return []
         return [_block(block) for block in found]
 
-    def surplus_bytes(self) -> int:
-        """What this instance holds beyond its equal part of the pool while another session lacks
-        room; 0 where none does."""
+    def pressure(self) -> Pressure:
+        """What this instance should give back while another one lacks room."""
         try:
             share = self._client.pool_share()
         except AllocatorError:
-            return 0
-        return max(0, share.held_bytes - share.fair_bytes) if share.wanted else 0
+            return _NO_PRESSURE
+        surplus = max(0, share.held_bytes - share.fair_bytes) if share.wanted else 0
+        return Pressure(surplus, share.older_since_ms)
 
 
 class PrivateSource:

@@ -15,7 +15,7 @@ def run(stage: Stage) -> None:
     stage.figure("gb", float(size[0]))
     with stage.part("copies"):
         ended = subprocess.run(
-            [sys.executable, str(_PROGRAM), "--gb", size[0], "--rounds", size[1]],
+            [sys.executable, "-P", str(_PROGRAM), "--gb", size[0], "--rounds", size[1]],
             stdout=subprocess.PIPE,
             text=True,
             check=True,

@@ -41,7 +41,7 @@ _CONFIG = {
 _FORKED = """
 import os, sys
 from workers import forkserver
-forkserver._preload(model=sys.argv[2], dtype="auto")
+forkserver._preload(sys.argv[2], "auto", None)
 if "transformers.models.llama.modeling_llama" not in sys.modules:
     sys.exit("the architecture was not preloaded")
 pid = os.fork()
@@ -129,7 +129,7 @@ def _nvml(stage: Stage) -> None:
     stage.figure("reserved_bytes", usage.reserved_bytes)
     program = "import time; from allocator.backends.cuda_driver import current\nwith current(0): "
     child = subprocess.Popen(
-        [sys.executable, "-c", program + "print(flush=True); input()"],
+        [sys.executable, "-P", "-c", program + "print(flush=True); input()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -180,7 +180,7 @@ def _fork(stage: Stage) -> None:
     (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     more = ["torch"] if stage.on_gpu else []
     ended = subprocess.run(
-        [sys.executable, "-c", _FORKED, stage.device, str(model), *more],
+        [sys.executable, "-P", "-c", _FORKED, stage.device, str(model), *more],
         capture_output=True,
         text=True,
         check=False,

@@ -94,7 +94,7 @@ class Peer:
 @contextlib.contextmanager
 def peer(folder: Path, device: str) -> Iterator[Peer]:
     with subprocess.Popen(
-        [sys.executable, str(_PEER), str(folder), device],
+        [sys.executable, "-P", str(_PEER), str(folder), device],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -231,7 +231,7 @@ def _verify(served: Served) -> None:
     allowed = served.most_taken + _SPARE_BYTES
     ended = subprocess.run(
         [
-            *(sys.executable, "-m", "server.cli", "verify", "--json"),
+            *(sys.executable, "-P", "-m", "server.cli", "verify", "--json"),
             *("--runtime-dir", str(served.runtime_dir)),
             *(("--max-private", str(allowed)) if served.most_taken > 0 else ()),
         ],
