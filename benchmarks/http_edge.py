@@ -159,10 +159,10 @@ async def measured(
         await asyncio.sleep(1.0)  # until it is on its way
     rss, log = server.rss_mb, server.log.stat().st_size
     probe = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(Path(__file__).with_name("_probe.py"))),
+        *(sys.executable, "-P", str(Path(__file__).with_name("_probe.py"))),
         *(server.url, server.model, str(seconds)),
         stdout=subprocess.PIPE,
-        env=environment(own=True),
+        env=environment(own=True) | {"PYTHONPATH": str(Path(__file__).parent)},
     )
     seen, _ = await probe.communicate()
     for task in tasks:

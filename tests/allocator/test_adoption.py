@@ -245,13 +245,13 @@ def die_unanswered(
     arrives."""
     ask = Connection._await
 
-    def await_in_vain(self: Connection, request_id: bytes) -> messages.Reply:
+    def await_in_vain(self: Connection, request_id: bytes, patience_s: float) -> messages.Reply:
         monkeypatch.undo()
         wait_until(is_done, "the request is done")
         daemon.kill()
         while self._socket.poll(0):
             self._socket.recv_multipart()
-        return ask(self, request_id)
+        return ask(self, request_id, patience_s)
 
     monkeypatch.setattr(Connection, "_await", await_in_vain)
 
