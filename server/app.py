@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from server.allowed_hosts import AllowedHosts, HostCheck
+from server.in_flight import InFlight, InFlightCount
 from server.metrics import CONTENT_TYPE
 from server.openai import chat, completions, embeddings, errors, models
 from server.openai.admission import Current, Serving
@@ -30,10 +31,11 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics: Callable[[], Awaitable[bytes]] | None = None,
     allowed_hosts: AllowedHosts | None = None,
+    in_flight: InFlight | None = None,
 ) -> FastAPI:
     """The app for one served model, as it is at the moment. It owns nothing that needs closing.
     `metrics` makes what a Prometheus scrape gets. `allowed_hosts` None: whoever calls it may call
-    it anything, since no web page can reach it."""
+    it anything, since no web page can reach it. `in_flight` counts the requests."""
     app = FastAPI(
         title="onecopy",
         version=own_version(),
@@ -48,6 +50,8 @@ def create_app(
     app.include_router(models.routes(current))
     if allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=allowed_hosts)
+    if in_flight is not None:
+        app.add_middleware(InFlightCount, in_flight=in_flight)
 
     @app.get("/health")
     async def health() -> Response:

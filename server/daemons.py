@@ -138,10 +138,11 @@ class AllocatorProcess:
             await asyncio.wait_for(readable(ready_read), _START_TIMEOUT_S)
             answer = os.read(ready_read, 1)
         except asyncio.CancelledError:
-            # Not yet able to end in order: that comes with `stop_if_unused`, once it is up.
+            # Not yet able to end in order: that comes with `stop_if_unused`, once it is up, or has
+            # had time enough for it.
             self._process = process
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(readable(ready_read), _START_TIMEOUT_S)
+                await asyncio.wait_for(readable(ready_read), _STOP_S)
             raise
         except TimeoutError:
             process.kill()

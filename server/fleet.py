@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -56,6 +56,10 @@ _HOW_AWAITED_S: Final = 3.0
 """How long to wait for the forkserver's word on how an instance ended."""
 _KILLED_S: Final = 1.0
 """What processes may take to end that the kernel kills."""
+
+
+MOST_FAILURES: Final = 3
+"""Starts in a row that fail, after which nobody waits for the next one any more."""
 
 
 class StartError(Exception):
@@ -122,8 +126,9 @@ class Fleet:
 
     @property
     def alone_instances(self) -> list[Instance]:
-        """Those that answer one request at a time."""
-        return [one for one in self._instances.values() if one.answers and one.alone]
+        """Those that answer one request at a time, for the model as it is served now."""
+        alone = [one for one in self._instances.values() if one.answers and one.alone]
+        return [one for one in alone if one.epoch == self.epoch]
 
     @property
     def recovers(self) -> bool:
@@ -168,12 +173,15 @@ class Fleet:
         self._background.keep("the watch over messages of instances", self._watch_engines)
         self._background.keep("the watch over hung processes", self._keep_looking)
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self, most_failures: int | None = None) -> None:
         """Until as many instances are ready as are wanted, which may change meanwhile. Raises
-        StartError if the first one can't start."""
+        StartError if the first one can't start, and where more than `most_failures` starts in a
+        row have failed; they are tried on all the same."""
         while sum(one.epoch == self.epoch for one in self.ready_instances) < self.num_wanted:
             if self.start_error is not None:
                 raise StartError(self.start_error)
+            if most_failures is not None and self._num_failures > most_failures:
+                raise StartError(f"{self._num_failures} starts in a row have failed: see the log")
             await self.change()
 
     async def change(self) -> None:
@@ -213,6 +221,8 @@ class Fleet:
     async def try_out(self, model: Path, tokenizer: Path) -> Instance:
         """An instance of what lies at `model`, loaded and ready; it serves nobody yet. Raises
         StartError, and then nothing of it is left."""
+        if self._draining or self.asleep:
+            raise StartError("the server is shutting down, or the model sleeps")
         if not self._forkserver_is_up:
             raise StartError("the process that instances are forked from is not up: try again")
         spec = msgspec.structs.replace(
@@ -255,17 +265,21 @@ class Fleet:
         """Instances of the model as it was before."""
         return sum(one.epoch < epoch for one in self.instances)
 
-    async def retire(self) -> None:
-        """Let the instances of the model as it was before finish their requests and end."""
+    async def retire(self, epoch: int) -> None:
+        """Let the instances of the model as it was before `epoch` finish their requests and end."""
         for instance in self._staying():
-            if instance.epoch != self.epoch:
+            if instance.epoch < epoch:
                 await self._drain_instance(instance)
 
-    async def sleep(self, timeout_s: float) -> bool:
-        """End all instances after their requests, and start none until `wake`. False where some
-        were still busy after `timeout_s`; then all is as before."""
+    async def sleep(self, timeout_s: float, wait_idle: Callable[[float], Awaitable[bool]]) -> bool:
+        """End all instances after their requests, and start none until `wake`. `wait_idle`: until
+        no request is left, in so many seconds. False where some were still busy after `timeout_s`;
+        then all is as before."""
         self.asleep = True
-        await self._drain_all(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        # A request may have parts that are on no instance yet.
+        if await wait_idle(timeout_s):
+            await self._drain_all(max(_LONGEST_END_S, deadline - time.monotonic()))
         if self.instances:
             self.wake()
             return False

@@ -389,7 +389,8 @@ class Router:
 
     def _on_ready(self, instance: Instance) -> None:
         if instance.alone:
-            self._quarantine.offer(instance)
+            if instance.epoch == self.epoch:
+                self._quarantine.offer(instance)
             return
         waiting, self._homeless = self._homeless, []
         for stream in waiting:

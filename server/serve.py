@@ -32,6 +32,7 @@ from server.generation import SamplingDefaults
 from server.grammar_checks import GrammarChecks
 from server.handed_out import seen
 from server.http_server import HTTPServer, most_connections, raise_descriptor_limit
+from server.in_flight import InFlight
 from server.loaded_text import KeptTokenizer, LoadedText
 from server.metrics import Metrics
 from server.model_files import ModelFiles, ModelWatch
@@ -75,7 +76,8 @@ async def serve(settings: Settings) -> None:
             runtime_dir, settings.memory_limit, settings.device, settings.hang_timeout_s
         )
         stack.push_async_callback(allocator.stop_if_unused)
-        await allocator.find_or_start()
+        if not await stop.unless_stopped(allocator.find_or_start()):
+            return
 
         router = Router(settings)
         fleet = Fleet(settings, runtime_dir, router.listeners, tokenizer.path)
@@ -91,8 +93,20 @@ async def serve(settings: Settings) -> None:
         stack.callback(cells.close)
         turn, watch = asyncio.Lock(), ModelWatch(files)
         served = _Served(settings, router, cells)
-        sleeper = Sleeper(fleet, runtime_dir, settings.drain_timeout_s, turn)
-        reloader = Reloader(settings.model_named, fleet, router, watch, turn, served.serve)
+        stack.callback(served.close)
+        in_flight = InFlight(lambda: fleet.epoch)
+        sleeper = Sleeper(fleet, router, runtime_dir, settings.drain_timeout_s, turn)
+        reloader = Reloader(
+            settings.model_named,
+            fleet,
+            router,
+            watch,
+            turn,
+            in_flight,
+            served.serve,
+            lambda: served.is_there,
+        )
+        stack.push_async_callback(reloader.close)
         metrics = Metrics(runtime_dir, InstanceFigures(lambda: fleet.instances))
         stack.callback(metrics.close)
         admin_app = create_admin_app(
@@ -107,8 +121,6 @@ async def serve(settings: Settings) -> None:
         stack.push_async_callback(_settled, text_task)
         if not await stop.unless_stopped(_started(fleet, settings, text_task)):
             return
-        stack.callback(served.close)
-        stack.push_async_callback(reloader.close)
         served.serve(await text_task, settings.sampling_defaults)
         app = create_app(
             served.current,
@@ -116,6 +128,7 @@ async def serve(settings: Settings) -> None:
             allowed_hosts=(
                 None if settings.uds else AllowedHosts(settings.host, settings.allowed_hosts)
             ),
+            in_flight=in_flight,
         )
         most = most_connections(num_descriptors, settings.num_instances)
         http = HTTPServer(app, http_socket, most=most)
@@ -167,6 +180,11 @@ class _Served:
             salts=self._salts,
         )
         return before
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the first model is served."""
+        return self._serving is not None
 
     def current(self) -> Serving:
         """Once the first model is served."""

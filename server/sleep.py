@@ -10,7 +10,8 @@ import logging
 from typing import Final
 
 from allocator import AllocatorError, Client, RuntimeDir, connect
-from server.fleet import Fleet, StartError
+from server.fleet import MOST_FAILURES, Fleet, StartError
+from server.router import Router
 
 log = logging.getLogger("onecopy.server")
 
@@ -26,10 +27,16 @@ class Sleeper:
     """One served model's sleep."""
 
     def __init__(
-        self, fleet: Fleet, runtime_dir: RuntimeDir, drain_timeout_s: float, turn: asyncio.Lock
+        self,
+        fleet: Fleet,
+        router: Router,
+        runtime_dir: RuntimeDir,
+        drain_timeout_s: float,
+        turn: asyncio.Lock,
     ):
         """`turn` is held by whoever changes the fleet as a whole."""
         self._fleet = fleet
+        self._router = router
         self._runtime_dir = runtime_dir
         self._drain_timeout_s = drain_timeout_s
         self._turn = turn
@@ -41,7 +48,7 @@ class Sleeper:
             key = self._fleet.weight_set
             if key is None:
                 raise CannotSleep("no instance is ready yet: there is nothing to put to sleep")
-            if not await self._fleet.sleep(self._drain_timeout_s):
+            if not await self._fleet.sleep(self._drain_timeout_s, self._router.wait_idle):
                 raise CannotSleep(
                     f"instances are still busy after {self._drain_timeout_s:.0f} s; the model "
                     "stays awake: try again"
@@ -68,7 +75,7 @@ class Sleeper:
                 log.warning("the weights can't be woken, they are loaded again: %s", error)
             self._fleet.wake()
             try:
-                await self._fleet.wait_ready()
+                await self._fleet.wait_ready(MOST_FAILURES)
             except StartError as error:
                 raise CannotSleep(f"no instance can start: {error}") from error
 

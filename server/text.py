@@ -100,9 +100,9 @@ class Text:
 
     def close(self) -> None:
         """Ends the template's process."""
-        self._render_thread.shutdown(wait=True, cancel_futures=True)
         if self._chat_template is not None:
             self._chat_template.close()
+        self._render_thread.shutdown(wait=False, cancel_futures=True)  # nothing to wait for now
 
     @property
     def has_chat_template(self) -> bool:

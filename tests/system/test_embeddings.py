@@ -7,6 +7,7 @@ import signal
 import threading
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,20 @@ def test_one_copy_holds_and_a_killed_instance_loses_no_request(
     assert verdict["holds"]
     assert verdict["weights_pss_bytes"] <= verdict["weights_bytes"] + (1 << 20)
     assert verdict["unshared_bytes"] - verdict["total_bytes"] == verdict["weights_bytes"]
+
+
+@pytest.mark.parametrize("command", ["reload", "sleep"])
+def test_a_request_of_many_parts_is_answered_whole(server: Server, command: str) -> None:
+    """Parts that are on no instance yet are part of it as well."""
+    inputs = [f"{number} " + "word " * 120 for number in range(160)]
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(embed, server, inputs)
+        server.wait_instances(lambda all: any(one["num_requests"] for one in all), "some part")
+        assert not asking.done()
+        done = server.onecopy(command)
+        assert done.status == 0, done.stderr
+        vectors = [one.embedding for one in asking.result(TIMEOUT_S).data]
+    if command == "sleep":
+        assert server.onecopy("wake").status == 0
+    assert len(vectors) == len(inputs)
+    assert vectors[7] == near(embed(server, inputs[7]).data[0].embedding)
