@@ -71,7 +71,9 @@ def _ends(process: ProcessIdentity, deadline: float, is_mute: Callable[[], bool]
         counts: tuple[int, ...] = ()
         stopped_s = stuck_s = 0.0
         num_mute = 0
-        while process.is_alive():
+        # Its first thread may be gone before the others, which hold its locks and files until then:
+        # only the kernel's word counts.
+        while ProcessIdentity.of(process.pid) in (process, None):
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return False

@@ -49,7 +49,10 @@ def test_the_machines_own_name_may_be_used_where_others_can_call(
 
 @pytest.fixture(scope="module")
 def address(text: Text) -> Iterator[str]:
-    options = {"allowed_hosts": AllowedHosts("127.0.0.1"), "metrics": lambda: b"# metrics"}
+    async def metrics() -> bytes:
+        return b"# metrics"
+
+    options = {"allowed_hosts": AllowedHosts("127.0.0.1"), "metrics": metrics}
     with echo_server(EchoModel(), text, app_options=options) as address:
         yield address
 

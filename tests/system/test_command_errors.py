@@ -140,12 +140,13 @@ def test_a_directory_behind_one_that_may_not_be_entered(
 
 def test_a_lock_that_is_no_file(directory: Path) -> None:
     with_a_folder_for_a_lock(directory)
-    assert_one_line(run(("stop",), directory), "server.lock can't be used", "--runtime-dir")
+    assert_one_line(run(("stop",), directory), "server.lock is no file: remove what lies there")
     for command in ("serve", "allocator"):
         model = ["demo"] if command == "serve" else []
         outcome = onecopy(command, *model, "--runtime-dir", str(directory))
         assert (outcome.status, outcome.stdout) == (1, "")
         assert f"{command.replace('serve', 'server')}.lock can't be used" in outcome.stderr
+        assert "remove what lies there" in outcome.stderr
         assert "Traceback" not in outcome.stderr
 
 

@@ -16,7 +16,7 @@ from allocator import RuntimeDir
 from server import process_memory
 from server.handed_out import seen
 from server.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
-from tests.system.running_server import TIMEOUT_S, Outcome, Server, onecopy
+from tests.system.running_server import TIMEOUT_S, Outcome, Server, onecopy, wait_until
 from tests.system.test_errors import assert_refused
 from tests.workers.tiny_models import write_checkpoint
 
@@ -86,7 +86,15 @@ def test_at_the_start_the_demo_takes_what_was_planned(
     part has an assertion of its own, as wide as it may vary between machines and versions of the
     libraries. Not compared: server, allocator and forkserver, which the plan counts apart."""
     planned = planned_demo
-    found = taken(small_demo)
+
+    def as_planned() -> list[Taken] | None:
+        """Once an instance has made its first pass, for which it takes more."""
+        now = taken(small_demo)
+        total = sum(one.weights + one.private for one in now)
+        return now if total < planned["total_bytes_at_start"] * 1.03 else None
+
+    found = wait_until(as_planned, "instances that take no more than planned")
+    assert isinstance(found, list)
     assert len(found) == 2
     assert abs(sum(one.weights for one in found) - planned["weights_bytes"]) < 3 * PAGE
     assert [one.kv for one in found] == [0, 0]

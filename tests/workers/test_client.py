@@ -14,6 +14,7 @@ SPEC = InstanceSpec(
     name="i0",
     runtime_dir="/run",
     engines="ipc:///run/engines.sock",
+    server_pid=1,
     model="/models/x" * 100,
     served_model_name="x",
     dtype="auto",
@@ -30,11 +31,11 @@ def test_one_that_does_not_read_is_busy_and_was_not_asked() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     with theirs, ours, subprocess.Popen([sys.executable, "-c", ""]) as process:
-        forkserver = Forkserver(process, ours)
+        forkserver = Forkserver(process, ours, -1)
         num_asked = 0
         with contextlib.suppress(ForkserverBusy):
             while True:
-                forkserver.start(SPEC)
+                forkserver.start(SPEC).close()
                 num_asked += 1
         with pytest.raises(ForkserverBusy):
             forkserver.start(SPEC)
@@ -43,7 +44,7 @@ def test_one_that_does_not_read_is_busy_and_was_not_asked() -> None:
             assert decode_start(theirs.recv(1 << 16)).spec == SPEC
         with pytest.raises(BlockingIOError):
             theirs.recv(1 << 16)
-        forkserver.start(SPEC)  # there is room again
+        forkserver.start(SPEC).close()  # there is room again
         theirs.close()
         with pytest.raises(ForkserverEnded):
             forkserver.start(SPEC)

@@ -94,7 +94,7 @@ def test_any_chunk_size_gives_the_same_tokens(family: str, token_budget: int) ->
 def test_a_sequence_ends_with_its_end_token() -> None:
     new = expected("llama")[2]
     model = model_of("llama")
-    ends = {"eos_token_id": [new[4], VOCAB_SIZE - 1]}
+    ends = (new[4], VOCAB_SIZE - 1)
     tensors = tensors_of(reference("llama"))
     ending = build_model(config_of("llama"), tensors, torch.float32, ends)
     first = new.index(new[4]) + 1

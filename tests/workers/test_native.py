@@ -214,6 +214,7 @@ def smollm2(smollm2_gguf: Path) -> Any:
     return module.eval().requires_grad_(False)
 
 
+@pytest.mark.this_process  # minutes where each instruction is emulated
 def test_a_real_model_continues_a_text_as_transformers_does(smollm2: Any) -> None:
     texts = [
         [504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 3575, 282, 260, 2784, 281, 2753],
