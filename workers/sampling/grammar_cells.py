@@ -1,9 +1,10 @@
 """The cells of an instance's grammars: one for each that is followed, whoever follows it.
 
 Owns the instance's warden (`workers.warden`), the cells' links, and what becomes of sequences whose
-cell ends. Invariants: nothing here waits longer than it is told to; a cell that is lost costs its
-sequences time and nothing else; one that met a bound ends those sequences alone that could have
-taken it there. Knows neither logits nor requests. One thread calls it.
+cell ends. Invariants: nothing here waits longer than it is told to, also for a cell that reads
+nothing; what a cell has yet to be told is kept with its sequences, and nowhere else; a cell that is
+lost costs its sequences time and nothing else; one that met a bound ends those sequences alone that
+could have taken it there. Knows neither logits nor requests. One thread calls it.
 """
 
 import contextlib
@@ -22,11 +23,12 @@ import msgspec
 
 from workers import warden
 from workers.grammar_follower import (
+    MAX_FOLLOWED,
     MAX_FRAME_BYTES,
-    Accept,
-    Begin,
     Compile,
     Failed,
+    Follow,
+    FromCell,
     Leave,
     Position,
     ToCell,
@@ -72,11 +74,22 @@ class _Cell:
         self.was_used = self.was_shared = False
         self.waiting: set[int] = set()
         """Sequences that it owes an answer."""
+        self.told: dict[int, int] = {}
+        """Of how many tokens of a sequence, of those that it has heard of."""
+        self.untold: dict[int, None] = {}
+        """Sequences that it is to be told more of, or that they have left, in turn."""
         self.asked_at = 0.0
         """When it was last asked while it owed nobody, or last answered."""
         self.is_late = False
         """Somebody has waited in vain for what it owes now."""
         self.killed_at: float | None = None
+
+    def drop(self, number: int) -> None:
+        """A sequence is no business of this cell any more, which knows that."""
+        self.users.pop(number, None)
+        self.waiting.discard(number)
+        self.told.pop(number, None)
+        self.untold.pop(number, None)
 
 
 class GrammarCells:
@@ -88,6 +101,7 @@ class GrammarCells:
             "vocab_size": vocab_size,
             "eos_token_ids": sorted(eos_token_ids),
         }
+        self._mask_bytes = -(-vocab_size // 8)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
@@ -104,6 +118,7 @@ class GrammarCells:
         if cell is None:
             self._make_room()
             if len(self._cells) >= _MOST_CELLS:
+                grammar.cell = -1
                 self._queue.append(grammar)
                 return
             cell = self._started(grammar.spec)
@@ -118,14 +133,14 @@ class GrammarCells:
         cell.users[grammar.number] = grammar
         cell.was_shared |= cell.was_used
         cell.was_used = True
-        tokens, ends = list(grammar.tokens), list(grammar.ends)
-        self._ask(cell, Begin(grammar.number, tokens, ends))
+        self._ask(cell, grammar)
 
-    def accept(self, grammar: "Grammar", token: int) -> None:
-        """The sequence goes on. Answered by `receive`."""
+    def accept(self, grammar: "Grammar") -> None:
+        """The sequence has gone on by a token. Answered by `receive`."""
         cell = self._cells.get(grammar.cell)
-        if cell is not None:  # else it has been lost, and whoever takes over is told all tokens
-            self._ask(cell, Accept(grammar.number, token))
+        # Else it has been lost, and whoever takes over is told all tokens.
+        if cell is not None and grammar.number in cell.users:
+            self._ask(cell, grammar)
 
     def leave(self, grammar: "Grammar") -> None:
         """Nobody follows this sequence any more."""
@@ -135,7 +150,11 @@ class GrammarCells:
         if cell is None or cell.users.pop(grammar.number, None) is None:
             return
         cell.waiting.discard(grammar.number)
-        self._tell(cell, Leave(grammar.number))
+        if grammar.number in cell.told:
+            cell.untold[grammar.number] = None
+            self._tell(cell)
+        else:
+            cell.drop(grammar.number)
         self._release(cell)
 
     def receive(self, timeout_s: float, *, late_too: bool = False) -> None:
@@ -165,22 +184,47 @@ class GrammarCells:
 
     # --- talking to cells
 
-    def _ask(self, cell: _Cell, message: Begin | Accept) -> None:
+    def _ask(self, cell: _Cell, grammar: "Grammar") -> None:
         if not cell.waiting:
             cell.asked_at = time.monotonic()
             cell.is_late = False
-        cell.waiting.add(message.sequence)
-        self._tell(cell, message)
+        cell.waiting.add(grammar.number)
+        cell.untold[grammar.number] = None
+        self._tell(cell)
 
-    def _tell(self, cell: _Cell, message: ToCell) -> None:
-        try:
-            cell.link.send(msgspec.msgpack.encode(message))
-        except OSError:  # it has ended, or does not read: its end comes from the warden
-            self._kill(cell)
+    def _tell(self, cell: _Cell) -> None:
+        """All that it has not been told, as far as it takes that now: a part of each sequence in
+        turn, so that short ones are not held up by what long ones have to be told anew."""
+        while cell.untold and cell.killed_at is None:
+            number = next(iter(cell.untold))
+            message = self._next_part(cell, number)
+            try:
+                cell.link.send(msgspec.msgpack.encode(message))
+            except BlockingIOError:
+                return  # it has not read yet, or not begun; how long that may take, `_watch` knows
+            except OSError:  # it has ended: that comes from the warden
+                self._kill(cell)
+                return
+            del cell.untold[number]
+            if isinstance(message, Leave):
+                cell.drop(number)
+                continue
+            cell.told[number] = message.start + len(message.tokens)
+            if cell.told[number] < len(cell.users[number].tokens):
+                cell.untold[number] = None
+
+    def _next_part(self, cell: _Cell, number: int) -> ToCell:
+        grammar = cell.users.get(number)
+        if grammar is None:
+            return Leave(number)
+        start = cell.told.get(number, 0)
+        part = slice(start, start + MAX_FOLLOWED)
+        return Follow(number, start, grammar.tokens[part], grammar.ends[part])
 
     def _take(self) -> None:
         for cell in list(self._cells.values()):
-            if cell.waiting:
+            if cell.number in self._cells:
+                self._tell(cell)
                 self._take_answers(cell)
         if self._control is not None:
             self._take_ends(self._control)
@@ -197,7 +241,11 @@ class GrammarCells:
             if not frame:  # its end comes from the warden
                 self._kill(cell)
                 return
-            answer = decode_from_cell(frame)
+            try:
+                answer = self._decode(frame)
+            except msgspec.DecodeError as error:
+                self._distrust(cell, error)
+                return
             if isinstance(answer, Failed) and answer.sequence is None:
                 self._forget(cell)  # it could not be compiled
                 for grammar in cell.users.values():
@@ -209,12 +257,35 @@ class GrammarCells:
             named = None if answer.sequence is None else cell.users.get(answer.sequence)
             if named is None:
                 continue  # it has left
-            cell.waiting.discard(named.number)
             if isinstance(answer, Position):
+                is_last = cell.told.get(named.number) == answer.num_tokens
+                if is_last and named.number not in cell.untold:
+                    cell.waiting.discard(named.number)
                 named.came(answer)
             else:
                 self._blame(named, cell, answer.message)
                 self._release(cell)
+
+    def _decode(self, frame: bytes) -> FromCell:
+        """Raises `DecodeError` also where a mask is none."""
+        answer = decode_from_cell(frame)
+        if isinstance(answer, Position) and not answer.ended:
+            num_bytes = len(answer.mask)
+            if num_bytes < self._mask_bytes:
+                text = f"a mask of {num_bytes} bytes, where {self._mask_bytes} are needed"
+                raise msgspec.DecodeError(text)
+        return answer
+
+    def _distrust(self, cell: _Cell, error: msgspec.DecodeError) -> None:
+        """What it says makes no sense: its memory is not what it should be. Where several use it,
+        one's text may have done that, so each goes on in a cell of its own."""
+        log.warning("a cell of a grammar answered what makes no sense, and is ended: %s", error)
+        self._kill(cell)
+        self._forget(cell)
+        for grammar in list(cell.users.values()):
+            grammar.alone = grammar.alone or cell.was_shared
+            self._lost(grammar)
+        self._serve_queue()
 
     def _take_ends(self, control: socket.socket) -> None:
         while True:
@@ -250,7 +321,8 @@ class GrammarCells:
         poller = select.poll()
         for cell in cells:
             if cell.killed_at is None:
-                poller.register(cell.link, select.POLLIN)
+                writable = select.POLLOUT if cell.untold else 0
+                poller.register(cell.link, select.POLLIN | writable)
         if self._control is not None:
             poller.register(self._control, select.POLLIN)
         poller.poll(timeout_s * 1000)
@@ -309,8 +381,7 @@ class GrammarCells:
     def _blame(self, grammar: "Grammar", cell: _Cell, message: str) -> None:
         """A sequence can't go on. Where others have used its cell, that may be their doing: then it
         is tried again in one of its own."""
-        cell.users.pop(grammar.number, None)
-        cell.waiting.discard(grammar.number)
+        cell.drop(grammar.number)
         if cell.has_answered and cell.was_shared:
             if self._by_spec.get(cell.spec) is cell:
                 del self._by_spec[cell.spec]  # nobody is to join it any more
