@@ -35,7 +35,7 @@ from allocator.errors import (
     WaitTimeout,
 )
 from allocator.exports import num_descriptors
-from allocator.lifeline import Lifeline
+from allocator.lifeline import Lifeline, cant_connect
 from allocator.messages import Hello, Welcome
 from allocator.process_state import ProcessState
 from allocator.runtime_dir import RuntimeDir
@@ -96,6 +96,8 @@ class Connection:
         self._books = Books()
         self._is_behind = False
         """Whether the allocator may hold something else for this session than the books say."""
+        self._is_cut = False
+        """Whether what is sent over the socket may go nowhere, so that it has to begin anew."""
         self._num_missed = 0
         self.epoch = 0
         """Grows whenever a session began that holds nothing of what the last one held."""
@@ -147,6 +149,7 @@ class Connection:
                 raise AllocatorGone("this session is closed")
             patience_s = self._request_timeout_s if self._patience_s is None else self._patience_s
             patience_s += getattr(message, "wait_ms", 0) / 1000
+            deadline = time.monotonic() + patience_s
             while True:
                 self._catch_up(patience_s, resume=self._patience_s is None)
                 if epoch not in (None, self.epoch):
@@ -156,7 +159,7 @@ class Connection:
                     reply, descriptors = self._exchange(message, frame, patience_s)
                     break
                 except _Lost:
-                    if not isinstance(message, _REPEATABLE):
+                    if not isinstance(message, _REPEATABLE) or time.monotonic() > deadline:
                         raise
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
@@ -237,12 +240,28 @@ class Connection:
         self._context.term()
 
     def _begin(self, hello: Hello) -> None:
-        self._lifeline = Lifeline.connect(self._runtime_dir.lifeline, self._timeout_s, hello)
-        self._connect_socket()
+        """Where it fails the lifeline and socket of before are still there."""
+        # First: it may fail, and a session that was resumed must not end over that.
+        opened = self._opened_socket()
+        try:
+            lifeline = Lifeline.connect(self._runtime_dir.lifeline, self._timeout_s, hello)
+        except BaseException:
+            opened.close(0)
+            raise
+        self._lifeline = lifeline
+        self._connect_socket(opened)
 
-    def _connect_socket(self) -> None:
+    def _opened_socket(self) -> "zmq.Socket[bytes]":
+        """Raises AllocatorGone where this process can have none."""
+        try:
+            return self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise AllocatorGone(cant_connect(error.strerror)) from error
+
+    def _connect_socket(self, opened: "zmq.Socket[bytes]") -> None:
         welcome = self._lifeline.welcome
-        self._socket = self._context.socket(zmq.DEALER)
+        self._socket = opened
+        self._is_cut = False
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.PLAIN_USERNAME, messages.PLAIN_USER)
@@ -263,7 +282,6 @@ class Connection:
         try:
             self._begin(hello)
         except AllocatorGone as error:
-            self._lifeline, self._socket = ended
             raise AllocatorGone(
                 "the allocator ended. Mapped memory stays valid; ask again once a new allocator "
                 f"runs ({error})"
@@ -283,11 +301,23 @@ class Connection:
 
     def _catch_up(self, patience_s: float, *, resume: bool) -> None:
         """See that allocator and books agree; `resume` the session with another allocator where
-        this one has ended. Raises AllocatorGone, WaitTimeout."""
+        this one has ended. What is lost meanwhile is asked again. Raises AllocatorGone,
+        WaitTimeout."""
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return self._catch_up_once(patience_s, resume=resume)
+            except Unanswered as error:  # of what is asked now, nothing was sent
+                if not isinstance(error, _Lost) or time.monotonic() > deadline:
+                    raise AllocatorGone(str(error)) from error
+
+    def _catch_up_once(self, patience_s: float, *, resume: bool) -> None:
+        """As `_catch_up`. Raises Unanswered, too."""
         while self._given_up:
             self._books.enter(self._given_up.popleft(), messages.Done())
             self._is_behind = True
-        if self._lifeline.take_loss(between_requests=True):
+        self._is_cut = self._lifeline.take_loss(between_requests=True) or self._is_cut
+        if self._is_cut:
             self._reconnect_socket()
         if not self._lifeline.is_open():
             if not resume:
@@ -296,13 +326,10 @@ class Connection:
             self._is_behind = True
         if not self._is_behind:
             return
-        try:
-            for request in self._books.differing(self._holdings(patience_s)):
-                reply = self._await(self._send(messages.encode(request)), patience_s)
-                if isinstance(reply, messages.Failed):
-                    log.warning("the session holds more than it uses: %s", reply.message)
-        except Unanswered as error:  # of what is asked now, nothing was sent
-            raise AllocatorGone(str(error)) from error
+        for request in self._books.differing(self._holdings(patience_s)):
+            reply = self._await(self._send(messages.encode(request)), patience_s)
+            if isinstance(reply, messages.Failed):
+                log.warning("the session holds more than it uses: %s", reply.message)
         self._is_behind = False
 
     def _holdings(self, patience_s: float) -> Iterator[messages.Holdings]:
@@ -315,8 +342,9 @@ class Connection:
 
     def _reconnect_socket(self) -> None:
         """The daemon has begun its own anew: what this one has accepted may go nowhere."""
+        opened = self._opened_socket()
         self._socket.close(0)
-        self._connect_socket()
+        self._connect_socket(opened)
 
     def _send(self, frame: bytes) -> bytes:
         request_id = next(self._request_ids).to_bytes(messages.REQUEST_ID_BYTES, "big")
@@ -384,7 +412,7 @@ class Connection:
                 except msgspec.DecodeError as error:
                     raise InvalidMessage(f"not a reply: {error}") from error
             if self._lifeline.take_loss():
-                self._reconnect_socket()
+                self._is_cut = True
                 raise _Lost("the allocator has lost this request or its answer: ask again")
             if not self._lifeline.is_open():
                 raise Unanswered(

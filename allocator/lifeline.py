@@ -225,7 +225,10 @@ class Lifeline:
 
     @classmethod
     def _connect_once(cls, path: Path, timeout_s: float, hello: Hello) -> "Lifeline":
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        except OSError as error:
+            raise AllocatorGone(cant_connect(error.strerror)) from error
         # The kernel waits for room in a busy daemon's queue only where the socket blocks: one with
         # a timeout of Python's would be told EAGAIN at once.
         connection.setsockopt(
@@ -331,6 +334,14 @@ class Lifeline:
             return
         close_all(received)
         self._is_lossy = self._is_lossy or isinstance(message, AskAgain)
+
+
+def cant_connect(reason: str | None) -> str:
+    """That it is this process that lacks something."""
+    return (
+        f"this process can't connect to the allocator: {reason}. Raise what it "
+        "may open with `ulimit -n`"
+    )
 
 
 def close_all(descriptors: Sequence[int]) -> None:

@@ -1,10 +1,11 @@
 """The cell of one grammar: compiles it, and follows it for each sequence that an instance names.
 
-Owns both sides' wire types, and the parsers. Invariants: each `Begin` and each `Accept` is answered
-by one `Position` or `Failed`, in their order; a sequence's parser is its own, but for what the
-library shares between copies. Knows neither logits nor where tokens come from. Runs in a process of
-its own (`workers.warden`), since the library compiles by recursion, takes what memory it likes, and
-holds the interpreter's lock for as long as it accepts a token.
+Owns both sides' wire types, and the parsers. Invariants: each `Follow` is answered by one
+`Position` or `Failed`, in their order, and a position says after how many tokens it is; a
+sequence's parser is its own, but for what the library shares between copies. Knows neither logits
+nor where tokens come from. Runs in a process of its own (`workers.warden`), since the library
+compiles by recursion, takes what memory it likes, and holds the interpreter's lock for as long as
+it accepts a token.
 """
 
 import contextlib
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
 MAX_FRAME_BYTES: Final = 1 << 18
 """A mask takes a bit for each token of the vocabulary."""
+MAX_FOLLOWED: Final = 1024
+"""Tokens of one `Follow`: far less than a socket holds, which is a few hundred kilobytes."""
 STEP_S: Final = 1.0
-"""What one token may compute, before the kernel ends the cell."""
 REPLAYED_TOKEN_S: Final = 0.02
+"""What a `Follow` may compute, and for each of its tokens, before the kernel ends the cell."""
 _MUCH_S: Final = 0.1
 _MUCH_PER_ANSWER_S: Final = 0.005
 _NICE: Final = 15
@@ -44,20 +47,14 @@ class Compile(msgspec.Struct, tag="compile", frozen=True):
     source: str
 
 
-class Begin(msgspec.Struct, tag="begin", frozen=True):
-    """A sequence that has these tokens already. `ends`: which of them end a text, if it is
-    complete."""
+class Follow(msgspec.Struct, tag="follow", frozen=True):
+    """The sequence's next tokens, `MAX_FOLLOWED` at most. `start`: how many it has before these; at
+    0 it begins anew. `ends`: which of them end a text, if it is complete."""
 
     sequence: int
+    start: int
     tokens: list[int]
     ends: list[bool]
-
-
-class Accept(msgspec.Struct, tag="accept", frozen=True):
-    """The sequence's next token, which is one of its text."""
-
-    sequence: int
-    token: int
 
 
 class Leave(msgspec.Struct, tag="leave", frozen=True):
@@ -67,10 +64,11 @@ class Leave(msgspec.Struct, tag="leave", frozen=True):
 
 
 class Position(msgspec.Struct, tag="position", frozen=True):
-    """Where a sequence is. `mask`: a bit for each token that may come next; `accepting`: whether
-    the text may end here; `ended`: it has."""
+    """Where a sequence is after so many tokens. `mask`: a bit for each token that may come next,
+    none where nothing may; `accepting`: whether the text may end here; `ended`: it has."""
 
     sequence: int
+    num_tokens: int
     mask: bytes
     accepting: bool
     ended: bool
@@ -85,7 +83,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     message: str
 
 
-ToCell = Begin | Accept | Leave
+ToCell = Follow | Leave
 FromCell = Position | Failed
 _to_cell: "msgspec.msgpack.Decoder[ToCell]" = msgspec.msgpack.Decoder(ToCell)
 _from_cell: "msgspec.msgpack.Decoder[FromCell]" = msgspec.msgpack.Decoder(FromCell)
@@ -94,7 +92,10 @@ _compile: msgspec.msgpack.Decoder[Compile] = msgspec.msgpack.Decoder(Compile)
 
 def decode_from_cell(frame: bytes) -> FromCell:
     """Raises `msgspec.DecodeError` on anything but a valid message."""
-    return _from_cell.decode(frame)
+    try:
+        return _from_cell.decode(frame)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 class _Vocabulary:
@@ -140,52 +141,68 @@ def _template(spec: GrammarSpec) -> "LLMatcher":
     return started(spec, _Vocabulary.tokens)
 
 
+class _Followed:
+    """One sequence's way through the grammar."""
+
+    def __init__(self, matcher: "LLMatcher"):
+        self._matcher = matcher
+        self.num_tokens = 0
+        self._has_ended = False
+
+    def take(self, tokens: Sequence[int], ends: Sequence[bool]) -> None:
+        """Go on by these; nothing follows where the text has ended."""
+        self.num_tokens += len(tokens)
+        for token, may_end in zip(tokens, ends, strict=True):
+            self._has_ended = self._has_ended or (may_end and self._matcher.is_accepting())
+            if self._has_ended:
+                return
+            self._matcher.consume_token(token)
+
+    def position(self, sequence: int, begun_at: float) -> Position:
+        """Where it is now. Raises `GrammarFailed`."""
+        matcher, ended = self._matcher, self._has_ended
+        mask = b"" if ended else bytes(matcher.compute_bitmask())
+        if matcher.is_error():
+            raise GrammarFailed(f"the grammar can't go on: {shortened(matcher.get_error())}")
+        accepting = ended or matcher.is_accepting()
+        cpu_s = time.process_time() - begun_at
+        return Position(sequence, self.num_tokens, mask, accepting, ended, cpu_s)
+
+
 class _Follower:
     def __init__(self, template: "LLMatcher"):
         self._template = template  # before the first token
-        self._matchers: dict[int, LLMatcher] = {}
+        self._sequences: dict[int, _Followed] = {}
         self._is_polite = False
         self._num_answers = 0
         self._cpu_s = 0.0
 
     def answer(self, message: ToCell) -> FromCell | None:
         if isinstance(message, Leave):
-            self._matchers.pop(message.sequence, None)
+            self._sequences.pop(message.sequence, None)
             return None
-        replayed = len(message.tokens) if isinstance(message, Begin) else 0
-        signal.setitimer(signal.ITIMER_PROF, STEP_S + replayed * REPLAYED_TOKEN_S)
+        signal.setitimer(signal.ITIMER_PROF, STEP_S + len(message.tokens) * REPLAYED_TOKEN_S)
         begun_at = time.process_time()
         try:
-            match message:
-                case Begin():
-                    ended = self._begin(message)
-                case Accept(sequence=sequence, token=token):
-                    ended = False
-                    self._matchers[sequence].consume_token(token)
-            return self._position(message.sequence, ended, begun_at)
+            followed = self._followed(message)
+            followed.take(message.tokens, message.ends)
+            return followed.position(message.sequence, begun_at)
         except GrammarFailed as error:
-            del self._matchers[message.sequence]
+            self._sequences.pop(message.sequence, None)
             return Failed(message.sequence, str(error))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             self._be_polite(time.process_time() - begun_at)
 
-    def _begin(self, message: Begin) -> bool:
-        """Whether the text has ended."""
-        matcher = self._matchers[message.sequence] = self._template.deep_copy()
-        for token, ends in zip(message.tokens, message.ends, strict=True):
-            if ends and matcher.is_accepting():
-                return True
-            matcher.consume_token(token)
-        return False
-
-    def _position(self, sequence: int, ended: bool, begun_at: float) -> Position:
-        matcher = self._matchers[sequence]
-        mask = b"" if ended else bytes(matcher.compute_bitmask())
-        if matcher.is_error():
-            raise GrammarFailed(f"the grammar can't go on: {shortened(matcher.get_error())}")
-        accepting = ended or matcher.is_accepting()
-        return Position(sequence, mask, accepting, ended, time.process_time() - begun_at)
+    def _followed(self, message: Follow) -> _Followed:
+        """Raises `GrammarFailed` for what goes on from where the sequence is not: it has failed
+        while more of it was on its way."""
+        if message.start == 0:
+            self._sequences[message.sequence] = _Followed(self._template.deep_copy())
+        followed = self._sequences.get(message.sequence)
+        if followed is None or followed.num_tokens != message.start:
+            raise GrammarFailed("its grammar was not followed so far")
+        return followed
 
     def _be_polite(self, took_s: float) -> None:
         self._num_answers += 1

@@ -129,14 +129,17 @@ def send(control: socket.socket, message: Task | Kill, *fds: int) -> None:
 
 def receive(control: socket.socket) -> Ended | None:
     """The next end of a cell; None where none is there yet. Raises `OSError` where the warden is
-    gone."""
+    gone, or somebody else speaks in its place: a cell has inherited its socket."""
     try:
         frame = control.recv(MAX_FRAME_BYTES)
     except BlockingIOError:
         return None
     if not frame:
         raise ConnectionResetError("the warden ended")
-    return _from_warden.decode(frame)
+    try:
+        return _from_warden.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConnectionResetError(f"the warden said what is no end of a cell: {error}") from error
 
 
 # --- the warden's process

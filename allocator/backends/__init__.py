@@ -74,7 +74,8 @@ class PoolWindow(Protocol):
         that maps it once this returns."""
 
     def unmap(self, extent: Extent, *, discard: bool = False) -> None:
-        """Make it inaccessible; with `discard` its memory goes back to the device first."""
+        """Make it inaccessible; with `discard` its memory goes back to the device first. The
+        backend says what it does where that fails; nobody may touch it in any case."""
 
     def close(self) -> None:
         """Unmap all. Views of `buffer` that are left must not be touched any more."""

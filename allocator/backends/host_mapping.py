@@ -2,10 +2,11 @@
 
 Owns the mappings and the descriptors that commit them. Invariants: what is writable through an
 address was committed before; what is read-only was mapped on a descriptor that was opened
-read-only. Knows nothing of names under /dev/shm.
+read-only; giving up never fails. Knows nothing of names under /dev/shm.
 """
 
 import errno
+import logging
 import mmap
 import os
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from allocator.errors import (
 )
 from allocator.messages import Extent
 from allocator.room import size
+
+log = logging.getLogger("onecopy.allocator")
 
 OnShortage = Callable[[SharedMemoryFull], None]
 """Returns where it makes sense to try again, raises where not."""
@@ -159,6 +162,8 @@ class HostPoolWindow:
         # Huge pages need addresses that are as aligned as the offsets are.
         alignment = huge_page_bytes() if placement.uses_huge_pages else mmap.PAGESIZE
         self._range: AddressRange | None = _reserved(num_bytes, alignment)
+        self._left: list[tuple[int, int]] = []
+        """Offsets and sizes of what nobody has any more, and the kernel could not unmap yet."""
         self._num_bytes = num_bytes
         self._readable = FileIO(os.dup(readable), "r")
         self._writable = FileIO(os.dup(writable), "r+")
@@ -178,35 +183,60 @@ class HostPoolWindow:
         addresses, offset, num_bytes = self._addresses(), *self._within(extent)
         if not writable:
             _mapped(addresses, self._readable, offset, num_bytes, writable=False)
+            self._taken(offset, num_bytes)
             return
         _commits.about_to(num_bytes)
         _mapped(addresses, self._writable, offset, num_bytes, writable=True)
+        self._taken(offset, num_bytes)
         try:
             self._placement.apply(addresses.address + offset, num_bytes)
             if self._placement.uses_huge_pages:
                 populate(addresses.address + offset, num_bytes)
             _commit(self._writable.fileno(), offset, num_bytes)
         except BaseException:
-            addresses.unmap(offset, num_bytes)
+            self._unmap(addresses, offset, num_bytes)
             raise
 
     def settle(self) -> None:
         """It always is."""
 
     def unmap(self, extent: Extent, *, discard: bool = False) -> None:
-        """See `PoolWindow.unmap`."""
+        """See `PoolWindow.unmap`. Where the kernel can't, for a mapping that is split takes one
+        more and there are as many as it allows, the extent stays mapped, though nobody has it, and
+        is unmapped with a later one."""
         addresses, offset, num_bytes = self._addresses(), *self._within(extent)
         if discard:
-            punch_hole(self._writable.fileno(), offset, num_bytes)
-        addresses.unmap(offset, num_bytes)
+            try:
+                punch_hole(self._writable.fileno(), offset, num_bytes)
+            except OSError as error:  # the allocator does it again when it frees the extent
+                log.warning("%s of the pool were not discarded: %s", size(num_bytes), error)
+        self._unmap(addresses, offset, num_bytes)
 
     def close(self) -> None:
         """Idempotent. A view that is left keeps the addresses, without access."""
         if self._range is not None:
-            self._range.unmap(0, self._num_bytes)
+            self._left.clear()
+            self._unmap(self._range, 0, self._num_bytes)
         self._range = None
         self._readable.close()
         self._writable.close()
+
+    def _taken(self, offset: int, num_bytes: int) -> None:
+        """What was left there has made room, and must not take this away later."""
+        end = offset + num_bytes
+        self._left = [one for one in self._left if one[0] >= end or sum(one) <= offset]
+
+    def _unmap(self, addresses: AddressRange, offset: int, num_bytes: int) -> None:
+        """And what was left before, as far as it goes."""
+        self._left.append((offset, num_bytes))
+        while self._left:
+            try:
+                addresses.unmap(*self._left[-1])
+            except OSError as error:
+                if self._left[-1] == (offset, num_bytes):
+                    log.warning("an extent of the pool stays mapped for now: %s", error)
+                return
+            self._left.pop()
 
     def _addresses(self) -> AddressRange:
         if self._range is None:

@@ -384,6 +384,51 @@ class TestHost(BackendContract):
         assert child.text.startswith("OutOfDeviceMemory")
         assert "vm.max_map_count" in child.text
 
+    def test_what_can_not_be_unmapped_is_given_up_all_the_same(
+        self, backend: Backend, prefix: str
+    ) -> None:
+        """Unmapping the midst of a mapping takes one more, and there may be as many as allowed."""
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        if limit > 1 << 17:
+            pytest.skip(f"this machine allows {limit} mappings, too many to make in a test")
+        page = mmap.PAGESIZE
+        backend.reserve_pool(f"{prefix}many", 16 * page)
+        handle = self.handle_of(backend, f"{prefix}many", 16 * page)
+
+        def exhaust() -> str:
+            window = backend.open_pool(handle)
+            extents = [Extent(offset=number * page, num_bytes=page) for number in range(9)]
+            for extent in extents:  # one mapping of the kernel's, all in all
+                window.map(extent, writable=True)
+            window.buffer[: 9 * page] = b"x" * (9 * page)
+            room = mmap.mmap(-1, 2 * limit * page, prot=mmap.PROT_READ)
+            first = ctypes.c_void_p(np.frombuffer(room, np.uint8).ctypes.data).value or 0
+            split = [
+                address
+                for address in range(first, first + 2 * limit * page, 2 * page)
+                if LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), 0) == 0
+            ]
+            for number in (1, 3, 5):
+                window.unmap(extents[number], discard=True)
+            left = bytes(window.buffer[page : page + 1])  # it is mapped, and empty
+            for address in split[:64]:
+                LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), mmap.PROT_READ)
+            window.map(extents[3], writable=True)
+            window.buffer[3 * page] = 7
+            window.unmap(extents[7])
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            mapped = [line for line in lines if f"{prefix}many" in line]
+            sizes = [
+                (int(end, 16) - int(begin, 16)) // page
+                for begin, end in (line.split()[0].split("-") for line in mapped)
+            ]
+            return f"{left!r} {window.buffer[3 * page]} {sizes}"
+
+        # Pages 1, 5 and 7 are gone; 3 was mapped anew, so it is somebody's.
+        assert in_fork(exhaust).text == "b'\\x00' 7 [1, 3, 1, 1]"
+        # Of nine pages 5 stays discarded; 1 was read.
+        assert backend.committed_bytes(handle.segment) == 8 * page
+
 
 class TestChoice:
     @pytest.mark.parametrize("device", ["tape", "", "host:0"])

@@ -14,14 +14,18 @@ from pathlib import Path
 import pytest
 
 from allocator import Client, RuntimeDir
+from allocator.connection import Connection
 from allocator.errors import AllocatorError, Unanswered
 from allocator.flood import MemoryWatch, flooding_connections
 from allocator.lifeline import Lifeline
 from allocator.messages import (
     PROTOCOL_VERSION,
     GetRegions,
+    GetShare,
     GetStatistics,
     Hello,
+    Share,
+    UnpinBlocks,
     encode,
     plain_password,
 )
@@ -279,6 +283,39 @@ def test_a_request_on_its_way_is_answered_though_all_connections_begin_anew(
             writer.call("seal")
             assert waiter.receive() == "reader"
             assert time.monotonic() - begun < 25  # a lost request would be missed after 30 s
+
+
+def test_what_is_lost_while_the_books_are_compared_is_asked_again(
+    lossy: DaemonProcess, runtime_dir: RuntimeDir
+) -> None:
+    """A client that has given something up compares first, and that may be lost as well."""
+    session = Connection(runtime_dir, HELLO, 10.0)
+    stop = threading.Event()
+    errors: list[str] = []
+    num_answers = 0
+
+    def work() -> None:
+        nonlocal num_answers
+        while not stop.is_set() and not errors:
+            session.give_up(UnpinBlocks(digests=()))
+            try:
+                session.request(GetShare(), Share)
+            except AllocatorError as error:
+                errors.append(repr(error))
+            num_answers += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(20):
+            begin_anew(lossy)
+            before = num_answers
+            wait_until(lambda before=before: num_answers > before + 1 or errors, "it goes on")
+    finally:
+        stop.set()
+        thread.join()
+        session.close()
+    assert errors == []
 
 
 # --- the figures

@@ -1,17 +1,21 @@
 """An allocator that is stopped, seen by a client that must not be held up."""
 
+import logging
 import os
+import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from allocator import AllocatorError, AllocatorGone, Client, WaitTimeout, WeightSetWriter
 from allocator.errors import AllocatorSilent
+from allocator.silence import Silence
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import DaemonProcess
-from tests.leaks import wait_until
+from tests.leaks import descriptors, wait_until
 
 SIZE = 64 << 10
 
@@ -156,3 +160,76 @@ def test_a_stopped_writer_is_given_up_for_who_waits(
         opened.abandon()
     assert any(event.kind == "given up" for event in memory.events())
     connect().check_integrity()
+
+
+# --- a process that lacks something itself
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(descriptors()) + 8, hard))
+    taken: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_without_descriptors_asks_on_until_it_has_some(
+    daemon: DaemonProcess,
+    memory: Client,
+    heard: Heard,
+    start_daemon: Callable[[], DaemonProcess],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept = memory.lease(SIZE)
+    kept.buffer[:4] = b"kept"
+    caplog.set_level(logging.INFO, "onecopy.allocator")
+    daemon.kill()
+    with no_descriptors():
+        with pytest.raises(AllocatorGone):
+            memory.pool_share()
+        wait_until(lambda: "raise what it may open" in caplog.text.lower(), "it to ask", 30)
+    start_daemon()
+    wait_until(lambda: not heard.is_silent, "the successor to be heard", 30)
+    assert bytes(kept.buffer[:4]) == b"kept"
+    assert memory.pool_share().held_bytes == SIZE
+    kept.release()
+
+
+def test_whatever_goes_wrong_it_is_asked_on(caplog: pytest.LogCaptureFixture) -> None:
+    heard = Heard()
+    wrong: list[Exception] = [OSError(24, "no descriptors"), ValueError("never thought of")] * 2
+
+    def ask() -> None:
+        if wrong:
+            raise wrong.pop()
+
+    silence = Silence(ask, heard.all.append)
+    silence.begin()
+    wait_until(lambda: not heard.is_silent, "it to be answered", 30)
+    assert not wrong
+    assert "never thought of" in caplog.text
+    silence.check()
+
+
+def test_where_nobody_can_ask_it_is_not_taken_to_be_silent(
+    memory: Client, daemon: DaemonProcess, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with stopped(daemon), monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        for _ in range(2):
+            with pytest.raises(WaitTimeout):
+                memory.pool_share()
+    assert not heard.is_silent
+    assert memory.pool_share().held_bytes == 0

@@ -4,18 +4,32 @@ or ends it, and no other."""
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from tests.grammar_corpus import CASES
 from tests.leaks import Leaks, children, wait_until
+from tests.workers.babbling_follower import FIRST, NONSENSE
 from tests.workers.byte_tokenizer import byte_tokenizer
 from tests.workers.engines import engine_of, model_of, request, step
+from workers import warden
+from workers.grammar_follower import (
+    MAX_FOLLOWED,
+    MAX_FRAME_BYTES,
+    Compile,
+    Failed,
+    Follow,
+    Leave,
+    Position,
+    decode_from_cell,
+)
 from workers.messages import GrammarKind, GrammarSpec, Output, SamplingParams
 from workers.sampling import GrammarCompiler
 from workers.sampling.grammar import Grammar
@@ -195,6 +209,128 @@ def test_one_that_shares_a_cell_is_not_ended_by_anothers_text(compiler: GrammarC
         victim.accept(allowed(victim)[5], ends=False)
     arrived(compiler, victim)
     assert victim.problem is None
+
+
+def token(letter: str) -> int:
+    return ord(letter) - FIRST
+
+
+def test_a_sequence_goes_on_from_where_it_is_while_another_cell_takes_over(
+    compiler: GrammarCompiler,
+    descendants: Callable[[], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its next token may be chosen before the new cell has said where that begins."""
+    monkeypatch.setattr("workers.sampling.grammar_cells._MOST_LOSSES", 100)
+    text = "A1B2C3D4E5"
+    grammars = [begun(compiler, "regex", text) for _ in range(3)]
+    for number, letter in enumerate(text):
+        arrived(compiler, *grammars)
+        (cell,) = set(descendants()) - set(children())
+        os.kill(cell, signal.SIGKILL)
+
+        def lost(expected: int = number + 1) -> bool:
+            compiler.receive(0)
+            return all(one.num_losses == expected for one in grammars)
+
+        wait_until(lost, "the end of the cell to be known")
+        for one in grammars:
+            assert one.arrived
+            assert allowed(one) == [token(letter)]
+            one.accept(token(letter), ends=False)
+    arrived(compiler, *grammars)
+    assert all(one.problem is None and allowed(one) == [] for one in grammars)
+
+
+def test_streams_that_all_begin_anew_at_once_are_told_as_the_cell_reads(
+    compiler: GrammarCompiler, descendants: Callable[[], list[int]]
+) -> None:
+    """As after the end of an instance, whose streams another one takes over."""
+    first = begun(compiler, "regex", "[a-z]+")
+    arrived(compiler, first)
+    (host,) = set(descendants()) & set(children())
+    os.kill(host, signal.SIGSTOP)  # no cell is forked before all have begun
+    text = "abc-" * 4100
+    try:
+        sizes = [3 * MAX_FOLLOWED + number for number in range(-2, 3)]
+        sizes += range(4000, 4023)
+        sizes += [16_000 + number for number in range(4)]
+        begun_at = time.monotonic()
+        streams = [
+            begun(compiler, "regex", "([a-c]{3}-)+", [token(letter) for letter in text[:size]])
+            for size in sizes
+        ]
+        late = begun(compiler, "regex", "([a-c]{3}-)+")
+        for _ in range(20):
+            compiler.receive(0.005)
+        assert time.monotonic() - begun_at < 5.0
+        streams[0].leave()
+    finally:
+        os.kill(host, signal.SIGCONT)
+    arrived(compiler, *streams[1:], late, first)
+    for size, one in [(0, late), *zip(sizes[1:], streams[1:], strict=True)]:
+        assert one.problem is None
+        assert one.num_losses == 0
+        assert (allowed(one) == [token("-")]) == (size % 4 == 3)
+        assert token("a" if size % 4 < 3 else "-") in allowed(one)
+        one.accept(token(text[size]), ends=False)
+    arrived(compiler, *streams[1:])
+    assert all(one.problem is None for one in streams)
+
+
+@pytest.mark.parametrize("letter", sorted(NONSENSE))
+def test_a_cell_that_answers_nonsense_costs_others_time_only(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, letter: str
+) -> None:
+    launch = warden.launch
+    monkeypatch.setattr(
+        warden, "launch", lambda _, setup: launch("tests.workers.babbling_follower", setup)
+    )
+    victim, culprit = (begun(compiler, "regex", "[A-Z]+") for _ in range(2))
+    arrived(compiler, victim, culprit)
+    expected = allowed(victim)
+    culprit.accept(token(letter), ends=False)
+    for _ in range(5):
+        arrived(compiler, victim)
+        assert victim.problem is None
+        assert allowed(victim) == expected
+        victim.accept(token("A"), ends=False)
+    arrived(compiler, victim, culprit)
+    assert culprit.problem is not None
+    assert not culprit.is_invalid
+    assert "again and again" in culprit.problem
+
+
+def test_a_cell_is_not_ended_by_what_is_on_its_way_for_one_that_has_failed(
+    tokenizer: tuple[Tokenizer, Path], no_leaks: Leaks
+) -> None:
+    setup = {"tokenizer": str(tokenizer[1]), "vocab_size": SIZE, "eos_token_ids": []}
+    process, control = warden.launch("workers.grammar_follower", setup)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with process, control, ours:
+        with theirs:
+            grant = warden.Grant(6.0, 256 << 20, 64 << 20)
+            warden.send(control, warden.Task(1, "follow", {}, grant), theirs.fileno())
+        ours.send(msgspec.msgpack.encode(Compile("regex", "ab+")))
+
+        def answered(message: Follow) -> Position | Failed:
+            ours.send(msgspec.msgpack.encode(message))
+            return decode_from_cell(ours.recv(MAX_FRAME_BYTES))
+
+        letters = [token(letter) for letter in "abx"]
+        assert isinstance(answered(Follow(7, 0, letters[:1], [False])), Position)
+        failed = answered(Follow(8, 0, letters, [False] * 3))
+        assert isinstance(failed, Failed)
+        assert failed.sequence == 8
+        assert answered(Follow(8, 3, letters[:1], [False])) == Failed(
+            8, "its grammar was not followed so far"
+        )
+        ours.send(msgspec.msgpack.encode(Leave(8)))
+        goes_on = answered(Follow(7, 1, letters[1:2], [False]))
+        assert isinstance(goes_on, Position)
+        assert (goes_on.num_tokens, goes_on.accepting) == (2, True)
+        control.close()
+        process.wait()
 
 
 def test_waiting_is_bounded(compiler: GrammarCompiler) -> None:

@@ -73,7 +73,7 @@ class Grammar:
             self._ended = True
         else:
             self._position = None
-            self._cells.accept(self, token)
+            self._cells.accept(self)
 
     @property
     def finished(self) -> bool:
@@ -107,10 +107,12 @@ class Grammar:
     # --- told by its cell
 
     def came(self, position: Position) -> None:
-        """The answer to the last token."""
-        self._position = position
-        self._ended = position.ended
+        """Where a cell has followed it to. What is not after its last token is no news: it has been
+        told of further ones, or begun anew while it went on from the position that it had."""
         self._cpu_s += position.cpu_s
+        if position.num_tokens == len(self.tokens):
+            self._position = position
+            self._ended = position.ended
         allowed_s = _ALLOWANCE_S + _ALLOWANCE_PER_TOKEN_S * len(self.tokens)
         if self._cpu_s > allowed_s:
             self.failed(

@@ -1,7 +1,7 @@
 """The cells of an instance's grammars: one for each that is followed, whoever follows it.
 
-Owns the instance's warden (`workers.warden`), the cells' links, and what becomes of sequences whose
-cell ends. Invariants: nothing here waits longer than it is told to; a cell that is lost costs its
+Owns the instance's warden (`workers.warden`), its cells, and what becomes of sequences whose cell
+ends. Invariants: nothing here waits longer than it is told to; a cell that is lost costs its
 sequences time and nothing else; one that met a bound ends those sequences alone that could have
 taken it there. Knows neither logits nor requests. One thread calls it.
 """
@@ -21,18 +21,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from workers import warden
-from workers.grammar_follower import (
-    MAX_FRAME_BYTES,
-    Accept,
-    Begin,
-    Compile,
-    Failed,
-    Leave,
-    Position,
-    ToCell,
-    decode_from_cell,
-)
+from workers.grammar_follower import Compile, Position
 from workers.messages import GrammarSpec
+from workers.sampling.grammar_cell import Cell
 
 if TYPE_CHECKING:
     import subprocess
@@ -60,25 +51,6 @@ _EXCESS: Final[Mapping[warden.Bound, str]] = {
 }
 
 
-class _Cell:
-    """One grammar's, as the instance sees it."""
-
-    def __init__(self, number: int, spec: GrammarSpec, link: socket.socket):
-        self.number = number
-        self.spec = spec
-        self.link = link
-        self.users: dict[int, Grammar] = {}
-        self.has_answered = False
-        self.was_used = self.was_shared = False
-        self.waiting: set[int] = set()
-        """Sequences that it owes an answer."""
-        self.asked_at = 0.0
-        """When it was last asked while it owed nobody, or last answered."""
-        self.is_late = False
-        """Somebody has waited in vain for what it owes now."""
-        self.killed_at: float | None = None
-
-
 class GrammarCells:
     """What an instance asks of its grammars. Nothing is started before the first comes."""
 
@@ -88,12 +60,13 @@ class GrammarCells:
             "vocab_size": vocab_size,
             "eos_token_ids": sorted(eos_token_ids),
         }
+        self._mask_bytes = -(-vocab_size // 8)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._finalizer: weakref.finalize[..., Any] | None = None
         self._numbers = itertools.count()
-        self._cells: dict[int, _Cell] = {}
-        self._by_spec: OrderedDict[GrammarSpec, _Cell] = OrderedDict()
+        self._cells: dict[int, Cell] = {}
+        self._by_spec: OrderedDict[GrammarSpec, Cell] = OrderedDict()
         """Those that newcomers may join, the one that was joined last at the end."""
         self._queue: deque[Grammar] = deque()
         """Those for which there is no cell yet."""
@@ -104,6 +77,7 @@ class GrammarCells:
         if cell is None:
             self._make_room()
             if len(self._cells) >= _MOST_CELLS:
+                grammar.cell = -1
                 self._queue.append(grammar)
                 return
             cell = self._started(grammar.spec)
@@ -115,27 +89,25 @@ class GrammarCells:
         else:
             self._by_spec.move_to_end(grammar.spec)
         grammar.cell = cell.number
-        cell.users[grammar.number] = grammar
-        cell.was_shared |= cell.was_used
-        cell.was_used = True
-        tokens, ends = list(grammar.tokens), list(grammar.ends)
-        self._ask(cell, Begin(grammar.number, tokens, ends))
+        cell.join(grammar)
+        self._ask(cell, grammar)
 
-    def accept(self, grammar: "Grammar", token: int) -> None:
-        """The sequence goes on. Answered by `receive`."""
+    def accept(self, grammar: "Grammar") -> None:
+        """The sequence has gone on by a token. Answered by `receive`."""
         cell = self._cells.get(grammar.cell)
-        if cell is not None:  # else it has been lost, and whoever takes over is told all tokens
-            self._ask(cell, Accept(grammar.number, token))
+        # Else it has been lost, and whoever takes over is told all tokens.
+        if cell is not None and grammar.number in cell.users:
+            self._ask(cell, grammar)
 
     def leave(self, grammar: "Grammar") -> None:
         """Nobody follows this sequence any more."""
         with contextlib.suppress(ValueError):
             self._queue.remove(grammar)
         cell = self._cells.get(grammar.cell)
-        if cell is None or cell.users.pop(grammar.number, None) is None:
+        if cell is None or grammar.number not in cell.users:
             return
-        cell.waiting.discard(grammar.number)
-        self._tell(cell, Leave(grammar.number))
+        cell.leave(grammar.number)
+        self._tell(cell)
         self._release(cell)
 
     def receive(self, timeout_s: float, *, late_too: bool = False) -> None:
@@ -165,56 +137,65 @@ class GrammarCells:
 
     # --- talking to cells
 
-    def _ask(self, cell: _Cell, message: Begin | Accept) -> None:
-        if not cell.waiting:
-            cell.asked_at = time.monotonic()
-            cell.is_late = False
-        cell.waiting.add(message.sequence)
-        self._tell(cell, message)
+    def _ask(self, cell: Cell, grammar: "Grammar") -> None:
+        cell.ask(grammar.number)
+        self._tell(cell)
 
-    def _tell(self, cell: _Cell, message: ToCell) -> None:
+    def _tell(self, cell: Cell) -> None:
+        """As far as it reads; how long that may take, `_watch` knows."""
+        if cell.killed_at is not None:
+            return
         try:
-            cell.link.send(msgspec.msgpack.encode(message))
-        except OSError:  # it has ended, or does not read: its end comes from the warden
+            cell.tell()
+        except OSError:  # its end comes from the warden
             self._kill(cell)
 
     def _take(self) -> None:
         for cell in list(self._cells.values()):
-            if cell.waiting:
+            if cell.number in self._cells:
+                self._tell(cell)
                 self._take_answers(cell)
         if self._control is not None:
             self._take_ends(self._control)
         self._watch()
 
-    def _take_answers(self, cell: _Cell) -> None:
+    def _take_answers(self, cell: Cell) -> None:
         while cell.waiting and cell.number in self._cells:
             try:
-                frame = cell.link.recv(MAX_FRAME_BYTES)
-            except BlockingIOError:
-                return
-            except OSError:
-                frame = b""
-            if not frame:  # its end comes from the warden
+                answer = cell.answer()
+            except OSError:  # its end comes from the warden
                 self._kill(cell)
                 return
-            answer = decode_from_cell(frame)
-            if isinstance(answer, Failed) and answer.sequence is None:
+            except msgspec.DecodeError as error:
+                self._distrust(cell, error)
+                return
+            if answer is None:
+                return
+            if answer.sequence is None:
                 self._forget(cell)  # it could not be compiled
                 for grammar in cell.users.values():
                     grammar.failed(answer.message)
                 self._serve_queue()
                 return
-            cell.has_answered = True
-            cell.asked_at = time.monotonic()
-            named = None if answer.sequence is None else cell.users.get(answer.sequence)
+            named = cell.users.get(answer.sequence)
             if named is None:
                 continue  # it has left
-            cell.waiting.discard(named.number)
             if isinstance(answer, Position):
                 named.came(answer)
             else:
                 self._blame(named, cell, answer.message)
                 self._release(cell)
+
+    def _distrust(self, cell: Cell, error: msgspec.DecodeError) -> None:
+        """What it says makes no sense: its memory is not what it should be. Where several use it,
+        one's text may have done that, so each goes on in a cell of its own."""
+        log.warning("a cell of a grammar answered what makes no sense, and is ended: %s", error)
+        self._kill(cell)
+        self._forget(cell)
+        for grammar in list(cell.users.values()):
+            grammar.alone = grammar.alone or cell.was_shared
+            self._lost(grammar)
+        self._serve_queue()
 
     def _take_ends(self, control: socket.socket) -> None:
         while True:
@@ -246,18 +227,19 @@ class GrammarCells:
             if cell.waiting and now - cell.asked_at > patience_s:
                 self._kill(cell)
 
-    def _poll(self, cells: Collection[_Cell], timeout_s: float) -> None:
+    def _poll(self, cells: Collection[Cell], timeout_s: float) -> None:
         poller = select.poll()
         for cell in cells:
             if cell.killed_at is None:
-                poller.register(cell.link, select.POLLIN)
+                writable = select.POLLOUT if cell.has_untold else 0
+                poller.register(cell.link, select.POLLIN | writable)
         if self._control is not None:
             poller.register(self._control, select.POLLIN)
         poller.poll(timeout_s * 1000)
 
     # --- the life of cells
 
-    def _started(self, spec: GrammarSpec) -> _Cell | None:
+    def _started(self, spec: GrammarSpec) -> Cell | None:
         """A new cell; None where none can be had."""
         for _ in range(2):
             try:
@@ -267,12 +249,12 @@ class GrammarCells:
                 self._drop_warden()
         return None
 
-    def _start(self, spec: GrammarSpec) -> _Cell:
+    def _start(self, spec: GrammarSpec) -> Cell:
         if self._control is None:
             self._process, self._control = warden.launch("workers.grammar_follower", self._setup)
             self._finalizer = weakref.finalize(self, _end, self._process, self._control)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        cell = _Cell(next(self._numbers), spec, ours)
+        cell = Cell(next(self._numbers), spec, ours, self._mask_bytes)
         with theirs:
             try:
                 ours.setblocking(False)
@@ -285,14 +267,14 @@ class GrammarCells:
         self._cells[cell.number] = cell
         return cell
 
-    def _kill(self, cell: _Cell) -> None:
+    def _kill(self, cell: Cell) -> None:
         if cell.killed_at is not None or self._control is None:
             return
         cell.killed_at = time.monotonic()
         with contextlib.suppress(OSError):  # a warden that is gone shows in `_take_ends`
             warden.send(self._control, warden.Kill(cell.number))
 
-    def _ended(self, cell: _Cell, ended: warden.Ended) -> None:
+    def _ended(self, cell: Cell, ended: warden.Ended) -> None:
         """A cell that was used has ended."""
         self._forget(cell)
         if cell.users and ended.exceeded is None:
@@ -306,11 +288,10 @@ class GrammarCells:
                 self._lost(grammar)
         self._serve_queue()
 
-    def _blame(self, grammar: "Grammar", cell: _Cell, message: str) -> None:
+    def _blame(self, grammar: "Grammar", cell: Cell, message: str) -> None:
         """A sequence can't go on. Where others have used its cell, that may be their doing: then it
         is tried again in one of its own."""
-        cell.users.pop(grammar.number, None)
-        cell.waiting.discard(grammar.number)
+        cell.drop(grammar.number)
         if cell.has_answered and cell.was_shared:
             if self._by_spec.get(cell.spec) is cell:
                 del self._by_spec[cell.spec]  # nobody is to join it any more
@@ -327,14 +308,14 @@ class GrammarCells:
         else:
             self.begin(grammar)
 
-    def _forget(self, cell: _Cell) -> None:
+    def _forget(self, cell: Cell) -> None:
         """It ends with its link."""
         cell.link.close()
         self._cells.pop(cell.number, None)
         if self._by_spec.get(cell.spec) is cell:
             del self._by_spec[cell.spec]
 
-    def _release(self, cell: _Cell) -> None:
+    def _release(self, cell: Cell) -> None:
         """Somebody has left it. One that nobody uses is kept for a while, if others may join it."""
         if not cell.users and self._by_spec.get(cell.spec) is not cell:
             self._forget(cell)
