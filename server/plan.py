@@ -33,12 +33,11 @@ from server.model_source import ModelSource
 from server.settings import Settings
 from workers.messages import Estimate, decode_estimate
 
-LOADING_PRIVATE_BYTES: Final = 27_500_000
-ATTACHED_PRIVATE_BYTES: Final = 21_900_000
-"""Private memory of the process that loads, and of one that attaches, when it is ready. Measured:
-`private_bytes` of benchmarks/results/instance_start.json, cold and further_instance; with 2.9 GB of
-weights (instance_start_3gb.json) it was 20.7 and 20.2 MB. It is the interpreter's and the
-libraries', so it hardly depends on the model."""
+LOADING_PRIVATE_BYTES: Final = 33_000_000
+ATTACHED_PRIVATE_BYTES: Final = 26_200_000
+"""Private memory of the process that loads, and of one that attaches, after its first pass, as
+`onecopy ps` counts it: measured with the demo on two cores of an AMD EPYC. It is the interpreter's
+and the libraries', so it hardly depends on the model."""
 HEAP_GROWTH_BYTES: Final = 10_000_000
 """What the heap of a process grows by at work, beyond what a step computes with (as measured for
 `prefill_bytes`, workers/estimate.py)."""

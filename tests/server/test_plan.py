@@ -185,14 +185,14 @@ def test_the_machine_is_this_one_or_the_one_that_was_given() -> None:
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (plan(), ("Fits: ", "up to 56 instances with 4 sequences each")),
+        (plan(), ("Fits: ", "up to 55 instances with 4 sequences each")),
         (plan(1_650 * MB), ("Fits at the start, but", "--instances 1 or --max-num-seqs 3")),
         (
             plan(shared_memory_bytes=1_100 * MB),
             ("Fits at the start, but 60.0 MB are missing", "of shared memory 1.10 GB may be"),
         ),
-        (plan(1_500 * MB, num_instances=9), ("Does not fit: ", "would fit: 6 idle instances")),
-        (plan(1_000 * MB), ("Does not fit: ", "409.4 MB are missing already at the start")),
+        (plan(1_500 * MB, num_instances=9), ("Does not fit: ", "would fit: 5 idle instances")),
+        (plan(1_000 * MB), ("Does not fit: ", "419.2 MB are missing already at the start")),
         (plan(shared_memory_bytes=MB), ("Does not fit: ", "1.0 MB may be used", "--memory-limit")),
         (
             plan(size=2),
