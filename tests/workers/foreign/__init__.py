@@ -1,1 +1,0 @@
-"""The decoder compiled for another instruction set, run by an emulator."""
