@@ -6,6 +6,7 @@ a single thing hands its error to who wanted that. Knows nothing of what the wor
 """
 
 import asyncio
+import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -15,6 +16,8 @@ log = logging.getLogger("onecopy.server")
 
 _FIRST_PAUSE_S: Final = 0.1
 _LAST_PAUSE_S: Final = 5.0
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""The machine's fault, not ours: where in the code it was met says nothing."""
 _LONG_S: Final = 60.0
 """Work that went well for so long begins again without a pause."""
 
@@ -72,10 +75,13 @@ class Background:
             started = time.monotonic()
             try:
                 return await work()
-            except Exception:
+            except Exception as error:
                 if time.monotonic() - started > _LONG_S:
                     pause_s = _FIRST_PAUSE_S
-                log.exception("%s failed; it begins again in %.1f s", name, pause_s)
+                if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+                    log.warning("%s can't go on now, again in %.1f s: %s", name, pause_s, error)
+                else:
+                    log.exception("%s failed; it begins again in %.1f s", name, pause_s)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
