@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import resource
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
@@ -30,6 +29,7 @@ from server.commands.options import (
     print_json,
 )
 from server.handed_out import seen
+from server.http_server import raise_descriptor_limit
 from server.log_limit import LogLimit
 from server.model_source import find_model
 from server.proof import prove
@@ -42,7 +42,6 @@ from workers import KERNEL_SETS, KERNELS_VARIABLE
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
 """What a process may take to end, beyond what it grants its running requests."""
-_MAX_OPEN_FILES: Final = 1 << 16
 _LEAST_OPEN_FILES: Final = 128
 _OPEN_FILES_AN_INSTANCE: Final = 4
 """Of the server and of the allocator, whatever clients there are."""
@@ -212,7 +211,7 @@ def serve(
             device=device,
             map_files=map_files,
         )
-        _allow_open_files(instances)
+        _check_open_files(instances)
         if settings.device == "host":
             check_limits(settings.memory_limit)
         asyncio.run(run_server(settings))
@@ -342,18 +341,15 @@ def stop(
         console.out.print(f"stopped {' and '.join(stopped)}", markup=False)
 
 
-def _allow_open_files(num_instances: int) -> None:
-    """As many as this process may have; fails where that is too few to serve with."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+def _check_open_files(num_instances: int) -> None:
+    """Fails where as many files as this process may have open are too few to serve with."""
+    most = raise_descriptor_limit()
     least = _LEAST_OPEN_FILES + _OPEN_FILES_AN_INSTANCE * num_instances
     if most < least:
         fail(
             f"at most {most} files may be open at once, and {num_instances} instances need some "
             f"{least}: raise the limit, `ulimit -n 4096`"
         )
-    if soft != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _stop_server(directory: RuntimeDir, owner: Owner, *, keep_allocator: bool, now: bool) -> bool:
