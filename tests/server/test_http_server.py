@@ -274,10 +274,10 @@ def test_what_is_no_http_is_told_so(
 
 
 def test_chunks_of_one_byte_hold_up_nobody(address: str, connect: Connect) -> None:
-    """Each costs as much as a large one. What arrives at once, 40,000 of them, would take more than
-    a second, in which nobody else would be answered."""
+    """Each costs as much as a large one. Of what arrives at once, 40,000 of them, others would wait
+    for all; answered between every 256 KiB, they would be answered some 18 times here."""
     one = connect(address, HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n")
-    left = b"1\r\na\r\n" * 300_000 + b"0\r\n\r\n"
+    left = b"1\r\na\r\n" * 600_000 + b"0\r\n\r\n"
     one.setblocking(False)
     num_answers = 0
     with httpx.Client(base_url=address, timeout=DEADLINE_S) as http:
@@ -288,7 +288,7 @@ def test_chunks_of_one_byte_hold_up_nobody(address: str, connect: Connect) -> No
             num_answers += 1
     one.setblocking(True)
     assert answer(one)[0] == 400
-    assert num_answers > 40
+    assert num_answers > 30
 
 
 def test_the_answer_to_a_body_that_is_still_sent_is_not_lost(
