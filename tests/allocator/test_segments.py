@@ -237,10 +237,10 @@ def test_the_doctor_tells_of_what_is_left_behind_and_removes_it(
 
     def doctor(*options: str) -> subprocess.CompletedProcess[str]:
         mount = 'mount --bind "$0" /dev/shm && exec "$@"'
-        command = [sys.executable, "-m", "server.cli", "doctor", *options]
+        arguments = ["doctor", "--runtime-dir", str(runtime_dir.path), *options]
+        command = [sys.executable, "-m", "server.cli", *arguments]
         return subprocess.run(
-            ["unshare", "-m", "sh", "-c", mount, str(own_shm), *command]
-            + ["--runtime-dir", str(runtime_dir.path)],
+            ["unshare", "-m", "sh", "-c", mount, str(own_shm), *command],
             cwd=ROOT,
             capture_output=True,
             text=True,
