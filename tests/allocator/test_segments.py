@@ -259,7 +259,6 @@ def test_the_doctor_tells_of_what_is_left_behind_and_removes_it(
     assert str(elsewhere.path) not in doctor().stdout
 
 
-
 # --- others, who may write to /dev/shm as well
 
 
