@@ -1,8 +1,8 @@
 """The native kernels, compiled once for each instruction set; all else is in pyproject.toml.
 
 They are loaded through ctypes, not imported: which set a machine can run is decided there
-(workers/native/library.py). Without a compiler they are left out: `onecopy doctor` says so, and
-what to do.
+(workers/model/native/library.py). Without a compiler they are left out: `onecopy doctor` says so,
+and what to do.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Final
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE: Final = Path("workers", "native")
+NATIVE: Final = Path("workers", "model", "native")
 FLAGS: Final = {
     "amx": ["-DSET_AMX", "-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
@@ -34,7 +34,7 @@ def kernels() -> list[Extension]:
     headers = sorted(str(path) for path in NATIVE.glob("*.h"))
     return [
         Extension(
-            f"workers.native._decoder_{name}",
+            f"workers.model.native._decoder_{name}",
             [str(NATIVE / "decoder.cpp")],
             depends=headers,
             language="c++",

@@ -11,9 +11,12 @@ from allocator.backends.limits import (
     file_size_failure,
 )
 from allocator.backends.nvml import DeviceUsage, device_usage, device_usages
+from allocator.backends.room import Room
 from allocator.backends.segments import AbandonedRun, abandoned_runs, remove_abandoned
-from allocator.client import Client, connect
-from allocator.daemon_settings import parse_bytes
+from allocator.client.client import Client, connect
+from allocator.client.pool import Block, Lease
+from allocator.client.weights import WeightSetReader, WeightSetWriter
+from allocator.daemon.settings import parse_bytes
 from allocator.digests import Digest
 from allocator.errors import (
     AllocatorBusy,
@@ -38,15 +41,12 @@ from allocator.errors import (
     WaitTimeout,
     WeightSetBusy,
 )
-from allocator.leases import Block, Lease
 from allocator.leftovers import Role, remove_leftovers
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
-from allocator.own_module import module_command, module_environment
-from allocator.process_identity import ProcessIdentity
-from allocator.process_state import ProcessState
-from allocator.room import Room
+from allocator.processes.identity import ProcessIdentity
+from allocator.processes.own_module import module_command, module_environment
+from allocator.processes.state import ProcessState
 from allocator.runtime_dir import Owner, RuntimeDir
-from allocator.weights import WeightSetReader, WeightSetWriter
 
 __all__ = [
     "ALIGNMENT",

@@ -5,8 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
-from allocator.daemon import run
-from allocator.daemon_settings import (
+from allocator.daemon.daemon import run
+from allocator.daemon.settings import (
     DaemonSettings,
     default_image_folder,
     parse_bytes,

@@ -29,7 +29,7 @@ import xxhash
 from allocator.digests import Digest, digest
 from allocator.errors import AllocatorError, DiskError, DiskFull, ImageCorrupt
 from allocator.messages import MAX_FRAME_BYTES, Bytes, Extent, Fields, Key, Word
-from allocator.process_identity import ProcessIdentity
+from allocator.processes.identity import ProcessIdentity
 
 log = logging.getLogger("onecopy.allocator")
 

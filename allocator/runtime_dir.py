@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from allocator.errors import AlreadyRunning, RuntimeDirError
-from allocator.process_identity import ProcessIdentity
+from allocator.processes.identity import ProcessIdentity
 
 MAX_SOCKET_PATH_BYTES: Final = 107
 """sun_path holds 108 bytes with its terminating zero (unix(7))."""

@@ -23,8 +23,8 @@ class LlamaSize:
 
 def demo_tokenizer(folder: Path) -> None:
     """The demo model's, in a folder that this makes."""
-    from server.model_source import DEMO, find_model
-    from server.tokenizer_files import tokenizer_folder
+    from server.models.source import DEMO, find_model
+    from server.text.tokenizer_files import tokenizer_folder
 
     shutil.copytree(tokenizer_folder(find_model(DEMO).path), folder)
 

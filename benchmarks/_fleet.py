@@ -21,7 +21,7 @@ from _processes import NUM_THREADS
 from _server import running_server
 
 from allocator import RuntimeDir
-from server.admin import AdminClient, InstanceStatus
+from server.admin.app import AdminClient, InstanceStatus
 
 _PATIENCE_S = 60.0
 

@@ -33,7 +33,7 @@ from allocator import (
     connect,
     manifest_bytes,
 )
-from allocator.arena import Arena
+from allocator.daemon.pool.arena import Arena
 from allocator.messages import Done, Open, Release, Sealed
 
 NUM_TENSORS = 1000

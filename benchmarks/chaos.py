@@ -42,7 +42,7 @@ from _processes import end_on_sigterm, tree
 from _server import onecopy, running_server
 
 from allocator import ProcessIdentity, RuntimeDir
-from server.admin import AdminClient, ServerStatus
+from server.admin.app import AdminClient, ServerStatus
 
 _NUM_INSTANCES = 2
 _LEAST_GAP = 0.02
@@ -340,7 +340,7 @@ def _command(pid: int) -> str | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     name = Path(f"/proc/{pid}/comm").read_text() if text else ""
-    started = "workers.forkserver" in text or "server.cli" in text or "allocator" in text
+    started = "workers.process.forkserver" in text or "server.cli" in text or "allocator" in text
     return None if not text or started or name.startswith("onecopy:") else text
 
 

@@ -28,11 +28,11 @@ import torch
 from _machine import describe_machine, spread, steal_ticks
 from transformers import DynamicCache
 
-from server.model_source import find_model
+from server.models.source import find_model
 from workers.checkpoint import open_checkpoint
 from workers.kv.layout import KVLayout
-from workers.model import build_model
-from workers.native.decoder import NativeDecoder, supports
+from workers.model.decoder import build_model
+from workers.model.native.decoder import NativeDecoder, supports
 
 _DECODE_ROWS = (1, 2, 4, 8, 16)
 _PREFILL_ROWS = (32, 128, 512)

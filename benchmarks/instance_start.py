@@ -24,7 +24,7 @@ from _checkpoints import LlamaSize, random_llama, save_served_weights
 from _machine import Machine, describe_machine, spread, steal_ticks
 from _server import onecopy, running_server, server_status, wait_ready
 
-from server import process_memory
+from server.machine import process_memory
 
 _PEER = """
 import sys, time

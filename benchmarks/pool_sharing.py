@@ -32,7 +32,7 @@ from _machine import describe_machine, spread
 from _processes import Load, end_on_sigterm
 
 from allocator import Client, connect
-from server.admin import InstanceStatus
+from server.admin.app import InstanceStatus
 
 _NUM_REQUESTS = 8
 _PROMPT = 256

@@ -22,8 +22,8 @@ from _machine import describe_machine, spread
 from _processes import Load, end_on_sigterm
 
 from allocator import Client, connect
-from server import process_memory
-from server.handed_out import handed_out
+from server.machine import process_memory
+from server.machine.handed_out import handed_out
 
 _PROMPT = 1000
 _ANSWER = 16

@@ -37,8 +37,8 @@ from _machine import describe_machine, percentiles
 from _processes import Load, end_on_sigterm, tree
 
 from allocator import Client, connect
-from server import process_memory
-from server.handed_out import handed_out
+from server.machine import process_memory
+from server.machine.handed_out import handed_out
 
 _LOAD = 0.8
 _LOOK_S = 10.0

@@ -24,13 +24,13 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from server.admin import AllocatorStatus, InstanceStatus, ServerStatus
-from server.checks import Check
-from server.device_verify import DeviceVerdict
-from server.instance import Instance
-from server.plan import MAX_INSTANCES, DevicePlan, Load, Plan, Room
-from server.process_memory import ProcessMemory
-from server.verify import Verdict
+from server.admin.app import AllocatorStatus, InstanceStatus, ServerStatus
+from server.fleet.instance import Instance
+from server.machine.checks import Check
+from server.machine.device_verify import DeviceVerdict
+from server.machine.plan import MAX_INSTANCES, DevicePlan, Load, Plan, Room
+from server.machine.process_memory import ProcessMemory
+from server.machine.verify import Verdict
 from workers.messages import Loading
 
 log = logging.getLogger("onecopy.server")

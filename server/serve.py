@@ -18,29 +18,30 @@ from typing import Any, Final
 from fastapi import FastAPI
 
 from allocator import RuntimeDir
-from server import console, process_memory
-from server.admin import create_admin_app
-from server.allowed_hosts import AllowedHosts
-from server.app import Serving, create_app
+from server import console
+from server.admin.app import create_admin_app
+from server.admin.engine_metrics import InstanceFigures
+from server.admin.metrics import Metrics
+from server.api.allowed_hosts import AllowedHosts
+from server.api.app import Serving, create_app
+from server.api.cells import Cells
+from server.api.grammar_checks import GrammarChecks
+from server.api.http_server import HTTPServer, most_connections, raise_descriptor_limit
 from server.background import Background
 from server.cache_salt import CacheSalts
-from server.cells import Cells
-from server.daemons import AllocatorProcess
-from server.engine_metrics import InstanceFigures
-from server.fleet import Fleet
+from server.fleet.daemons import AllocatorProcess
+from server.fleet.fleet import Fleet
+from server.fleet.router import ModelAsItWas, Router
+from server.fleet.sleep import Sleeper
 from server.generation import SamplingDefaults
-from server.grammar_checks import GrammarChecks
-from server.handed_out import seen
-from server.http_server import HTTPServer, most_connections, raise_descriptor_limit
-from server.in_flight import InFlight
-from server.loaded_text import KeptTokenizer, LoadedText
-from server.metrics import Metrics
-from server.model_files import ModelFiles, ModelWatch
-from server.reload import Reloader
-from server.router import ModelAsItWas, Router
+from server.machine import process_memory
+from server.machine.handed_out import seen
+from server.models.files import ModelFiles, ModelWatch
+from server.models.in_flight import InFlight
+from server.models.reload import Reloader
 from server.settings import Settings
-from server.sleep import Sleeper
-from server.text import Text
+from server.text.loaded_text import KeptTokenizer, LoadedText
+from server.text.text import Text
 from server.version import version
 from workers.messages import Task
 

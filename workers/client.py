@@ -22,8 +22,6 @@ import zmq
 import zmq.asyncio
 
 from allocator import ProcessState, RuntimeDir, module_command, module_environment
-from workers import kernel
-from workers.leash import Leash as Leash
 from workers.messages import (
     MAX_FRAME_BYTES,
     FromForkserver,
@@ -36,6 +34,8 @@ from workers.messages import (
     decode_from_instance,
     encode,
 )
+from workers.process import linux
+from workers.process.leash import Leash as Leash
 
 log = logging.getLogger("onecopy.server")
 
@@ -88,7 +88,7 @@ class Forkserver:
     ) -> "Forkserver":
         """Start it for one model, or for the weight set with this `metadata`; its `Up` comes when
         its imports are done. Raises OSError."""
-        kernel.adopt_orphans()  # an instance that outlives its forkserver is ours to wait for
+        linux.adopt_orphans()  # an instance that outlives its forkserver is ours to wait for
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CONTROL_BUFFER_BYTES)
@@ -108,7 +108,7 @@ class Forkserver:
                     fds.append(memory)
                     arguments.append(str(memory))
                 process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                    module_command("workers.forkserver", *arguments),
+                    module_command("workers.process.forkserver", *arguments),
                     pass_fds=fds,
                     stdin=subprocess.DEVNULL,
                     env=module_environment(**_ENVIRONMENT),

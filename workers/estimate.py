@@ -28,17 +28,17 @@ from typing import Any, Final, Literal
 import msgspec
 import torch
 
-from workers.attention import DEFAULT_WORKSPACE_BYTES
 from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
 from workers.checkpoint.plan import make_plan
 from workers.checkpoint.source import SourceTensor
-from workers.embedding import task_of
-from workers.embedding.estimate import embedding_estimate
+from workers.config.encoder_settings import task_of
 from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
 from workers.kv.layout import KVLayer, KVLayout
 from workers.messages import Estimate, RankEstimate
-from workers.model import Model, build_model
-from workers.process import float_dtype
+from workers.model.attention import DEFAULT_WORKSPACE_BYTES
+from workers.model.decoder import Model, build_model
+from workers.model.encoder_estimate import embedding_estimate
+from workers.process.instance import float_dtype
 
 Part = Literal["column", "row", "replicated"]
 

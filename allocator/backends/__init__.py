@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
+from allocator.backends.room import Room
 from allocator.errors import SharedMemoryFull
 from allocator.messages import Extent, Handle
-from allocator.room import Room
 
 
 class Mapping(Protocol):

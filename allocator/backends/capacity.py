@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from allocator.backends.control_group import limited_groups
-from allocator.backends.placement import SHM_ROOT
+from allocator.backends.numa import SHM_ROOT
+from allocator.backends.room import Room, size
 from allocator.errors import DeviceError, SharedMemoryFull
-from allocator.room import Room, size
 
 _HEADROOM_PART: Final = 10
 _LEAST_HEADROOM_BYTES: Final = 64 << 20

@@ -26,9 +26,9 @@ from allocator.backends.cuda_driver import (
     load,
 )
 from allocator.backends.nvml import device_usage
+from allocator.backends.room import Room
 from allocator.errors import InvalidMessage, InvalidSetting, OutOfDeviceMemory, StaleGeneration
 from allocator.messages import Extent, Handle
-from allocator.room import Room
 
 if TYPE_CHECKING:
     from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow

@@ -21,11 +21,11 @@ from allocator.backends.capacity import (
     shareable_room,
 )
 from allocator.backends.host_mapping import HostMapping, HostPoolWindow
-from allocator.backends.placement import SHM_ROOT as SHM_ROOT
-from allocator.backends.placement import parse_placement
+from allocator.backends.numa import SHM_ROOT as SHM_ROOT
+from allocator.backends.numa import parse_placement
+from allocator.backends.room import Room
 from allocator.errors import DeviceError, InvalidMessage, NameTaken, StaleGeneration
 from allocator.messages import Extent, Handle
-from allocator.room import Room
 
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG)
 

@@ -14,7 +14,8 @@ from io import FileIO
 
 from allocator.backends.address_space import AddressRange, address_of, populate, punch_hole
 from allocator.backends.capacity import CommitWatch, no_shared_memory
-from allocator.backends.placement import Placement, huge_page_bytes
+from allocator.backends.numa import Placement, huge_page_bytes
+from allocator.backends.room import size
 from allocator.errors import (
     DeviceError,
     InvalidMessage,
@@ -22,7 +23,6 @@ from allocator.errors import (
     SharedMemoryFull,
 )
 from allocator.messages import Extent
-from allocator.room import size
 
 log = logging.getLogger("onecopy.allocator")
 

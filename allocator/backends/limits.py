@@ -9,8 +9,8 @@ import resource
 from typing import Final
 
 from allocator.backends.capacity import shareable_bytes
+from allocator.backends.room import size
 from allocator.errors import DeviceError, InvalidSetting
-from allocator.room import size
 
 _PROGRAM_BYTES: Final = 8 << 30
 """Addresses that a process takes for itself: torch and what it brings reserve gigabytes."""

@@ -31,7 +31,7 @@ from typing import Final, Self
 
 import msgspec
 
-from allocator.backends.placement import SHM_ROOT
+from allocator.backends.numa import SHM_ROOT
 from allocator.errors import DeviceError, NotWriter, StaleGeneration
 
 log = logging.getLogger("onecopy.allocator")

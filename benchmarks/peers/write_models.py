@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 sys.path.append(str(Path(__file__).parents[1]))
 from _checkpoints import LlamaSize, random_llama, random_qwen3_moe
 
-from server.model_source import DEMO, find_model
-from server.tokenizer_files import tokenizer_folder
+from server.models.source import DEMO, find_model
+from server.text.tokenizer_files import tokenizer_folder
 from workers.checkpoint import open_checkpoint
 
 _KINDS = {

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from allocator import RuntimeDir, WeightSetWriter, connect
-from allocator.module import SharedModule, share
+from allocator.client.share.module import SharedModule, share
 from tests.allocator.processes import Refused
 from tests.allocator.sample_modules import HAS_DIFFUSERS, build, described, output
 from tests.daemon_process import ROOT, TIMEOUT_S

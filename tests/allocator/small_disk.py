@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+from allocator.daemon.journal.file import Journal, read_journal
 from allocator.errors import DiskFull, JournalError
 from allocator.images import read_record, write_image
-from allocator.journal import Journal, read_journal
 from allocator.messages import Extent
 
 MIB = 1 << 20

@@ -15,7 +15,7 @@ from typing import Any
 from allocator import Client, OutOfDeviceMemory, RuntimeDir, WeightSetWriter, connect
 from allocator.backends import for_handle
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.backends.placement import huge_page_mode, placement_notes
+from allocator.backends.numa import huge_page_mode, placement_notes
 from allocator.messages import Extent, Failed, Handle, Lease, Leased, MakeRoom, Manifest
 from tests.allocator.processes import in_fork
 from tests.allocator.raw_session import RawSession

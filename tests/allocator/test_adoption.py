@@ -22,11 +22,11 @@ from allocator import (
     messages,
 )
 from allocator.backends.host import SHM_ROOT
-from allocator.connection import Connection
+from allocator.client.connection import Connection
+from allocator.daemon.journal.file import read_journal
+from allocator.daemon.journal.records import SessionEnded, decode_record
 from allocator.errors import Unanswered
-from allocator.journal import read_journal
 from allocator.messages import SessionStatistics, WeightSetStatistics
-from allocator.records import SessionEnded, decode_record
 from tests.allocator.processes import ClientProcess, Refused, in_fork
 from tests.allocator.raw_session import RawSession
 from tests.daemon_process import DaemonProcess

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from allocator.arena import Arena
+from allocator.daemon.pool.arena import Arena
 from allocator.errors import DoubleFree, ForeignExtent, InvalidMessage
 
 ALIGNMENT = 256

@@ -21,9 +21,9 @@ import torch
 from allocator import NotWriter, OutOfDeviceMemory, StaleGeneration
 from allocator.backends import Backend, PoolWindow, for_handle, open_device
 from allocator.backends.host import SHM_ROOT, HostBackend
+from allocator.client.tensor import as_bytes
 from allocator.errors import InvalidMessage, InvalidSetting
 from allocator.messages import Extent, Handle
-from allocator.tensor import as_bytes
 from tests.allocator.backend_contract import PATTERN, SIZE, BackendContract, bytes_of
 from tests.allocator.backend_peer import Peer
 from tests.allocator.processes import in_fork

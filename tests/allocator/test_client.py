@@ -177,7 +177,7 @@ def test_many_threads_share_one_client(memory: Client) -> None:
 def test_threads_take_turns_with_one_that_waits(
     daemon: DaemonProcess, memory: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("allocator.client._POLL_SLICE_MS", 20)
+    monkeypatch.setattr("allocator.client.client._POLL_SLICE_MS", 20)
     with daemon.connect() as other, ThreadPoolExecutor(1) as pool:
         writer = other.open_weight_set("k", {})
         assert isinstance(writer, WeightSetWriter)

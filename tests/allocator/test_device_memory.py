@@ -22,7 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from allocator.device_memory import AnyEffect, DeviceMemory, Evicted, Free, FreeExtent, Holder
+from allocator.daemon.budget import AnyEffect, DeviceMemory, Evicted, Free, FreeExtent, Holder
+from allocator.daemon.weights.state import Answer, Waiter
 from allocator.errors import (
     AllocatorError,
     DoubleFree,
@@ -33,7 +34,6 @@ from allocator.errors import (
     WeightSetBusy,
 )
 from allocator.messages import BlockToPut, Elected, Extent, Handle, LeaseId, Sealed
-from allocator.weight_set import Answer, Waiter
 
 GRANULE = 1024
 POOL = 32 * GRANULE

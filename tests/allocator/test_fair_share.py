@@ -3,7 +3,7 @@
 import pytest
 
 from allocator import OutOfDeviceMemory, RoomTaken
-from allocator.fair_share import PATIENCE_S, STILL_S, FairShare, Lone
+from allocator.daemon.pool.fair_share import PATIENCE_S, STILL_S, FairShare, Lone
 from tests.daemon_process import DaemonProcess
 from tests.leaks import wait_until
 

@@ -15,9 +15,9 @@ import pytest
 from allocator import NotWriter, StaleGeneration
 from allocator.backends import for_handle
 from allocator.backends.file import FileBackend
+from allocator.client.tensor import as_bytes
 from allocator.errors import InvalidMessage
 from allocator.messages import Extent, Handle
-from allocator.tensor import as_bytes
 from tests.allocator.processes import in_fork
 from tests.leaks import Leaks, descriptors
 

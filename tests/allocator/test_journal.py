@@ -15,8 +15,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allocator.daemon.journal.file import MAX_RECORD_BYTES, Journal, Written, read_journal
 from allocator.errors import JournalError
-from allocator.journal import MAX_RECORD_BYTES, Journal, Written, read_journal
 from tests.allocator.doomed import Doomed, Report
 from tests.allocator.processes import in_fork
 from tests.leaks import Leaks

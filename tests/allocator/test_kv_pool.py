@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from allocator.daemon.pool.kv_pool import KVPool
 from allocator.errors import AllocatorError, DoubleFree, ForeignExtent, StaleGeneration
-from allocator.kv_pool import KVPool
 from allocator.messages import BlockToPut, Extent, LeaseId, Region
 
 GRANULE = 1024

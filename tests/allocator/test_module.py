@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from allocator import Client, InvalidMessage, OutOfDeviceMemory, RuntimeDir
+from allocator.client.share.module import share
 from allocator.messages import WeightSetStatistics
-from allocator.module import share
-from server import process_memory
-from server.handed_out import handed_out, seen
-from server.process_memory import HandedOut, ProcessMemory
+from server.machine import process_memory
+from server.machine.handed_out import handed_out, seen
+from server.machine.process_memory import HandedOut, ProcessMemory
 from tests.allocator.module_programs import ModuleProcess, Nursery
 from tests.allocator.processes import Refused
 from tests.allocator.sample_modules import (

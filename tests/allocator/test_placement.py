@@ -17,12 +17,7 @@ from allocator import RuntimeDir
 from allocator.backends import PoolWindow, for_handle
 from allocator.backends.address_space import AddressRange
 from allocator.backends.host import HostBackend
-from allocator.backends.placement import (
-    Placement,
-    nodes_with_memory,
-    parse_placement,
-    placement_notes,
-)
+from allocator.backends.numa import Placement, nodes_with_memory, parse_placement, placement_notes
 from allocator.errors import InvalidSetting
 from allocator.messages import Extent, Handle
 from tests.allocator.processes import in_fork

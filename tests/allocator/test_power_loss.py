@@ -15,11 +15,10 @@ import msgspec
 import pytest
 
 from allocator import Client, Manifest, RuntimeDir, TensorEntry, WeightSetWriter
-from allocator.adoption import adopt, read_records
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.journal import Journal, read_journal
-from allocator.messages import Handle, Message, encode
-from allocator.records import (
+from allocator.daemon.journal.adopt import adopt, read_records
+from allocator.daemon.journal.file import Journal, read_journal
+from allocator.daemon.journal.records import (
     BlocksKept,
     PinsChanged,
     Record,
@@ -29,6 +28,7 @@ from allocator.records import (
     SetKept,
     decode_record,
 )
+from allocator.messages import Handle, Message, encode
 from tests.allocator.doomed import Doomed
 from tests.allocator.processes import ClientProcess
 from tests.daemon_process import DaemonProcess

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from allocator import AllocatorError, AllocatorGone, Client, WaitTimeout, WeightSetWriter
+from allocator.client.silence import Silence
 from allocator.errors import AllocatorSilent
-from allocator.silence import Silence
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import DaemonProcess
 from tests.leaks import descriptors, wait_until

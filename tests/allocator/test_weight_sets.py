@@ -19,9 +19,9 @@ from allocator import (
     UnknownWeightSet,
     WeightSetBusy,
 )
+from allocator.daemon.weights.requests import WeightSets
+from allocator.daemon.weights.state import Answer, Discard, Effect, Free, ReplyTo, Waiter
 from allocator.messages import Elected, Extent, Handle, LowerTier, Sealed, StillLoading
-from allocator.weight_set import Answer, Discard, Effect, Free, ReplyTo, Waiter
-from allocator.weight_sets import WeightSets
 
 MADE_FROM = {"file": "a", "dtype": "bfloat16"}
 WRITER, READER, STRANGER, MOVER = 1, 2, 3, 4

@@ -16,8 +16,8 @@ import torch
 
 from allocator import StaleGeneration, TensorEntry
 from allocator.backends import Backend, PoolWindow, for_handle, open_device
+from allocator.client.tensor import as_bytes, tensors
 from allocator.messages import Extent, Handle
-from allocator.tensor import as_bytes, tensors
 from tests.allocator.backend_contract import (
     PATTERN,
     BackendContract,

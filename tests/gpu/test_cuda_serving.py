@@ -24,8 +24,8 @@ from tests.workers.tiny_models import (
     write_tokenizer,
 )
 from workers.checkpoint import attach, open_checkpoint
-from workers.engine import Engine
-from workers.model import build_model
+from workers.engine.generate import Engine
+from workers.model.decoder import build_model
 
 _READY = re.compile(r"is ready: .* on (\S+)$")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server.text import Text
-from server.tokenizer_files import tokenizer_folder
+from server.text.text import Text
+from server.text.tokenizer_files import tokenizer_folder
 from tests.daemon_process import DaemonProcess
 from tests.server.tiny_fleet import Serve, served
 from tests.workers.tiny_models import write_checkpoint

@@ -16,14 +16,14 @@ from typing import Any
 
 import httpx
 
-from server.app import Serving, create_app
+from server.api.app import Serving, create_app
+from server.api.cells import Cells
+from server.api.grammar_checks import GrammarChecks
+from server.api.http_server import HTTPServer
 from server.cache_salt import CacheSalts
-from server.cells import Cells
 from server.errors import InstanceFailed, NotReady
 from server.generation import NO_OPTIONS, Chunk, RequestOptions
-from server.grammar_checks import GrammarChecks
-from server.http_server import HTTPServer
-from server.text import Text
+from server.text.text import Text
 from workers.messages import ModelFacts, SamplingParams, TokenLogprobs
 
 NAME = "org/echo-1"

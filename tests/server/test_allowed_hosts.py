@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from server.allowed_hosts import AllowedHosts
-from server.text import Text
+from server.api.allowed_hosts import AllowedHosts
+from server.text.text import Text
 from tests.server.echo_model import DEADLINE_S, EchoModel, complete, echo_server, error_of
 
 LOCAL = ("localhost", "localhost:8000", "LOCALHOST", "localhost.", "127.0.0.1:8000", "127.3.2.1")

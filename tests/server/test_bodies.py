@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.api.openai.bodies import cell_options, parsed, read_in_cell, received
+from server.api.openai.body_reader import INLINE_BYTES, INLINE_VALUES, ValueCount
+from server.api.openai.embedding_schemas import EmbeddingRequest
+from server.api.openai.schemas import Body, ChatRequest, CompletionRequest
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.openai.bodies import cell_options, parsed, read_in_cell, received
-from server.openai.body_reader import INLINE_BYTES, INLINE_VALUES, ValueCount
-from server.openai.embedding_schemas import EmbeddingRequest
-from server.openai.schemas import Body, ChatRequest, CompletionRequest
-from server.text import Text
+from server.text.text import Text
 from tests.server.echo_model import DEADLINE_S, FACTS, NAME, EchoModel, echo_server, error_of
 
 MAX_TOKENS, MAX_CHARS = 1000, 20_000

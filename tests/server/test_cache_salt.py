@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from server.cache_salt import CacheSalts
-from server.text import Text
+from server.text.text import Text
 from tests.server.echo_model import DEADLINE_S, EchoModel, chat, complete, echo_server
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from allocator import ProcessState
-from server.chat_template import ChatTemplate, TemplateFailed
+from server.text.chat_template import ChatTemplate, TemplateFailed
 from tests.leaks import wait_until
 
 HI = [{"role": "user", "content": "hi"}]

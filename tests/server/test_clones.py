@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from allocator import Client, Manifest, RuntimeDir, TensorEntry, WeightSetWriter, file_handle
-from server.proof import NothingToProve, prove
-from server.verify import Verdict
+from server.machine.proof import NothingToProve, prove
+from server.machine.verify import Verdict
 from tests.allocator.processes import ClientProcess
 from tests.daemon_process import DaemonProcess
 

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from allocator import AllocatorGone, ProcessState, RuntimeDir, connect
-from server import daemons
 from server.background import Background
-from server.daemons import AllocatorProcess
+from server.fleet import daemons
+from server.fleet.daemons import AllocatorProcess
 from tests.daemon_process import DaemonProcess
 from tests.leaks import descriptors, segments
 

@@ -7,7 +7,7 @@ import pytest
 
 from allocator import DeviceUsage
 from server import console
-from server.device_verify import DeviceVerdict, judge_device
+from server.machine.device_verify import DeviceVerdict, judge_device
 
 GB = 1_000_000_000
 WEIGHTS, POOL, CONTEXT, FOREIGN = 3 * GB, GB // 2, GB // 2, 2 * GB

@@ -13,8 +13,9 @@ import pytest
 
 from allocator import AbandonedRun, Room, RuntimeDir, WeightSetWriter
 from allocator.backends.segments import RunOwner
-from server import checks, console, doctor, package_checks
-from server.checks import Check
+from server import console
+from server.machine import checks, doctor, package_checks
+from server.machine.checks import Check
 from tests.daemon_process import DaemonProcess
 
 ROOT = Path(__file__).parents[2]
@@ -623,7 +624,7 @@ def test_a_proc_of_pids_only(runtime_dir: RuntimeDir) -> None:
 
 def test_torch_stays_out() -> None:
     program = (
-        "import sys; from server.doctor import examine; found = examine(None)\n"
+        "import sys; from server.machine.doctor import examine; found = examine(None)\n"
         "assert len(found) > 15; assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", program]

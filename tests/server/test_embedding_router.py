@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.embedding import PART_TOKENS, cut
 from server.errors import InvalidRequest, NotReady
-from server.fleet import Fleet
-from server.instance import Instance
-from server.router import Router
+from server.fleet.embedding import PART_TOKENS, cut
+from server.fleet.fleet import Fleet
+from server.fleet.instance import Instance
+from server.fleet.router import Router
 from server.settings import Settings
 from tests.daemon_process import DaemonProcess
 from tests.workers.tiny_embedders import (

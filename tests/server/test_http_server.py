@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.http_server import Patience, most_connections
-from server.text import Text
+from server.api.http_server import Patience, most_connections
+from server.text.text import Text
 from tests.leaks import wait_until
 from tests.server.echo_model import DEADLINE_S, NAME, EchoModel, complete, echo_server
 

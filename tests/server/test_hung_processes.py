@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from allocator import ProcessIdentity
-from server.endings import OutOfMemoryKills, ending_of
-from server.instance import Instance
+from server.fleet.instance import Instance
+from server.processes.endings import OutOfMemoryKills, ending_of
 from tests.daemon_process import DaemonProcess
 from tests.server.tiny_fleet import (
     Serve,

@@ -12,7 +12,7 @@ import pytest
 
 from server.errors import Overloaded
 from server.generation import NO_OPTIONS, RequestOptions
-from server.text import Text
+from server.text.text import Text
 from tests.server.echo_model import (
     DEADLINE_S,
     EOS,

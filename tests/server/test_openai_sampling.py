@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from server.text import Text
+from server.text.text import Text
 from tests.server.echo_model import (
     DEADLINE_S,
     EOS,

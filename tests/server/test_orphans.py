@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 from allocator import ProcessState
-from server.orphans import Orphans
+from server.processes.orphans import Orphans
 from tests.leaks import wait_until
-from workers import kernel
+from workers.process import linux
 
 _LEAVES_A_CHILD = """
 import subprocess, sys
@@ -24,7 +24,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def test_an_orphan_is_waited_for_when_it_is_plain_that_nobody_else_does() -> None:
-    kernel.adopt_orphans()
+    linux.adopt_orphans()
     parent = subprocess.run(
         [sys.executable, "-c", _LEAVES_A_CHILD], stdout=subprocess.PIPE, check=True, timeout=60
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server import console
-from server.plan import (
+from server.machine.plan import (
     ATTACHED_PRIVATE_BYTES,
     HEAP_GROWTH_BYTES,
     LOADING_PRIVATE_BYTES,

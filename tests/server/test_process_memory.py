@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.process_memory import HandedOut, ProcessMemory, SegmentMapping, object_of, read
+from server.machine.process_memory import HandedOut, ProcessMemory, SegmentMapping, object_of, read
 
 NUM_BYTES = 4 << 20
 

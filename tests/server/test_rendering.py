@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.openai.logprobs import CompletionLogprobs, PromptLogprob
-from server.openai.rendering import json_of, response
-from server.openai.replies import Completion, CompletionChoice, Usage
-from server.text import Text
+from server.api.openai.logprobs import CompletionLogprobs, PromptLogprob
+from server.api.openai.rendering import json_of, response
+from server.api.openai.replies import Completion, CompletionChoice, Usage
+from server.text.text import Text
 from tests.server.echo_model import DEADLINE_S, NAME, EchoModel, echo_server, events
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import DeadlineExceeded, InstanceFailed, InvalidRequest, NotReady, Overloaded
-from server.fleet import StartError
+from server.fleet.fleet import StartError
 from server.generation import RequestOptions
 from tests.server.tiny_fleet import (
     NUM_TOKENS,

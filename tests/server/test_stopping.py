@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from allocator import Client, ProcessIdentity, ProcessState, RuntimeDir, remove_leftovers
-from server.stopping import answers_nothing, stop_process
+from server.processes.stopping import answers_nothing, stop_process
 from tests.daemon_process import DaemonProcess
 from tests.leaks import segments, wait_until
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from server.errors import InstanceFailed, InvalidRequest
+from server.fleet.requests import Stream
 from server.generation import Chunk
-from server.requests import Stream
 from workers.messages import Output, SamplingParams, TokenLogprobs
 
 

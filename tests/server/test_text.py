@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.incremental import Detokenizer, StopStrings
-from server.text import NoChatTemplate, Text
-from server.tokenizer_files import TokenizerMissing
+from server.text.incremental import Detokenizer, StopStrings
+from server.text.text import NoChatTemplate, Text
+from server.text.tokenizer_files import TokenizerMissing
 
 CONTEXT = 8192
 quick = settings(max_examples=150, deadline=None)
@@ -23,7 +23,8 @@ quick = settings(max_examples=150, deadline=None)
 
 def test_nothing_of_it_imports_torch_or_transformers(tokenizer_dir: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; import server.app; from server.text import Text\n"
+        "import sys; from pathlib import Path; import server.api.app\n"
+        "from server.text.text import Text\n"
         "text = Text.load(Path(sys.argv[1]))\n"
         "text.encode_chat([{'role': 'user', 'content': 'hi'}], context_tokens=100)\n"
         "text.close()\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.text import INLINE_CHARS, Text
+from server.text.text import INLINE_CHARS, Text
 
 CLS, SEP = 101, 102
 

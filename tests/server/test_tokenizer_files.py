@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from server.tokenizer_files import (
+from server.text.tokenizer_files import (
     CacheNotWritable,
     TokenizerBuildFailed,
     TokenizerMissing,

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from server.errors import ContextLengthExceeded
-from server.text import Text
-from server.tokenizer_files import TokenizerMissing
-from server.tokenizer_limits import MAX_CHARS, check_tokenizer, normalizer_growth
+from server.text.text import Text
+from server.text.tokenizer_files import TokenizerMissing
+from server.text.tokenizer_limits import MAX_CHARS, check_tokenizer, normalizer_growth
 
 QUOTES = {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}
 BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from server.process_memory import ProcessMemory, SegmentMapping
-from server.verify import MAX_PRIVATE_BYTES, Verdict, judge
+from server.machine.process_memory import ProcessMemory, SegmentMapping
+from server.machine.verify import MAX_PRIVATE_BYTES, Verdict, judge
 
 NAME = "/onecopy-abc-w1"
 WEIGHTS_BYTES = 100_000_001

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from allocator import ProcessState
-from server.vital_signs import LOOK_EVERY_S, VitalSigns
+from server.processes.vital_signs import LOOK_EVERY_S, VitalSigns
 
 IDLE = ProcessState(letter="S", counts=(1, 2, 3), exit_status=0)
 STOPPED_S, WAITING_S = 3.0, 10.0

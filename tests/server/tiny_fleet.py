@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from allocator import RuntimeDir
-from server.endings import Ending
-from server.fleet import Fleet
+from server.fleet.fleet import Fleet
+from server.fleet.instance import Instance, Listeners
+from server.fleet.router import Router, Stream
 from server.generation import NO_OPTIONS, RequestOptions
-from server.instance import Instance, Listeners
-from server.router import Router, Stream
+from server.processes.endings import Ending
 from server.settings import Settings
 from tests.workers.tiny_models import prompt
 from workers.messages import SamplingParams

@@ -16,15 +16,15 @@ import time
 import traceback
 from pathlib import Path
 
-import server.cli  # noqa: F401 - all that a server imports
-from server.chat_template import TemplateFailed
+import server.cli.cli  # noqa: F401 - all that a server imports
 from server.errors import ServerError
-from server.kept_file import KeptFile
-from server.model_files import ModelFiles
-from server.model_source import ModelNotFound, find_model
-from server.text import Text
-from server.tokenizer_check import try_tokenizer
-from server.tokenizer_files import tokenizer_folder
+from server.models.files import ModelFiles
+from server.models.source import ModelNotFound, find_model
+from server.text.chat_template import TemplateFailed
+from server.text.kept_file import KeptFile
+from server.text.text import Text
+from server.text.tokenizer_check import try_tokenizer
+from server.text.tokenizer_files import tokenizer_folder
 from workers import CheckpointError
 
 DEADLINE_S = 120.0

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from allocator import RuntimeDir
-from server.cli import app
+from server.cli.cli import app
 from tests.daemon_process import DaemonProcess
 from tests.system.running_server import Outcome, Server, leftovers, onecopy, wait_until
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer

@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from allocator import RuntimeDir
-from server import process_memory
-from server.handed_out import seen
-from server.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
+from server.machine import process_memory
+from server.machine.handed_out import seen
+from server.machine.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
 from tests.system.running_server import TIMEOUT_S, Outcome, Server, onecopy, wait_until
 from tests.system.test_errors import assert_refused
 from tests.workers.tiny_models import write_checkpoint

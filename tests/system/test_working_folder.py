@@ -9,7 +9,7 @@ import pytest
 
 import allocator
 from allocator import module_command, module_environment
-from server.tokenizer_files import tokenizer_folder
+from server.text.tokenizer_files import tokenizer_folder
 from tests.daemon_process import TIMEOUT_S
 from tests.system.running_server import Server
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
@@ -28,7 +28,7 @@ def working_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "module", ["allocator", "server.cli", "workers.estimate", "workers.forkserver"]
+    "module", ["allocator", "server.cli", "workers.estimate", "workers.process.forkserver"]
 )
 def test_each_program_imports_what_is_installed(module: str, working_folder: Path) -> None:
     ended = subprocess.run(
@@ -41,7 +41,7 @@ def test_each_program_imports_what_is_installed(module: str, working_folder: Pat
         timeout=TIMEOUT_S,
         check=False,
     )
-    if module == "workers.forkserver":  # takes descriptors, no options
+    if module == "workers.process.forkserver":  # takes descriptors, no options
         assert "not enough values to unpack (expected at least 4, got 1)" in ended.stderr
     else:
         assert (ended.returncode, ended.stderr) == (0, "")

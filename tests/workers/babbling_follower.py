@@ -1,6 +1,6 @@
 """A grammar's cell whose memory a text can break: it then answers what is no answer.
 
-Launched by a warden in place of `workers.grammar_follower`. After the token of a character of
+Launched by a warden in place of `workers.grammar.follower`. After the token of a character of
 `NONSENSE` it says that instead of where it is.
 """
 
@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
-from workers import grammar_follower
-from workers.grammar_follower import Follow, Position, ToCell, prepare, run
+from workers.grammar import follower
+from workers.grammar.follower import Follow, Position, ToCell, prepare, run
 
 __all__ = ["NONSENSE", "prepare", "run"]
 
@@ -24,7 +24,7 @@ NONSENSE: Final[dict[str, bytes]] = {
 }
 
 
-class _Broken(grammar_follower._Follower):
+class _Broken(follower._Follower):
     def answer(self, message: ToCell) -> Any:
         answer = super().answer(message)
         if isinstance(message, Follow) and message.tokens:
@@ -33,4 +33,4 @@ class _Broken(grammar_follower._Follower):
         return answer
 
 
-grammar_follower._Follower = _Broken  # type: ignore[misc]
+follower._Follower = _Broken  # type: ignore[misc]

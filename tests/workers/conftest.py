@@ -10,7 +10,7 @@ import pytest
 
 from tests.daemon_process import ROOT
 from tests.workers.foreign.library import ForeignLibrary, compile_server
-from workers.native import library
+from workers.model.native import library
 
 
 def kernel_flags(name: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from workers.engine import Engine
+from workers.engine.generate import Engine
 from workers.messages import Generate, SamplingParams
-from workers.model import Model
+from workers.model.decoder import Model
 
 
 def generated(

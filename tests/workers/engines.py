@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from tests.workers.tiny_models import config_of, generate, prompt, reference_model, tensors_of
-from workers.engine import Engine
+from workers.engine.generate import Engine
 from workers.kv.cache import KVCache
 from workers.messages import Generate, Output, SamplingParams
-from workers.model import Model, build_model
+from workers.model.decoder import Model, build_model
 
 NUM_NEW = 16
 PROMPTS = [prompt(length, seed=length) for length in (1, 5, 8, 13, 40)]

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from workers.attention import attend, causal_mask
-from workers.batch import Batch, Part
 from workers.errors import UnsupportedCheckpoint
 from workers.kv.block import KVBlock
 from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
+from workers.model.attention import attend, causal_mask
+from workers.model.batch import Batch, Part
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
 LAYOUT = KVLayout((KVLayer(NUM_KV_HEADS, HEAD_DIM),), torch.float32, block_size=4)

@@ -14,9 +14,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tests.references import parameters, transformers_reads
 from tests.workers.checkpoint_files import read_whole, same_bytes, write_gguf
 from workers.checkpoint import open_checkpoint
-from workers.checkpoint.gguf_metadata import completed
+from workers.checkpoint.formats.gguf_metadata import completed
 from workers.errors import UnsupportedCheckpoint
-from workers.model import build_model
+from workers.model.decoder import build_model
 
 KINDS = gguf.GGMLQuantizationType
 

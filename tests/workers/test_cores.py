@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.daemon_process import ROOT
-from workers.cores import SharedCores
+from workers.process.cores import SharedCores
 
 _HOLD = """
 import sys

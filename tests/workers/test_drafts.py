@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.drafts import propose
+from workers.engine.drafts import propose
 
 
 def plain(token_ids: list[int], most: int) -> tuple[int, ...]:

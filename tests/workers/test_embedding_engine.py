@@ -16,10 +16,11 @@ from tests.workers.tiny_embedders import (
     reference_model,
     texts,
 )
-from workers.embedding import EmbeddingEngine, EmbeddingModel, build_embedding_model
-from workers.embedding.batching import FREE_PADDING, choose
+from workers.engine.embed import EmbeddingEngine
+from workers.engine.embed_batching import FREE_PADDING, choose
 from workers.errors import DeviceLost
 from workers.messages import Embed, Embedded
+from workers.model.encoder import EmbeddingModel, build_embedding_model
 
 SIZE = 32
 

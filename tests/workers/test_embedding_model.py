@@ -24,8 +24,7 @@ from tests.workers.tiny_embedders import (
     write_sentence_files,
 )
 from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.embedding import EmbeddingModel, build_embedding_model, task_of
-from workers.embedding.settings import ENCODERS, read_settings
+from workers.config.encoder_settings import ENCODERS, read_settings, task_of
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -34,6 +33,7 @@ from workers.errors import (
     UnsupportedCheckpoint,
 )
 from workers.estimate import estimate
+from workers.model.encoder import EmbeddingModel, build_embedding_model
 
 NEAR = 1e-5
 DECODERS = {"qwen3", "gemma3_text"}

@@ -30,10 +30,10 @@ from tests.workers.tiny_models import (
     smallest_gap,
     tensors_of,
 )
-from workers.engine import Engine
+from workers.engine.generate import Engine
 from workers.errors import DeviceLost
 from workers.messages import Generate
-from workers.model import build_model
+from workers.model.decoder import build_model
 
 # --- the same tokens as transformers
 

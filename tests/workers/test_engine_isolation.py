@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tests.workers.engines import PROMPTS, engine_of, expected, request, run, tokens
-from workers.isolation import in_sound_groups
+from workers.engine.isolation import in_sound_groups
 from workers.messages import (
     MAX_FRAME_BYTES,
     Embedded,
@@ -20,7 +20,7 @@ from workers.messages import (
     TokenLogprobs,
     decode_from_instance,
 )
-from workers.outbox import frames
+from workers.process.outbox import frames
 
 
 class _Unspeakable(str):

@@ -28,11 +28,11 @@ from tests.workers.engines import (
     tokens,
 )
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, reference_model, tensors_of
-from workers.engine import NO_ROOM_PATIENCE_S, Engine
+from workers.engine.generate import NO_ROOM_PATIENCE_S, Engine
 from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
 from workers.messages import Output
-from workers.model import build_model
+from workers.model.decoder import build_model
 
 StartDaemon = Callable[..., DaemonProcess]
 BLOCK_BYTES = 64 << 10
@@ -123,7 +123,7 @@ def test_log_probabilities_of_a_prompt_come_once_however_often_it_gives_way() ->
 
 def test_the_rows_of_a_prompts_logits_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(engine_of(), request("a", PROMPTS[4], prompt_logprobs=0))["a"]
-    monkeypatch.setattr("workers.engine._LOGITS_BYTES", 3 * 4 * 320)
+    monkeypatch.setattr("workers.engine.generate._LOGITS_BYTES", 3 * 4 * 320)
     parts = run(engine_of(), request("a", PROMPTS[4], prompt_logprobs=0))["a"]
     sizes = [len(output.prompt_logprobs) for output in parts if output.prompt_logprobs]
     assert sizes == [3] * 13

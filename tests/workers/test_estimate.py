@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from allocator import Client
-from server.model_source import DEMO, find_model
+from server.models.source import DEMO, find_model
 from tests.daemon_process import ROOT
 from tests.workers.checkpoint_files import assemble, entry, folder, tensors_of_every_kind
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, write_checkpoint
 from workers.checkpoint import attach, open_checkpoint
-from workers.engine import Engine
+from workers.engine.generate import Engine
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -34,7 +34,7 @@ from workers.estimate import estimate
 from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PoolSource
 from workers.messages import Estimate, Generate, SamplingParams, decode_estimate
-from workers.model import build_model
+from workers.model.decoder import build_model
 
 
 def sealed_bytes(memory: Client, path: Path, dtype: str = "auto") -> int:

@@ -24,7 +24,7 @@ from tests.workers.tiny_families import FAMILIES, LONGROPE, REFUSED, save, tiny_
 from tests.workers.tiny_models import CONFIGS, generate, prompt, smallest_gap, tensors_of
 from workers.checkpoint import attach, open_checkpoint
 from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
-from workers.model import Model, build_model, preload
+from workers.model.decoder import Model, build_model, preload
 
 NUM_NEW = 10
 PROMPTS = [prompt(length, seed=length) for length in (1, 13, 40)]

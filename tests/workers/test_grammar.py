@@ -22,9 +22,9 @@ from tests.leaks import Leaks
 from tests.workers.byte_tokenizer import PIECES, byte_tokenizer
 from workers import grammar_problem
 from workers.errors import GrammarFailed, NoTokenLeft, UnknownVocabulary
+from workers.grammar.vocabulary import read_vocabulary
 from workers.messages import GrammarKind, GrammarSpec, SamplingParams
 from workers.sampling import GrammarCompiler, Sampled, SequenceSampler, sample
-from workers.vocabulary import read_vocabulary
 
 SCHEMA = {
     "type": "object",

@@ -19,8 +19,8 @@ from tests.leaks import Leaks, children, wait_until
 from tests.workers.babbling_follower import FIRST, NONSENSE
 from tests.workers.byte_tokenizer import byte_tokenizer
 from tests.workers.engines import engine_of, model_of, request, step
-from workers import warden
-from workers.grammar_follower import (
+from workers.grammar.compiler import Grammar
+from workers.grammar.follower import (
     MAX_FOLLOWED,
     MAX_FRAME_BYTES,
     Compile,
@@ -31,8 +31,8 @@ from workers.grammar_follower import (
     decode_from_cell,
 )
 from workers.messages import GrammarKind, GrammarSpec, Output, SamplingParams
+from workers.process import warden
 from workers.sampling import GrammarCompiler
-from workers.sampling.grammar import Grammar
 
 SIZE = 300
 """Of the vocabulary; the tokenizer has some fewer."""
@@ -142,8 +142,8 @@ def test_processes_that_end_or_stop_cost_time_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("_SILENCE_S", 0.5), ("_FIRST_SILENCE_S", 3.0), ("_PATIENCE_S", 0.3)):
-        monkeypatch.setattr(f"workers.sampling.grammar_cells.{name}", value)
-    monkeypatch.setattr("workers.sampling.grammar_cells._MOST_LOSSES", 100)
+        monkeypatch.setattr(f"workers.grammar.cells.{name}", value)
+    monkeypatch.setattr("workers.grammar.cells._MOST_LOSSES", 100)
     rng = random.Random(3)
     sources = ["([a-c]{3}-)+", "([a-c]{3}-)+", "[a-z]*", "(ab|cd)+"]
     disturbed = [begun(compiler, "regex", source) for source in sources]
@@ -221,7 +221,7 @@ def test_a_sequence_goes_on_from_where_it_is_while_another_cell_takes_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its next token may be chosen before the new cell has said where that begins."""
-    monkeypatch.setattr("workers.sampling.grammar_cells._MOST_LOSSES", 100)
+    monkeypatch.setattr("workers.grammar.cells._MOST_LOSSES", 100)
     text = "A1B2C3D4E5"
     grammars = [begun(compiler, "regex", text) for _ in range(3)]
     for number, letter in enumerate(text):
@@ -305,7 +305,7 @@ def test_a_cell_is_not_ended_by_what_is_on_its_way_for_one_that_has_failed(
     tokenizer: tuple[Tokenizer, Path], no_leaks: Leaks
 ) -> None:
     setup = {"tokenizer": str(tokenizer[1]), "vocab_size": SIZE, "eos_token_ids": []}
-    process, control = warden.launch("workers.grammar_follower", setup)
+    process, control = warden.launch("workers.grammar.follower", setup)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with process, control, ours:
         with theirs:

@@ -20,12 +20,12 @@ from tests.workers.tiny_models import (
     reference_model,
     tensors_of,
 )
-from workers.batch import Batch, Part
 from workers.errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
 from workers.kv.layout import KVLayer
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
-from workers.model import Model, build_model, preload
+from workers.model.batch import Batch, Part
+from workers.model.decoder import Model, build_model, preload
 
 reference = cache(reference_model)
 

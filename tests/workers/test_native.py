@@ -23,8 +23,8 @@ from tests.workers.tiny_families import tiny_model
 from tests.workers.tiny_models import CONFIGS, VOCAB_SIZE, prompt, reference_model
 from workers.checkpoint import open_checkpoint
 from workers.kv.layout import KVLayer, KVLayout
-from workers.native.architecture import NotNative
-from workers.native.decoder import NativeDecoder, supports
+from workers.model.native.architecture import NotNative
+from workers.model.native.decoder import NativeDecoder, supports
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -94,7 +94,7 @@ def in_fp32(family: str) -> Any:
 
 
 def kv_layers(module: Any) -> tuple[KVLayer, ...]:
-    """As workers.model finds them."""
+    """As workers.model.decoder finds them."""
     config = module.config
     attentions = [part for part in module.modules() if hasattr(part, "is_causal")]
     head_dim = getattr(attentions[0], "head_dim", None) or attentions[0].head_size

@@ -7,11 +7,11 @@ import torch
 
 from tests.workers.tiny_embedders import MAX_POSITIONS, config_of, hidden_states, texts
 from tests.workers.tiny_embedders import reference_model as reference
-from workers.embedding import EmbeddingModel
-from workers.embedding.settings import EmbeddingSettings
-from workers.native.architecture import NotNative
-from workers.native.decoder import NativeDecoder, supports
-from workers.native.embedder import NativeEmbedder
+from workers.config.encoder_settings import EmbeddingSettings
+from workers.model.encoder import EmbeddingModel
+from workers.model.native.architecture import NotNative
+from workers.model.native.decoder import NativeDecoder, supports
+from workers.model.native.embedder import NativeEmbedder
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.leaks import Leaks, wait_until
-from workers import kernel
-from workers.pulse import Pulse, PulseReader
+from workers.process import linux
+from workers.process.pulse import Pulse, PulseReader
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def child_that_dies_with(read: int, write: int) -> int:
     pid = os.fork()
     if pid == 0:
         os.close(write)
-        kernel.die_with(read)
+        linux.die_with(read)
         os.kill(os.getpid(), signal.SIGSTOP)
         os._exit(7)
     os.close(read)
@@ -123,7 +123,7 @@ def test_a_process_dies_at_once_where_nobody_holds_the_pipe(no_leaks: Leaks) -> 
         os.close(write)
         os.close(held_write)
         os.read(held_read, 1)
-        kernel.die_with(read)
+        linux.die_with(read)
         os._exit(7)
     for fd in (read, write, held_read, held_write):
         os.close(fd)
@@ -132,7 +132,7 @@ def test_a_process_dies_at_once_where_nobody_holds_the_pipe(no_leaks: Leaks) -> 
 
 
 def test_orphans_are_ours_to_wait_for(no_leaks: Leaks) -> None:
-    kernel.adopt_orphans()
+    linux.adopt_orphans()
     read, write = os.pipe()
     parent = os.fork()
     if parent == 0:

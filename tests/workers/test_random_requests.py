@@ -17,7 +17,7 @@ import torch
 from tests.workers.byte_tokenizer import byte_tokenizer
 from tests.workers.engines import request
 from tests.workers.tiny_models import config_of, reference_model, tensors_of
-from workers.engine import Engine
+from workers.engine.generate import Engine
 from workers.kv.cache import KVCache
 from workers.messages import (
     MAX_LOGPROBS,
@@ -30,7 +30,7 @@ from workers.messages import (
     decode_to_instance,
     encode,
 )
-from workers.model import Model, build_model
+from workers.model.decoder import Model, build_model
 
 NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", "2000"))
 SEED = int(os.environ.get("ONECOPY_TEST_SEED", "1"))

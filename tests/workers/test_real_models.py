@@ -22,7 +22,7 @@ from tests.workers.driving import generated
 from tests.workers.ties import BF16_TIE_ULPS, ulps_below_the_best
 from tests.workers.tiny_models import generate
 from workers.checkpoint import attach, open_checkpoint
-from workers.model import Model, build_model
+from workers.model.decoder import Model, build_model
 
 # "The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,"
 SMOLLM2_PROMPTS = [

@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from workers.engine.scheduler import Chunk, GenerationSequence, Scheduler, total_tokens
 from workers.messages import SamplingParams
-from workers.scheduler import Chunk, GenerationSequence, Scheduler, total_tokens
 
 BLOCK = 4
 

@@ -18,8 +18,8 @@ import msgspec
 from allocator import Digest, Manifest, Mapping, WeightSetWriter
 from workers.checkpoint.plan import Plan
 from workers.checkpoint.source import Checkpoint, OnCopied, StoredBytes
+from workers.config.model_file import opened
 from workers.errors import CheckpointCorrupt
-from workers.model_file import opened
 
 _PIECE_BYTES: Final = 1 << 20
 """Small enough that a piece is still in the processor's cache when it is digested and written."""

@@ -14,8 +14,8 @@ from typing import Final, Protocol
 
 import torch
 
+from workers.config.model_file import opened, unreadable
 from workers.errors import CheckpointNotFound, UnsupportedCheckpoint
-from workers.model_file import opened, unreadable
 
 SCRATCH_BYTES: Final = 8 << 20
 """How much of a tensor is read or converted at a time."""
@@ -98,10 +98,10 @@ def open_checkpoint(path: Path | str, dtype: str = "auto") -> Checkpoint:
                     f"{path} is not a GGUF file: give a .gguf file, or the folder that holds "
                     "config.json and *.safetensors"
                 )
-            from workers.checkpoint.gguf import GGUFCheckpoint
+            from workers.checkpoint.formats.gguf import GGUFCheckpoint
 
             return GGUFCheckpoint(path, chosen)
-        from workers.checkpoint.safetensors import SafetensorsCheckpoint
+        from workers.checkpoint.formats.safetensors import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path, chosen)
     except OSError as error:

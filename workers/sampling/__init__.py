@@ -10,8 +10,8 @@ sequence. Knows neither models nor when a sequence ends.
     state.py     what a sequence carries from token to token
 """
 
+from workers.grammar.compiler import GrammarCompiler
 from workers.sampling.batch import Sampled, sample
-from workers.sampling.grammar import GrammarCompiler
 from workers.sampling.logprobs import prompt_logprobs
 from workers.sampling.state import SequenceSampler, invalid_params
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from workers.errors import GrammarFailed
-from workers.sampling.bitmask import clear_bits
+from workers.grammar.bitmask import clear_bits
 from workers.sampling.state import SequenceSampler
 
 _NEVER: Final = float("-inf")

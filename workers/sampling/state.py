@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
+from workers.grammar.bitmask import packed
+from workers.grammar.compiler import Grammar
 from workers.messages import SamplingParams
-from workers.sampling.bitmask import packed
 from workers.sampling.counts import TokenCounts
-from workers.sampling.grammar import Grammar
 
 
 class SequenceSampler:

@@ -3,7 +3,7 @@
 // What a pointer of the caller's points to is fetched from its memory, page by page as it is touched,
 // and put at the same address; what has changed goes back before the answer. Commands come on stdin,
 // answers go to stdout. The exit status 3 says that an address was taken here: start again.
-#include "../../../workers/native/decoder.cpp"
+#include "../../../workers/model/native/decoder.cpp"
 
 #include <fcntl.h>
 #include <pthread.h>

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.daemon_process import ROOT
-from workers.native import library
+from workers.model.native import library
 
 SOURCE: Final = Path(__file__).with_name("decoder_server.cpp")
 _TAKEN: Final = 3

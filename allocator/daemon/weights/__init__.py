@@ -1,0 +1,1 @@
+"""Weight sets: their states, the requests on them, and their images on disk."""

@@ -1,0 +1,1 @@
+"""Who runs, in what state, and how many there should be: over a socket or a scrape."""

@@ -1,0 +1,1 @@
+"""HTTP: from connections to requests for tokens, and from tokens to answers."""

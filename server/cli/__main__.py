@@ -1,0 +1,3 @@
+from server.cli.cli import main
+
+main()

@@ -1,0 +1,111 @@
+"""Commands to ask before anything runs: plan, doctor."""
+
+from typing import Annotated
+
+import typer
+
+from allocator import parse_bytes
+from server import console
+from server.cli.options import JsonOption, RuntimeDirOption, one_line_errors, print_json
+from server.machine import checks
+from server.machine.doctor import clear_up, examine
+from server.machine.plan import MAX_NUM_SEQS, Load, make_plan, read_estimate, read_machine
+from server.machine.served_check import served_model
+from server.models.source import find_model
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="`demo`, a Hugging Face folder, a .gguf file, or a hub id.", show_default=False
+        ),
+    ],
+    instances: Annotated[int, typer.Option(min=1, max=256, help="Engines to run.")] = 2,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Longest prompt and answer together, in tokens. Default: the model's own."
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(min=1, max=MAX_NUM_SEQS, help="Sequences that run at once in one instance."),
+    ] = 16,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, bfloat16, float16 or float32. auto: the checkpoint's; GGUF: bfloat16."
+        ),
+    ] = "auto",
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, max=1024, help="Ranks of an instance, to plan for; serve has one.")
+    ] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="A device to plan for, as 24GB. Default: what is available here."),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="What the allocator may use, as 20GiB. Default: all of /dev/shm."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what MODEL will take and whether it fits, before anything is started.
+
+    Reads the model's headers only. Weights and KV cache are exact; what is private to a process is
+    an estimate. Exit status 0 also where it does not fit: `--json` says so.
+    """
+    with one_line_errors():
+        source = find_model(model)
+        with console.err.status(f"reading the headers of {source.name}"):
+            estimate = read_estimate(source, dtype, max_model_len, tensor_parallel_size)
+        made = make_plan(
+            source.name,
+            source.path,
+            estimate,
+            Load(
+                num_instances=instances,
+                max_num_seqs=max_num_seqs,
+                max_model_len=estimate.max_model_len,
+                tensor_parallel_size=tensor_parallel_size,
+            ),
+            read_machine(_size(memory), _size(memory_limit)),
+        )
+        if as_json:
+            print_json(made.model_dump(mode="json"))
+            return
+        console.out.print(console.plan_heading(made), markup=False)
+        console.out.print(console.plan_table(made))
+        console.out.print(console.plan_lines(made), markup=False)
+
+
+def doctor(
+    fix: Annotated[
+        bool,
+        typer.Option(
+            "--fix",
+            help="Remove shared memory that allocators which are gone have left, where it is "
+            "proven that no process uses it.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeDirOption = None,
+) -> None:
+    """Check this machine, and say what to do where something is missing; exit 1 on a problem."""
+    for run in clear_up() if fix else ():
+        size = checks.size_text(run.num_bytes)
+        console.err.print(f"removed {len(run.segments)} segments, {size}: {run.run}-*")
+    found = [*examine(runtime_dir), *served_model(runtime_dir)]
+    status = checks.worst(found)
+    if as_json:
+        print_json({"status": status, "checks": [one.model_dump() for one in found]})
+    else:
+        console.out.print(console.checks_table(found))
+        console.out.print(console.checks_line(found), markup=False)
+    if status == "problem":
+        raise typer.Exit(1)
+
+
+def _size(text: str | None) -> int | None:
+    return None if text is None else parse_bytes(text)

@@ -1,1 +1,0 @@
-"""The commands, a file for each thing that people do with them."""

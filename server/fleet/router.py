@@ -1,0 +1,450 @@
+"""Which instance serves a request, and what happens to the request when that instance ends.
+
+Owns the requests between admission and their last token. Invariants: a request is on one instance
+at a time; tokens from an instance it is no longer on are dropped; a request whose instance ends
+goes on elsewhere from the tokens already given, so its client sees one unbroken stream, however
+often that happens, unless the request itself may be the reason; at its deadline it ends, whatever
+its instance does. Knows nothing of text or HTTP.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Final
+
+from server.background import Background
+from server.errors import Asleep, DeadlineExceeded, InstanceFailed, NotReady, Overloaded
+from server.fleet import embedding
+from server.fleet.fleet import Fleet
+from server.fleet.instance import Instance, Listeners
+from server.fleet.quarantine import Quarantine
+from server.fleet.requests import Embedding, Request, Stream
+from server.generation import NO_OPTIONS, RequestOptions
+from server.processes.endings import Ending
+from server.settings import Settings
+from workers.messages import Abort, Embedded, ModelFacts, Output, SamplingParams
+
+log = logging.getLogger("onecopy.server")
+
+_RETRY_AFTER_S: Final = 2
+_ASLEEP_S: Final = 30
+_PATIENCE_S: Final = 2.0
+"""How long a request whose instance ended waits for the replacement before it joins a busy one."""
+_HOMELESS_S: Final = 60.0
+"""How long a request waits for a new instance when there is none left, and none can be started."""
+
+
+class ModelAsItWas:
+    """The router, for requests for the model as it is at one moment, whatever is loaded later. See
+    `server.generation.Generator`."""
+
+    def __init__(self, router: "Router"):
+        self._router = router
+        self._epoch = router.epoch
+        self.facts = router.facts
+
+    @property
+    def num_ready(self) -> int:
+        return self._router.num_ready
+
+    @property
+    def asleep(self) -> bool:
+        return self._router.asleep
+
+    async def submit(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        options: RequestOptions = NO_OPTIONS,
+    ) -> Stream:
+        return await self._router.submit(request_id, token_ids, sampling, options, self._epoch)
+
+    async def embed(
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
+    ) -> list[bytes]:
+        return await self._router.embed(request_id, inputs, dimensions, self._epoch)
+
+
+class Router:
+    """Admission, least-loaded choice, and moving requests off instances that ended."""
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._streams: dict[str, Request] = {}
+        self._homeless: list[Request] = []
+        self._num_spread = 0
+        self._background = Background()
+        self._fleet: Fleet | None = None
+        self._quarantine = Quarantine(self._want_alone, self._place_alone)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+        self.listeners = Listeners(output=self._on_output, ready=self._on_ready, lost=self._on_lost)
+
+    def bind(self, fleet: Fleet) -> None:
+        """Give the router its fleet, which was made with the router's listeners."""
+        self._fleet = fleet
+
+    @property
+    def num_ready(self) -> int:
+        """Instances that answer new requests now."""
+        return len(self._instances(self.epoch))
+
+    @property
+    def epoch(self) -> int:
+        """Of the model as it is served now."""
+        return self._fleet.epoch if self._fleet is not None else 0
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the model sleeps."""
+        return self._fleet is not None and self._fleet.asleep
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Of the served model. Raises NotReady before the first instance was ready."""
+        if self._fleet is None or self._fleet.facts is None:
+            raise NotReady("no instance is ready yet", retry_after_s=_RETRY_AFTER_S)
+        return self._fleet.facts
+
+    async def submit(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        options: RequestOptions = NO_OPTIONS,
+        epoch: int | None = None,
+    ) -> Stream:
+        """Start a sequence on the least loaded instance, of the model as it was at `epoch`. Raises
+        NotReady or Overloaded."""
+        epoch = self.epoch if epoch is None else epoch
+        self._admit(epoch)
+        stream = Stream(self, request_id, tuple(token_ids), sampling, options, epoch)
+        await self._start(stream)
+        return stream
+
+    async def embed(
+        self,
+        request_id: str,
+        inputs: Sequence[Sequence[int]],
+        dimensions: int = 0,
+        epoch: int | None = None,
+    ) -> list[bytes]:
+        """The vectors of all `inputs`, spread over the instances. Raises ServerError; if cancelled,
+        all is aborted."""
+        epoch = self.epoch if epoch is None else epoch
+        self._admit(epoch)
+        with self._spread():
+            return await embedding.embed(self, request_id, inputs, dimensions, epoch)
+
+    async def place_embedding(
+        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int, epoch: int
+    ) -> Embedding:
+        """Start a part of a request that was admitted."""
+        part = Embedding(self, request_id, inputs, dimensions, epoch)
+        try:
+            await self._start(part)
+        except BaseException:  # whoever asked is gone
+            await self.abort(part)
+            raise
+        return part
+
+    def num_streams_before(self, epoch: int) -> int:
+        """Requests for the model as it was before."""
+        return sum(one.epoch < epoch for one in self._streams.values())
+
+    def _admit(self, epoch: int) -> None:
+        """Raises NotReady or Overloaded."""
+        if self.draining:
+            raise NotReady("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
+        if self.asleep:
+            raise Asleep("the model sleeps: wake it with `onecopy wake`", retry_after_s=_ASLEEP_S)
+        num_ready = len(self._instances(epoch))
+        if not num_ready and epoch != self.epoch:
+            raise NotReady("the model was loaded anew just now: ask again", retry_after_s=1)
+        if not num_ready:
+            # Those that all ended a moment ago are being replaced: the request waits for one.
+            if self._fleet is None or not self._fleet.recovers:
+                text = "no instance is ready at the moment"
+                raise NotReady(text, retry_after_s=_RETRY_AFTER_S)
+            num_ready = self._fleet.num_wanted
+        room = num_ready * self._settings.max_num_seqs + self._settings.max_queued
+        if len(self._streams) >= room:
+            raise Overloaded(
+                f"{len(self._streams)} requests are running or waiting, which is all that this "
+                "server takes: try again, or start it with more --instances",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    @contextmanager
+    def _spread(self) -> Iterator[None]:
+        """Between a request's parts, the router is not idle."""
+        self._num_spread += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_spread -= 1
+            self._rest()
+
+    def _rest(self) -> None:
+        if not self._streams and not self._num_spread:
+            self._idle.set()
+
+    async def _start(self, stream: Request) -> None:
+        self._streams[stream.request_id] = stream
+        self._idle.clear()
+        left_s = stream.seconds_left
+        if left_s is not None:
+            loop = asyncio.get_running_loop()
+            stream.timer = loop.call_later(left_s, self._expire, stream)
+        await self._place(stream)
+
+    def _expire(self, stream: Request) -> None:
+        """An instance ends it by itself, as long as it does anything at all."""
+        if not stream.ended:
+            instance = stream.instance
+            stream.fail(DeadlineExceeded("the request's deadline has passed"))
+            self._end(stream)
+            self._background.once("an abort", partial(self._tell_of_abort, stream, instance))
+
+    async def abort(self, stream: Request) -> None:
+        """Forget a stream; its instance frees its memory."""
+        if stream.ended:
+            return
+        instance = stream.instance
+        self._end(stream)
+        await self._tell_of_abort(stream, instance)
+
+    async def _tell_of_abort(self, stream: Request, instance: Instance | None) -> None:
+        if instance is not None and self._fleet is not None:
+            await self._fleet.send(instance, Abort(request_id=stream.request_id))
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Until no request is left; False if `timeout_s` ran out first."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def give_up_all(self) -> None:
+        """End what still runs, with an error that its client sees: nobody will go on with it."""
+        for stream in list(self._streams.values()):
+            stream.fail(InstanceFailed("the server was stopped before the answer was complete"))
+            self._end(stream)
+
+    async def close(self) -> None:
+        """Nothing of it goes on."""
+        self.give_up_all()
+        await self._background.close()
+
+    # --- placing
+
+    def _instances(self, epoch: int) -> list[Instance]:
+        ready = self._fleet.ready_instances if self._fleet is not None else []
+        return [one for one in ready if one.epoch == epoch]
+
+    async def _place(self, stream: Request) -> None:
+        """On the least loaded instance that takes it; where there is none, it waits."""
+        refused: set[str] = set()
+        while not stream.ended:
+            instances = [one for one in self._instances(stream.epoch) if one.name not in refused]
+            if not instances:
+                break
+            instance = min(instances, key=lambda one: len(one.requests))
+            if await self._send(stream, instance):
+                return
+            if stream.instance is not None:  # its end has moved the stream already
+                return
+            refused.add(instance.name)  # ended a moment ago, or not connected, though ready
+        if not stream.ended:
+            self._await_instance(stream)
+
+    async def _send(self, stream: Request, instance: Instance) -> bool:
+        """Give the request to this instance. False where that is not connected; the request is on
+        none then, unless it was moved meanwhile."""
+        assert self._fleet is not None  # noqa: S101 - there are instances
+        stream.instance = instance
+        instance.requests.add(stream.request_id)
+        if await self._fleet.send(instance, stream.message()):
+            return True
+        instance.requests.discard(stream.request_id)
+        if stream.instance is instance:
+            stream.instance = None
+        return False
+
+    def _await_instance(self, stream: Request) -> None:
+        """It waits for one that becomes ready. After a while it joins a busy one, if there is any,
+        and after a long while it is given up. For the model as it was before, none will come."""
+        if stream.epoch != self.epoch and not self._instances(stream.epoch):
+            self._outdated(stream)
+            return
+        stream.num_waits += 1
+        self._homeless.append(stream)
+        loop = asyncio.get_running_loop()
+        loop.call_later(_PATIENCE_S, self._lose_patience, stream, stream.num_waits)
+        loop.call_later(_HOMELESS_S, self._give_up, stream, stream.num_waits)
+
+    def _lose_patience(self, stream: Request, num_waits: int) -> None:
+        if stream not in self._homeless or stream.num_waits != num_waits:
+            return
+        if self._instances(stream.epoch) or stream.epoch != self.epoch:
+            self._homeless.remove(stream)
+            self._move(stream)
+
+    def _give_up(self, stream: Request, num_waits: int) -> None:
+        if stream not in self._homeless or stream.num_waits != num_waits:
+            return
+        if self._fleet is not None and self._fleet.recovers:  # on a slow machine it takes longer
+            loop = asyncio.get_running_loop()
+            loop.call_later(_HOMELESS_S, self._give_up, stream, num_waits)
+            return
+        stream.fail(InstanceFailed("its instance ended, and none took its place in time"))
+        self._end(stream)
+
+    def _outdated(self, stream: Request) -> None:
+        stream.fail(
+            InstanceFailed("the model was loaded anew, and the last instance of before ended")
+        )
+        self._end(stream)
+
+    def _move(self, stream: Request) -> None:
+        self._background.once(
+            f"placing request {stream.request_id}",
+            partial(self._place, stream),
+            partial(self._not_placed, stream),
+        )
+
+    def _not_placed(self, stream: Request, error: Exception) -> None:
+        """An error of ours, which is in the log, ends the request that it is about."""
+        if not stream.ended:
+            stream.fail(InstanceFailed(f"the server could not go on with this request: {error}"))
+            self._end(stream)
+
+    # --- what may end instances
+
+    def _want_alone(self, num_instances: int) -> None:
+        if self._fleet is not None:
+            wanted = partial(self._fleet.want_alone, num_instances)
+            self._background.once("the number of instances for suspects", wanted)
+            for instance in self._fleet.alone_instances:
+                self._quarantine.offer(instance)
+
+    def _place_alone(self, stream: Request, instance: Instance) -> None:
+        if stream.epoch != instance.epoch:
+            self._outdated(stream)
+            return
+        instance.requests.add(stream.request_id)  # from now on it has something to do
+        self._background.once(
+            f"placing request {stream.request_id} alone",
+            partial(self._send_alone, stream, instance),
+            partial(self._not_placed, stream),
+        )
+
+    async def _send_alone(self, stream: Request, instance: Instance) -> None:
+        sent = await self._send(stream, instance)
+        if not sent and stream.instance is None and not stream.ended:
+            self._quarantine.add(stream)
+
+    def _await_turn(self, stream: Request) -> None:
+        """It waits for an instance for itself, as long as there are any."""
+        stream.num_waits += 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(_HOMELESS_S, self._lose_turn, stream, stream.num_waits)
+
+    def _lose_turn(self, stream: Request, num_waits: int) -> None:
+        if stream.ended or stream.num_waits != num_waits:
+            return
+        recovers = self._fleet is not None and self._fleet.recovers
+        if recovers or self._quarantine.moves or not self._quarantine.is_waiting(stream):
+            self._await_turn(stream)
+            return
+        stream.fail(InstanceFailed("no instance could be started for this request alone"))
+        self._end(stream)
+
+    # --- told by the fleet
+
+    def _on_output(self, name: str, output: Output | Embedded) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None or stream.instance is None or stream.instance.name != name:
+            return
+        try:
+            is_last = stream.take(output)
+        except Exception as error:
+            log.exception("an answer to request %s could not be taken", stream.request_id)
+            self._not_placed(stream, error)
+            self._background.once("an abort", partial(self._tell_of_abort, stream, stream.instance))
+            return
+        if is_last:
+            self._end(stream)
+
+    def _on_ready(self, instance: Instance) -> None:
+        if instance.alone:
+            if instance.epoch == self.epoch:
+                self._quarantine.offer(instance)
+            return
+        waiting, self._homeless = self._homeless, []
+        for stream in waiting:
+            self._move(stream)
+
+    def _on_lost(self, instance: Instance, ending: Ending) -> None:
+        for request_id in list(instance.requests):
+            stream = self._streams.get(request_id)
+            if stream is None or stream.instance is not instance:
+                continue
+            stream.instance = None
+            stream.num_moves += 1
+            if not ending.may_be_caused_by(request_id):
+                self._rehouse(stream)
+                continue
+            was_alone = stream in self._quarantine
+            stream.num_blamed += 1
+            if was_alone:
+                stream.fail(
+                    InstanceFailed(
+                        f"{stream.num_blamed} instances ended by themselves while they computed "
+                        f"this request, the last one with nothing else to do ({ending.how})"
+                    )
+                )
+                self._end(stream)
+            else:
+                self._rehouse(stream)
+
+    def _rehouse(self, stream: Request) -> None:
+        """An idle instance takes it at once. Else it waits for the one that replaces its own, which
+        takes a fraction of a second: joining a busy instance would slow that one's streams, change
+        how their sums are rounded, and queue behind them if it is full."""
+        if stream.is_suspect:
+            if stream.epoch != self.epoch:
+                self._outdated(stream)
+                return
+            self._quarantine.add(stream)
+            self._await_turn(stream)
+            return
+        idle = [one for one in self._instances(stream.epoch) if not one.requests]
+        log.info("request %s moves to %s", stream.request_id, "an idle one" if idle else "the next")
+        if idle:
+            self._move(stream)
+        else:
+            self._await_instance(stream)
+
+    def _end(self, stream: Request) -> None:
+        stream.ended = True
+        self._streams.pop(stream.request_id, None)
+        if stream.timer is not None:
+            stream.timer.cancel()
+        if stream.instance is not None:
+            stream.instance.requests.discard(stream.request_id)
+        if stream in self._homeless:
+            self._homeless.remove(stream)
+        self._quarantine.remove(stream)
+        self._rest()

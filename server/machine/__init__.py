@@ -1,0 +1,1 @@
+"""What this machine has and what onecopy takes of it: looked at, judged and proven."""

@@ -1,0 +1,57 @@
+"""A model's text side as it was at one moment: tokenizer, template, and the file of its tokens that
+instances read.
+
+Owns what is loaded. Invariant: whatever becomes of the model's files, who was given this goes on
+with what they held. Does not know who is served by it.
+"""
+
+from pathlib import Path
+from typing import Self
+
+from server.text.kept_file import KeptFile
+from server.text.text import Text
+from server.text.tokenizer_check import try_tokenizer
+from server.text.tokenizer_files import tokenizer_file, tokenizer_folder
+
+
+class KeptTokenizer:
+    """A model's tokenizer.json. That of a folder is kept as it is now; one that is built from a
+    GGUF file lies in the cache, under a name that stands for what it was built from."""
+
+    def __init__(self, model: Path, kept: KeptFile | None):
+        self.model = model
+        self.path = kept.path if kept is not None else tokenizer_file(model)
+        """Where it is, or will be."""
+        self._kept = kept
+
+    @classmethod
+    def of(cls, model: Path) -> Self:
+        """Raises ServerError, CheckpointError."""
+        if not model.is_dir():
+            return cls(model, None)
+        return cls(model, KeptFile.of(tokenizer_folder(model) / "tokenizer.json"))
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._kept is not None:
+            self._kept.close()
+
+
+class LoadedText:
+    """Text that can be used, and the tokenizer.json that it was loaded from."""
+
+    def __init__(self, text: Text, tokenizer: KeptTokenizer):
+        self.text = text
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def of(cls, tokenizer: KeptTokenizer) -> Self:
+        """Tried out first; blocks. Raises ServerError."""
+        folder = tokenizer_folder(tokenizer.model)
+        try_tokenizer(tokenizer.path, folder / "tokenizer.json")
+        return cls(Text.load(folder, tokenizer_file=tokenizer.path), tokenizer)
+
+    def close(self) -> None:
+        """Once no request and no instance needs it."""
+        self.text.close()
+        self.tokenizer.close()

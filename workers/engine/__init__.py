@@ -1,0 +1,1 @@
+"""In an instance: who is computed next, and what comes of it."""

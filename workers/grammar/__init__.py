@@ -1,0 +1,1 @@
+"""Grammars: whether they can be followed, and which tokens they allow next, found out in cells."""

@@ -1,0 +1,438 @@
+"""One instance's process: weights attached, model bound, engine fed from the server's socket.
+
+Owns the instance's life from its fork to its exit. Invariants: it announces itself exactly once,
+as ready or as failed; its pulse says what it is at before it is at it; while requests run, messages
+are read between steps and never waited for; whatever a request holds, it is answered; after a drain
+every accepted request has ended. Does not know text.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import torch
+import zmq
+
+from allocator import (
+    AllocatorError,
+    Client,
+    RuntimeDir,
+    UnknownWeightSet,
+    connect,
+    device_fault,
+)
+from workers.checkpoint import (
+    AttachedWeights,
+    attach,
+    attach_served,
+    open_checkpoint,
+)
+from workers.config.architecture import architecture_errors
+from workers.config.encoder_settings import task_of
+from workers.engine.embed import EmbeddingEngine
+from workers.engine.generate import Engine
+from workers.errors import DeviceLost, InvalidSetting, WorkerError
+from workers.kv.cache import KVCache
+from workers.kv.source import PoolSource
+from workers.messages import (
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    Abort,
+    Drain,
+    Embed,
+    Embedded,
+    FromInstance,
+    Generate,
+    InstanceSpec,
+    Loading,
+    ModelFacts,
+    Output,
+    Ready,
+    StartFailed,
+    decode_from_instance,
+    decode_to_instance,
+    encode,
+)
+from workers.model.decoder import build_model
+from workers.model.encoder import build_embedding_model
+from workers.model.native import Unavailable, load
+from workers.process import linux
+from workers.process.cores import SharedCores
+from workers.process.outbox import frames
+from workers.process.pulse import Pulse
+
+log = logging.getLogger("onecopy.instance")
+
+AnyEngine = Engine | EmbeddingEngine
+
+_LINGER_MS: Final = 2000
+"""How long the last outputs may take to leave at the end."""
+_PATIENCE_S: Final = 1.0
+"""How long a step may wait for the allocator, once; not at all for one that is silent already."""
+_STALLED_MS: Final = 20
+"""How long to wait before asking again for KV memory where there was none."""
+
+
+def run(spec: InstanceSpec, pulse: Pulse) -> int:
+    """The instance's whole life. Returns the process's exit status."""
+    linux.set_process_name(f"onecopy:{spec.name}")
+    context = zmq.Context(io_threads=1)
+    server = context.socket(zmq.DEALER)
+    server.setsockopt(zmq.LINGER, _LINGER_MS)
+    server.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    # Whoever else connects is turned away before a byte is read (SO_PEERCRED).
+    server.setsockopt(zmq.IPC_FILTER_PID, spec.server_pid)
+    server.bind(spec.engines)
+    try:
+        return _Instance(spec, server, pulse).run()
+    except DeviceLost:
+        log.exception("instance %s ends, and its requests go on elsewhere", spec.name)
+        return 1
+    finally:
+        server.close()
+        context.term()
+
+
+class _Instance:
+    def __init__(self, spec: InstanceSpec, server: "zmq.Socket[bytes]", pulse: Pulse):
+        self._spec = spec
+        self._server = server
+        self._pulse = pulse
+        self._draining = False
+        self._phases: dict[str, float] = {}
+        self._phase_start = spec.requested_at
+        self._cores: SharedCores | None = None
+        self._warm_up: Callable[[], None] | None = None
+        """A first pass, where none was made yet."""
+
+    def run(self) -> int:
+        self._ended("fork")
+        with contextlib.ExitStack() as stack:
+            try:
+                memory = stack.enter_context(self._connect())
+                engine = self._start(memory)
+            except (WorkerError, AllocatorError) as error:
+                return self._failed(error.code, str(error))
+            except Exception as error:
+                # The architectures are not our code: whatever they raise is shown to a person.
+                log.exception("the instance can't serve %s", self._spec.model)
+                return self._failed("internal", f"{type(error).__name__}: {error}")
+            memory.hurry(_PATIENCE_S, self._pulse.allocator_silent_since)
+            self._serve(engine)
+        return 0
+
+    def _failed(self, code: str, message: str) -> int:
+        """The exit status of one that can't be ready, which it says."""
+        self._send(StartFailed(code=code, message=message[:60_000]))
+        return 1
+
+    # --- start
+
+    def _connect(self) -> Client:
+        memory = connect(
+            RuntimeDir.open(self._spec.runtime_dir, create=False),
+            device=self._spec.device,
+            model=self._spec.served_model_name[:256],
+            label=f"instance {self._spec.name}",
+        )
+        self._ended("connect")
+        return memory
+
+    def _start(self, memory: Client) -> AnyEngine:
+        spec = self._spec
+        torch.set_num_threads(spec.num_threads)
+        weights, eos_token_ids = self._attach(memory)
+        dtype = weights.dtype or float_dtype(weights.tensors)
+        self._ended("weights")
+        if spec.shares_cores:
+            cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
+            self._cores = SharedCores(cores, os.getpid())
+        if task_of(weights.metadata) == "embed":
+            return self._start_embedding(memory, weights, dtype)
+        config = json.loads(weights.metadata["config"])
+        model = build_model(config, weights.tensors, dtype, eos_token_ids)
+        limit = model.geometry.max_model_len
+        max_model_len = self._max_model_len(limit, limit)
+        model.workspace_bytes = spec.attention_workspace_bytes
+        most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
+        self._check_kernels()
+        most, now = self._threads()
+        reason = model.accelerate(most_rows, max_model_len, most, now, spec.cpu_kernels)
+        self._ended("model")
+        if weights.loaded:  # who loads a model finds out whether it can be computed at all
+            self._log_kernels(model.geometry.architecture, model.kernels, reason)
+            model.warm_up()
+            self._ended("first_forward")
+        layout = model.geometry.kv_layout
+        kv = KVCache(
+            layout,
+            PoolSource(memory, layout),
+            weights=_identity(weights, model.kernels),
+            device=model.device,
+            prefix_caching=spec.prefix_caching,
+        )
+        engine = Engine(
+            model,
+            max_model_len,
+            spec.max_num_seqs,
+            spec.token_budget,
+            kv,
+            spec.num_speculative_tokens,
+            Path(spec.tokenizer) if spec.tokenizer else None,
+            attention_span=model.geometry.attention_span,
+            device_fault=functools.partial(device_fault, memory.device),
+            works_on=self._pulse.works_on,
+        )
+        facts = model.geometry.facts(max_model_len)
+        self._announce(facts, weights, model.kernels, model.warm_up)
+        return engine
+
+    def _attach(self, memory: Client) -> tuple[AttachedWeights, tuple[int, ...] | None]:
+        """The set that is served, wherever it is, and the tokens that end an answer; what was
+        evicted, or lost with an allocator, is loaded anew, if the files are still those that it was
+        made from."""
+        spec = self._spec
+        if spec.weight_set:
+            try:
+                return attach_served(memory, spec.weight_set, self._loading), spec.eos_token_ids
+            except UnknownWeightSet:
+                log.info("%s is not in memory any more", spec.weight_set)
+        checkpoint = open_checkpoint(spec.model, spec.dtype)
+        ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
+        weights = attach(
+            memory, checkpoint, self._loading, map_files=spec.map_files, only=spec.weight_set
+        )
+        return weights, ends
+
+    def _start_embedding(
+        self, memory: Client, weights: AttachedWeights, dtype: torch.dtype
+    ) -> EmbeddingEngine:
+        model = build_embedding_model(weights.metadata, weights.tensors, dtype)
+        max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
+        self._check_kernels()
+        most, now = self._threads()
+        most_rows = max(self._spec.token_budget, max_model_len)
+        reason = model.accelerate(most_rows, max_model_len, most, now, self._spec.cpu_kernels)
+        self._ended("model")
+        if weights.loaded:
+            self._log_kernels(type(model.module).__name__, model.kernels, reason)
+            model.warm_up()
+            self._ended("first_forward")
+        threads_now = None if self._cores is None else self._cores.fair_part
+        engine = EmbeddingEngine(
+            model,
+            max_model_len,
+            self._spec.token_budget,
+            threads_now=threads_now,
+            device_fault=functools.partial(device_fault, memory.device),
+            works_on=self._pulse.works_on,
+        )
+        self._announce(model.facts(max_model_len), weights, model.kernels, model.warm_up)
+        return engine
+
+    def _max_model_len(self, limit: int, default: int) -> int:
+        """As it was asked for. Raises InvalidSetting beyond the model's `limit`."""
+        asked = self._spec.max_model_len or default
+        if asked > limit:
+            raise InvalidSetting(
+                f"--max-model-len is {asked}, but this model was made for {limit} tokens"
+            )
+        return asked
+
+    def _threads(self) -> tuple[int, Callable[[], int] | None]:
+        """The most that a step may use, and what says how many now."""
+        if self._cores is None:
+            return self._spec.num_threads, None
+        return self._cores.num_cores, self._cores.fair_part
+
+    def _log_kernels(self, architecture: str, kernels: str | None, reason: str | None) -> None:
+        how = f"by transformers: {reason}" if reason else f"by kernels for {kernels}"
+        log.info("%s is computed %s", architecture, how)
+
+    def _check_kernels(self) -> None:
+        """Raises InvalidSetting where those asked for can't be used here."""
+        wanted = self._spec.cpu_kernels
+        try:
+            if wanted != "auto":
+                load(wanted)
+        except Unavailable as reason:
+            raise InvalidSetting(f"--cpu-kernels {wanted}: {reason}") from reason
+
+    def _announce(
+        self,
+        facts: ModelFacts,
+        weights: AttachedWeights,
+        kernels: str | None,
+        warm_up: Callable[[], None],
+    ) -> None:
+        linux.trim_heap()
+        self._phases["total"] = (time.monotonic() - self._spec.requested_at) * 1000
+        ready = Ready(
+            version=PROTOCOL_VERSION,
+            pid=os.getpid(),
+            facts=facts,
+            loaded=weights.loaded,
+            weight_set=weights.reader.key,
+            startup_ms=self._phases,
+            metadata=weights.metadata,
+            cpu_kernels=kernels or "",
+        )
+        # What the checkpoint says went into it; the server would drop what does not fit, and wait.
+        with architecture_errors(f"{facts.architecture} can't be served by this config.json"):
+            decode_from_instance(encode(ready))
+        self._send(ready)
+        if not weights.loaded:
+            self._warm_up = warm_up
+
+    def _loading(self, num_bytes: int, total_bytes: int, writer_pid: int) -> None:
+        self._send(
+            Loading(
+                num_bytes=num_bytes,
+                total_bytes=total_bytes,
+                writer=writer_pid == os.getpid(),
+                writer_pid=writer_pid,
+            )
+        )
+
+    def _ended(self, phase: str) -> None:
+        now = time.monotonic()
+        self._phases[phase] = (now - self._phase_start) * 1000
+        self._phase_start = now
+
+    # --- serve
+
+    def _serve(self, engine: AnyEngine) -> None:
+        # A first pass touches every weight, so its length grows with the model: an instance that
+        # attached is ready before it, and makes it only if no request is there to do so.
+        if self._warm_up is not None and not self._server.poll(0):
+            self._warm_up()
+            linux.trim_heap()
+        poller = zmq.Poller()
+        poller.register(self._server, zmq.POLLIN)
+        wake_read, wake_write = socket.socketpair()
+        with wake_read, wake_write:
+            wake_read.setblocking(False)
+            wake_write.setblocking(False)
+            poller.register(wake_read.fileno(), zmq.POLLIN)
+            signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+            signal.signal(signal.SIGTERM, lambda _number, _frame: self._drain())
+            try:
+                self._loop(engine, poller, wake_read)
+            finally:
+                signal.set_wakeup_fd(-1)
+                if isinstance(engine, Engine):
+                    engine.close()
+
+    def _loop(self, engine: AnyEngine, poller: zmq.Poller, wake: socket.socket) -> None:
+        while engine.has_work or not self._draining:
+            had_work = engine.has_work
+            wait_ms = _STALLED_MS if engine.is_stalled else 0
+            events = dict(poller.poll(wait_ms if had_work else None))
+            if wake.fileno() in events:
+                wake.recv(4096)
+            if self._server in events:
+                self._read(engine)
+                self._pulse.end()
+            if engine.has_work:
+                if self._cores is not None:
+                    self._cores.begin()
+                self._pulse.begin()
+                outputs = engine.step()
+                self._report(engine, outputs)
+                self._pulse.end()
+            elif had_work:  # the last was aborted: no step says so
+                self._report(engine, ())
+
+    def _report(self, engine: AnyEngine, outputs: tuple[Output | Embedded, ...]) -> None:
+        for frame in frames(engine.report(outputs), engine.abort):
+            self._server.send(frame)
+        if not engine.has_work:
+            if self._cores is not None:
+                self._cores.end()
+            linux.trim_heap()
+            if isinstance(engine, Engine):
+                self._check(engine)
+
+    def _check(self, engine: Engine) -> None:
+        """An idle moment: see that what is held is what is used. A leak is for the log, not a
+        reason to end the streams that come next."""
+        try:
+            engine.check()
+        except AssertionError:
+            log.exception("the engine's books do not add up")
+
+    def _read(self, engine: AnyEngine) -> None:
+        while True:
+            try:
+                frame = self._server.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._pulse.took(1)
+            try:
+                message = decode_to_instance(frame)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                log.exception("a message is not one of the protocol's")
+                self._refuse(engine, _named(frame), f"it can't be read: {error}")
+                continue
+            match message:
+                case Generate() if isinstance(engine, Engine):
+                    self._pulse.begin([message.request_id])
+                    engine.add(message)
+                case Embed() if isinstance(engine, EmbeddingEngine):
+                    self._pulse.begin([message.request_id])
+                    engine.add(message)
+                case Generate(request_id=request_id) | Embed(request_id=request_id):
+                    self._refuse(engine, request_id, "this model does not serve that kind")
+                case Abort(request_id=request_id):
+                    engine.abort(request_id)
+                case Drain():
+                    self._drain()
+
+    def _refuse(self, engine: AnyEngine, request_id: str, problem: str) -> None:
+        """Who sent it waits for an answer."""
+        if request_id:
+            engine.refuse(request_id, f"the instance can't take the request: {problem}")
+
+    def _drain(self) -> None:
+        self._draining = True
+
+    def _send(self, message: FromInstance) -> None:
+        self._server.send(encode(message))
+
+
+def _named(frame: bytes) -> str:
+    """The request that a message seems to be about; "" where it names none."""
+    try:
+        message = msgspec.msgpack.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    name = message.get("request_id") if isinstance(message, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def _identity(weights: AttachedWeights, kernels: str | None) -> str:
+    """What tells the keys and values of these weights from all others: the weights' bytes, as far
+    as they have digests, and who computes, since each rounds and orders them in its own way."""
+    known = hashlib.sha256(f"{weights.reader.key} {kernels} ".encode())
+    for name, entry in sorted(weights.reader.manifest.tensors.items()):
+        known.update(f"{name} {entry.digest} ".encode())
+    return known.hexdigest()
+
+
+def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype of most of the parameters, where the checkpoint does not say."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
