@@ -55,7 +55,7 @@ except Exception as error:
 _SIMULATION: Final = """
 import json, sys
 from pathlib import Path
-from tests.allocator.simulated_driver.build import build, environment
+from tests.allocator.backends.simulated_driver.build import build, environment
 folder = Path(sys.argv[1])
 settings = {"SIMULATED_DRIVER_BYTES": str(1 << 30)}
 print(json.dumps(environment(build(folder), folder / "state", **settings)))

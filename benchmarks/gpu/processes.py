@@ -1,6 +1,6 @@
 """An allocator of the device, and clients of it in processes of their own, for the stages.
 
-The programs are those that the tests command (`tests/allocator/device_client.py`).
+The programs are those that the tests command (`tests/allocator/backends/device_client.py`).
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 from gpu.stage import Stage
 
 from allocator import RuntimeDir
-from tests.allocator.device_client import DeviceClient
+from tests.allocator.backends.device_client import DeviceClient
 from tests.daemon_process import DaemonProcess
 
 

@@ -30,9 +30,9 @@ class Refused(Exception):
 
 
 class ClientProcess:
-    """tests/allocator/client_program.py, connected. As a context it is stopped at the end."""
+    """A `client_program`, connected. As a context it is stopped at the end."""
 
-    program = "tests.allocator.client_program"
+    program = "tests.allocator.client.client_program"
 
     def __init__(self, runtime_dir: RuntimeDir, **options: str):
         """Options as `allocator.connect` takes them."""

@@ -30,7 +30,7 @@ from allocator.images import (
     write_image,
 )
 from allocator.messages import Extent
-from tests.allocator.doomed import Doomed, Report
+from tests.allocator.backends.doomed import Doomed, Report
 from tests.allocator.processes import in_fork
 from tests.mount_namespace import run_on_tmpfs
 
@@ -496,9 +496,9 @@ def test_a_folder_that_cannot_be_written() -> None:
 
 @pytest.fixture(scope="module")
 def on_small_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/allocator/small_disk.py found on a disk of 24 MiB."""
+    """What tests/allocator/client/small_disk.py found on a disk of 24 MiB."""
     folder = str(tmp_path_factory.mktemp("disk"))
-    return run_on_tmpfs("size=24m", folder, "tests.allocator.small_disk", folder)
+    return run_on_tmpfs("size=24m", folder, "tests.allocator.client.small_disk", folder)
 
 
 def test_images_on_a_full_disk(on_small_disk: dict[str, Any]) -> None:

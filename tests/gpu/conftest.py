@@ -12,8 +12,8 @@ import pytest
 from allocator import RuntimeDir
 from allocator.backends import Backend, open_device
 from allocator.messages import Extent, Handle
-from tests.allocator.backend_contract import map_extent, mapped
-from tests.allocator.device_client import DeviceClient
+from tests.allocator.backends.backend_contract import map_extent, mapped
+from tests.allocator.backends.device_client import DeviceClient
 from tests.daemon_process import ROOT, DaemonProcess
 from tests.leaks import Leaks
 

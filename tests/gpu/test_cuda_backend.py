@@ -18,7 +18,7 @@ from allocator import StaleGeneration, TensorEntry
 from allocator.backends import Backend, PoolWindow, for_handle, open_device
 from allocator.client.tensor import as_bytes, tensors
 from allocator.messages import Extent, Handle
-from tests.allocator.backend_contract import (
+from tests.allocator.backends.backend_contract import (
     PATTERN,
     BackendContract,
     bytes_of,

@@ -14,7 +14,7 @@ import torch
 
 from tests.daemon_process import ROOT, DaemonProcess
 from tests.gpu.conftest import DEVICE
-from tests.workers.test_engine import PROMPTS, request, run, tokens
+from tests.workers.engine.test_engine import PROMPTS, request, run, tokens
 from tests.workers.tiny_models import (
     config_of,
     generate,

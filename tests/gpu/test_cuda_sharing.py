@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from allocator import RuntimeDir
-from tests.allocator.device_client import DeviceClient
+from tests.allocator.backends.device_client import DeviceClient
 from tests.allocator.processes import Refused
 from tests.daemon_process import DaemonProcess
 from tests.leaks import wait_until

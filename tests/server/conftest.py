@@ -9,7 +9,7 @@ import pytest
 from server.text.text import Text
 from server.text.tokenizer_files import tokenizer_folder
 from tests.daemon_process import DaemonProcess
-from tests.server.tiny_fleet import Serve, served
+from tests.server.fleet.tiny_fleet import Serve, served
 from tests.workers.tiny_models import write_checkpoint
 
 
@@ -34,5 +34,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(daemon: DaemonProcess, tiny_model: Path) -> Serve:
-    """Launch fleets of that model, or of another; see `tests.server.tiny_fleet.served`."""
+    """Launch fleets of that model, or of another; see `tests.server.fleet.tiny_fleet.served`."""
     return partial(served, daemon.runtime_dir, tiny_model)

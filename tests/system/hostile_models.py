@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.workers.checkpoint_files import assemble, damaged, entry, write_gguf
+from tests.workers.checkpoint.checkpoint_files import assemble, damaged, entry, write_gguf
 
 Make = Callable[[Path], Path | None]
 """Spoils the model in a folder; the path to serve, if that is not the folder."""

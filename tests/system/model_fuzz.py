@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.workers.checkpoint_files import write_gguf
+from tests.workers.checkpoint.checkpoint_files import write_gguf
 
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 VALUES: tuple[Any, ...] = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.running_server import TIMEOUT_S, Outcome, Server, leftovers, onecopy
-from tests.workers.checkpoint_files import write_gguf
+from tests.workers.checkpoint.checkpoint_files import write_gguf
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
 

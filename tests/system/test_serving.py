@@ -14,7 +14,7 @@ import pytest
 from allocator import RuntimeDir
 from server.admin.app import AdminClient
 from tests.system.running_server import TIMEOUT_S, Server
-from tests.workers.ties import BF16_TIE_ULPS, ulps_below_the_best
+from tests.workers.model.ties import BF16_TIE_ULPS, ulps_below_the_best
 
 PROMPTS = [
     "The capital of France is",

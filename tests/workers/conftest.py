@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon_process import ROOT
-from tests.workers.foreign.library import ForeignLibrary, compile_server
+from tests.workers.model.native.foreign.library import ForeignLibrary, compile_server
 from workers.model.native import library
 
 

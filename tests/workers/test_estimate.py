@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING
 from allocator import Client
 from server.models.source import DEMO, find_model
 from tests.daemon_process import ROOT
-from tests.workers.checkpoint_files import assemble, entry, folder, tensors_of_every_kind
+from tests.workers.checkpoint.checkpoint_files import assemble, entry, folder, tensors_of_every_kind
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, write_checkpoint
 from workers.checkpoint import attach, open_checkpoint
 from workers.engine.generate import Engine

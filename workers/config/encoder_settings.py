@@ -32,7 +32,7 @@ ENCODERS: Final = frozenset(
     }
 )
 """Model types whose hidden states are of use by themselves, and that were compared with
-transformers' own (tests/workers/test_embedding_model.py)."""
+transformers' own (tests/workers/model/test_embedding_model.py)."""
 
 _OTHER_HEADS: Final = (
     "ForSequenceClassification",

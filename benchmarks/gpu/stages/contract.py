@@ -11,7 +11,7 @@ from gpu.stage import Stage, main
 
 ROOT = Path(__file__).parents[3]
 _FOLDER = ROOT / "tests" / "gpu"
-_SIMULATED = ROOT / "tests" / "allocator" / "simulated_driver" / "contract.py"
+_SIMULATED = ROOT / "tests" / "allocator" / "backends" / "simulated_driver" / "contract.py"
 _LIMIT_S = 45
 """Of one test: those behind it are to be heard, too."""
 _MOST_SAID = 600

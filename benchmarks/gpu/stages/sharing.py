@@ -11,7 +11,7 @@ from allocator import Client
 from allocator.backends import Mapping, for_handle
 from allocator.backends.cuda_driver import find
 from allocator.messages import Open, Sealed
-from tests.allocator.device_client import DeviceClient
+from tests.allocator.backends.device_client import DeviceClient
 from tests.allocator.processes import Refused
 from tests.daemon_process import DaemonProcess
 

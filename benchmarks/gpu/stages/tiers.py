@@ -6,7 +6,7 @@ from gpu.figures import settles, used_bytes
 from gpu.processes import allocator, clients
 from gpu.stage import GB, MIB, Stage, main
 
-from tests.allocator.device_client import DeviceClient
+from tests.allocator.backends.device_client import DeviceClient
 
 
 def run(stage: Stage) -> None:
