@@ -15,7 +15,8 @@ from allocator.backends.room import Room
 from allocator.backends.segments import AbandonedRun, abandoned_runs, remove_abandoned
 from allocator.client.client import Client, connect
 from allocator.client.pool import Block, Lease
-from allocator.client.weights import WeightSetReader, WeightSetWriter
+from allocator.client.weights.weight_set import WeightSetReader, WeightSetWriter
+from allocator.daemon.leftovers import Role, remove_leftovers
 from allocator.daemon.settings import parse_bytes
 from allocator.digests import Digest
 from allocator.errors import (
@@ -41,7 +42,6 @@ from allocator.errors import (
     WaitTimeout,
     WeightSetBusy,
 )
-from allocator.leftovers import Role, remove_leftovers
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
 from allocator.processes.identity import ProcessIdentity
 from allocator.processes.own_module import module_command, module_environment

@@ -23,26 +23,29 @@ import zmq
 from allocator.backends import open_device
 from allocator.backends.limits import check_limits
 from allocator.backends.numa import placement_notes
-from allocator.daemon.bounded_router import BoundedRouter, Loss
-from allocator.daemon.budget import DeviceMemory
-from allocator.daemon.device import Answers, Device
-from allocator.daemon.events import History
-from allocator.daemon.hung_writers import HungWriters
-from allocator.daemon.journal.adopt import adopt, boot_id, read_records
+from allocator.daemon.adoption import adopt
+from allocator.daemon.clients.bounded_router import BoundedRouter, Loss
+from allocator.daemon.clients.exports import send_exports
+from allocator.daemon.clients.hung_writers import HungWriters
+from allocator.daemon.clients.reception import Reception
+from allocator.daemon.clients.seldom import Seldom
+from allocator.daemon.clients.sessions import Session, Sessions
+from allocator.daemon.device.budget import DeviceMemory, Holder
+from allocator.daemon.device.device import Device
+from allocator.daemon.device.parts import Around
+from allocator.daemon.journal.events import History
 from allocator.daemon.journal.file import read_journal
-from allocator.daemon.journal.records import JOURNAL_VERSION, RunBegan, SessionBegan, SessionEnded
+from allocator.daemon.journal.records import (
+    JOURNAL_VERSION,
+    RunBegan,
+    SessionBegan,
+    SessionEnded,
+    boot_id,
+    read_records,
+)
 from allocator.daemon.journal.state import StateJournal
 from allocator.daemon.own_segments import OwnSegments
-from allocator.daemon.reception import Reception
-from allocator.daemon.seldom import Seldom
-from allocator.daemon.sessions import Session, Sessions
 from allocator.daemon.settings import DaemonSettings
-from allocator.daemon.statistics import (
-    device_regions,
-    device_segments,
-    device_statistics,
-    session_holdings,
-)
 from allocator.daemon.weights.state import ReplyTo, WeightSet
 from allocator.errors import (
     AllocatorBusy,
@@ -53,20 +56,13 @@ from allocator.errors import (
     RuntimeDirError,
     Unauthorized,
 )
-from allocator.exports import send_exports
 from allocator.lifeline import LifelineListener, Visitor, refuse, tell_to_ask_again
 from allocator.messages import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     REQUEST_ID_BYTES,
     TOKEN_BYTES,
-    Events,
     Failed,
-    GetEvents,
-    GetHoldings,
-    GetRegions,
-    GetSegments,
-    GetStatistics,
     Message,
     Reply,
     Request,
@@ -154,9 +150,10 @@ class Daemon:
         """Adopt what an earlier daemon left and is still true; remove the rest."""
         settings = self._settings
         now = time.monotonic()
-        journaled = read_records(read_journal(runtime_dir.journal))
-        self._segments.claim(journaled.segments())
-        dead = [one for one in journaled.sessions.values() if not self._sessions.adopt(one)]
+        kept = read_records(read_journal(runtime_dir.journal))
+        self._segments.claim(kept.segments())
+        sessions = [_session(record) for record in kept.sessions.values()]
+        dead = [session for session in sessions if not self._sessions.adopt(session)]
         opened = {
             name: open_device(name, settings.placement if name == "host" else "")
             for name in settings.devices
@@ -167,16 +164,25 @@ class Daemon:
         for note in placement_notes(settings.placement):
             log.warning("%s", note)
         keep: set[str] = set()
-        answers = Answers(self._reply_later, self._note, self._sessions.pid)
+        around = Around(
+            self._started,
+            self._sessions,
+            self._history,
+            self._segments.names,
+            self._journal.note,
+            self._reply,
+        )
         for backend in backends:
             if backend.device in self._devices:
                 raise InvalidSetting(f"the device {backend.device} is named twice")
             limit = settings.memory_limit
             if limit is None:
                 limit = backend.default_limit_bytes({one.process.pid for one in self._sessions})
+            ours = [session for session in sessions if session.device == backend.device]
             adopted = adopt(
-                journaled.device(backend.device),
-                [s for s in journaled.sessions.values() if s.device == backend.device],
+                kept.device(backend.device),
+                {session.number: kept.books[session.number] for session in ours},
+                {session.number: Holder(session.model, session.user) for session in ours},
                 backend,
                 host_tier,
                 limit_bytes=limit,
@@ -187,15 +193,13 @@ class Daemon:
                 backend,
                 host_tier,
                 adopted.memory,
-                self._segments.names,
-                answers,
-                self._history,
+                around,
                 image_folder=settings.image_folder,
                 host_tier_limit=settings.host_tier_limit,
                 prefix_cache_limit=settings.prefix_cache_limit,
                 pool=adopted.pool,
+                num_adopted_sets=adopted.num_sets,
             )
-            device.num_adopted_sets = adopted.num_sets
             self._devices[backend.device] = device
             for session in dead:
                 if session.device == backend.device:
@@ -374,7 +378,7 @@ class Daemon:
         )
         self._sessions.add(session)
         chosen.begin_session(session)
-        self._note(_session_record(session))
+        self._journal.note(_session_record(session))
         log.debug("session %d: pid %d", session.number, process.pid)
         return session
 
@@ -393,7 +397,7 @@ class Daemon:
         self._sessions.remove(session)
         self._hung_writers.forget(session)
         log.debug("session %d ended: pid %d", session.number, session.process.pid)
-        self._note(SessionEnded(number=session.number))
+        self._journal.note(SessionEnded(number=session.number))
         self._devices[session.device].end_session(session, time.monotonic())
 
     # --- requests
@@ -421,7 +425,8 @@ class Daemon:
             session = self._sessions.by_token(token) if len(token) == TOKEN_BYTES else None
             if session is None or session.adopted:
                 raise Unauthorized("no open lifeline stands behind this token")
-            reply = self._dispatch(session, reply_to, _decoded(payload))
+            request, now = _decoded(payload), time.monotonic()
+            reply = self._devices[session.device].dispatch(session, reply_to, request, now)
         except AllocatorError as error:
             reply = Failed(code=error.code, message=str(error)[:4000])
         except OSError as error:
@@ -437,30 +442,6 @@ class Daemon:
             self._devices[session.device].memory.check()
         text = f"the machine does not let the allocator do that: {error}"
         return Failed(code=DeviceError.code, message=text[:4000])
-
-    def _dispatch(self, session: Session, reply_to: ReplyTo, request: Request) -> Reply | None:
-        now = time.monotonic()
-        device = self._devices[session.device]
-        match request:
-            case GetStatistics():
-                uptime_s = now - self._started
-                device.look(now)
-                return device_statistics(
-                    device, self._sessions, now, uptime_s, self._history.num_events
-                )
-            case GetRegions():
-                return device_regions(device, self._sessions)
-            case GetHoldings(page=page):
-                return session_holdings(device, session, page)
-            case GetSegments(page=page):
-                return device_segments(device, page)
-            case GetEvents(after=after):
-                return Events(events=self._history.after(after))
-            case _:
-                return device.dispatch(session, reply_to, request, now)
-
-    def _reply_later(self, reply_to: ReplyTo, number: int, message: Reply) -> None:
-        self._reply(reply_to, number, message)
 
     def _reply(self, reply_to: ReplyTo, number: int, message: Reply) -> None:
         identity, request_id = reply_to
@@ -485,9 +466,6 @@ class Daemon:
 
     # --- the journal
 
-    def _note(self, record: Message, sync: bool = False) -> None:
-        self._journal.note(record, sync)
-
     def _snapshot(self) -> Iterator[Message]:
         yield RunBegan(version=JOURNAL_VERSION, boot_id=boot_id())
         for session in self._sessions:
@@ -505,6 +483,18 @@ def _decoded(payload: bytes) -> Request:
         return decode_request(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage(f"not a request: {error}") from error
+
+
+def _session(record: SessionBegan) -> Session:
+    return Session(
+        record.number,
+        ProcessIdentity(record.pid, record.start_ticks),
+        record.token,
+        record.device,
+        record.model,
+        record.user,
+        record.label,
+    )
 
 
 def _session_record(session: Session) -> SessionBegan:

@@ -13,12 +13,11 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from allocator.client.client import Client
 from allocator.client.share.layout import LARGEST_ITEM_BYTES, Extent, Span, extents, lay_out
 from allocator.client.share.manifest import (
     LAYOUT_VERSION,
@@ -28,14 +27,23 @@ from allocator.client.share.manifest import (
     groups_of,
     make_manifest,
 )
-from allocator.client.tensor import dtype_by_name, dtype_name
-from allocator.client.weights import WeightSetReader, WeightSetWriter
+from allocator.client.weights.tensor import dtype_by_name, dtype_name
+from allocator.client.weights.weight_set import WeightSetReader, WeightSetWriter
 from allocator.errors import AllocatorGone, FingerprintMismatch, InvalidMessage, UnknownWeightSet
 from allocator.messages import Manifest, TensorEntry, manifest_bytes
 
 _PIECE_BYTES: Final = 64 << 20
 _PROGRESS_STEP: Final = 32
 """Progress is reported at most this many times, so that messages do not grow with the module."""
+
+
+class OpensWeightSets(Protocol):
+    """As much of a client as sharing needs."""
+
+    def open_weight_set(
+        self, key: str, fingerprint: Mapping[str, str] | None, *, timeout_s: float
+    ) -> WeightSetReader | WeightSetWriter:
+        """See `Client.open_weight_set`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class SharedModule:
 
 
 def share(
-    client: Client,
+    client: OpensWeightSets,
     module: torch.nn.Module,
     key: str,
     *,

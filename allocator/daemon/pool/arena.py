@@ -158,11 +158,6 @@ class Arena:
         """Leased."""
         return (self._total - self._free) << self._shift
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is leased."""
-        return not self._leased
-
     def statistics(self) -> ArenaStatistics:
         """Looks through one bin for the largest free extent; the rest is known."""
         return ArenaStatistics(

@@ -17,11 +17,10 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from allocator.books import SessionId
 from allocator.daemon.pool.arena import Arena
 from allocator.errors import DoubleFree, ForeignExtent, StaleGeneration
 from allocator.messages import BlockToPut, Extent, LeaseId, PoolStatistics, Region
-
-SessionId = int
 
 
 @dataclass(slots=True)
@@ -55,8 +54,6 @@ class KVPool:
         self._cached_bytes = 0
         self._evictable_bytes = 0
         self._num_lookups = self._num_hits = self._num_evictions = 0
-        self._restored: dict[int, int] | None = None
-        """While an earlier daemon's journal is replayed: offset → bytes of what is not free."""
 
     @property
     def total_bytes(self) -> int:
@@ -202,7 +199,7 @@ class KVPool:
         del self._unpinned[digest]
         self._cached_bytes -= block.num_bytes
         self._evictable_bytes -= block.num_bytes
-        self._free(block.offset)
+        self._arena.free(block.offset)
         return Extent(offset=block.offset, num_bytes=block.num_bytes)
 
     # --- sessions
@@ -266,38 +263,26 @@ class KVPool:
             for digest, count in digests.items():
                 yield session, digest, count
 
-    def begin_restoring(self) -> None:
-        """From now on what happened is told again, until `end_restoring`: where extents lie is
-        known, and what is free between them matters at the end only."""
-        self._restored = {}
-
-    def end_restoring(self) -> None:
-        """Go on from here. Raises ForeignExtent where extents overlap, or do not fit."""
-        if self._restored is not None:
-            self._arena.restore(self._restored.items())
-        self._restored = None
-
-    def restore_lease(self, session: SessionId, generation: int, extent: Extent) -> None:
-        """Raises ForeignExtent where the extent is not free."""
-        self._restore(extent)
-        self._hold(session, extent, generation)
-        self._generation = max(self._generation, generation)
-
-    def end_leases(self, session: SessionId, offsets: Iterable[int]) -> None:
-        """Free extents that the session was noted to have given up."""
-        for offset in offsets:
-            if self._leases[offset].session == session:
-                self._let_go(offset, free=True)
-
-    def restore_block(self, digest: bytes, extent: Extent, now: float) -> None:
-        """Raises ForeignExtent where the extent is not free."""
-        self._restore(extent)
-        self._keep(digest, extent, now)
-
-    def restore_pins(self, session: SessionId, digests: Iterable[bytes], now: float) -> None:
-        """Pin what is in the index."""
-        for digest in digests:
-            if digest in self._blocks:
+    def restore(
+        self,
+        leases: Iterable[tuple[SessionId, int, Extent]],
+        blocks: Iterable[tuple[bytes, Extent]],
+        pins: Iterable[tuple[SessionId, bytes, int]],
+        now: float,
+    ) -> None:
+        """Hold exactly this, as `leases`, `blocks` and `pins` tell it; nothing is held yet. Raises
+        ForeignExtent where extents overlap or do not fit, KeyError for a pin of no block; the pool
+        is of no use then."""
+        leases, blocks = list(leases), list(blocks)
+        extents = [extent for _, _, extent in leases] + [extent for _, extent in blocks]
+        self._arena.restore((extent.offset, extent.num_bytes) for extent in extents)
+        for session, generation, extent in leases:
+            self._hold(session, extent, generation)
+            self._generation = max(self._generation, generation)
+        for digest, extent in blocks:
+            self._keep(digest, extent, now)
+        for session, digest, count in pins:
+            for _ in range(count):
                 self._pin(session, digest, now)
 
     # --- looking
@@ -393,19 +378,8 @@ class KVPool:
         self._held[lease.session].discard(offset)
         self._held_bytes[lease.session] -= lease.num_bytes
         if free:
-            self._free(offset)
-        return Extent(offset=offset, num_bytes=lease.num_bytes)
-
-    def _restore(self, extent: Extent) -> None:
-        if self._restored is None or extent.offset in self._restored:
-            raise ForeignExtent(f"the extent at offset {extent.offset} is not free")
-        self._restored[extent.offset] = extent.num_bytes
-
-    def _free(self, offset: int) -> None:
-        if self._restored is None:
             self._arena.free(offset)
-        else:
-            del self._restored[offset]
+        return Extent(offset=offset, num_bytes=lease.num_bytes)
 
     def _keep(self, digest: bytes, extent: Extent, now: float) -> None:
         self._blocks[digest] = _Block(extent.offset, extent.num_bytes, 0, now)

@@ -11,17 +11,19 @@ from typing import Final
 
 import msgspec
 
+from allocator.books import SessionId
 from allocator.messages import (
     Elected,
     Extent,
     Handle,
+    Open,
     Sealed,
+    Sleep,
     StillLoading,
     Tier,
     WeightSetState,
 )
 
-SessionId = int
 ReplyTo = tuple[bytes, bytes]
 """ZeroMQ identity and request id; opaque here."""
 
@@ -36,7 +38,7 @@ class Waiter:
     session: SessionId
     reply_to: ReplyTo
     deadline: float
-    opens: bool = True
+    request: Open | Sleep
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,12 @@ class WeightSet:
         copy = self.copies.get("device")
         sealed = copy.owned_bytes if copy is not None else 0
         return sealed + (self.target.num_bytes if self.target and self.is_for_device else 0)
+
+    def mapped(self) -> list[Handle]:
+        """All that clients may map of it: its copies, what is mapped beside them, and what is being
+        written."""
+        handles = [one for copy in self.copies.values() for one in (copy.handle, *copy.files)]
+        return [*handles, self.target] if self.target is not None else handles
 
     @property
     def is_for_device(self) -> bool:

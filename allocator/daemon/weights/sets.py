@@ -20,6 +20,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from allocator.books import SessionId
 from allocator.daemon.weights.state import (
     TIERS,
     Answer,
@@ -27,7 +28,6 @@ from allocator.daemon.weights.state import (
     Discard,
     Effect,
     Free,
-    SessionId,
     Waiter,
     WeightSet,
 )
@@ -46,6 +46,7 @@ from allocator.messages import (
     LowerTier,
     Moving,
     Sealed,
+    Sleep,
     Source,
     StillLoading,
     Tier,
@@ -60,9 +61,9 @@ _LOWER_TIERS: Final[tuple[LowerTier, ...]] = ("host", "disk")
 class WeightSets:
     """All weight sets of one device."""
 
-    def __init__(self, first_generation: int = 0) -> None:
+    def __init__(self) -> None:
         self._sets: dict[str, WeightSet] = {}
-        self._generation = first_generation
+        self._generation = 0
 
     def __iter__(self) -> Iterator[WeightSet]:
         return iter(self._sets.values())
@@ -377,10 +378,6 @@ class WeightSets:
         self._sets[weight_set.key] = weight_set
         self._generation = max(self._generation, weight_set.generation)
 
-    def forget(self, key: str) -> None:
-        """The reverse of `restore`."""
-        self._sets.pop(key, None)
-
     # --- steps
 
     def _known(self, key: str) -> WeightSet:
@@ -455,7 +452,7 @@ class WeightSets:
         waiting, weight_set.waiters = weight_set.waiters, deque()
         effects: list[Effect] = []
         for waiter in waiting:
-            if not waiter.opens:  # it asks again, and finds out
+            if isinstance(waiter.request, Sleep):  # it asks again, and finds out
                 told = StillLoading(writer_pid=0, num_bytes=0, total_bytes=0)
                 effects.append(Answer(waiter, told))
             elif weight_set.writer is not None:

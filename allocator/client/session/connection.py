@@ -25,8 +25,8 @@ import msgspec
 import zmq
 
 from allocator import messages
-from allocator.client.ledger import Books
-from allocator.client.silence import Silence
+from allocator.client.session.ledger import Ledger
+from allocator.client.session.silence import Silence
 from allocator.errors import (
     BY_CODE,
     AllocatorError,
@@ -35,10 +35,10 @@ from allocator.errors import (
     Unanswered,
     WaitTimeout,
 )
-from allocator.exports import num_descriptors
 from allocator.lifeline import Lifeline, cant_connect
 from allocator.messages import Hello, Welcome
 from allocator.processes.state import ProcessState
+from allocator.requests import REQUESTS, mappable
 from allocator.runtime_dir import RuntimeDir
 
 log = logging.getLogger("onecopy.allocator")
@@ -49,17 +49,10 @@ _PROMPT_S: Final = 0.05
 """An allocator that is not stopped has answered by then, unless it or the machine is busy."""
 _SLICE_S: Final = 0.25
 """How often a long wait looks whether the session is to end."""
+_EXPORTING: Final = "cuda"
+"""The backend whose handles alone map nothing: a descriptor comes with each."""
 _CLOSE_S: Final = 1.0
 """How long the end of a session waits for a thread that asks a silent allocator."""
-
-_REPEATABLE: Final = (
-    *(messages.Open, messages.Progress, messages.Lease, messages.MakeRoom, messages.LookUpBlocks),
-    *(messages.GetShare, messages.Pin, messages.SetQuota, messages.CheckIntegrity),
-    *(messages.GetStatistics, messages.GetRegions, messages.GetEvents, messages.GetHoldings),
-    messages.GetSegments,
-)
-"""What can be asked again when nobody knows whether it was done: what it gave is given back first
-(`_catch_up`), or it gives nothing."""
 
 
 class _Lost(Unanswered):
@@ -86,16 +79,16 @@ class Connection:
         self._request_timeout_s = request_timeout_s
         self._patience_s: float | None = None
         self._silence: Silence | None = None
-        self._given_up: deque[messages.Request] = deque()  # since the books were last looked at
+        self._given_up: deque[messages.Request] = deque()  # since the ledger was last looked at
         self._owner_pid = os.getpid()
         self._lock = threading.RLock()
         self._next_turn = threading.RLock()
         self._request_ids = itertools.count(1)
         self._context = zmq.Context(io_threads=1)
         self._closed = self._ends = False
-        self._books = Books()
+        self._ledger = Ledger()
         self._is_behind = False
-        """Whether the allocator may hold something else for this session than the books say."""
+        """Whether the allocator may hold something else for this session than the ledger says."""
         self._is_cut = False
         """Whether what is sent over the socket may go nowhere, so that it has to begin anew."""
         self._num_missed = 0
@@ -159,7 +152,7 @@ class Connection:
                     reply, descriptors = self._exchange(message, frame, patience_s)
                     break
                 except _Lost:
-                    if not isinstance(message, _REPEATABLE) or time.monotonic() > deadline:
+                    if not REQUESTS[type(message)].repeatable or time.monotonic() > deadline:
                         raise
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
@@ -222,12 +215,12 @@ class Connection:
         self._is_behind, missed = True, self._num_missed
         request_id = self._send(frame)
         reply = self._await(request_id, patience_s)
-        count = num_descriptors(reply)
+        count = sum(handle.backend == _EXPORTING for handle, _ in mappable(reply))
         descriptors: list[int] = []
         if count:
             descriptors = self._lifeline.descriptors(request_id, count, patience_s)
         self._is_behind = self._num_missed > missed
-        self._books.enter(message, reply)
+        self._ledger.enter(message, reply)
         return reply, descriptors
 
     def _close(self) -> None:
@@ -290,7 +283,7 @@ class Connection:
         ended[1].close(0)
         if not self._lifeline.welcome.resumed:
             self.epoch += 1
-            self._books.clear()
+            self._ledger.clear()
 
     def _ask_again(self) -> None:
         """The allocator was silent: wait for it, or for its successor, as long as it takes."""
@@ -300,7 +293,7 @@ class Connection:
                 self._catch_up(self._request_timeout_s, resume=True)
 
     def _catch_up(self, patience_s: float, *, resume: bool) -> None:
-        """See that allocator and books agree; `resume` the session with another allocator where
+        """See that allocator and ledger agree; `resume` the session with another allocator where
         this one has ended. What is lost meanwhile is asked again. Raises AllocatorGone,
         WaitTimeout."""
         deadline = time.monotonic() + patience_s
@@ -314,7 +307,7 @@ class Connection:
     def _catch_up_once(self, patience_s: float, *, resume: bool) -> None:
         """As `_catch_up`. Raises Unanswered, too."""
         while self._given_up:
-            self._books.enter(self._given_up.popleft(), messages.Done())
+            self._ledger.enter(self._given_up.popleft(), messages.Done())
             self._is_behind = True
         self._is_cut = self._lifeline.take_loss(between_requests=True) or self._is_cut
         if self._is_cut:
@@ -326,7 +319,7 @@ class Connection:
             self._is_behind = True
         if not self._is_behind:
             return
-        for request in self._books.differing(self._holdings(patience_s)):
+        for request in self._ledger.differing(self._holdings(patience_s)):
             reply = self._await(self._send(messages.encode(request)), patience_s)
             if isinstance(reply, messages.Failed):
                 log.warning("the session holds more than it uses: %s", reply.message)
