@@ -826,7 +826,7 @@ def test_without_a_limit_the_device_says_when_it_is_full() -> None:
     assert memory.make_room(2, 1 << 60) == []
     with pytest.raises(OutOfDeviceMemory):
         memory.lease(2, 17 * GRANULE, 1)
-    assert memory.pool.block(digest(1)) == block
+    assert dict(memory.pool.blocks())[digest(1)] == block
     extents, effects = memory.lease(2, GRANULE, 16)
     assert len(extents) == 16
     assert gone(effects) == ["1"]
@@ -861,13 +861,13 @@ def test_a_broken_invariant_is_found() -> None:
             memory.check()
 
     broken(lambda memory: memory.pool._leases.popitem())
-    broken(lambda memory: memory.pool._blocks.popitem())
-    broken(lambda memory: memory.pool._pins.clear())
+    broken(lambda memory: memory.pool._index._blocks.popitem())
+    broken(lambda memory: memory.pool._index._pins.clear())
     broken(lambda memory: memory.pool._held.clear())
-    broken(lambda memory: memory.pool._unpinned.update({digest(1): None}))
+    broken(lambda memory: memory.pool._index._unpinned.update({digest(1): None}))
     broken(lambda memory: memory.pool._arena.allocate(GRANULE))
-    broken(lambda memory: setattr(memory.pool, "_cached_bytes", 0))
-    broken(lambda memory: setattr(memory.pool, "_evictable_bytes", 5))
+    broken(lambda memory: setattr(memory.pool._index, "cached_bytes", 0))
+    broken(lambda memory: setattr(memory.pool._index, "evictable_bytes", 5))
     broken(lambda memory: memory._holders.clear())
     broken(lambda memory: memory._holders.pop(2))
     broken(lambda memory: next(iter(memory.sets)).copies.clear())

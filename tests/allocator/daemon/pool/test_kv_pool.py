@@ -140,7 +140,7 @@ def test_who_puts_a_block_pins_it_and_leases_it_no_longer() -> None:
     assert pool.put(OWNER, [BlockToPut(digest(1), lease.offset, lease.generation)], 1.0) == [True]
     assert pool.held(OWNER) == (0, 0, 1)
     assert (pool.leased_bytes, pool.cached_bytes, pool.evictable_bytes) == (0, GRANULE, 0)
-    assert pool.block(digest(1)) == at(0)
+    assert dict(pool.blocks())[digest(1)] == at(0)
     assert pool.evict_block() is None
     with pytest.raises(ForeignExtent, match="sealed block"):
         pool.give_back(OWNER, [lease])
