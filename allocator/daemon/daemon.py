@@ -9,7 +9,6 @@ since handing out wrong memory is worse than restarting. Never imports torch.
 import contextlib
 import logging
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -20,28 +19,20 @@ from typing import Final
 import msgspec
 import zmq
 
-from allocator.backends import open_device
-from allocator.backends.limits import check_limits
-from allocator.backends.numa import placement_notes
-from allocator.daemon.adoption import adopt
 from allocator.daemon.clients.bounded_router import BoundedRouter, Loss
 from allocator.daemon.clients.exports import send_exports
 from allocator.daemon.clients.hung_writers import HungWriters
 from allocator.daemon.clients.reception import Reception
 from allocator.daemon.clients.seldom import Seldom
 from allocator.daemon.clients.sessions import Session, Sessions
-from allocator.daemon.device.budget import DeviceMemory, Holder
-from allocator.daemon.device.device import Device
 from allocator.daemon.device.parts import Around
+from allocator.daemon.devices import Devices
 from allocator.daemon.journal.events import History
-from allocator.daemon.journal.file import read_journal
 from allocator.daemon.journal.records import (
     JOURNAL_VERSION,
     RunBegan,
-    SessionBegan,
     SessionEnded,
     boot_id,
-    read_records,
 )
 from allocator.daemon.journal.state import StateJournal
 from allocator.daemon.own_segments import OwnSegments
@@ -52,7 +43,6 @@ from allocator.errors import (
     AllocatorError,
     DeviceError,
     InvalidMessage,
-    InvalidSetting,
     RuntimeDirError,
     Unauthorized,
 )
@@ -89,9 +79,8 @@ class Daemon:
 
     def __init__(self, runtime_dir: RuntimeDir, settings: DaemonSettings | None = None):
         """Raises AlreadyRunning, InvalidSetting, RuntimeDirError, JournalError, DeviceError."""
-        self._settings = settings or DaemonSettings()
         self._sessions = Sessions()
-        self._devices: dict[str, Device] = {}
+        self._devices = Devices(settings or DaemonSettings())
         self._history = History()
         self._hung_writers = HungWriters()
         self._seldom = Seldom(log)
@@ -133,92 +122,24 @@ class Daemon:
                 f"{error.strerror}. See what lies there, or choose another one with --runtime-dir."
             ) from error
 
+    def _take_over(self, runtime_dir: RuntimeDir) -> None:
+        """What an earlier daemon left and is still true; the rest is removed."""
+        names, note = self._segments.names, self._journal.note
+        around = Around(self._started, self._sessions, self._history, names, note, self._reply)
+        self._devices.take_over(runtime_dir, self._segments, around)
+        for removed in self._segments.remove_abandoned():
+            self._history.add("removed", removed)
+        self._journal.begin()
+
     def _leave_to_the_next(self) -> None:
         """The start has failed: what was adopted is still there to be adopted."""
-        kept = any(list(device.memory.sets.handles()) for device in self._devices.values())
-        if not kept and not any(device.has_pool for device in self._devices.values()):
+        if not self._devices.hold_anything:
             self._journal.remove()
         self._segments.leave()
 
     def _is_client(self, password: bytes) -> bool:
         session = self._sessions.by_token(plain_token(password))
         return session is not None and not session.adopted
-
-    # --- the start
-
-    def _take_over(self, runtime_dir: RuntimeDir) -> None:
-        """Adopt what an earlier daemon left and is still true; remove the rest."""
-        settings = self._settings
-        now = time.monotonic()
-        kept = read_records(read_journal(runtime_dir.journal))
-        self._segments.claim(kept.segments())
-        sessions = [_session(record) for record in kept.sessions.values()]
-        dead = [session for session in sessions if not self._sessions.adopt(session)]
-        opened = {
-            name: open_device(name, settings.placement if name == "host" else "")
-            for name in settings.devices
-        }
-        self._device_names = {name: backend.device for name, backend in opened.items()}
-        backends = list(opened.values())
-        host_tier = open_device("host")
-        for note in placement_notes(settings.placement):
-            log.warning("%s", note)
-        keep: set[str] = set()
-        around = Around(
-            self._started,
-            self._sessions,
-            self._history,
-            self._segments.names,
-            self._journal.note,
-            self._reply,
-        )
-        for backend in backends:
-            if backend.device in self._devices:
-                raise InvalidSetting(f"the device {backend.device} is named twice")
-            limit = settings.memory_limit
-            if limit is None:
-                limit = backend.default_limit_bytes({one.process.pid for one in self._sessions})
-            ours = [session for session in sessions if session.device == backend.device]
-            adopted = adopt(
-                kept.device(backend.device),
-                {session.number: kept.books[session.number] for session in ours},
-                {session.number: Holder(session.model, session.user) for session in ours},
-                backend,
-                host_tier,
-                limit_bytes=limit,
-                quotas=settings.quotas,
-                now=now,
-            )
-            device = Device(
-                backend,
-                host_tier,
-                adopted.memory,
-                around,
-                image_folder=settings.image_folder,
-                host_tier_limit=settings.host_tier_limit,
-                prefix_cache_limit=settings.prefix_cache_limit,
-                pool=adopted.pool,
-                num_adopted_sets=adopted.num_sets,
-            )
-            self._devices[backend.device] = device
-            for session in dead:
-                if session.device == backend.device:
-                    device.end_session(session, now)
-            device.find_images()
-            keep |= {handle.segment for handle in adopted.memory.sets.handles()}
-            keep |= {adopted.pool.segment} if adopted.pool is not None else set()
-            if adopted.num_sets or adopted.pool:
-                self._history.add("adopted", _inheritance(adopted.memory, len(self._sessions)))
-        for session in list(self._sessions):
-            if session.device not in self._devices:
-                self._sessions.remove(session)
-        for side in {backend.name: backend for backend in (*backends, host_tier)}.values():
-            for name in side.sweep(runtime_dir.segment_prefix, frozenset(keep)):
-                self._history.add("removed", f"{name}, of an allocator that is gone")
-        self._segments.settle(keep)
-        for removed in self._segments.remove_abandoned():
-            self._history.add("removed", removed)
-        self._journal.begin()
 
     # --- life
 
@@ -262,7 +183,7 @@ class Daemon:
         if self._router.socket in events:
             self._answer_requests()
         now = time.monotonic()
-        for device in self._devices.values():
+        for device in self._devices:
             for weight_set, waiter in device.memory.sets.expired(now):
                 self._reply(waiter.reply_to, waiter.session, device.still_loading(weight_set))
                 self._doubt(weight_set, now)
@@ -283,8 +204,8 @@ class Daemon:
             self._end_session(writer)
 
     def _patience_ms(self) -> int | None:
-        deadlines = [device.memory.sets.next_deadline() for device in self._devices.values()]
-        deadlines += [device.next_relief() for device in self._devices.values()]
+        deadlines = [device.memory.sets.next_deadline() for device in self._devices]
+        deadlines += [device.next_relief() for device in self._devices]
         deadlines += [self._reception.next_deadline()]
         if len(self._sessions):  # nobody else can send anything
             deadlines += [self._router.next_tick()]
@@ -308,7 +229,7 @@ class Daemon:
                     tell_to_ask_again(session.lifeline)
 
     def _close(self) -> None:
-        for device in self._devices.values():
+        for device in self._devices:
             device.close()
         for session in self._sessions:
             session.close()
@@ -342,7 +263,7 @@ class Daemon:
                 token=session.token,
                 requests=self._requests,
                 device=session.device,
-                devices=tuple(self._devices),
+                devices=self._devices.names,
                 resumed=resumed,
             )
         except EOFError:
@@ -365,7 +286,7 @@ class Daemon:
         process = ProcessIdentity.of(visitor.pid)
         if process is None:
             raise EOFError
-        chosen = self._device(device)
+        chosen = self._devices.find(device)
         session = Session(
             self._sessions.next_number(),
             process,
@@ -378,19 +299,9 @@ class Daemon:
         )
         self._sessions.add(session)
         chosen.begin_session(session)
-        self._journal.note(_session_record(session))
+        self._journal.note(session.record())
         log.debug("session %d: pid %d", session.number, process.pid)
         return session
-
-    def _device(self, name: str) -> Device:
-        if not name:
-            return next(iter(self._devices.values()))
-        name = self._device_names.get(name, name)
-        if name not in self._devices:
-            raise InvalidSetting(
-                f"this allocator has no device {name!r}, only {', '.join(self._devices)}"
-            )
-        return self._devices[name]
 
     def _end_session(self, session: Session) -> None:
         self._poller.unregister(session.fd)
@@ -469,8 +380,8 @@ class Daemon:
     def _snapshot(self) -> Iterator[Message]:
         yield RunBegan(version=JOURNAL_VERSION, boot_id=boot_id())
         for session in self._sessions:
-            yield _session_record(session)
-        for device in self._devices.values():
+            yield session.record()
+        for device in self._devices:
             yield from device.records()
 
 
@@ -483,61 +394,3 @@ def _decoded(payload: bytes) -> Request:
         return decode_request(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage(f"not a request: {error}") from error
-
-
-def _session(record: SessionBegan) -> Session:
-    return Session(
-        record.number,
-        ProcessIdentity(record.pid, record.start_ticks),
-        record.token,
-        record.device,
-        record.model,
-        record.user,
-        record.label,
-    )
-
-
-def _session_record(session: Session) -> SessionBegan:
-    return SessionBegan(
-        number=session.number,
-        pid=session.process.pid,
-        start_ticks=session.process.start_ticks,
-        token=session.token,
-        device=session.device,
-        model=session.model,
-        user=session.user,
-        label=session.label,
-    )
-
-
-def _inheritance(memory: DeviceMemory, num_sessions: int) -> str:
-    num_sets = sum(weight_set.state in ("sealed", "idle") for weight_set in memory.sets)
-    statistics = memory.pool.statistics()
-    return (
-        f"{num_sets} weight sets, {statistics.num_leases} leases, {statistics.num_blocks} blocks "
-        f"and {num_sessions} sessions of an allocator that was killed"
-    )
-
-
-def run(
-    runtime_dir: RuntimeDir,
-    settings: DaemonSettings | None = None,
-    *,
-    ready_fd: int | None = None,
-) -> None:
-    """Serve until SIGTERM or SIGINT; `ready_fd` gets one byte, and is closed, once clients can
-    connect. Raises AlreadyRunning, InvalidSetting."""
-    os.umask(0o077)
-    if settings is None or "host" in settings.devices:
-        check_limits(None if settings is None else settings.memory_limit)
-    # A lifeline each client, and for a moment a descriptor for what it maps.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    daemon = Daemon(runtime_dir, settings)
-    daemon.stop_on_signals()
-    log.info("allocator ready in %s", runtime_dir.path)
-    if ready_fd is not None:
-        os.write(ready_fd, b"\n")
-        os.close(ready_fd)
-    daemon.serve()
-    log.info("allocator stopped")
