@@ -18,7 +18,7 @@ from typing import Final, Protocol, Self
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from allocator.client.share.layout import LARGEST_ITEM_BYTES, Extent, Span, extents, lay_out
+from allocator.client.share.layout import LARGEST_ITEM_BYTES, Span, SpanGroup, grouped, lay_out
 from allocator.client.share.manifest import (
     LAYOUT_VERSION,
     Form,
@@ -220,7 +220,7 @@ def _plan(places: Mapping[str, _Place]) -> _Plan:
     spans = {name: _span(name, p.tensor) for name, p in places.items() if p.tensor.numel()}
     order = {name: index for index, name in enumerate(places)}
     found = sorted(
-        extents(spans.values()), key=lambda extent: min(order[span.name] for span in extent.spans)
+        grouped(spans.values()), key=lambda extent: min(order[span.name] for span in extent.spans)
     )
     starts, num_bytes = lay_out(found)
     offsets: dict[str, int] = {}
@@ -251,7 +251,7 @@ def _span(name: str, tensor: torch.Tensor) -> Span:
 
 
 def _pieces(
-    extent: Extent, places: Mapping[str, _Place], offset: int
+    extent: SpanGroup, places: Mapping[str, _Place], offset: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The extent's bytes, each once; a tensor's own storage gives those that it reaches."""
     done = extent.start
@@ -354,7 +354,7 @@ def _views(reader: WeightSetReader) -> dict[str, torch.Tensor]:
         for name, e in entries.items()
         if e.num_bytes
     ]
-    for extent in extents(spans):
+    for extent in grouped(spans):
         start = extent.start // LARGEST_ITEM_BYTES * LARGEST_ITEM_BYTES
         segment = checked[extent.spans[0].name].untyped_storage()
         data = _bytes_of(segment, start, extent.end - start)
