@@ -2,7 +2,7 @@
 
 import sys
 
-from allocator.daemon.command import main
+from allocator.daemon import main
 
 if __name__ == "__main__":
     sys.exit(main())

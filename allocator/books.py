@@ -81,12 +81,17 @@ class PinsChanged(Message, tag="pins_changed", frozen=True):
         """See `Change`."""
         if self.pinned:
             books.pins.update(self.digests)
-        else:
-            books.pins -= Counter(self.digests)
+            return
+        for digest in self.digests:
+            books.pins[digest] -= 1
+            if books.pins[digest] <= 0:
+                del books.pins[digest]
 
     def fits(self, books: Books) -> bool:
         """See `Change`."""
-        return self.pinned or Counter(self.digests) <= books.pins
+        return self.pinned or all(
+            books.pins[digest] >= count for digest, count in Counter(self.digests).items()
+        )
 
 
 class ReadsChanged(Message, tag="reads_changed", frozen=True):
