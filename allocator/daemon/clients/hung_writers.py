@@ -6,7 +6,7 @@ waited for at each of them, is given up. Knows nothing of what is written.
 
 from typing import Final
 
-from allocator.daemon.sessions import Session
+from allocator.daemon.clients.sessions import Session
 from allocator.processes.state import ProcessState
 
 PATIENCE_S: Final = 10.0

@@ -13,20 +13,19 @@ import contextlib
 import itertools
 import logging
 import os
-import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 import zmq
 
 from allocator import messages
-from allocator.client.ledger import Books
-from allocator.client.silence import Silence
+from allocator.client.session import forks, forsaken, request_socket
+from allocator.client.session.ledger import Ledger
+from allocator.client.session.silence import Silence
+from allocator.client.session.turns import Turns
 from allocator.errors import (
     BY_CODE,
     AllocatorError,
@@ -35,10 +34,10 @@ from allocator.errors import (
     Unanswered,
     WaitTimeout,
 )
-from allocator.exports import num_descriptors
-from allocator.lifeline import Lifeline, cant_connect
+from allocator.lifeline import Lifeline
 from allocator.messages import Hello, Welcome
 from allocator.processes.state import ProcessState
+from allocator.requests import REQUESTS, mappable
 from allocator.runtime_dir import RuntimeDir
 
 log = logging.getLogger("onecopy.allocator")
@@ -49,17 +48,10 @@ _PROMPT_S: Final = 0.05
 """An allocator that is not stopped has answered by then, unless it or the machine is busy."""
 _SLICE_S: Final = 0.25
 """How often a long wait looks whether the session is to end."""
+_EXPORTING: Final = "cuda"
+"""The backend whose handles alone map nothing: a descriptor comes with each."""
 _CLOSE_S: Final = 1.0
 """How long the end of a session waits for a thread that asks a silent allocator."""
-
-_REPEATABLE: Final = (
-    *(messages.Open, messages.Progress, messages.Lease, messages.MakeRoom, messages.LookUpBlocks),
-    *(messages.GetShare, messages.Pin, messages.SetQuota, messages.CheckIntegrity),
-    *(messages.GetStatistics, messages.GetRegions, messages.GetEvents, messages.GetHoldings),
-    messages.GetSegments,
-)
-"""What can be asked again when nobody knows whether it was done: what it gave is given back first
-(`_catch_up`), or it gives nothing."""
 
 
 class _Lost(Unanswered):
@@ -86,16 +78,15 @@ class Connection:
         self._request_timeout_s = request_timeout_s
         self._patience_s: float | None = None
         self._silence: Silence | None = None
-        self._given_up: deque[messages.Request] = deque()  # since the books were last looked at
+        self._given_up: deque[messages.Request] = deque()  # since the ledger was last looked at
         self._owner_pid = os.getpid()
-        self._lock = threading.RLock()
-        self._next_turn = threading.RLock()
+        self._turns = Turns()
         self._request_ids = itertools.count(1)
         self._context = zmq.Context(io_threads=1)
         self._closed = self._ends = False
-        self._books = Books()
+        self._ledger = Ledger()
         self._is_behind = False
-        """Whether the allocator may hold something else for this session than the books say."""
+        """Whether the allocator may hold something else for this session than the ledger says."""
         self._is_cut = False
         """Whether what is sent over the socket may go nowhere, so that it has to begin anew."""
         self._num_missed = 0
@@ -106,8 +97,8 @@ class Connection:
         except BaseException:
             self._context.term()
             raise
-        _open_connections.add(self)
-        _end_forsaken(timeout_s)
+        forks.watch(self)
+        forsaken.end_all(timeout_s)
 
     def hurry(self, patience_s: float, tell: Callable[[float | None], None]) -> None:
         """From now on no call waits longer than `patience_s` for the allocator, and none waits at
@@ -144,7 +135,7 @@ class Connection:
                 f"the request takes {len(frame)} bytes, at most {messages.MAX_FRAME_BYTES} can be "
                 "sent"
             )
-        with self._heard(), self._exclusive(self._patience_s):
+        with self._heard(), self._turns.taken(self._patience_s):
             if self._closed:
                 raise AllocatorGone("this session is closed")
             patience_s = self._request_timeout_s if self._patience_s is None else self._patience_s
@@ -159,7 +150,7 @@ class Connection:
                     reply, descriptors = self._exchange(message, frame, patience_s)
                     break
                 except _Lost:
-                    if not isinstance(message, _REPEATABLE) or time.monotonic() > deadline:
+                    if not REQUESTS[type(message)].repeatable or time.monotonic() > deadline:
                         raise
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
@@ -201,18 +192,18 @@ class Connection:
         """End the session: the allocator takes back all it held. Idempotent. Waits for the request
         that another thread has on its way."""
         if self.is_inherited:
-            self._drop_inherited()
+            self.drop_inherited()
             return
         if self._silence is not None:
             self._silence.close()
             self._ends = True
             # The thread that asks may be in the middle of it; only the process's end is quicker.
-            with contextlib.suppress(WaitTimeout), self._exclusive(_CLOSE_S):
+            with contextlib.suppress(WaitTimeout), self._turns.taken(_CLOSE_S):
                 self._close()
             return
-        with self._exclusive():
+        with self._turns.taken():
             self._close()
-        _end_forsaken(self._timeout_s)
+        forsaken.end_all(self._timeout_s)
 
     # --- steps
 
@@ -222,12 +213,12 @@ class Connection:
         self._is_behind, missed = True, self._num_missed
         request_id = self._send(frame)
         reply = self._await(request_id, patience_s)
-        count = num_descriptors(reply)
+        count = sum(handle.backend == _EXPORTING for handle, _ in mappable(reply))
         descriptors: list[int] = []
         if count:
             descriptors = self._lifeline.descriptors(request_id, count, patience_s)
         self._is_behind = self._num_missed > missed
-        self._books.enter(message, reply)
+        self._ledger.enter(message, reply)
         return reply, descriptors
 
     def _close(self) -> None:
@@ -235,14 +226,14 @@ class Connection:
             return
         self._closed = True
         if not self._lifeline.is_open():
-            _forsaken.append((self._runtime_dir.lifeline, self._resuming()))
+            forsaken.add(self._runtime_dir.lifeline, self._resuming())
         self._end()
         self._context.term()
 
     def _begin(self, hello: Hello) -> None:
         """Where it fails the lifeline and socket of before are still there."""
         # First: it may fail, and a session that was resumed must not end over that.
-        opened = self._opened_socket()
+        opened = request_socket.opened(self._context)
         try:
             lifeline = Lifeline.connect(self._runtime_dir.lifeline, self._timeout_s, hello)
         except BaseException:
@@ -251,22 +242,10 @@ class Connection:
         self._lifeline = lifeline
         self._connect_socket(opened)
 
-    def _opened_socket(self) -> "zmq.Socket[bytes]":
-        """Raises AllocatorGone where this process can have none."""
-        try:
-            return self._context.socket(zmq.DEALER)
-        except zmq.ZMQError as error:
-            raise AllocatorGone(cant_connect(error.strerror)) from error
-
     def _connect_socket(self, opened: "zmq.Socket[bytes]") -> None:
-        welcome = self._lifeline.welcome
         self._socket = opened
         self._is_cut = False
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.PLAIN_USERNAME, messages.PLAIN_USER)
-        self._socket.setsockopt(zmq.PLAIN_PASSWORD, messages.plain_password(welcome.token))
-        self._socket.connect(welcome.requests)
+        request_socket.connect(opened, self._lifeline.welcome)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._lifeline.connection.fileno(), zmq.POLLIN)
@@ -290,17 +269,17 @@ class Connection:
         ended[1].close(0)
         if not self._lifeline.welcome.resumed:
             self.epoch += 1
-            self._books.clear()
+            self._ledger.clear()
 
     def _ask_again(self) -> None:
         """The allocator was silent: wait for it, or for its successor, as long as it takes."""
-        with self._exclusive():
+        with self._turns.taken():
             if not self._closed:
                 self._is_behind = True
                 self._catch_up(self._request_timeout_s, resume=True)
 
     def _catch_up(self, patience_s: float, *, resume: bool) -> None:
-        """See that allocator and books agree; `resume` the session with another allocator where
+        """See that allocator and ledger agree; `resume` the session with another allocator where
         this one has ended. What is lost meanwhile is asked again. Raises AllocatorGone,
         WaitTimeout."""
         deadline = time.monotonic() + patience_s
@@ -314,7 +293,7 @@ class Connection:
     def _catch_up_once(self, patience_s: float, *, resume: bool) -> None:
         """As `_catch_up`. Raises Unanswered, too."""
         while self._given_up:
-            self._books.enter(self._given_up.popleft(), messages.Done())
+            self._ledger.enter(self._given_up.popleft(), messages.Done())
             self._is_behind = True
         self._is_cut = self._lifeline.take_loss(between_requests=True) or self._is_cut
         if self._is_cut:
@@ -326,7 +305,7 @@ class Connection:
             self._is_behind = True
         if not self._is_behind:
             return
-        for request in self._books.differing(self._holdings(patience_s)):
+        for request in self._ledger.differing(self._holdings(patience_s)):
             reply = self._await(self._send(messages.encode(request)), patience_s)
             if isinstance(reply, messages.Failed):
                 log.warning("the session holds more than it uses: %s", reply.message)
@@ -342,7 +321,7 @@ class Connection:
 
     def _reconnect_socket(self) -> None:
         """The daemon has begun its own anew: what this one has accepted may go nowhere."""
-        opened = self._opened_socket()
+        opened = request_socket.opened(self._context)
         self._socket.close(0)
         self._connect_socket(opened)
 
@@ -354,7 +333,7 @@ class Connection:
     def _resuming(self) -> Hello:
         return msgspec.structs.replace(self._hello, resume=self._lifeline.welcome.token)
 
-    def _drop_inherited(self) -> None:
+    def drop_inherited(self) -> None:
         """In a forked child: the parent's session must not live on because our copy of its lifeline
         does. What ZeroMQ holds belongs to threads that were not forked, so it is left alone."""
         self._closed = True
@@ -373,25 +352,6 @@ class Connection:
             if isinstance(error, WaitTimeout) or not self._lifeline.is_open():
                 self._silence.begin()
             raise
-
-    @contextlib.contextmanager
-    def _exclusive(self, patience_s: float | None = None) -> Iterator[None]:
-        """Raises WaitTimeout after `patience_s`, if that is given."""
-        # A lock alone would go to the thread that has just released it and asks again, for as long
-        # as it waits for a weight set; here whoever came second holds the door until its turn.
-        timeout_s = -1 if patience_s is None else patience_s
-        if not self._next_turn.acquire(timeout=timeout_s):
-            raise WaitTimeout("another thread waits for the allocator")
-        try:
-            is_ours = self._lock.acquire(timeout=timeout_s)
-        finally:
-            self._next_turn.release()
-        if not is_ours:
-            raise WaitTimeout("another thread waits for the allocator")
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def _await(self, request_id: bytes, patience_s: float) -> messages.Reply:
         begun = time.monotonic()
@@ -437,35 +397,3 @@ def expect(answer: messages.Reply, expected: type[R]) -> R:
     if not isinstance(answer, expected):
         raise InvalidMessage(f"unexpected answer {type(answer).__name__}")
     return answer
-
-
-_forsaken: list[tuple[Path, Hello]] = []
-"""Sessions that were closed while there was no daemon to hear of it."""
-
-
-def _end_forsaken(timeout_s: float) -> None:
-    """A successor may have adopted them, and can't tell by the process, which lives on: take each
-    up once more, and end it."""
-    for forsaken in list(_forsaken):
-        path, hello = forsaken
-        try:
-            Lifeline.connect(path, timeout_s, hello).close()
-        except AllocatorGone:
-            if path.parent.exists():
-                continue  # not yet: the next connection tries again
-        except AllocatorError as error:
-            log.debug("a session could not be ended: %s", error)
-        with contextlib.suppress(ValueError):  # another thread was faster
-            _forsaken.remove(forsaken)
-
-
-_open_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    _forsaken.clear()
-    for connection in list(_open_connections):
-        connection._drop_inherited()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 from allocator.backends import Backend
-from allocator.daemon.budget import DeviceMemory
+from allocator.daemon.device.budget import DeviceMemory
 from allocator.errors import DeviceError
 from allocator.messages import Handle
 

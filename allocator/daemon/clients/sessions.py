@@ -9,7 +9,9 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
+from allocator.daemon.journal.records import SessionBegan
 from allocator.processes.identity import ProcessIdentity
 
 
@@ -26,6 +28,28 @@ class Session:
     label: str
     lifeline: socket.socket | None = field(default=None, repr=False)
     pidfd: int = -1
+
+    @classmethod
+    def of(cls, record: SessionBegan) -> Self:
+        """As an earlier daemon noted it."""
+        process = ProcessIdentity(record.pid, record.start_ticks)
+        return cls(
+            *(record.number, process, record.token),
+            *(record.device, record.model, record.user, record.label),
+        )
+
+    def record(self) -> SessionBegan:
+        """For the next daemon."""
+        return SessionBegan(
+            number=self.number,
+            pid=self.process.pid,
+            start_ticks=self.process.start_ticks,
+            token=self.token,
+            device=self.device,
+            model=self.model,
+            user=self.user,
+            label=self.label,
+        )
 
     @property
     def adopted(self) -> bool:

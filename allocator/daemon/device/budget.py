@@ -1,12 +1,11 @@
 """All memory of one device as numbers: weight sets, the pool, who may hold how much. Pure.
 
-Owns the limit, the quotas and the order in which things are given up to make room: whatever nobody
-uses, least recently used first, weight sets and cached blocks alike. Two bounds count: the limit,
-for all that is used, and what the device has room for now (`see`), for what takes its memory: files
-that are mapped where they lie do not. What is reserved counts whether or not it is committed yet.
-Invariants: nothing is given out beyond either bound; nothing is given up unless that makes the
-room; who asks for more than its quota is refused before anything is given up for it. Knows nothing
-of bytes, sockets or backends.
+Owns the limit and the quotas, and says how much has to be given up to make room; which goes first
+is `device.eviction`'s. Two bounds count: the limit, for all that is used, and what the device has
+room for now (`see`), for what takes its memory: files that are mapped where they lie do not. What
+is reserved counts whether or not it is committed yet. Invariants: nothing is given out beyond
+either bound; nothing is given up unless that makes the room; who asks for more than its quota is
+refused before anything is given up for it. Knows nothing of bytes, sockets or backends.
 """
 
 from collections import Counter
@@ -15,9 +14,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from allocator.backends.room import Room, size
+from allocator.books import SessionId
+from allocator.daemon.device.eviction import AnyEffect, Evicted, Eviction, FreeExtent
 from allocator.daemon.pool.kv_pool import KVPool
-from allocator.daemon.weights.requests import WeightSets
-from allocator.daemon.weights.state import Discard, Effect, Free, SessionId, WeightSet
+from allocator.daemon.weights.sets import WeightSets
+from allocator.daemon.weights.state import WeightSet
 from allocator.errors import OutOfDeviceMemory, QuotaExceeded
 from allocator.messages import MAX_BYTES, BlockToPut, Extent, LeaseId, QuotaStatistics
 
@@ -37,25 +38,6 @@ class Holder:
         """The quotas that apply."""
         named = (("model", self.model), ("user", self.user))
         return [(kind, name) for kind, name in named if name]
-
-
-@dataclass(frozen=True)
-class Evicted:
-    """Effect: this set or block was given up to make room."""
-
-    key: str
-    digest: bytes
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class FreeExtent:
-    """Effect: nobody needs this extent of the pool any more."""
-
-    extent: Extent
-
-
-AnyEffect = Effect | FreeExtent | Evicted
 
 
 class DeviceMemory:
@@ -79,7 +61,7 @@ class DeviceMemory:
         self._quotas: dict[QuotaKey, int] = dict(quotas or {})
         self._holders: dict[SessionId, Holder] = {}
         self._tolerated_bytes = 0
-        self.num_evictions = 0
+        self.eviction = Eviction(self.sets, self.pool)
 
     # --- sessions
 
@@ -152,30 +134,16 @@ class DeviceMemory:
     def relieve(self) -> list[AnyEffect]:
         """Give up what nobody uses as long as more is owned than the device has room for. May not
         be enough."""
-        effects: list[AnyEffect] = []
-        while self.overdrawn_bytes:
-            evicted = self.evict_one(owned=True)
-            if not evicted:
-                break
+        return self.eviction.until(lambda: not self.overdrawn_bytes, owned=True)
+
+    def give_way(self, num_bytes: int) -> list[AnyEffect]:
+        """As `relieve`, and then go on until what was given up took `num_bytes`. May not be
+        enough."""
+        effects = self.relieve()
+        freed = sum(one.num_bytes for one in effects if isinstance(one, Evicted))
+        while freed < num_bytes and (evicted := self.eviction.one(owned=True)):
+            freed += sum(one.num_bytes for one in evicted if isinstance(one, Evicted))
             effects += evicted
-        return effects
-
-    def evict_one(self, *, owned: bool = False) -> list[AnyEffect]:
-        """Give up the least recently used of the idle sets and unpinned blocks; [] if there is
-        none. `owned`: of those that take memory of the device."""
-        idle = self.sets.least_recently_used(owned=owned)
-        block = self.pool.oldest_block()
-        if idle is not None and (block is None or idle.idle_since <= block):
-            num_bytes = idle.num_bytes("device")
-            self.num_evictions += 1
-            return [Evicted(idle.key, b"", num_bytes), *self.sets.evict(idle.key)]
-        return self._evict_block()
-
-    def evict_blocks(self, most_bytes: int) -> list[AnyEffect]:
-        """Give up unpinned blocks, least recently used first, until they take `most_bytes`."""
-        effects: list[AnyEffect] = []
-        while self.pool.evictable_bytes > most_bytes:
-            effects += self._evict_block()
         return effects
 
     def lease(
@@ -190,7 +158,7 @@ class DeviceMemory:
             if self.pool.most_leases(num_bytes) < count:
                 raise OutOfDeviceMemory(self._no_extents(rounded, count))
             while extents is None:
-                evicted = self._evict_block()
+                evicted = self.eviction.block()
                 if not evicted:
                     raise AssertionError("the pool without blocks has not the extents it promised")
                 effects += evicted
@@ -282,19 +250,13 @@ class DeviceMemory:
     ) -> list[AnyEffect]:
         """Until so much fits, as `_check_room` has found that it can; `owned`: into the device's
         room as well as below the limit."""
-        effects: list[AnyEffect] = []
-        while self.used_bytes + num_bytes + mapped_bytes > self._most_bytes:
-            effects += self.evict_one()
-        while owned and self.owned_bytes + num_bytes > self.device_bytes:
-            effects += self.evict_one(owned=True)
+        more = num_bytes + mapped_bytes
+        effects = self.eviction.until(lambda: self.used_bytes + more <= self._most_bytes)
+        if owned:
+            effects += self.eviction.until(
+                lambda: self.owned_bytes + num_bytes <= self.device_bytes, owned=True
+            )
         return effects
-
-    def _evict_block(self) -> list[AnyEffect]:
-        evicted = self.pool.evict_block()
-        if evicted is None:
-            return []
-        digest, extent = evicted
-        return [Evicted("", digest, extent.num_bytes), FreeExtent(extent)]
 
     def _beyond_limit(self, num_bytes: int, busy_bytes: int) -> str:
         limit = self._most_bytes
@@ -382,17 +344,3 @@ def check_set(weight_set: WeightSet, sessions: Iterable[SessionId]) -> None:
         raise AssertionError(f"{weight_set.key}: sessions wait, and nobody writes")
     if weight_set.state == "absent":
         raise AssertionError(f"{weight_set.key}: it is absent, and still listed")
-
-
-__all__ = [
-    "AnyEffect",
-    "DeviceMemory",
-    "Discard",
-    "Evicted",
-    "Free",
-    "FreeExtent",
-    "Holder",
-    "QuotaKey",
-    "check_set",
-    "size",
-]

@@ -7,7 +7,7 @@ what is being committed.
 from typing import Final
 
 from allocator import messages
-from allocator.client.connection import Connection
+from allocator.client.session.connection import Connection
 from allocator.errors import SharedMemoryFull
 
 _MOST_TRIES: Final = 16

@@ -15,7 +15,7 @@ from typing import Final
 
 import zmq
 
-from allocator.daemon.seldom import Seldom
+from allocator.daemon.clients.seldom import Seldom
 from allocator.errors import AllocatorBusy
 from allocator.lifeline import (
     NO_DESCRIPTORS,

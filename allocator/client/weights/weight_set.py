@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from allocator import backends, messages
-from allocator.client.connection import Connection, expect
-from allocator.client.shortage import Shortage
+from allocator.client.session.connection import Connection, expect
+from allocator.client.session.shortage import Shortage
 from allocator.digests import differing, digest
 from allocator.errors import (
     AllocatorError,
@@ -59,7 +59,7 @@ class WeightSetReader:
 
     def tensors(self) -> "dict[str, torch.Tensor]":
         """Name → aliased, read-only tensor. Imports torch."""
-        from allocator.client.tensor import tensors
+        from allocator.client.weights.tensor import tensors
 
         return tensors(self._mappings, self.manifest.tensors)
 
@@ -119,7 +119,7 @@ class WeightSetWriter:
 
     def writable_tensors(self, manifest: Manifest) -> "dict[str, torch.Tensor]":
         """The tensors that `manifest` describes, over the reserved segment, to be filled."""
-        from allocator.client.tensor import tensors
+        from allocator.client.weights.tensor import tensors
 
         return tensors([self._reserved()], manifest.tensors)
 

@@ -20,8 +20,8 @@ from typing import Final
 
 import zmq
 
-from allocator.daemon.flood import MemoryWatch, cut, flooding_connections
-from allocator.daemon.seldom import Seldom
+from allocator.daemon.clients.flood import MemoryWatch, cut, flooding_connections
+from allocator.daemon.clients.seldom import Seldom
 
 log = logging.getLogger("onecopy.allocator")
 

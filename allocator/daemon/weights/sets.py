@@ -15,27 +15,25 @@ Knows nothing of how segments are made, or of what the bytes mean.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
 
+from allocator.books import SessionId
 from allocator.daemon.weights.state import (
     TIERS,
     Answer,
     Copy,
-    Discard,
     Effect,
     Free,
-    SessionId,
-    Waiter,
     WeightSet,
 )
+from allocator.daemon.weights.table import SetTable
 from allocator.errors import (
     FingerprintMismatch,
     InvalidMessage,
     NotWriter,
-    StaleGeneration,
     UnknownWeightSet,
     WeightSetBusy,
 )
@@ -46,30 +44,17 @@ from allocator.messages import (
     LowerTier,
     Moving,
     Sealed,
-    Source,
+    Sleep,
     StillLoading,
-    Tier,
 )
 
 SleepStep = Literal["asleep", "wait", "copy"]
 """It is down; a writer is at work on it; or it has to be copied."""
 _ON_DISK: Final = ("asleep", "disk")
-_LOWER_TIERS: Final[tuple[LowerTier, ...]] = ("host", "disk")
 
 
-class WeightSets:
-    """All weight sets of one device."""
-
-    def __init__(self, first_generation: int = 0) -> None:
-        self._sets: dict[str, WeightSet] = {}
-        self._generation = first_generation
-
-    def __iter__(self) -> Iterator[WeightSet]:
-        return iter(self._sets.values())
-
-    def get(self, key: str) -> WeightSet | None:
-        """The set of that key, if there is one."""
-        return self._sets.get(key)
+class WeightSets(SetTable):
+    """All weight sets of one device, and what requests make of them."""
 
     # --- joining
 
@@ -105,31 +90,14 @@ class WeightSets:
         if weight_set.writer is not None:
             return None
         if "device" in weight_set.copies:
-            return self._admit(weight_set, session)
-        return self._elect(weight_set, session, "device")
-
-    def wait(self, key: str, waiter: Waiter) -> None:
-        """Queue behind the writer of `key`: answered by an effect, or taken out by `expired`."""
-        self._sets[key].waiters.append(waiter)
-
-    def expired(self, now: float) -> list[tuple[WeightSet, Waiter]]:
-        """Take out the waiters whose deadline has passed."""
-        late: list[tuple[WeightSet, Waiter]] = []
-        for weight_set in self._sets.values():
-            if any(waiter.deadline <= now for waiter in weight_set.waiters):
-                late += [(weight_set, w) for w in weight_set.waiters if w.deadline <= now]
-                weight_set.waiters = deque(w for w in weight_set.waiters if w.deadline > now)
-        return late
-
-    def next_deadline(self) -> float | None:
-        """The earliest deadline of any waiter."""
-        return min((w.deadline for s in self._sets.values() for w in s.waiters), default=None)
+            return weight_set.admit(session)
+        return weight_set.elect(session, "device", self._next_generation())
 
     # --- writing
 
     def writing(self, session: SessionId, key: str, generation: int) -> WeightSet:
         """The set that this session writes. Raises UnknownWeightSet, StaleGeneration, NotWriter."""
-        weight_set = self._get(key, generation)
+        weight_set = self._current(key, generation)
         if weight_set.writer != session:
             raise NotWriter(f"this session is not the writer of {key!r}")
         return weight_set
@@ -203,9 +171,9 @@ class WeightSets:
         handle = msgspec.structs.replace(handle, generation=weight_set.generation)
         weight_set.copies["device"] = Copy(handle, manifest, manifest_digest, files)
         weight_set.written_bytes = handle.num_bytes
-        effects = self._drop(weight_set, "host")
-        self._end_writing(weight_set)
-        sealed = self._admit(weight_set, session)
+        effects = weight_set.drop("host")
+        weight_set.end_writing()
+        sealed = weight_set.admit(session)
         return sealed, effects + self._go_on(weight_set)
 
     def abandon(
@@ -216,7 +184,7 @@ class WeightSets:
         weight_set = self.writing(session, key, generation)
         effects: list[Effect] = []
         if discard_source and weight_set.target_tier == "device" and weight_set.copies:
-            effects += self._drop(weight_set, weight_set.tier)
+            effects += weight_set.drop(weight_set.tier)
         return effects + self._lose_writer(weight_set)
 
     # --- tiers
@@ -228,14 +196,14 @@ class WeightSets:
         """
         weight_set = self._known(key)
         if weight_set.state == "loading" or weight_set.readers:
-            raise WeightSetBusy(self._busy(weight_set))
+            raise WeightSetBusy(weight_set.busy)
         if weight_set.writer is not None:
             return "wait", []
         if TIERS.index(weight_set.tier) >= TIERS.index(tier):
             return "asleep", []
         highest = weight_set.highest
         if (tier == "disk" and "disk" in weight_set.copies) or (highest and highest.is_file):
-            effects = self._drop(weight_set, "device") + self._drop(weight_set, "host")
+            effects = weight_set.drop("device") + weight_set.drop("host")
             self._forget_if_empty(weight_set)
             return "asleep", effects
         return "copy", []
@@ -248,7 +216,7 @@ class WeightSets:
         source = weight_set.highest
         assert source is not None  # noqa: S101 - `sleep` said that it has to be copied
         assert source.manifest is not None  # noqa: S101 - images are never copied
-        elected = self._elect(weight_set, session, tier)
+        elected = weight_set.elect(session, tier, self._next_generation())
         if target is not None:
             weight_set.target = msgspec.structs.replace(target, generation=elected.generation)
         return Moving(
@@ -271,8 +239,8 @@ class WeightSets:
             raise InvalidMessage(f"the weight set {key!r} does not move to a lower tier")
         upper = weight_set.tier
         weight_set.copies[tier] = Copy(handle, source.manifest, source.manifest_digest)
-        effects = self._drop(weight_set, upper)
-        self._end_writing(weight_set)
+        effects = weight_set.drop(upper)
+        weight_set.end_writing()
         return effects + self._go_on(weight_set)
 
     def sleeping_in_host_memory(
@@ -285,11 +253,6 @@ class WeightSets:
         if fingerprint is not None and _differences(weight_set.fingerprint, fingerprint):
             return None
         return weight_set
-
-    def num_bytes_of(self, key: str) -> int:
-        """Of the set's highest copy."""
-        weight_set = self._sets[key]
-        return weight_set.num_bytes(weight_set.tier)
 
     def relabel(self, key: str, tier: Literal["device", "host"]) -> None:
         """The one copy counts for another tier from now on: where the device's memory is the host's
@@ -311,10 +274,10 @@ class WeightSets:
 
     def release(self, session: SessionId, key: str, generation: int, now: float) -> None:
         """One reader less. Raises UnknownWeightSet where this session does not read the set."""
-        weight_set = self._get(key, generation)
+        weight_set = self._current(key, generation)
         if weight_set.readers[session] == 0:
             raise UnknownWeightSet(f"this session does not read {key!r}")
-        self._drop_reader(weight_set, session, 1, now)
+        weight_set.drop_reader(session, 1, now)
 
     def end_session(self, session: SessionId, now: float) -> tuple[list[Effect], list[str]]:
         """Everything that a closed lifeline held comes back; also the keys of the sets that this
@@ -328,7 +291,7 @@ class WeightSets:
                 effects += self._lose_writer(weight_set)
             if held := weight_set.readers[session]:
                 changed.append(weight_set.key)
-                self._drop_reader(weight_set, session, held, now)
+                weight_set.drop_reader(session, held, now)
             weight_set.readers += Counter()  # drops zero counts
         return effects, changed
 
@@ -340,111 +303,26 @@ class WeightSets:
         """The set, where `evict` would succeed. Raises as that does."""
         weight_set = self._known(key)
         if weight_set.writer is not None or weight_set.readers:
-            raise WeightSetBusy(self._busy(weight_set))
+            raise WeightSetBusy(weight_set.busy)
         return weight_set
 
     def evict(self, key: str, *, image: bool = False) -> list[Effect]:
         """Free an idle or sleeping set; with `image` its image as well. Raises UnknownWeightSet or
         WeightSetBusy."""
         weight_set = self.evictable(key)
-        effects = self._drop(weight_set, "device") + self._drop(weight_set, "host")
+        effects = weight_set.drop("device") + weight_set.drop("host")
         if image:
-            effects += self._drop(weight_set, "disk")
+            effects += weight_set.drop("disk")
         self._forget_if_empty(weight_set)
         return effects
 
-    def least_recently_used(self, *, owned: bool = False) -> WeightSet | None:
-        """The idle set on the device that nobody has used for the longest time, pinned ones aside.
-        `owned`: of those that take memory of the device."""
-        idle = [s for s in self._sets.values() if s.state == "idle" and not s.pinned]
-        if owned:
-            idle = [s for s in idle if s.owned_bytes]
-        return min(idle, key=lambda weight_set: weight_set.idle_since, default=None)
-
-    def num_bytes(self, tier: Tier) -> int:
-        """Bytes of all copies on a tier, unfinished ones included."""
-        return sum(weight_set.num_bytes(tier) for weight_set in self._sets.values())
-
-    def handles(self) -> list[Handle]:
-        """All segments, as at the daemon's own end; images are not among them."""
-        found = [s.target for s in self._sets.values() if s.target is not None]
-        for weight_set in self._sets.values():
-            found += [copy.handle for tier, copy in weight_set.copies.items() if tier != "disk"]
-        return found
-
-    def restore(self, weight_set: WeightSet) -> None:
-        """Take over a set as an earlier daemon left it."""
-        self._sets[weight_set.key] = weight_set
-        self._generation = max(self._generation, weight_set.generation)
-
-    def forget(self, key: str) -> None:
-        """The reverse of `restore`."""
-        self._sets.pop(key, None)
-
     # --- steps
-
-    def _known(self, key: str) -> WeightSet:
-        weight_set = self._sets.get(key)
-        if weight_set is None:
-            raise UnknownWeightSet(f"no weight set is called {key!r}")
-        return weight_set
-
-    def _get(self, key: str, generation: int) -> WeightSet:
-        weight_set = self._known(key)
-        if weight_set.generation != generation:
-            raise StaleGeneration(
-                f"generation {generation} of {key!r} is gone; it is now {weight_set.generation}"
-            )
-        return weight_set
-
-    def _elect(self, weight_set: WeightSet, session: SessionId, tier: Tier) -> Elected:
-        self._generation += 1
-        weight_set.generation = self._generation
-        weight_set.writer = session
-        weight_set.target_tier = tier
-        weight_set.written_bytes = 0
-        source = None
-        for lower in _LOWER_TIERS:
-            copy = weight_set.copies.get(lower)
-            if copy is not None:
-                source = Source(tier=lower, handle=copy.handle, manifest=copy.manifest)
-                break
-        return Elected(generation=weight_set.generation, source=source)
-
-    def _admit(self, weight_set: WeightSet, session: SessionId) -> Sealed:
-        copy = weight_set.copies["device"]
-        assert copy.manifest is not None  # noqa: S101 - sealed implies a manifest
-        weight_set.readers[session] += 1
-        # A move that failed has left the copy as it was, but under a new generation.
-        handle = msgspec.structs.replace(copy.handle, generation=weight_set.generation)
-        return Sealed(handle=handle, manifest=copy.manifest, files=copy.files)
-
-    def _drop(self, weight_set: WeightSet, tier: Tier) -> list[Effect]:
-        copy = weight_set.copies.pop(tier, None)
-        if copy is None:
-            return []
-        if tier == "disk":
-            return [Discard(copy.handle)]
-        return [Free(copy.handle)]
-
-    def _drop_reader(
-        self, weight_set: WeightSet, session: SessionId, count: int, now: float
-    ) -> None:
-        weight_set.readers[session] -= count
-        weight_set.readers += Counter()  # drops zero counts
-        if not weight_set.readers:
-            weight_set.idle_since = now
-
-    def _end_writing(self, weight_set: WeightSet) -> None:
-        weight_set.writer = None
-        weight_set.target = None
-        weight_set.target_tier = "device"
 
     def _lose_writer(self, weight_set: WeightSet) -> list[Effect]:
         effects: list[Effect] = []
         if weight_set.target is not None:
             effects.append(Free(weight_set.target))
-        self._end_writing(weight_set)
+        weight_set.end_writing()
         weight_set.written_bytes = 0
         effects += self._go_on(weight_set)
         self._forget_if_empty(weight_set)
@@ -455,25 +333,21 @@ class WeightSets:
         waiting, weight_set.waiters = weight_set.waiters, deque()
         effects: list[Effect] = []
         for waiter in waiting:
-            if not waiter.opens:  # it asks again, and finds out
+            if isinstance(waiter.request, Sleep):  # it asks again, and finds out
                 told = StillLoading(writer_pid=0, num_bytes=0, total_bytes=0)
                 effects.append(Answer(waiter, told))
             elif weight_set.writer is not None:
                 weight_set.waiters.append(waiter)
             elif "device" in weight_set.copies:
-                effects.append(Answer(waiter, self._admit(weight_set, waiter.session)))
+                effects.append(Answer(waiter, weight_set.admit(waiter.session)))
             else:
-                elected = self._elect(weight_set, waiter.session, "device")
+                elected = weight_set.elect(waiter.session, "device", self._next_generation())
                 effects.append(Answer(waiter, elected))
         return effects
 
     def _forget_if_empty(self, weight_set: WeightSet) -> None:
         if weight_set.state == "absent":
             del self._sets[weight_set.key]
-
-    def _busy(self, weight_set: WeightSet) -> str:
-        by = "readers" if weight_set.readers else "writer"
-        return f"the weight set {weight_set.key!r} is {weight_set.state}: stop its {by} first"
 
 
 def _differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 from allocator.backends import open_device
-from allocator.backends.segments import OWNER, remove, runs_of
+from allocator.backends.runs import runs_of
+from allocator.backends.segments import OWNER, remove
 from allocator.errors import AlreadyRunning
 from allocator.runtime_dir import RuntimeDir
 

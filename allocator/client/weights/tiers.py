@@ -22,8 +22,13 @@ from pathlib import Path
 from typing import Final
 
 from allocator import backends, images, messages
-from allocator.client.connection import Connection
-from allocator.client.weights import WeightSetReader, WeightSetWriter, map_handle, read_manifest
+from allocator.client.session.connection import Connection
+from allocator.client.weights.weight_set import (
+    WeightSetReader,
+    WeightSetWriter,
+    map_handle,
+    read_manifest,
+)
 from allocator.digests import differing, digest
 from allocator.errors import AllocatorError, ImageCorrupt, InvalidMessage, WaitTimeout
 from allocator.messages import Extent, LowerTier, Source
