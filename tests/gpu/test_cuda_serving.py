@@ -26,6 +26,7 @@ from tests.workers.tiny_models import (
 from workers.checkpoint import attach, open_checkpoint
 from workers.engine.generate import Engine
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 _READY = re.compile(r"is ready: .* on (\S+)$")
 
@@ -40,7 +41,7 @@ def test_greedy_tokens_are_those_of_transformers(
     with daemon.connect() as memory:
         weights = attach(memory, checkpoint)
         assert all(tensor.is_cuda for tensor in weights.tensors.values())
-        model = build_model(config_of(family), weights.tensors, torch.float32)
+        model = build_model(config_of(family), Resident(weights.tensors), torch.float32)
         engine = Engine(model, 128)
         outputs = run(engine, *(request(str(i), one) for i, one in enumerate(PROMPTS)))
         reference = reference_model(family, torch.float32)

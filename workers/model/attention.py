@@ -1,23 +1,20 @@
 """Attention of a ragged batch: each sequence's queries against that sequence's keys, exactly.
 
-Owns the function that transformers' models call under the name `onecopy`. Invariants: a sequence's
-queries meet its own keys only; what a call takes beyond its arguments and result, scores and copied
-keys included, stays within the workspace, however long the sequence (but at least one query meets
-one key at a time, whatever they take); for a sequence alone that fits the workspace the call is the
-one that transformers' own `sdpa` makes, so that the bits agree. Does not know weights, scheduling
-or sampling.
+Invariants: a sequence's queries meet its own keys only; what a call takes beyond its arguments and
+result, scores and copied keys included, stays within the workspace, however long the sequence (but
+at least one query meets one key at a time, whatever they take); for a sequence alone that fits the
+workspace the call is the one that transformers' own `sdpa` makes, so that the bits agree. Does not
+know weights, scheduling or sampling.
 """
 
 from typing import Any, Final
 
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from workers.errors import UnsupportedCheckpoint
 from workers.model.batch import Batch, Span
 
-NAME: Final = "onecopy"
 DEFAULT_WORKSPACE_BYTES: Final = 256 << 20
 _FP32_BYTES: Final = 4
 _KEY_CHUNK: Final = 1024
@@ -250,6 +247,3 @@ def _copied_bytes(key: torch.Tensor, span: Span, window: int | None) -> int:
     num_keys = past + span.stop - span.start - _first_key(past, window)
     _, num_kv_heads, _, head_dim = key.shape
     return 2 * num_keys * num_kv_heads * head_dim * key.element_size()
-
-
-AttentionInterface.register(NAME, attend)

@@ -66,6 +66,7 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
+from workers.placement.resident import Resident
 from workers.process import linux
 from workers.process.cores import SharedCores
 from workers.process.outbox import frames
@@ -160,7 +161,7 @@ class _Instance:
         if task_of(weights.metadata) == "embed":
             return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
-        model = build_model(config, weights.tensors, dtype, eos_token_ids)
+        model = build_model(config, Resident(weights.tensors), dtype, eos_token_ids)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes

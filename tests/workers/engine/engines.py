@@ -15,6 +15,7 @@ from workers.engine.generate import Engine
 from workers.kv.cache import KVCache
 from workers.messages import Generate, Output, SamplingParams
 from workers.model.decoder import Model, build_model
+from workers.placement.resident import Resident
 
 NUM_NEW = 16
 PROMPTS = [prompt(length, seed=length) for length in (1, 5, 8, 13, 40)]
@@ -26,7 +27,7 @@ reference = cache(reference_model)
 @cache
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
     """The family's tiny model, bound to tensors in private memory."""
-    return build_model(config_of(family), tensors_of(reference(family, dtype)), dtype)
+    return build_model(config_of(family), Resident(tensors_of(reference(family, dtype))), dtype)
 
 
 @cache

@@ -34,6 +34,7 @@ from workers.engine.generate import Engine
 from workers.errors import DeviceLost
 from workers.messages import Generate
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 # --- the same tokens as transformers
 
@@ -96,7 +97,7 @@ def test_a_sequence_ends_with_its_end_token() -> None:
     model = model_of("llama")
     ends = (new[4], VOCAB_SIZE - 1)
     tensors = tensors_of(reference("llama"))
-    ending = build_model(config_of("llama"), tensors, torch.float32, ends)
+    ending = build_model(config_of("llama"), Resident(tensors), torch.float32, ends)
     first = new.index(new[4]) + 1
     one = request("a", PROMPTS[2], ignore_eos=False)
     assert only(Engine(ending, 128), one) == (new[:first], "stop", "")
@@ -229,7 +230,7 @@ def test_bad_logits_end_one_sequence_only() -> None:
     tensors = {name: tensor.clone() for name, tensor in tensors_of(reference("llama")).items()}
     poison = 300
     tensors["model.embed_tokens.weight"][poison] = float("nan")
-    engine = Engine(build_model(config_of("llama"), tensors, torch.float32), 128)
+    engine = Engine(build_model(config_of("llama"), Resident(tensors), torch.float32), 128)
     token_ids = [token if token != poison else 5 for token in PROMPTS[2]]
     alone = tokens(run(engine, request("a", token_ids, max_tokens=4))["a"])
     outputs = run(
@@ -244,7 +245,7 @@ def test_bad_logits_end_one_sequence_only() -> None:
 
 
 def test_a_failed_pass_ends_the_sequence_that_fails_alone() -> None:
-    model = build_model(config_of("llama"), tensors_of(reference("llama")), torch.float32)
+    model = build_model(config_of("llama"), Resident(tensors_of(reference("llama"))), torch.float32)
 
     met = {token for one in (*PROMPTS, *expected("llama")) for token in one}
     poison = next(token for token in range(4, VOCAB_SIZE) if token not in met)
@@ -265,7 +266,7 @@ def test_a_failed_pass_ends_the_sequence_that_fails_alone() -> None:
 
 def test_a_failed_pass_on_a_device_that_is_lost_ends_the_engine() -> None:
     """Its requests are not answered: they go on in another instance."""
-    model = build_model(config_of("llama"), tensors_of(reference("llama")), torch.float32)
+    model = build_model(config_of("llama"), Resident(tensors_of(reference("llama"))), torch.float32)
     faults = iter([None, "illegal address"])
 
     def refuse(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:

@@ -33,6 +33,7 @@ from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
 from workers.messages import Output
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 StartDaemon = Callable[..., DaemonProcess]
 BLOCK_BYTES = 64 << 10
@@ -256,7 +257,9 @@ def test_prompt_logprobs_are_computed_even_of_what_is_known(client: Client) -> N
 
 def test_what_went_wrong_is_nobody_elses(client: Client) -> None:
     """Keys and values that are no numbers are not for others to find."""
-    model = build_model(config_of("llama"), tensors_of(reference_model("llama")), torch.float32)
+    model = build_model(
+        config_of("llama"), Resident(tensors_of(reference_model("llama"))), torch.float32
+    )
     layout = model.geometry.kv_layout
     engine = Engine(model, 128, kv=KVCache(layout, PoolSource(client, layout), weights="w"))
     wrong = [True]

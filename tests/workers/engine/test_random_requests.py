@@ -31,6 +31,7 @@ from workers.messages import (
     encode,
 )
 from workers.model.decoder import Model, build_model
+from workers.placement.resident import Resident
 
 NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", "2000"))
 SEED = int(os.environ.get("ONECOPY_TEST_SEED", "1"))
@@ -62,7 +63,7 @@ GRAMMARS = (
 @pytest.fixture(scope="module")
 def model() -> Model:
     reference = reference_model("llama", **SMALL)
-    return build_model(config_of("llama", **SMALL), tensors_of(reference), torch.float32)
+    return build_model(config_of("llama", **SMALL), Resident(tensors_of(reference)), torch.float32)
 
 
 @pytest.fixture(scope="module")
