@@ -29,8 +29,8 @@ import msgspec
 import torch
 
 from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
+from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.plan import make_plan
-from workers.checkpoint.source import SourceTensor
 from workers.config.encoder_settings import task_of
 from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
 from workers.kv.layout import KVLayer, KVLayout
@@ -39,7 +39,7 @@ from workers.model.attention import DEFAULT_WORKSPACE_BYTES
 from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
 from workers.placement.resident import Resident
-from workers.process.instance import float_dtype
+from workers.weight_format import float_dtype
 
 Part = Literal["column", "row", "replicated"]
 

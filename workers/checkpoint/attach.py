@@ -26,9 +26,10 @@ from allocator import (
     file_handle,
     manifest_bytes,
 )
+from workers.checkpoint.formats.checkpoint import Checkpoint
 from workers.checkpoint.load import fill
+from workers.checkpoint.open import open_checkpoint
 from workers.checkpoint.plan import FORMAT_VERSION, make_plan
-from workers.checkpoint.source import Checkpoint, open_checkpoint
 from workers.errors import CheckpointChanged, CheckpointCorrupt
 
 OnProgress = Callable[[int, int, int], None]
