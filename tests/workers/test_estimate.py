@@ -22,7 +22,7 @@ from tests.daemon_process import ROOT
 from tests.workers.checkpoint.checkpoint_files import assemble, entry, folder, tensors_of_every_kind
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, write_checkpoint
 from workers.checkpoint import attach, open_checkpoint
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -157,7 +157,7 @@ def most_kv_bytes(path: Path, dtype: torch.dtype, max_model_len: int, num_seqs: 
     checkpoint = open_checkpoint(path)
     tensors = load_file(path / "model.safetensors")
     model = build_model(json.loads(checkpoint.metadata()["config"]), Resident(tensors), dtype)
-    engine = Engine(model, max_model_len, num_seqs)
+    engine = GenerationEngine(model, max_model_len, num_seqs)
     for index in range(num_seqs):
         sampling = SamplingParams(max_tokens=max_model_len, temperature=0.0, ignore_eos=True)
         engine.add(

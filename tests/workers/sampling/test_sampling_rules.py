@@ -19,6 +19,7 @@ from workers.messages import SamplingParams
 from workers.sampling import (
     Sampled,
     SequenceSampler,
+    Tokens,
     invalid_params,
     prompt_logprobs,
     sample,
@@ -36,7 +37,8 @@ def sampler(
     prompt: Sequence[int] = (1, 2, 2), generated: Sequence[int] = (), **changes: Any
 ) -> SequenceSampler:
     params = SamplingParams(**{"max_tokens": 99, "temperature": 0.0, **changes})
-    return SequenceSampler(params, prompt, generated, VOCAB_SIZE, (EOS,))
+    tokens = Tokens([*prompt, *generated], len(prompt))
+    return SequenceSampler(params, tokens, VOCAB_SIZE, (EOS,))
 
 
 def some_logits(num_rows: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
