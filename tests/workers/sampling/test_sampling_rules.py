@@ -24,11 +24,11 @@ from workers.sampling import (
     prompt_logprobs,
     sample,
 )
-from workers.sampling.blocks import block_maxima
 from workers.sampling.filters import allowed
+from workers.sampling.pieces import piece_maxima
 from workers.sampling.rules import apply_rules
 
-VOCAB_SIZE = 300  # more than two blocks, and the last one is short
+VOCAB_SIZE = 300  # more than two pieces, and the last one is short
 EOS = 7
 some = settings(max_examples=40, deadline=None)
 
@@ -163,7 +163,7 @@ def test_what_the_filters_keep_is_what_those_of_transformers_keep(
         logits = TopPLogitsWarper(top_p)(none, logits)
     expected = set(logits[0].isfinite().nonzero()[:, 0].tolist())
     params = SamplingParams(max_tokens=1, top_k=top_k, top_p=top_p, min_p=min_p)
-    kept = allowed(weights, block_maxima(weights[None])[0], params)
+    kept = allowed(weights, piece_maxima(weights[None])[0], params)
     assert kept.tolist() == sorted(kept.tolist())
     # At the very edge the two add up in another order.
     assert len(expected.symmetric_difference(kept.tolist())) <= 1
@@ -171,7 +171,7 @@ def test_what_the_filters_keep_is_what_those_of_transformers_keep(
 
 def test_equal_weights_stay_by_token_id() -> None:
     weights = torch.full((5000,), 1 / 5000)
-    maxima = block_maxima(weights[None])[0]
+    maxima = piece_maxima(weights[None])[0]
     for changes, count in (({"top_k": 700}, 700), ({"top_p": 0.5}, 2500), ({"min_p": 1.0}, 5000)):
         kept = allowed(weights, maxima, SamplingParams(max_tokens=1, **changes))
         assert abs(len(kept) - count) <= 1

@@ -11,9 +11,9 @@ import torch
 
 from workers.errors import InvalidLogits, NoTokenLeft
 from workers.messages import TokenLogprobs
-from workers.sampling.blocks import largest
 from workers.sampling.draw import LEAST_TEMPERATURE, draw
 from workers.sampling.logprobs import token_logprobs
+from workers.sampling.pieces import largest
 from workers.sampling.rules import apply_rules
 from workers.sampling.scratch import groups
 from workers.sampling.state import SequenceSampler
