@@ -42,15 +42,15 @@ class KernelDecoder:
 
     @property
     def layers(self) -> Sequence[LayerWeights]:
-        """As the protocol says."""
+        """Of each layer the weights that its structure points into."""
         return [layer.parameters for layer in self._native.layers]
 
     def whole(self) -> "_Stretch":
-        """As the protocol says."""
+        """All layers by the structures that were made with the decoder."""
         return _Stretch(self._native, self._threads_now, None)
 
     def stretch(self, first: int, weights: Sequence[LayerWeights]) -> "_Stretch":
-        """As the protocol says."""
+        """Layers by structures that point into `weights`, made here."""
         own = self._native.layers[first : first + len(weights)]
         if not 0 < len(weights) == len(own):
             raise ValueError(f"{len(weights)} layers from {first} on of {len(self._native.layers)}")
@@ -74,7 +74,7 @@ class _Stretch:
         self._is_whole = layers is None or len(layers) == len(native.layers)
 
     def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
-        """As the protocol says."""
+        """One call of the kernels."""
         native = self._native
         if hidden is None and not self._is_whole:
             hidden = torch.empty(batch.num_rows, native.hidden_stride, dtype=torch.bfloat16)

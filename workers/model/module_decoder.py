@@ -43,16 +43,17 @@ class ModuleDecoder:
 
     @property
     def layers(self) -> Sequence[LayerWeights]:
-        """As the protocol says. Raises UnsupportedCheckpoint for an architecture that can't be
-        computed but as a whole."""
+        """Of each layer the parameters that it has. Raises UnsupportedCheckpoint for an
+        architecture that can't be computed but as a whole."""
         return [dict(layer.named_parameters()) for layer in layers_of(self._module)]
 
     def whole(self) -> "_Whole":
-        """As the protocol says."""
+        """The module as it is."""
         return _Whole(self)
 
     def stretch(self, first: int, weights: Sequence[LayerWeights]) -> "_Part":
-        """As the protocol says. Raises UnsupportedCheckpoint as `layers` does."""
+        """The module with `weights` as those layers' parameters while it runs. Raises
+        UnsupportedCheckpoint as `layers` does."""
         return _Part(self, layers_of(self._module), first, weights)
 
     def forward(self, batch: Batch, layers: range | None = None) -> torch.Tensor:
@@ -89,7 +90,7 @@ class _Whole:
         self._decoder = decoder
 
     def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
-        """As the protocol says."""
+        """A pass through all of the module."""
         return self._decoder.forward(batch)
 
 
@@ -116,7 +117,7 @@ class _Part:
         ]
 
     def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
-        """As the protocol says."""
+        """A pass through the module, less the layers that are not of this stretch."""
         with ExitStack() as stack:
             stack.enter_context(_placed(self._slots))
             if hidden is not None:

@@ -24,9 +24,9 @@ class Resident:
         return next(iter(self.tensors.values())).device
 
     def use(self, decoder: Decoder) -> None:
-        """As the protocol says."""
+        """Let it compute the one stretch of all layers."""
         self._stretches = (decoder.whole(),)
 
     def stretches(self) -> Iterable[Stretch]:
-        """One."""
+        """The one of all layers."""
         return self._stretches

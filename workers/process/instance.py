@@ -8,7 +8,6 @@ every accepted request has ended. Does not know text.
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -70,6 +69,7 @@ from workers.model.native import Unavailable, load
 from workers.placement.resident import Resident
 from workers.process import linux
 from workers.process.cores import SharedCores
+from workers.process.inbox import named
 from workers.process.outbox import frames
 from workers.process.pulse import Pulse
 from workers.weight_format import float_dtype
@@ -178,7 +178,7 @@ class _Instance:
         kv = KVCache(
             layout,
             PoolSource(memory, layout),
-            weights=_identity(weights, model.kernels),
+            weights=weights.identity(model.kernels),
             device=model.device,
             prefix_caching=spec.prefix_caching,
         )
@@ -381,7 +381,7 @@ class _Instance:
                 message = decode_to_instance(frame)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 log.exception("a message is not one of the protocol's")
-                self._refuse(engine, _named(frame), f"it can't be read: {error}")
+                self._refuse(engine, named(frame), f"it can't be read: {error}")
                 continue
             match message:
                 case Generate() | Embed():
@@ -402,22 +402,3 @@ class _Instance:
 
     def _send(self, message: FromInstance) -> None:
         self._server.send(encode(message))
-
-
-def _named(frame: bytes) -> str:
-    """The request that a message seems to be about; "" where it names none."""
-    try:
-        message = msgspec.msgpack.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""
-    name = message.get("request_id") if isinstance(message, dict) else None
-    return name if isinstance(name, str) else ""
-
-
-def _identity(weights: AttachedWeights, kernels: str | None) -> str:
-    """What tells the keys and values of these weights from all others: the weights' bytes, as far
-    as they have digests, and who computes, since each rounds and orders them in its own way."""
-    known = hashlib.sha256(f"{weights.reader.key} {kernels} ".encode())
-    for name, entry in sorted(weights.reader.manifest.tensors.items()):
-        known.update(f"{name} {entry.digest} ".encode())
-    return known.hexdigest()
