@@ -22,14 +22,6 @@ NEVER_IN_ROOM = {
     "workers": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers"),
     "allocator": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers", "transformers"),
 }
-NEVER_IN_FOLDER = {
-    "workers/checkpoint/": ("workers.model",),
-    "workers/skeleton/": ("workers.checkpoint", "workers.model"),
-    "workers/model/": ("workers.engine", "workers.placement", "workers.process"),
-}
-FORKERS = "workers/process/"
-FORKS = ("os.fork", "os.forkpty", "pty.fork", "multiprocessing.get_context")
-WITHOUT_CIRCLES = ("workers",)
 DEVICES = "allocator/backends/"
 DEVICE_APIS = (
     "_posixshmem",
@@ -158,16 +150,11 @@ def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
             found.add((line, wrong))
         if is_within(name, NEVER_IN_ROOM[room]):
             found.add((line, f"{room} never imports {name.split('.')[0]}"))
-        for folder, never in NEVER_IN_FOLDER.items():
-            if path.startswith(folder) and is_within(name, never):
-                found.add((line, f"{folder} never imports {name}"))
     for line, name in [*reader.imports, *reader.reached()]:
         if not path.startswith(DEVICES) and is_within(name, DEVICE_APIS):
             found.add((line, f"{name}: only {DEVICES} touches a device API"))
         if is_within(name, RUNS_WHAT_IT_READS) or name.split(".")[-1] in PICKLING_METHODS:
             found.add((line, f"{name} runs what it reads"))
-        if is_within(name, FORKS) and not path.startswith(FORKERS):
-            found.add((line, f"{name}: only {FORKERS} forks"))
     for node in ast.walk(reader.tree):
         if isinstance(node, ast.Attribute) and node.attr in PICKLING_METHODS:
             found.add((node.lineno, f"{node.attr} runs what it reads"))
@@ -178,75 +165,6 @@ def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
         if not (isinstance(after, ast.Constant) and after.value in SAFE_PATH):
             found.add((line, "the child would import from its working folder; say -P"))
     return [f"{path}:{line}: {what}" for line, what in sorted(found)]
-
-
-def imported(path: str, source: str, modules: frozenset[str]) -> set[str]:
-    """The modules of the rooms that one imports, not counting packages for what they hand on."""
-    found = set()
-    for _, name in Reader(path, source).imports:
-        while name not in modules and "." in name:
-            name = name.rpartition(".")[0]
-        if name in modules and name != dotted(path):
-            found.add(name)
-    return found
-
-
-def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Whatever can be reached from itself, in groups that reach each other."""
-    reached = {start: set(edges[start]) for start in edges}
-    for middle in edges:
-        for start in edges:
-            if middle in reached[start]:
-                reached[start] |= reached[middle]
-    groups = {
-        tuple(sorted(b for b in edges if b in reached[a] and a in reached[b]))
-        for a in edges
-        if a in reached[a]
-    }
-    return sorted(map(list, groups))
-
-
-def folder_of(path: str) -> str:
-    """The room's own modules stand for themselves: its doors are above all else in it."""
-    folder = path.rpartition("/")[0]
-    return folder if "/" in folder else path
-
-
-def circles_in(sources: dict[str, str]) -> list[list[str]]:
-    """Circles of modules, and of folders."""
-    paths = {dotted(path): path for path in sources if not path.endswith("__init__.py")}
-    names = frozenset(map(dotted, sources))
-    modules = {
-        name: imported(path, sources[path], names) & paths.keys() for name, path in paths.items()
-    }
-    folders: dict[str, set[str]] = {folder_of(path): set() for path in paths.values()}
-    for name, others in modules.items():
-        here = folder_of(paths[name])
-        folders[here] |= {folder_of(paths[other]) for other in others} - {here}
-    return circles(modules) + circles(folders)
-
-
-def test_rooms_have_no_circles() -> None:
-    sources = modules_of(ROOT)
-    for room in WITHOUT_CIRCLES:
-        own = {path: source for path, source in sources.items() if path.split("/")[0] == room}
-        assert circles_in(own) == []
-
-
-def test_a_circle_is_found() -> None:
-    sources = {
-        "workers/a/one.py": "from workers.b.two import x",
-        "workers/b/two.py": "def f():\n    from workers.a.other import y",
-        "workers/a/other.py": "from typing import TYPE_CHECKING",
-        "workers/b/three.py": "from . import four",
-        "workers/b/four.py": "import workers.b.three",
-        "workers/messages.py": "",
-        "workers/client.py": "import workers.a.one",
-    }
-    assert circles_in(sources) == [
-        ["workers.b.four", "workers.b.three"],
-        ["workers/a", "workers/b"],
-    ]
 
 
 def test_rooms_keep_the_rules() -> None:
@@ -317,9 +235,6 @@ MODULES = frozenset(
             "import importlib\nimportlib.import_module('allocator.arena')",
             "of another room only",
         ),
-        ("workers/checkpoint/open.py", "from workers.model import decoder", "never imports"),
-        ("workers/model/decoder.py", "import workers.placement.resident", "never imports"),
-        ("workers/engine.py", "import os\nos.fork()", "only workers/process/ forks"),
         ("server/app.py", "import torch", "never imports torch"),
         ("server/app.py", "from torch.nn import functional", "never imports torch"),
         ("server/app.py", "__import__('torch')", "never imports torch"),
@@ -359,7 +274,6 @@ def test_a_broken_rule_is_found(path: str, source: str, complaint: str) -> None:
         ("workers/engine.py", "import allocator.client\nfrom . import sampling\nimport torch"),
         ("workers/engine.py", "'''Not import pickle, nor torch.load().'''"),
         ("workers/engine.py", "f(trust_remote_code=False)\ng(**{'trust_remote_code': False})"),
-        ("workers/process/forkserver.py", "import os\nos.fork()"),
         ("workers/engine.py", "import json\njson.load(file)\nmodel.load()"),
         ("server/plan.py", "run([sys.executable, '-P', '-m', 'workers'])"),
         ("server/doctor.py", "run([sys.executable, '-IS', '-c', PROGRAM])"),
