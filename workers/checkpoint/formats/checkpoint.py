@@ -1,4 +1,4 @@
-"""What every checkpoint format offers, and how the right one is found.
+"""What every checkpoint format offers.
 
 Owns the interface between file formats and the loader. Invariant: a `Checkpoint` reads its files
 tensor by tensor into memory that it is given, and holds at most `SCRATCH_BYTES` of its own beside
@@ -6,16 +6,12 @@ one tensor that must be rearranged as a whole. Knows nothing of where the tensor
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 import torch
-
-from workers.config.model_file import opened, unreadable
-from workers.errors import CheckpointNotFound, UnsupportedCheckpoint
 
 SCRATCH_BYTES: Final = 8 << 20
 """How much of a tensor is read or converted at a time."""
@@ -77,52 +73,6 @@ class Checkpoint(Protocol):
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
         """Fill `out`, which has the shape and dtype that `tensors` announced."""
-
-
-def open_checkpoint(path: Path | str, dtype: str = "auto") -> Checkpoint:
-    """The checkpoint at `path`: a Hugging Face folder, or a .gguf file.
-
-    `dtype` is "auto", "bfloat16", "float16" or "float32". Raises CheckpointNotFound,
-    CheckpointCorrupt, UnsupportedCheckpoint.
-    """
-    path = Path(path)
-    chosen = parse_dtype(dtype)
-    try:
-        if not path.exists():
-            raise CheckpointNotFound(
-                f"{path} does not exist: give a Hugging Face folder or a .gguf file"
-            )
-        if not path.is_dir():
-            if path.suffix != ".gguf" and not _begins_like_gguf(path):
-                raise UnsupportedCheckpoint(
-                    f"{path} is not a GGUF file: give a .gguf file, or the folder that holds "
-                    "config.json and *.safetensors"
-                )
-            from workers.checkpoint.formats.gguf import GGUFCheckpoint
-
-            return GGUFCheckpoint(path, chosen)
-        from workers.checkpoint.formats.safetensors import SafetensorsCheckpoint
-
-        return SafetensorsCheckpoint(path, chosen)
-    except OSError as error:
-        raise unreadable(Path(error.filename or path), error) from error
-
-
-def _begins_like_gguf(path: Path) -> bool:
-    with opened(path) as descriptor:
-        return os.pread(descriptor, 4, 0) == b"GGUF"
-
-
-def parse_dtype(name: str) -> torch.dtype | None:
-    """None for "auto". Raises UnsupportedCheckpoint for a dtype weights can't be served in."""
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name == "auto":
-        return None
-    if name not in known:
-        raise UnsupportedCheckpoint(
-            f"the dtype {name!r} is not one of auto, {', '.join(sorted(known))}"
-        )
-    return known[name]
 
 
 def digest(*parts: str) -> str:

@@ -1,6 +1,6 @@
 """Finding a few elements of long rows without looking at all of them more than once.
 
-Owns the maxima of blocks of a row, from which it can be seen where its largest elements are.
+Owns the maxima of pieces of a row, from which it can be seen where its largest elements are.
 Invariant: results depend on each row alone, and of equal elements the one with the lower index is
 the larger.
 """
@@ -9,66 +9,66 @@ from typing import Final
 
 import torch
 
-BLOCK: Final = 128
+PIECE: Final = 128
 _SHORT: Final = 1 << 16
 """Rows up to that length are as quickly looked at whole."""
 
 
-def block_maxima(rows: torch.Tensor) -> torch.Tensor:
-    """[n, num_blocks] of rows [n, length]; the last block may be shorter. NaN is the largest."""
-    whole = rows.shape[1] // BLOCK * BLOCK
-    maxima = rows[:, :whole].view(len(rows), -1, BLOCK).amax(dim=-1) if whole else None
+def piece_maxima(rows: torch.Tensor) -> torch.Tensor:
+    """[n, num_pieces] of rows [n, length]; the last piece may be shorter. NaN is the largest."""
+    whole = rows.shape[1] // PIECE * PIECE
+    maxima = rows[:, :whole].view(len(rows), -1, PIECE).amax(dim=-1) if whole else None
     if whole == rows.shape[1] and maxima is not None:
         return maxima
     rest = rows[:, whole:].amax(dim=-1, keepdim=True)
     return rest if maxima is None else torch.cat((maxima, rest), dim=1)
 
 
-def block_sums(rows: torch.Tensor) -> torch.Tensor:
-    """As `block_maxima`, but the sums, in float64."""
-    whole = rows.shape[1] // BLOCK * BLOCK
-    sums = rows[:, :whole].view(len(rows), -1, BLOCK).sum(dim=-1) if whole else None
+def piece_sums(rows: torch.Tensor) -> torch.Tensor:
+    """As `piece_maxima`, but the sums, in float64."""
+    whole = rows.shape[1] // PIECE * PIECE
+    sums = rows[:, :whole].view(len(rows), -1, PIECE).sum(dim=-1) if whole else None
     if whole == rows.shape[1] and sums is not None:
         return sums.double()
     rest = rows[:, whole:].sum(dim=-1, keepdim=True)
     return (rest if sums is None else torch.cat((sums, rest), dim=1)).double()
 
 
-def block_of(rows: torch.Tensor, blocks: torch.Tensor, missing: float) -> torch.Tensor:
-    """Block `blocks[i]` of each row i, [n, BLOCK]; what a short block lacks is `missing`."""
-    indices = blocks[:, None] * BLOCK + torch.arange(BLOCK)
+def piece_of(rows: torch.Tensor, pieces: torch.Tensor, missing: float) -> torch.Tensor:
+    """Piece `pieces[i]` of each row i, [n, PIECE]; what a short piece lacks is `missing`."""
+    indices = pieces[:, None] * PIECE + torch.arange(PIECE)
     found = rows.gather(1, indices.clamp(max=rows.shape[1] - 1))
-    if rows.shape[1] % BLOCK:
+    if rows.shape[1] % PIECE:
         found = found.masked_fill(indices >= rows.shape[1], missing)
     return found
 
 
 def largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's maximum and where it is first, [n] and [n]. NaN is the largest."""
-    best, blocks = block_maxima(rows).max(dim=1)
-    return best, blocks * BLOCK + block_of(rows, blocks, float("-inf")).argmax(dim=1)
+    best, pieces = piece_maxima(rows).max(dim=1)
+    return best, pieces * PIECE + piece_of(rows, pieces, float("-inf")).argmax(dim=1)
 
 
 def at_least(row: torch.Tensor, maxima: torch.Tensor, bound: float) -> torch.Tensor:
-    """The indices of a row's elements from `bound` up, rising. `maxima`: those of its blocks."""
-    blocks = (maxima >= bound).nonzero()[:, 0]
-    whole = row.numel() // BLOCK
-    if blocks.numel() * 4 > maxima.numel() or int(blocks.max()) == whole:
+    """The indices of a row's elements from `bound` up, rising. `maxima`: those of its pieces."""
+    pieces = (maxima >= bound).nonzero()[:, 0]
+    whole = row.numel() // PIECE
+    if pieces.numel() * 4 > maxima.numel() or int(pieces.max()) == whole:
         return (row >= bound).nonzero()[:, 0]
-    found = (row[: whole * BLOCK].view(-1, BLOCK)[blocks] >= bound).nonzero()
-    return blocks[found[:, 0]] * BLOCK + found[:, 1]
+    found = (row[: whole * PIECE].view(-1, PIECE)[pieces] >= bound).nonzero()
+    return pieces[found[:, 0]] * PIECE + found[:, 1]
 
 
 def largest_few(
     row: torch.Tensor, count: int, maxima: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A row's `count` largest elements, falling, and their indices. Equal ones are in any order,
-    and the last may be any of its equals. `maxima`: those of the row's blocks, if they are known.
+    and the last may be any of its equals. `maxima`: those of the row's pieces, if they are known.
     """
     if maxima is None or count > maxima.numel() or row.numel() <= _SHORT:
         values, indices = row.topk(count)
         return values, indices
-    # So many blocks have an element as large as that: no smaller one can be wanted.
+    # So many pieces have an element as large as that: no smaller one can be wanted.
     candidates = at_least(row, maxima, float(maxima.topk(count).values[-1]))
     values, positions = row[candidates].topk(count)
     return values, candidates[positions]
@@ -82,7 +82,7 @@ def top(row: torch.Tensor, count: int, maxima: torch.Tensor | None = None) -> to
     if values[count - 1] > values[count]:
         return indices[:count].sort().values
     least = float(values[count])
-    maxima = block_maxima(row[None])[0] if maxima is None else maxima
+    maxima = piece_maxima(row[None])[0] if maxima is None else maxima
     candidates = at_least(row, maxima, least)
     own = row[candidates]
     kept = own > least

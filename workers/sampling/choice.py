@@ -11,10 +11,9 @@ import torch
 
 from workers.errors import InvalidLogits, NoTokenLeft
 from workers.messages import TokenLogprobs
-from workers.sampling.blocks import largest
 from workers.sampling.draw import LEAST_TEMPERATURE, draw
 from workers.sampling.logprobs import token_logprobs
-from workers.sampling.random_number import uniform
+from workers.sampling.pieces import largest
 from workers.sampling.rules import apply_rules
 from workers.sampling.scratch import groups
 from workers.sampling.state import SequenceSampler
@@ -91,7 +90,7 @@ def _choose(
             rows if all_of_them else rows[random],
             best if all_of_them else best[random],
             [samplers[index].params for index in random],
-            [uniform(samplers[one].params.seed, samplers[one].num_generated) for one in random],
+            [samplers[index].random_number() for index in random],
         )
         for index, token in zip(random, drawn, strict=True):
             tokens[index] = token
