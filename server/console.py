@@ -28,9 +28,10 @@ from server.admin.app import AllocatorStatus, InstanceStatus, ServerStatus
 from server.fleet.instance import Instance
 from server.machine.checks import Check
 from server.machine.device_verify import DeviceVerdict
-from server.machine.plan import MAX_INSTANCES, DevicePlan, Load, Plan, Room
+from server.machine.plan import DevicePlan, Load, Plan, Room
 from server.machine.process_memory import ProcessMemory
 from server.machine.verify import Verdict
+from server.settings import MAX_INSTANCES
 from workers.messages import Loading
 
 log = logging.getLogger("onecopy.server")

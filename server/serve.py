@@ -74,7 +74,7 @@ async def serve(settings: Settings) -> None:
         stop = _Stop()
         stack.enter_context(stop.on_signals())
         allocator = AllocatorProcess(
-            runtime_dir, settings.memory_limit, settings.device, settings.hang_timeout_s
+            runtime_dir, settings.memory_limit, settings.engine.device, settings.hang_timeout_s
         )
         stack.push_async_callback(allocator.stop_if_unused)
         if not await stop.unless_stopped(allocator.find_or_start()):

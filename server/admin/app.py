@@ -23,7 +23,7 @@ from server.fleet.router import Router
 from server.fleet.sleep import CannotSleep, Sleeper
 from server.models.files import ModelWatch
 from server.models.reload import CannotReload, Reloader
-from server.settings import Settings
+from server.settings import MAX_INSTANCES, Settings
 
 ADMIN_PATHS: Final = frozenset(
     {"/status", "/instances", "/allocator", "/sleep", "/reload", "/stop", "/metrics"}
@@ -110,7 +110,7 @@ class KeepAllocator(BaseModel):
 class Scale(BaseModel):
     """How many instances there should be."""
 
-    num_instances: int = Field(ge=1, le=256)
+    num_instances: int = Field(ge=1, le=MAX_INSTANCES)
 
 
 class Stop(BaseModel):

@@ -7,13 +7,15 @@ import typer
 from allocator import parse_bytes
 from server import console
 from server.cli.options import JsonOption, RuntimeDirOption, one_line_errors, print_json
+from server.cli.setting_options import Options, engine_settings, takes_settings
 from server.machine import checks
 from server.machine.doctor import clear_up, examine
-from server.machine.plan import MAX_NUM_SEQS, Load, make_plan, read_estimate, read_machine
+from server.machine.plan import Load, make_plan, read_estimate, read_machine
 from server.machine.served_check import served_model
 from server.models.source import find_model
 
 
+@takes_settings("num_instances", "max_model_len", "max_num_seqs", "dtype")
 def plan(
     model: Annotated[
         str,
@@ -21,23 +23,7 @@ def plan(
             help="`demo`, a Hugging Face folder, a .gguf file, or a hub id.", show_default=False
         ),
     ],
-    instances: Annotated[int, typer.Option(min=1, max=256, help="Engines to run.")] = 2,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Longest prompt and answer together, in tokens. Default: the model's own."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(min=1, max=MAX_NUM_SEQS, help="Sequences that run at once in one instance."),
-    ] = 16,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bfloat16, float16 or float32. auto: the checkpoint's; GGUF: bfloat16."
-        ),
-    ] = "auto",
+    options: Options,
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, max=1024, help="Ranks of an instance, to plan for; serve has one.")
     ] = 1,
@@ -57,16 +43,17 @@ def plan(
     an estimate. Exit status 0 also where it does not fit: `--json` says so.
     """
     with one_line_errors():
+        engine = engine_settings(options)
         source = find_model(model)
         with console.err.status(f"reading the headers of {source.name}"):
-            estimate = read_estimate(source, dtype, max_model_len, tensor_parallel_size)
+            estimate = read_estimate(source, engine, tensor_parallel_size)
         made = make_plan(
             source.name,
             source.path,
             estimate,
             Load(
-                num_instances=instances,
-                max_num_seqs=max_num_seqs,
+                num_instances=options["num_instances"],
+                max_num_seqs=engine.max_num_seqs,
                 max_model_len=estimate.max_model_len,
                 tensor_parallel_size=tensor_parallel_size,
             ),

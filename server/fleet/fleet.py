@@ -328,9 +328,9 @@ class Fleet:
     # --- watching
 
     async def _watch_forkserver(self) -> None:
-        model, dtype = str(self._settings.model), self._settings.dtype
+        model, dtype = str(self._settings.model), self._settings.engine.dtype
         while not self._draining:
-            model, dtype = str(self.model), self._settings.dtype
+            model, dtype = str(self.model), self._settings.engine.dtype
             forkserver = self._forkserver = Forkserver.launch(model, dtype, self._metadata)
             self._forkserver_signs = VitalSigns()
             try:
@@ -639,22 +639,12 @@ class Fleet:
             server_pid=os.getpid(),
             model=str(self.model),
             served_model_name=settings.served_model_name,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            token_budget=settings.token_budget,
-            num_threads=settings.num_threads,
             requested_at=time.monotonic(),
-            device=settings.device,
-            map_files=settings.map_files,
-            shares_cores=settings.shares_cores,
+            settings=settings.engine,
+            num_threads=settings.num_threads,
             tokenizer=str(self._tokenizer),
             weight_set=self.weight_set or "",
             eos_token_ids=self.facts.eos_token_ids if self.facts is not None else None,
-            attention_workspace_bytes=settings.attention_workspace,
-            num_speculative_tokens=settings.num_speculative_tokens,
-            prefix_caching=settings.prefix_caching,
-            cpu_kernels=settings.cpu_kernels,
         )
 
     async def _drain_instance(self, instance: Instance) -> None:

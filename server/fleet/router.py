@@ -176,7 +176,7 @@ class Router:
                 text = "no instance is ready at the moment"
                 raise NotReady(text, retry_after_s=_RETRY_AFTER_S)
             num_ready = self._fleet.num_wanted
-        room = num_ready * self._settings.max_num_seqs + self._settings.max_queued
+        room = num_ready * self._settings.engine.max_num_seqs + self._settings.max_queued
         if len(self._streams) >= room:
             raise Overloaded(
                 f"{len(self._streams)} requests are running or waiting, which is all that this "

@@ -29,6 +29,7 @@ from tests.workers.model.tiny_embedders import (
     texts,
     write_checkpoint,
 )
+from workers import EngineSettings
 from workers.messages import MAX_EMBED_INPUTS
 
 TIMEOUT_S = 600.0
@@ -60,7 +61,7 @@ def serve(daemon: DaemonProcess, tmp_path: Path) -> Serve:
             served_model_name="tiny",
             runtime_dir=daemon.runtime_dir.path,
             num_instances=2,
-            token_budget=64,
+            engine=EngineSettings(max_num_batched_tokens=64, threads=1),
         )
         router = Router(settings)
         fleet = Fleet(settings, daemon.runtime_dir, router.listeners, folder / "tokenizer.json")
