@@ -95,7 +95,7 @@ async def serve(settings: Settings) -> None:
         turn, watch = asyncio.Lock(), ModelWatch(files)
         served = _Served(settings, router, cells)
         stack.callback(served.close)
-        in_flight = InFlight(lambda: fleet.epoch)
+        in_flight = InFlight(lambda: fleet.model.epoch)
         sleeper = Sleeper(fleet, router, runtime_dir, settings.drain_timeout_s, turn)
         reloader = Reloader(
             settings.model_named,

@@ -142,17 +142,17 @@ def create_admin_app(
 
     @app.get("/status")
     async def status() -> ServerStatus:
-        facts = fleet.facts
+        facts = fleet.model.facts
         return ServerStatus(
             pid=os.getpid(),
             url=url,
             model=settings.served_model_name,
-            path=str(fleet.model),
+            path=str(fleet.model.path),
             num_wanted=fleet.num_wanted,
             num_replaced=fleet.num_replaced,
             draining=router.draining,
             asleep=fleet.asleep,
-            weight_set=fleet.weight_set,
+            weight_set=fleet.model.weight_set,
             drain_timeout_s=settings.drain_timeout_s,
             max_model_len=facts.max_model_len if facts else None,
             weights_bytes=facts.weights_bytes if facts else None,
@@ -166,7 +166,7 @@ def create_admin_app(
             ),
             changed_files=await watch.changes(),
             start_error=fleet.start_error,
-            instances=[_instance_status(one) for one in fleet.instances],
+            instances=[_instance_status(one, router.num_requests(one)) for one in fleet.instances],
         )
 
     @app.put("/instances")
@@ -214,7 +214,7 @@ def _age(since: float | None) -> float | None:
     return None if since is None else time.monotonic() - since
 
 
-def _instance_status(instance: Instance) -> InstanceStatus:
+def _instance_status(instance: Instance, num_requests: int) -> InstanceStatus:
     ready, load = instance.ready, instance.load
     loading = instance.loading if instance.state == "loading" else None
     beat = instance.leash.look()
@@ -227,7 +227,7 @@ def _instance_status(instance: Instance) -> InstanceStatus:
         startup_ms=ready.startup_ms if ready else {},
         cpu_kernels=(ready.cpu_kernels or None) if ready else None,
         uptime_s=time.monotonic() - instance.requested_at,
-        num_requests=len(instance.requests),
+        num_requests=num_requests,
         num_running=load.num_running if load else 0,
         num_waiting=load.num_waiting if load else 0,
         kv_bytes=load.kv_bytes if load else 0,

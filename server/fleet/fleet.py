@@ -1,6 +1,6 @@
 """The instances of one model: how many there should be, how many there are, and in what state.
 
-Owns the supervision: starts instances, hears of their ends, sees that they hang, replaces them.
+Owns the supervision: starts instances, hears of their ends, replaces those that ended or hang.
 Invariants: while the fleet is not draining, the number of live instances goes to `num_wanted`; an
 instance that hangs answers no more before its requests go elsewhere; an instance that never became
 ready is tried again ever more slowly. Knows nothing of what the requests are.
@@ -11,28 +11,31 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from allocator import ProcessState, RuntimeDir
+from allocator import RuntimeDir
 from server.background import Background
+from server.fleet.forks import Forks, ForksListeners, Preload
+from server.fleet.hangs import LONGEST_END_S, Hang, hang_of, overdue
 from server.fleet.instance import Instance, Listeners
+from server.fleet.model_state import ModelState
 from server.processes.endings import Ending, OutOfMemoryKills, ending_of
 from server.processes.orphans import Orphans
-from server.processes.vital_signs import LOOK_EVERY_S, VitalSigns
+from server.processes.vital_signs import LOOK_EVERY_S
 from server.settings import Settings
-from workers.client import Engines, Forkserver, ForkserverBusy, ForkserverEnded
+from workers.client import Engines, ForkserverBusy, ForkserverEnded
 from workers.messages import (
     Drain,
     Exited,
     FromInstance,
     InstanceSpec,
     Loading,
-    ModelFacts,
     Ready,
     Started,
     StartFailed,
@@ -44,14 +47,6 @@ log = logging.getLogger("onecopy.server")
 
 _FIRST_RETRY_S: Final = 0.1
 _LAST_RETRY_S: Final = 30.0
-_WAITING_S: Final = 10.0
-"""How long an instance that has something to do may wait for something, using no processor."""
-_WAITING_AT_START_S: Final = 30.0
-"""The same while it starts, or the forkserver imports: a disk may be slow."""
-_LONGEST_STEP_S: Final = 300.0
-"""What computes for longer is given up, however busy it is."""
-_LONGEST_END_S: Final = 2.0
-"""What an instance without requests may take to end."""
 _HOW_AWAITED_S: Final = 3.0
 """How long to wait for the forkserver's word on how an instance ended."""
 _KILLED_S: Final = 1.0
@@ -78,19 +73,12 @@ class Fleet:
     ):
         """`tokenizer` is where instances find the model's tokenizer.json."""
         self._settings = settings
-        self.model = settings.model
-        """Where the model lies that is served now."""
-        self._tokenizer = tokenizer
-        self.epoch = 0
-        """Goes up whenever the model is loaded anew. An instance, and a request, is for the model
-        as it was at one of them."""
+        self.model = ModelState(settings.model, tokenizer)
+        """As it is served now."""
         self._runtime_dir = runtime_dir
         self._listeners = listeners
         self._background = Background()
         self._engines = Engines(runtime_dir)
-        self._forkserver: Forkserver | None = None
-        self._forkserver_signs = VitalSigns()
-        self._forkserver_is_up = False
         self._orphans = Orphans()
         self._instances: dict[str, Instance] = {}
         self._num_named = 0
@@ -102,14 +90,20 @@ class Fleet:
         self.start_error: str | None = None
         """Why instances can't start, since the last one that could."""
         self._memory_kills = OutOfMemoryKills()
+        self._forks = Forks(
+            self._preload,
+            ForksListeners(
+                self._on_forks_up,
+                self._on_forkserver_event,
+                self._on_forks_ended,
+                self._retry_delay_s,
+            ),
+            self._memory_kills,
+            settings.hang_timeout_s,
+        )
         self.num_wanted = settings.num_instances
         self.asleep = False
         """No instance runs, and none is to be started, until `wake`."""
-        self.weight_set: str | None = None
-        """The key under which the allocator knows the served weights. The first instance that is
-        ready decides it; all others attach to this set, whatever becomes of the model's files."""
-        self.facts: ModelFacts | None = None
-        self._metadata: Mapping[str, str] | None = None
         self.num_replaced = 0
 
     # --- what others may ask
@@ -128,23 +122,23 @@ class Fleet:
     def alone_instances(self) -> list[Instance]:
         """Those that answer one request at a time, for the model as it is served now."""
         alone = [one for one in self._instances.values() if one.answers and one.alone]
-        return [one for one in alone if one.epoch == self.epoch]
+        return [one for one in alone if one.epoch == self.model.epoch]
 
     @property
     def recovers(self) -> bool:
         """Whether instances that are missing can be expected soon."""
         away = self.asleep or self._draining
-        return self.facts is not None and not away and self._num_failures < 2
+        return self.model.facts is not None and not away and self._num_failures < 2
 
     @property
     def forkserver_pid(self) -> int | None:
         """The process that instances are forked from."""
-        return self._forkserver.pid if self._forkserver is not None else None
+        return self._forks.pid
 
     @property
     def forkserver_is_up(self) -> bool:
         """Whether instances can be forked now; it imports before."""
-        return self._forkserver_is_up
+        return self._forks.is_up
 
     @property
     def allocator_silent_since(self) -> float | None:
@@ -169,7 +163,7 @@ class Fleet:
 
     def launch(self) -> None:
         """Begin: the forkserver imports, then the instances start. Returns at once."""
-        self._background.keep("the watch over the forkserver", self._watch_forkserver)
+        self._background.keep("the watch over the forkserver", self._forks.keep)
         self._background.keep("the watch over messages of instances", self._watch_engines)
         self._background.keep("the watch over hung processes", self._keep_looking)
 
@@ -177,7 +171,7 @@ class Fleet:
         """Until as many instances are ready as are wanted, which may change meanwhile. Raises
         StartError if the first one can't start, and where more than `most_failures` starts in a
         row have failed; they are tried on all the same."""
-        while sum(one.epoch == self.epoch for one in self.ready_instances) < self.num_wanted:
+        while sum(one.epoch == self.model.epoch for one in self.ready_instances) < self.num_wanted:
             if self.start_error is not None:
                 raise StartError(self.start_error)
             if most_failures is not None and self._num_failures > most_failures:
@@ -211,7 +205,7 @@ class Fleet:
         """How many instances there should be that take one request at a time."""
         self._num_alone = num_instances
         alone = [one for one in self._current() if one.alone]
-        idle = [one for one in alone if not one.requests]
+        idle = [one for one in alone if not self._listeners.num_requests(one)]
         for instance in idle[: max(0, len(alone) - num_instances)]:
             await self._drain_instance(instance)
         self._fill_up()
@@ -223,7 +217,7 @@ class Fleet:
         StartError, and then nothing of it is left."""
         if self._draining or self.asleep:
             raise StartError("the server is shutting down, or the model sleeps")
-        if not self._forkserver_is_up:
+        if not self._forks.is_up:
             raise StartError("the process that instances are forked from is not up: try again")
         spec = msgspec.structs.replace(
             self._spec(),
@@ -233,7 +227,7 @@ class Fleet:
             eos_token_ids=None,
         )
         try:
-            instance = self._fork(spec, self.epoch + 1)
+            instance = self._fork(spec, self.model.epoch + 1)
         except (ForkserverBusy, ForkserverEnded, OSError) as error:
             raise StartError("no instance can be started at the moment: try again") from error
         self._tell_of_change()
@@ -253,11 +247,7 @@ class Fleet:
         are started; those of before go on until `retire`."""
         if instance.ready is None or instance.state != "ready":
             raise StartError("the instance that was tried out ended: try again")
-        self.model, self._tokenizer = model, tokenizer
-        self.epoch = instance.epoch
-        self.facts = instance.ready.facts
-        self.weight_set = instance.ready.weight_set
-        self._metadata = instance.ready.metadata
+        self.model = ModelState(model, tokenizer, instance.epoch, instance.ready)
         self.start_error = None
         self._fill_up()
 
@@ -279,7 +269,7 @@ class Fleet:
         deadline = time.monotonic() + timeout_s
         # A request may have parts that are on no instance yet.
         if await wait_idle(timeout_s):
-            await self._drain_all(max(_LONGEST_END_S, deadline - time.monotonic()))
+            await self._drain_all(max(LONGEST_END_S, deadline - time.monotonic()))
         if self.instances:
             self.wake()
             return False
@@ -294,6 +284,7 @@ class Fleet:
     async def drain(self, timeout_s: float) -> None:
         """Let every instance finish its requests and end; kill what is left after `timeout_s`."""
         self._draining = True
+        self._forks.stop()
         await self._drain_all(timeout_s)
         busy = [one for one in self.instances if not one.is_gone]
         if busy:
@@ -313,6 +304,7 @@ class Fleet:
     async def close(self) -> None:
         """End every process and remove the sockets."""
         self._draining = True
+        self._forks.stop()
         for instance in self.instances:
             instance.leash.kill()
         with contextlib.suppress(TimeoutError):
@@ -320,49 +312,34 @@ class Fleet:
         await self._background.close()
         for instance in self.instances:
             instance.leash.close()
-        if self._forkserver is not None:
-            await self._forkserver.close()
+        await self._forks.close()
         self._engines.close()
         self._runtime_dir.cores.unlink(missing_ok=True)
 
     # --- watching
 
-    async def _watch_forkserver(self) -> None:
-        model, dtype = str(self._settings.model), self._settings.engine.dtype
-        while not self._draining:
-            model, dtype = str(self.model), self._settings.engine.dtype
-            forkserver = self._forkserver = Forkserver.launch(model, dtype, self._metadata)
-            self._forkserver_signs = VitalSigns()
-            try:
-                up = await forkserver.up()
-                log.info("forkserver up after %.1f s", up.import_ms / 1000)
-                self._forkserver_is_up = True
-                self._tell_of_change()
-                self._fill_up()
-                while True:
-                    self._on_forkserver_event(await forkserver.receive())
-            except ForkserverEnded:
-                was_up = self._forkserver_is_up
-            finally:
-                self._forkserver_is_up = False
-                status = await forkserver.close()
-                self._forkserver = None
-            for instance in self.instances:
-                if instance.pid is None and not instance.is_gone:
-                    how = "its forkserver ended before it began"
-                    self._give_up(instance, how, by_itself=False)
-            out_of_memory = self._memory_kills.just_now()
-            if not was_up and ending_of(status, out_of_memory=out_of_memory).by_itself:
-                self._num_failures += 1
-                if self.facts is None:
-                    self.start_error = (
-                        "the process that instances are forked from ended while it imported "
-                        "torch and transformers; its own message is above"
-                    )
-                self._tell_of_change()
-            if not self._draining:
-                log.warning("the forkserver ended; starting another. Instances go on")
-                await asyncio.sleep(self._retry_delay_s())
+    def _preload(self) -> Preload:
+        model, dtype = self.model, self._settings.engine.dtype
+        return Preload(str(model.path), dtype, model.metadata)
+
+    def _on_forks_up(self) -> None:
+        self._tell_of_change()
+        self._fill_up()
+
+    def _on_forks_ended(self, faulty: bool) -> None:
+        """Those that it was asked for will not come."""
+        for instance in self.instances:
+            if instance.pid is None and not instance.is_gone:
+                how = "its forkserver ended before it began"
+                self._give_up(instance, Hang(how, by_itself=False))
+        if faulty:
+            self._num_failures += 1
+            if self.model.facts is None:
+                self.start_error = (
+                    "the process that instances are forked from ended while it imported "
+                    "torch and transformers; its own message is above"
+                )
+            self._tell_of_change()
 
     def _on_forkserver_event(self, event: object) -> None:
         match event:
@@ -380,13 +357,13 @@ class Fleet:
                 continue
             if message is None:
                 # Whatever it said, some request would be without it.
-                self._give_up(instance, "it sent what can't be read", by_itself=True)
+                self._give_up(instance, Hang("it sent what can't be read", by_itself=True))
                 continue
             try:
                 await self._on_message(instance, message)
             except Exception:
                 log.exception("a message of instance %s could not be taken", name)
-                self._give_up(instance, "its message could not be taken", by_itself=False)
+                self._give_up(instance, Hang("its message could not be taken", by_itself=False))
 
     async def _on_message(self, instance: Instance, message: FromInstance) -> None:
         match message:
@@ -407,7 +384,7 @@ class Fleet:
                     await self.send(instance, Drain())
             case StartFailed(message=text) if instance.state != "ready":
                 instance.start_error = text
-                if instance.epoch == self.epoch:
+                if instance.epoch == self.model.epoch:
                     self.start_error = text
                 log.error("instance %s can't start: %s", instance.name, text)
                 self._tell_of_change()
@@ -415,11 +392,9 @@ class Fleet:
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
         self._know_pid(instance, message.pid)
-        if instance.epoch == self.epoch:
-            if self.weight_set is None:
-                self.facts = message.facts
-                self.weight_set = message.weight_set
-                self._metadata = message.metadata
+        if instance.epoch == self.model.epoch:
+            if self.model.ready is None:
+                self.model = replace(self.model, ready=message)
             self._num_failures = 0
             self._retry_at = 0.0
             self.start_error = None
@@ -472,49 +447,32 @@ class Fleet:
                 await asyncio.sleep(0)  # each look reads files; there may be hundreds
                 if not instance.is_gone:
                     self._look_at(instance)
-            self._look_at_forkserver()
+            self._forks.look(asked=any(one.pid is None for one in self.instances))
             self._orphans.look(time.monotonic())
             self._fill_up()
 
     def _look_at(self, instance: Instance) -> None:
-        now, stopped_s = time.monotonic(), self._settings.hang_timeout_s
-        is_idle = instance.state == "draining" and not instance.requests
-        instance.num_idle_looks = instance.num_idle_looks + 1 if is_idle else 0
-        stopped = is_idle and instance.signs.is_stopped
-        if stopped or instance.num_idle_looks * LOOK_EVERY_S > _LONGEST_END_S:
-            self._give_up(instance, "it was to end, and did not", by_itself=False)
-            return
-        if instance.pid is None:
-            return
-        self._know_pid(instance, instance.pid)
-        if not stopped_s:
-            return
-        beat = instance.leash.look()
-        starts = instance.state in ("starting", "loading")
-        since = beat.since if beat is not None else None
-        num_read = beat.num_read if beat is not None else 0
-        owes = starts or since is not None or num_read < instance.num_sent
-        signs = instance.signs
-        signs.look(now, ProcessState.of(instance.pid), owes=owes)
-        self._tell_of_silence(instance, signs)
-        if signs.is_hung(stopped_s, _WAITING_AT_START_S if starts else _WAITING_S):
-            self._give_up(instance, f"it hangs: {signs}", by_itself=not signs.is_stopped)
-        elif since is not None and now - since > _LONGEST_STEP_S:
-            how = f"its step has taken more than {_LONGEST_STEP_S:.0f} s"
-            self._give_up(instance, how, by_itself=True)
+        has_requests = bool(self._listeners.num_requests(instance))
+        hang = overdue(instance, has_requests=has_requests)
+        if hang is None and instance.pid is not None:
+            self._know_pid(instance, instance.pid)
+            if self._settings.hang_timeout_s:
+                before = instance.unresponsive_since
+                hang = hang_of(instance, instance.pid, self._settings.hang_timeout_s)
+                if (before is None) != (instance.unresponsive_since is None):
+                    self._tell_of_silence(instance)
+        if hang is not None:
+            self._give_up(instance, hang)
 
-    def _tell_of_silence(self, instance: Instance, signs: VitalSigns) -> None:
+    def _tell_of_silence(self, instance: Instance) -> None:
         """Before it is given up, it gets no further request; and it may come back."""
-        before, instance.unresponsive_since = instance.unresponsive_since, signs.quiet_since
-        if (before is None) == (signs.quiet_since is None):
-            return
-        if before is None:
+        if instance.unresponsive_since is not None:
             log.warning(
                 "instance %s (pid %s, %s) does not move any more: %s",
                 instance.name,
                 instance.pid,
                 instance.state,
-                signs,
+                instance.signs,
             )
         else:
             log.info("instance %s moves again", instance.name)
@@ -522,22 +480,11 @@ class Fleet:
                 self._listeners.ready(instance)
         self._tell_of_change()
 
-    def _look_at_forkserver(self) -> None:
-        forkserver, stopped_s = self._forkserver, self._settings.hang_timeout_s
-        if forkserver is None or not stopped_s:
-            return
-        asked = any(one.pid is None for one in self.instances)
-        signs, state = self._forkserver_signs, ProcessState.of(forkserver.pid)
-        signs.look(time.monotonic(), state, owes=asked or not self._forkserver_is_up)
-        if signs.is_hung(stopped_s, _WAITING_AT_START_S):
-            log.warning("the forkserver (pid %d) hangs and is killed: %s", forkserver.pid, signs)
-            forkserver.kill()
-
-    def _give_up(self, instance: Instance, how: str, *, by_itself: bool) -> None:
-        """It hangs. Its requests go elsewhere, whatever it may still do before it is gone."""
+    def _give_up(self, instance: Instance, hang: Hang) -> None:
+        """Its requests go elsewhere, whatever it may still do before it is gone."""
         beat = instance.leash.look()
         names = beat.names if beat is not None else None
-        ending = Ending(how, by_itself, names, given_up=True)
+        ending = Ending(hang.how, hang.by_itself, names, given_up=True)
         instance.leash.kill()
         if instance.unresponsive_since is None:
             instance.unresponsive_since = time.monotonic()
@@ -554,10 +501,11 @@ class Fleet:
             log.info("instance %s ended: %s", name, ending.how)
         else:
             log.warning("instance %s (pid %s), %s, ended: %s", name, instance.pid, was, ending.how)
-        if was in ("starting", "loading") and ending.by_itself and instance.epoch == self.epoch:
+        is_current = instance.epoch == self.model.epoch
+        if was in ("starting", "loading") and ending.by_itself and is_current:
             self._num_failures += 1
             self._retry_at = time.monotonic() + self._retry_delay_s()
-            if self.facts is None and self.start_error is None and not ending.given_up:
+            if self.model.facts is None and self.start_error is None and not ending.given_up:
                 self.start_error = (
                     f"the first instance ended before it was ready: {ending.how}. If it was out "
                     "of memory, `onecopy plan` says how much the model takes."
@@ -583,16 +531,16 @@ class Fleet:
 
     def _current(self) -> list[Instance]:
         """Those of them that serve the model as it is served now."""
-        return [one for one in self._staying() if one.epoch == self.epoch]
+        return [one for one in self._staying() if one.epoch == self.model.epoch]
 
     def _fill_up(self) -> None:
-        if self._draining or self.asleep or not self._forkserver_is_up:
+        if self._draining or self.asleep or not self._forks.is_up:
             return
         if time.monotonic() < self._retry_at:
             return
         # The first one alone: it loads the weights, or shows that they can't be served; the others
         # then attach, instead of waiting for it on the same cores.
-        wanted = self.num_wanted if self.facts is not None else 1
+        wanted = self.num_wanted if self.model.facts is not None else 1
         current = self._current()
         num_alone = sum(one.alone for one in current)
         missing = [False] * (wanted - (len(current) - num_alone))
@@ -606,7 +554,7 @@ class Fleet:
     def _start(self, *, alone: bool) -> bool:
         """Ask for an instance. False where it can't be asked for now; the next look tries again."""
         try:
-            self._fork(self._spec(), self.epoch, alone=alone)
+            self._fork(self._spec(), self.model.epoch, alone=alone)
         except ForkserverEnded:  # the watcher sees it too, and starts all over
             return False
         except ForkserverBusy:
@@ -621,8 +569,7 @@ class Fleet:
 
     def _fork(self, spec: InstanceSpec, epoch: int, *, alone: bool = False) -> Instance:
         """Ask for this instance. Raises ForkserverEnded, ForkserverBusy, OSError."""
-        assert self._forkserver is not None  # noqa: S101 - it is up
-        leash = self._forkserver.start(spec)
+        leash = self._forks.start(spec)
         self._num_named += 1
         instance = Instance(spec.name, spec.requested_at, leash, alone, epoch)
         self._instances[spec.name] = instance
@@ -631,20 +578,20 @@ class Fleet:
     def _spec(self) -> InstanceSpec:
         """Of the next instance of the model as it is served."""
         name = f"i{self._num_named}"
-        settings = self._settings
+        settings, model = self._settings, self.model
         return InstanceSpec(
             name=name,
             runtime_dir=str(self._runtime_dir.path),
             engines=self._engines.expect(name),
             server_pid=os.getpid(),
-            model=str(self.model),
+            model=str(model.path),
             served_model_name=settings.served_model_name,
             requested_at=time.monotonic(),
             settings=settings.engine,
             num_threads=settings.num_threads,
-            tokenizer=str(self._tokenizer),
-            weight_set=self.weight_set or "",
-            eos_token_ids=self.facts.eos_token_ids if self.facts is not None else None,
+            tokenizer=str(model.tokenizer),
+            weight_set=model.weight_set or "",
+            eos_token_ids=model.facts.eos_token_ids if model.facts is not None else None,
         )
 
     async def _drain_instance(self, instance: Instance) -> None:

@@ -100,7 +100,7 @@ class Reloader:
 
     def _retire(self, before: LoadedText) -> None:
         """In a task of its own: others may change the fleet meanwhile."""
-        work = self._retired(before, self._fleet.epoch)
+        work = self._retired(before, self._fleet.model.epoch)
         task = asyncio.get_running_loop().create_task(work)
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)

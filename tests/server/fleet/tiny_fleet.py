@@ -46,7 +46,7 @@ class Served:
             self.ended_at = time.monotonic()
             told.lost(instance, ending)
 
-        listeners = Listeners(told.output, told.ready, on_ended)
+        listeners = Listeners(told.output, told.ready, on_ended, told.num_requests)
         self.fleet = Fleet(settings, runtime_dir, listeners, settings.model / "tokenizer.json")
         self.router.bind(self.fleet)
 
