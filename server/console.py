@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from server.admin.app import AllocatorStatus, InstanceStatus, ServerStatus
+from server.admin.schemas import AllocatorStatus, InstanceStatus, ModelStatus, ServerStatus
 from server.fleet.instance import Instance
 from server.machine.checks import Check
 from server.machine.device_verify import DeviceVerdict
@@ -187,35 +187,42 @@ def curl_line(url: str, uds: str | None, model: str, chat: bool, embeds: bool = 
     return f"curl {base}{path} -H 'content-type: application/json' -d '{json.dumps(body)}'"
 
 
-def server_line(status: ServerStatus) -> str:
-    """What stands above the table of `onecopy ps`."""
-    states = [one.state for one in status.instances]
+def status_lines(status: ServerStatus) -> str:
+    """What stands above the table of `onecopy ps`: a line for each model, and what to see to."""
+    lines = [_model_line(status, one) for one in status.models]
+    lines[-1] += _allocator(status.allocator)
+    return "\n".join(lines + [line for one in status.models for line in warnings(one)])
+
+
+def _model_line(status: ServerStatus, model: ModelStatus) -> str:
+    states = [one.state for one in model.instances]
     return (
-        f"{status.model} on {status.url}: {states.count('ready')} of {status.num_wanted} instances "
-        f"ready, {status.num_replaced} replaced so far; server pid {status.pid}"
+        f"{model.model} on {status.url}: {states.count('ready')} of {model.num_wanted} instances "
+        f"ready, {model.num_replaced} replaced so far; server pid {status.pid}"
         f"{', shutting down' if status.draining else ''}"
-        f"{'; it sleeps: wake it with `onecopy wake`' if status.asleep else ''}"
-        f"{_allocator(status.allocator)}" + "".join(f"\n{line}" for line in warnings(status))
+        f"{'; it sleeps: wake it with `onecopy wake`' if model.asleep else ''}"
     )
 
 
-def warnings(status: ServerStatus) -> list[str]:
+def warnings(model: ModelStatus) -> list[str]:
     """What somebody should see to."""
     found = []
-    if status.start_error is not None:
-        found.append(f"instances can't start: {status.start_error}")
-    if status.changed_files:
-        more = len(status.changed_files) - _FILES_SHOWN
-        shown = "; ".join(status.changed_files[:_FILES_SHOWN])
+    if model.start_error is not None:
+        found.append(f"instances can't start: {model.start_error}")
+    if model.changed_files:
+        more = len(model.changed_files) - _FILES_SHOWN
+        shown = "; ".join(model.changed_files[:_FILES_SHOWN])
         found.append(
-            f"{status.path} has changed since it was loaded, and is served as it was: {shown}"
+            f"{model.path} has changed since it was loaded, and is served as it was: {shown}"
             f"{f' and {more} more' if more > 0 else ''}. `onecopy reload` serves it as it is now"
         )
     return found
 
 
-def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | None]) -> Table:
-    """The body of `onecopy ps`."""
+def instances_table(
+    instances: Sequence[tuple[str, InstanceStatus]], memories: Sequence[ProcessMemory | None]
+) -> Table:
+    """The body of `onecopy ps`: each instance under the name of its model."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (
         ("NAME", "left"),
@@ -230,12 +237,12 @@ def instances_table(status: ServerStatus, memories: Sequence[ProcessMemory | Non
     ):
         # In a narrow terminal the model's name gives way first.
         table.add_column(name, justify=justify, no_wrap=name != "MODEL")  # type: ignore[arg-type]
-    for instance, memory in zip(status.instances, memories, strict=True):
+    for (model, instance), memory in zip(instances, memories, strict=True):
         table.add_row(
             instance.name,
             str(instance.pid or "-"),
             _state(instance),
-            status.model,
+            model,
             megabytes(memory.shared_bytes) if memory else "-",
             megabytes(memory.private_bytes) if memory else "-",
             megabytes(memory.kv_bytes) if memory else "-",

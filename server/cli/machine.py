@@ -11,7 +11,7 @@ from server.cli.setting_options import Options, engine_settings, takes_settings
 from server.machine import checks
 from server.machine.doctor import clear_up, examine
 from server.machine.plan import Load, make_plan, read_estimate, read_machine
-from server.machine.served_check import served_model
+from server.machine.served_check import served_models
 from server.models.source import find_model
 
 
@@ -83,7 +83,7 @@ def doctor(
     for run in clear_up() if fix else ():
         size = checks.size_text(run.num_bytes)
         console.err.print(f"removed {len(run.segments)} segments, {size}: {run.run}-*")
-    found = [*examine(runtime_dir), *served_model(runtime_dir)]
+    found = [*examine(runtime_dir), *served_models(runtime_dir)]
     status = checks.worst(found)
     if as_json:
         print_json({"status": status, "checks": [one.model_dump() for one in found]})

@@ -17,16 +17,14 @@ from pydantic import ValidationError
 
 from allocator import AllocatorError
 from server import console
-from server.admin.app import AdminError
+from server.admin.client import AdminError
 from server.admin.memory import NoSuchModel
 from server.background import WorkEnded
 from server.cli.setting_options import option
 from server.errors import ServerError
 from server.fleet.fleet import StartError
-from server.fleet.sleep import CannotSleep
 from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
-from server.models.reload import CannotReload
 from server.models.source import ModelNotFound
 from server.serve import AddressInUse
 from workers import CheckpointError, InvalidSetting
@@ -61,8 +59,6 @@ def one_line_errors() -> Iterator[None]:
         AddressInUse,
         AdminError,
         AllocatorError,
-        CannotReload,
-        CannotSleep,
         CheckpointError,
         InvalidSetting,
         ModelNotFound,

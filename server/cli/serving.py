@@ -16,7 +16,8 @@ from allocator import (
     remove_leftovers,
 )
 from server import console
-from server.admin.app import ADMIN_PATHS, AdminClient, AdminError, NoServer, ServerStatus
+from server.admin.client import AdminClient, AdminError, NoServer
+from server.admin.schemas import ADMIN_PATHS, InstanceStatus
 from server.api.http_server import raise_descriptor_limit
 from server.cli.memory import show_memory
 from server.cli.options import JsonOption, RuntimeDirOption, fail, one_line_errors, print_json
@@ -108,26 +109,34 @@ def ps(
             return
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
-        memories = _memories(status, seen(directory))
+        instances = [(one.model, instance) for one in status.models for instance in one.instances]
+        pids = [instance.pid for _, instance in instances]
+        memories = process_memory.read_all(pids, seen(directory))
         if as_json:
+            shown = zip(instances, memories, strict=True)
             print_json(
                 {
-                    **status.model_dump(exclude={"instances"}),
-                    "instances": [
-                        {
-                            **instance.model_dump(),
-                            "model": status.model,
-                            "shared_bytes": memory.shared_bytes if memory else None,
-                            "private_bytes": memory.private_bytes if memory else None,
-                            "kv_resident_bytes": memory.kv_bytes if memory else None,
-                        }
-                        for instance, memory in zip(status.instances, memories, strict=True)
-                    ],
+                    **status.model_dump(exclude={"instances", "models"}),
+                    "models": [one.model_dump(exclude={"instances"}) for one in status.models],
+                    "instances": [_with_memory(*one, memory) for one, memory in shown],
                 }
             )
             return
-        console.out.print(console.server_line(status), markup=False)
-        console.out.print(console.instances_table(status, memories))
+        console.out.print(console.status_lines(status), markup=False)
+        console.out.print(console.instances_table(instances, memories))
+
+
+def _with_memory(
+    model: str, instance: InstanceStatus, memory: process_memory.ProcessMemory | None
+) -> dict[str, object]:
+    """As a program is told of it."""
+    return {
+        **instance.model_dump(),
+        "model": model,
+        "shared_bytes": memory.shared_bytes if memory else None,
+        "private_bytes": memory.private_bytes if memory else None,
+        "kv_resident_bytes": memory.kv_bytes if memory else None,
+    }
 
 
 def reload(runtime_dir: RuntimeDirOption = None) -> None:
@@ -161,7 +170,10 @@ def verify(
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
         ready = [
-            (one.name, one.pid) for one in status.instances if one.state == "ready" and one.pid
+            (one.name, one.pid)
+            for model in status.models
+            for one in model.instances
+            if one.state == "ready" and one.pid
         ]
         verdict = prove(directory, ready, max_private, digests=digests)
         if as_json:
@@ -236,12 +248,6 @@ def _stop_server(directory: RuntimeDir, owner: Owner, *, keep_allocator: bool, n
     after = "now" if now or hangs else "after its requests"
     console.err.print(f"stopping the server (pid {owner.pid}) {after}")
     return stop_process(owner.process, patience_s + _STOP_TIMEOUT_S, is_mute, asked=asked)
-
-
-def _memories(
-    status: ServerStatus, mapped: process_memory.HandedOut
-) -> list[process_memory.ProcessMemory | None]:
-    return [process_memory.read(one.pid, mapped) if one.pid else None for one in status.instances]
 
 
 def _log_to_stderr() -> None:

@@ -16,13 +16,13 @@ from typing import Any
 
 import httpx
 
-from server.api.app import Serving, create_app
+from server.api.app import create_app
 from server.api.cells import Cells
-from server.api.grammar_checks import GrammarChecks
 from server.api.http_server import HTTPServer
 from server.cache_salt import CacheSalts
 from server.errors import InstanceFailed, NotReady
 from server.generation import NO_OPTIONS, Chunk, RequestOptions
+from server.models.serving import Serving
 from server.text.text import Text
 from workers.messages import ModelFacts, SamplingParams, TokenLogprobs
 
@@ -182,11 +182,14 @@ def echo_server(
             text=text,
             model_name=NAME,
             created=1_700_000_000,
-            cells=cells,
-            grammars=GrammarChecks(cells),
-            salts=salts or CacheSalts(),
         )
-        app = create_app(lambda: serving, max_body_bytes=max_body_bytes, **(app_options or {}))
+        app = create_app(
+            lambda: {NAME: serving},
+            cells,
+            salts=salts,
+            max_body_bytes=max_body_bytes,
+            **(app_options or {}),
+        )
         server = HTTPServer(app, listening, **options)
         stop = asyncio.Event()
         await server.start()
