@@ -27,6 +27,7 @@ from server.api.cells import Cells
 from server.api.http_server import HTTPServer, most_connections, raise_descriptor_limit
 from server.background import Background
 from server.cache_salt import CacheSalts
+from server.console.start import StartDisplay, curl_line, ready_lines
 from server.fleet.daemons import AllocatorProcess
 from server.machine import process_memory
 from server.machine.handed_out import seen
@@ -126,11 +127,11 @@ async def serve(settings: Settings) -> None:
 async def _all_served(models: Models) -> None:
     """One after the other is waited for; all start at once."""
     for one in models:
-        with console.StartDisplay(one.name) as display:
+        with StartDisplay(one.name) as display:
             await one.until_served(partial(_show, display, one))
 
 
-def _show(display: console.StartDisplay, served: ServedModel) -> None:
+def _show(display: StartDisplay, served: ServedModel) -> None:
     display.show(served.fleet.instances)
 
 
@@ -139,7 +140,7 @@ async def _print_ready(status: ServerStatus, models: Models, settings: Settings)
     memories = process_memory.read_all((one.pid for one in status.instances), mapped)
     uds = str(settings.uds) if settings.uds else None
     first = models.serving()[status.model]
-    curl = console.curl_line(
+    curl = curl_line(
         status.url,
         uds,
         first.model_name,
@@ -148,7 +149,7 @@ async def _print_ready(status: ServerStatus, models: Models, settings: Settings)
     )
     chosen = RuntimeDir.default_path() != settings.runtime_dir
     runtime_dir = str(settings.runtime_dir) if chosen else None
-    lines = console.ready_lines(status, memories, curl, version(), runtime_dir)
+    lines = ready_lines(status, memories, curl, version(), runtime_dir)
     console.out.print(lines, markup=False)
 
 

@@ -8,11 +8,14 @@ from allocator import parse_bytes
 from server import console
 from server.cli.options import JsonOption, RuntimeDirOption, one_line_errors, print_json
 from server.cli.setting_options import Options, engine_settings, takes_settings
+from server.console.checks import checks_line, checks_table
+from server.console.plan import plan_heading, plan_lines, plan_table
 from server.machine import checks
 from server.machine.doctor import clear_up, examine
 from server.machine.plan import Load, make_plan, read_estimate, read_machine
 from server.machine.served_check import served_models
 from server.models.source import find_model
+from server.units import size_text
 
 
 @takes_settings("num_instances", "max_model_len", "max_num_seqs", "dtype")
@@ -62,9 +65,9 @@ def plan(
         if as_json:
             print_json(made.model_dump(mode="json"))
             return
-        console.out.print(console.plan_heading(made), markup=False)
-        console.out.print(console.plan_table(made))
-        console.out.print(console.plan_lines(made), markup=False)
+        console.out.print(plan_heading(made), markup=False)
+        console.out.print(plan_table(made))
+        console.out.print(plan_lines(made), markup=False)
 
 
 def doctor(
@@ -81,15 +84,15 @@ def doctor(
 ) -> None:
     """Check this machine, and say what to do where something is missing; exit 1 on a problem."""
     for run in clear_up() if fix else ():
-        size = checks.size_text(run.num_bytes)
+        size = size_text(run.num_bytes)
         console.err.print(f"removed {len(run.segments)} segments, {size}: {run.run}-*")
     found = [*examine(runtime_dir), *served_models(runtime_dir)]
     status = checks.worst(found)
     if as_json:
         print_json({"status": status, "checks": [one.model_dump() for one in found]})
     else:
-        console.out.print(console.checks_table(found))
-        console.out.print(console.checks_line(found), markup=False)
+        console.out.print(checks_table(found))
+        console.out.print(checks_line(found), markup=False)
     if status == "problem":
         raise typer.Exit(1)
 

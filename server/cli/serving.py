@@ -22,6 +22,8 @@ from server.api.http_server import raise_descriptor_limit
 from server.cli.memory import show_memory
 from server.cli.options import JsonOption, RuntimeDirOption, fail, one_line_errors, print_json
 from server.cli.setting_options import Options, settings, takes_settings
+from server.console.status import instances_table, status_lines
+from server.console.verdict import verdict_lines, verdict_text
 from server.log_limit import LogLimit
 from server.machine import device_verify, process_memory
 from server.machine.handed_out import seen
@@ -122,8 +124,8 @@ def ps(
                 }
             )
             return
-        console.out.print(console.status_lines(status), markup=False)
-        console.out.print(console.instances_table(instances, memories))
+        console.out.print(status_lines(status), markup=False)
+        console.out.print(instances_table(instances, memories))
 
 
 def _with_memory(
@@ -179,8 +181,8 @@ def verify(
         if as_json:
             print_json(verdict.model_dump())
         else:
-            console.out.print(console.verdict_text(verdict))
-            console.out.print(console.verdict_lines(verdict), markup=False)
+            console.out.print(verdict_text(verdict))
+            console.out.print(verdict_lines(verdict), markup=False)
     if not verdict.holds:
         raise typer.Exit(1)
 
