@@ -61,6 +61,7 @@ def serve(daemon: DaemonProcess, tmp_path: Path) -> Serve:
             served_model_name="tiny",
             runtime_dir=daemon.runtime_dir.path,
             num_instances=2,
+            hang_timeout_s=0,  # they are stopped here to hold them, and are not to be replaced
             engine=EngineSettings(max_num_batched_tokens=64, threads=1),
         )
         router = Router(settings)
