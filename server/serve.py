@@ -23,8 +23,8 @@ from server.admin.metrics import Metrics
 from server.admin.schemas import ServerStatus
 from server.api.allowed_hosts import AllowedHosts
 from server.api.app import create_app
-from server.api.cells import Cells
 from server.api.http_server import HTTPServer, most_connections, raise_descriptor_limit
+from server.api.openai.cells import Cells
 from server.background import Background
 from server.cache_salt import CacheSalts
 from server.console.start import StartDisplay, curl_line, ready_lines

@@ -14,11 +14,11 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from server.api.allowed_hosts import AllowedHosts, HostCheck
-from server.api.cells import Cells
-from server.api.grammar_checks import GrammarChecks
 from server.api.openai import chat, completions, embeddings, errors, models
 from server.api.openai.admission import Current, Front
 from server.api.openai.body_reader import BodyReader
+from server.api.openai.cells import Cells
+from server.api.openai.grammar_checks import GrammarChecks
 from server.cache_salt import CacheSalts
 from server.models.in_flight import InFlight, InFlightCount
 from server.version import version as own_version

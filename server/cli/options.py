@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from allocator import AllocatorError
 from server import console
 from server.admin.client import AdminError
-from server.admin.memory import NoSuchModel
+from server.admin.weight_sets import NoSuchModel
 from server.background import WorkEnded
 from server.cli.setting_options import option
 from server.errors import ServerError

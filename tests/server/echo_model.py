@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 
 from server.api.app import create_app
-from server.api.cells import Cells
 from server.api.http_server import HTTPServer
+from server.api.openai.cells import Cells
 from server.cache_salt import CacheSalts
 from server.errors import InstanceFailed, NotReady
 from server.generation import NO_OPTIONS, Chunk, RequestOptions

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 from fastapi import Request
 
-from server.api.cells import Cells
-from server.api.grammar_checks import GrammarChecks
+from server.api.openai.cells import Cells
+from server.api.openai.grammar_checks import GrammarChecks
 from server.api.openai.schemas import GenerationRequest
 from server.api.openai.sequence import TextSequence
 from server.cache_salt import CacheSalts

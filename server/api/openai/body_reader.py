@@ -17,9 +17,9 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from server.api.cells import Lane, TooMuch
 from server.api.openai.admission import Front
 from server.api.openai.bodies import cell_options, parsed, received
+from server.api.openai.cells import Lane, TooMuch
 from server.api.openai.schemas import Body
 from server.errors import BodyTooLarge, Overloaded, UnsupportedMediaType
 from workers import Grant

@@ -36,9 +36,7 @@ def routes(front: Front, bodies: BodyReader) -> APIRouter:
         serving = front.generating(body)
         facts = serving.generator.facts
         grammar = await grammar_for(front.grammars, body)
-        ids = await serving.text.encode_chat_async(
-            _messages(body), context_tokens=facts.max_model_len
-        )
+        ids = await serving.text.encode_chat(_messages(body), context_tokens=facts.max_model_len)
         starts = [
             (ids, sampling)
             for sampling in sampling_for(

@@ -105,7 +105,7 @@ async def _prompts(serving: Serving, body: CompletionRequest) -> list[_Prompt]:
     prompts: list[_Prompt] = []
     for part in texts_or_ids(body.prompt):
         if isinstance(part, str):
-            ids = await serving.text.encode_async(part, context_tokens=facts.max_model_len)
+            ids = await serving.text.encode(part, context_tokens=facts.max_model_len)
             prompts.append(_Prompt(part, ids))
         else:
             prompts.append(_Prompt(None, part))

@@ -77,7 +77,7 @@ async def _input_ids(
         check_token_ids(ids, facts, param="input")
     inputs = [ids[:truncate_to] for ids in inputs]
     if texts:
-        inputs = await serving.text.encode_inputs_async(
+        inputs = await serving.text.encode_inputs(
             texts, context_tokens=limit, truncate_to=truncate_to
         )
     for index, ids in enumerate(inputs):

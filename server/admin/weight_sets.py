@@ -1,4 +1,5 @@
-"""Weight sets by the names that people use: putting them to sleep, waking them.
+"""Weight sets by the names that people use: putting them to sleep, waking them; by the server that
+serves one of them, else by the allocator.
 
 Owns how a person names a weight set. Invariant: a name that fits several sets is refused, with all
 of them listed. Knows nothing of terminals.
