@@ -17,6 +17,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("server", "workers", "allocator")  # imports point to the right only
 DOORS = ("messages", "client")  # the modules of a room that another room may import
+FLOORS_OF_SERVER = (
+    *("cli", "console", "machine", "admin", "api", "api/openai"),
+    *("models", "fleet", "text", "processes"),
+)  # imports point to the right only; what lies beside the folders is above them (serve) or below
+INSTANCES = ("server.fleet", "server.models")  # by these alone what answers requests reaches them
 NEVER_IN_ROOM = {
     "server": ("torch",),
     "workers": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers"),
@@ -173,6 +178,35 @@ def test_rooms_keep_the_rules() -> None:
     names = frozenset(map(dotted, sources))
     broken = [line for path, source in sources.items() for line in violations(path, source, names)]
     assert not broken, "\n".join(broken)
+
+
+def floor_of(name: str) -> int | None:
+    """Which of the server's floors a dotted name is on; None for what is on none of them."""
+    for number, folder in reversed(list(enumerate(FLOORS_OF_SERVER))):
+        if is_within(name, (f"server.{folder.replace('/', '.')}",)):
+            return number
+    return None
+
+
+def test_floors_of_the_server_point_one_way() -> None:
+    broken = []
+    for path, source in modules_of(ROOT).items():
+        here = floor_of(dotted(path))
+        for line, name in Reader(path, source).imports:
+            there = floor_of(name)
+            if here is not None and there is not None and there < here:
+                broken.append(f"{path}:{line}: {name} lies above it")
+            if path.startswith("server/api/") and is_within(name, ("workers.client",)):
+                broken.append(f"{path}:{line}: only {INSTANCES} speak to instances")
+    assert not broken, "\n".join(broken)
+
+
+def test_clients_of_the_admin_api_import_no_application() -> None:
+    for module in ("server.admin.client", "server.machine.served_check"):
+        program = f"import sys, {module}; assert 'fastapi' not in sys.modules"
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_benchmarks_start_children_that_ignore_the_working_folder() -> None:

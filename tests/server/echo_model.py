@@ -169,22 +169,22 @@ def echo_server(
     max_body_bytes: int = 1 << 20,
     app_options: Mapping[str, Any] | None = None,
     salts: CacheSalts | None = None,
+    others: Mapping[str, EchoModel] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """The server over the model, at this address. `options` are those of `HTTPServer`."""
+    """The server over the model, and `others` by name, at this address. `options` are those of
+    `HTTPServer`."""
     listening = socket.create_server(("127.0.0.1", 0))
     started: Future[Callable[[], object]] = Future()
 
     async def serve() -> None:
         cells = Cells()
-        serving = Serving(
-            generator=model,
-            text=text,
-            model_name=NAME,
-            created=1_700_000_000,
-        )
+        served = {
+            name: Serving(model_name=name, generator=one, text=text, created=1_700_000_000)
+            for name, one in {NAME: model, **(others or {})}.items()
+        }
         app = create_app(
-            lambda: {NAME: serving},
+            lambda: served,
             cells,
             salts=salts,
             max_body_bytes=max_body_bytes,

@@ -17,7 +17,7 @@ from server.api.openai.grammar_checks import GrammarChecks
 from server.api.openai.schemas import GenerationRequest
 from server.api.openai.sequence import TextSequence
 from server.cache_salt import CacheSalts
-from server.errors import InvalidRequest, UnknownModel
+from server.errors import InvalidRequest, NotReady, UnknownModel
 from server.generation import RequestOptions
 from server.models.serving import Serving
 from workers.messages import SamplingParams, Task
@@ -48,6 +48,24 @@ class Front:
         if name not in served:
             raise UnknownModel.among(served, name)
         return served[name]
+
+    def max_model_len(self) -> int:
+        """Of the model that takes the most: which one a request names is known once it is read.
+        Raises `NotReady` where none is ready."""
+        known: list[int] = []
+        problem = NotReady("no model is served yet")
+        for one in self.current().values():
+            try:
+                known.append(one.generator.facts.max_model_len)
+            except NotReady as error:
+                problem = error
+        if not known:
+            raise problem
+        return max(known)
+
+    def max_chars(self, context_tokens: int) -> int:
+        """As `Text.max_chars`, of the model of which it is most."""
+        return max(one.text.max_chars(context_tokens) for one in self.current().values())
 
     def generating(self, body: GenerationRequest) -> Serving:
         """The model that is to generate the answer. Raises `UnknownModel`, `InvalidRequest` or

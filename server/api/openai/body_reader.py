@@ -141,9 +141,7 @@ class BodyReader:
         declared = request.headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > self._max_bytes:
             raise self._too_large()
-        # Which model it names is known once it is read: the one that takes the most decides.
-        served = self._front.current().values()
-        max_tokens = max(one.generator.facts.max_model_len for one in served)
+        max_tokens = self._front.max_model_len()
         most_values = schema.most_values(max_tokens) + _OTHER_VALUES
         with _Arriving(self._on_the_way) as arriving:
             async for piece in request.stream():
@@ -157,8 +155,7 @@ class BodyReader:
                     )
             if arriving.file is None:
                 return parsed(schema, arriving.content())
-            max_chars = max(one.text.max_chars(max_tokens) for one in served)
-            options = cell_options(schema, max_tokens, max_chars)
+            options = cell_options(schema, max_tokens, self._front.max_chars(max_tokens))
             try:
                 answer = await self._front.cells.run(
                     "body", arriving.file, options, _GRANT, _WALL_S, self._lane
