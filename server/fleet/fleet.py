@@ -25,6 +25,8 @@ from server.fleet.forks import Forks, ForksListeners, Preload
 from server.fleet.hangs import LONGEST_END_S, Hang, hang_of, overdue
 from server.fleet.instance import Instance, Listeners
 from server.fleet.model_state import ModelState
+from server.fleet.roster import Roster
+from server.fleet.starts import Starts
 from server.processes.endings import Ending, OutOfMemoryKills, ending_of
 from server.processes.orphans import Orphans
 from server.processes.vital_signs import LOOK_EVERY_S
@@ -45,8 +47,6 @@ from workers.messages import (
 
 log = logging.getLogger("onecopy.server")
 
-_FIRST_RETRY_S: Final = 0.1
-_LAST_RETRY_S: Final = 30.0
 _HOW_AWAITED_S: Final = 3.0
 """How long to wait for the forkserver's word on how an instance ended."""
 _KILLED_S: Final = 1.0
@@ -80,15 +80,11 @@ class Fleet:
         self._background = Background()
         self._engines = Engines(runtime_dir)
         self._orphans = Orphans()
-        self._instances: dict[str, Instance] = {}
+        self._roster = Roster()
+        self._starts = Starts()
         self._num_named = 0
-        self._num_failures = 0
-        self._retry_at = 0.0
         self._num_alone = 0
         self._draining = False
-        self._waiting: set[asyncio.Future[None]] = set()  # for a change
-        self.start_error: str | None = None
-        """Why instances can't start, since the last one that could."""
         self._memory_kills = OutOfMemoryKills()
         self._forks = Forks(
             self._preload,
@@ -96,7 +92,7 @@ class Fleet:
                 self._on_forks_up,
                 self._on_forkserver_event,
                 self._on_forks_ended,
-                self._retry_delay_s,
+                self._starts.delay_s,
             ),
             self._memory_kills,
             settings.hang_timeout_s,
@@ -111,24 +107,28 @@ class Fleet:
     @property
     def instances(self) -> list[Instance]:
         """All that have not ended, oldest first. May be asked from any thread."""
-        return [one for one in list(self._instances.values()) if one.state != "ended"]
+        return self._roster.all
 
     @property
     def ready_instances(self) -> list[Instance]:
         """Those that answer requests now."""
-        return [one for one in self._instances.values() if one.answers and not one.alone]
+        return self._roster.ready
 
     @property
     def alone_instances(self) -> list[Instance]:
         """Those that answer one request at a time, for the model as it is served now."""
-        alone = [one for one in self._instances.values() if one.answers and one.alone]
-        return [one for one in alone if one.epoch == self.model.epoch]
+        return self._roster.alone(self.model.epoch)
+
+    @property
+    def start_error(self) -> str | None:
+        """Why instances can't start, since the last one that could."""
+        return self._starts.error
 
     @property
     def recovers(self) -> bool:
         """Whether instances that are missing can be expected soon."""
         away = self.asleep or self._draining
-        return self.model.facts is not None and not away and self._num_failures < 2
+        return self.model.facts is not None and not away and self._starts.num_failed < 2
 
     @property
     def forkserver_pid(self) -> int | None:
@@ -143,14 +143,14 @@ class Fleet:
     @property
     def allocator_silent_since(self) -> float | None:
         """Since when the allocator has not answered an instance; None where it answers all."""
-        beats = [one.leash.look() for one in self._instances.values() if not one.is_gone]
+        beats = [one.leash.look() for one in self.instances if not one.is_gone]
         times = [beat.silent_since for beat in beats if beat is not None and beat.silent_since]
         return min(times, default=None)
 
     @property
     def awaits_allocator(self) -> bool:
         """Whether any instance can't come on unless the allocator does."""
-        starting = any(one.state in ("starting", "loading") for one in self._instances.values())
+        starting = any(one.state in ("starting", "loading") for one in self.instances)
         return starting or self.allocator_silent_since is not None
 
     async def send(self, instance: Instance, message: ToInstance) -> bool:
@@ -172,25 +172,16 @@ class Fleet:
         StartError if the first one can't start, and where more than `most_failures` starts in a
         row have failed; they are tried on all the same."""
         while sum(one.epoch == self.model.epoch for one in self.ready_instances) < self.num_wanted:
-            if self.start_error is not None:
-                raise StartError(self.start_error)
-            if most_failures is not None and self._num_failures > most_failures:
-                raise StartError(f"{self._num_failures} starts in a row have failed: see the log")
+            starts = self._starts
+            if starts.error is not None:
+                raise StartError(starts.error)
+            if most_failures is not None and starts.num_failed > most_failures:
+                raise StartError(f"{starts.num_failed} starts in a row have failed: see the log")
             await self.change()
 
     async def change(self) -> None:
         """Until anything about any instance changed."""
-        changed = asyncio.get_running_loop().create_future()
-        self._waiting.add(changed)
-        try:
-            await changed
-        finally:
-            self._waiting.remove(changed)
-
-    def _tell_of_change(self) -> None:
-        for one in self._waiting:
-            if not one.done():
-                one.set_result(None)
+        await self._roster.change()
 
     async def scale(self, num_instances: int) -> None:
         """Change how many instances there should be. Surplus ones, the youngest first, are drained:
@@ -230,7 +221,7 @@ class Fleet:
             instance = self._fork(spec, self.model.epoch + 1)
         except (ForkserverBusy, ForkserverEnded, OSError) as error:
             raise StartError("no instance can be started at the moment: try again") from error
-        self._tell_of_change()
+        self._roster.tell_of_change()
         try:
             while instance.state in ("starting", "loading"):
                 await self.change()
@@ -248,7 +239,7 @@ class Fleet:
         if instance.ready is None or instance.state != "ready":
             raise StartError("the instance that was tried out ended: try again")
         self.model = ModelState(model, tokenizer, instance.epoch, instance.ready)
-        self.start_error = None
+        self._starts.error = None
         self._fill_up()
 
     def num_before(self, epoch: int) -> int:
@@ -257,7 +248,7 @@ class Fleet:
 
     async def retire(self, epoch: int) -> None:
         """Let the instances of the model as it was before `epoch` finish their requests and end."""
-        for instance in self._staying():
+        for instance in self._roster.staying:
             if instance.epoch < epoch:
                 await self._drain_instance(instance)
 
@@ -278,7 +269,7 @@ class Fleet:
     def wake(self) -> None:
         """Start as many instances as are wanted; returns before they are ready."""
         self.asleep = False
-        self.start_error = None
+        self._starts.error = None
         self._fill_up()
 
     async def drain(self, timeout_s: float) -> None:
@@ -291,7 +282,7 @@ class Fleet:
             log.warning("killing %d instances that are still busy", len(busy))
 
     async def _drain_all(self, timeout_s: float) -> None:
-        for instance in self._staying():
+        for instance in self._roster.staying:
             await self._drain_instance(instance)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._all_ended(), timeout_s)
@@ -323,7 +314,7 @@ class Fleet:
         return Preload(str(model.path), dtype, model.metadata)
 
     def _on_forks_up(self) -> None:
-        self._tell_of_change()
+        self._roster.tell_of_change()
         self._fill_up()
 
     def _on_forks_ended(self, faulty: bool) -> None:
@@ -333,26 +324,26 @@ class Fleet:
                 how = "its forkserver ended before it began"
                 self._give_up(instance, Hang(how, by_itself=False))
         if faulty:
-            self._num_failures += 1
+            self._starts.failed()
             if self.model.facts is None:
-                self.start_error = (
+                self._starts.error = (
                     "the process that instances are forked from ended while it imported "
                     "torch and transformers; its own message is above"
                 )
-            self._tell_of_change()
+            self._roster.tell_of_change()
 
     def _on_forkserver_event(self, event: object) -> None:
         match event:
-            case Started(name=name, pid=pid) if name in self._instances:
-                self._know_pid(self._instances[name], pid)
-                self._tell_of_change()
-            case Exited(name=name, status=status) if name in self._instances:
-                self._on_exit(self._instances[name], status)
+            case Started(name=name, pid=pid) if instance := self._roster.get(name):
+                self._know_pid(instance, pid)
+                self._roster.tell_of_change()
+            case Exited(name=name, status=status) if instance := self._roster.get(name):
+                self._on_exit(instance, status)
 
     async def _watch_engines(self) -> None:
         while True:
             name, message = await self._engines.receive()
-            instance = self._instances.get(name)
+            instance = self._roster.get(name)
             if instance is None or instance.is_gone:
                 continue
             if message is None:
@@ -377,7 +368,7 @@ class Fleet:
                 if instance.loading is None or instance.loading.num_bytes != message.num_bytes:
                     instance.came_on_at = time.monotonic()
                 instance.loading = message
-                self._tell_of_change()
+                self._roster.tell_of_change()
             case Ready():
                 self._on_ready(instance, message)
                 if instance.state == "draining":  # it was not there yet when it was told first
@@ -385,9 +376,9 @@ class Fleet:
             case StartFailed(message=text) if instance.state != "ready":
                 instance.start_error = text
                 if instance.epoch == self.model.epoch:
-                    self.start_error = text
+                    self._starts.error = text
                 log.error("instance %s can't start: %s", instance.name, text)
-                self._tell_of_change()
+                self._roster.tell_of_change()
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
@@ -395,9 +386,7 @@ class Fleet:
         if instance.epoch == self.model.epoch:
             if self.model.ready is None:
                 self.model = replace(self.model, ready=message)
-            self._num_failures = 0
-            self._retry_at = 0.0
-            self.start_error = None
+            self._starts.succeeded()
         if instance.state != "draining":
             instance.move("ready")
             self._listeners.ready(instance)
@@ -408,7 +397,7 @@ class Fleet:
             message.startup_ms.get("total", 0.0),
             "loaded the weights" if message.loaded else "attached to the shared weights",
         )
-        self._tell_of_change()
+        self._roster.tell_of_change()
         self._fill_up()
 
     def _know_pid(self, instance: Instance, pid: int) -> None:
@@ -478,7 +467,7 @@ class Fleet:
             log.info("instance %s moves again", instance.name)
             if instance.answers:
                 self._listeners.ready(instance)
-        self._tell_of_change()
+        self._roster.tell_of_change()
 
     def _give_up(self, instance: Instance, hang: Hang) -> None:
         """Its requests go elsewhere, whatever it may still do before it is gone."""
@@ -503,40 +492,35 @@ class Fleet:
             log.warning("instance %s (pid %s), %s, ended: %s", name, instance.pid, was, ending.how)
         is_current = instance.epoch == self.model.epoch
         if was in ("starting", "loading") and ending.by_itself and is_current:
-            self._num_failures += 1
-            self._retry_at = time.monotonic() + self._retry_delay_s()
+            self._starts.failed()
             if self.model.facts is None and self.start_error is None and not ending.given_up:
-                self.start_error = (
+                self._starts.error = (
                     f"the first instance ended before it was ready: {ending.how}. If it was out "
                     "of memory, `onecopy plan` says how much the model takes."
                 )
         elif was == "ready":
             self.num_replaced += 1
         self._listeners.lost(instance, ending)
-        self._tell_of_change()
+        self._roster.tell_of_change()
 
     def _forget(self, instance: Instance) -> None:
         instance.move("ended")
         instance.leash.close()
-        del self._instances[instance.name]
+        self._roster.remove(instance)
         self._engines.forget(instance.name)
-        self._tell_of_change()
+        self._roster.tell_of_change()
         self._fill_up()
 
     # --- doing
 
-    def _staying(self) -> list[Instance]:
-        """Those that are not on their way out, oldest first."""
-        return [one for one in self.instances if one.state not in ("draining", "unresponsive")]
-
     def _current(self) -> list[Instance]:
-        """Those of them that serve the model as it is served now."""
-        return [one for one in self._staying() if one.epoch == self.model.epoch]
+        """Those that stay, and serve the model as it is served now."""
+        return self._roster.of(self.model.epoch)
 
     def _fill_up(self) -> None:
         if self._draining or self.asleep or not self._forks.is_up:
             return
-        if time.monotonic() < self._retry_at:
+        if not self._starts.may_be_tried:
             return
         # The first one alone: it loads the weights, or shows that they can't be served; the others
         # then attach, instead of waiting for it on the same cores.
@@ -549,7 +533,7 @@ class Fleet:
             if not self._start(alone=alone):
                 break
         if missing:
-            self._tell_of_change()
+            self._roster.tell_of_change()
 
     def _start(self, *, alone: bool) -> bool:
         """Ask for an instance. False where it can't be asked for now; the next look tries again."""
@@ -562,8 +546,7 @@ class Fleet:
             return False
         except OSError as error:
             log.warning("no instance can be started now: %s", error)
-            self._num_failures += 1
-            self._retry_at = time.monotonic() + self._retry_delay_s()
+            self._starts.failed()
             return False
         return True
 
@@ -572,7 +555,7 @@ class Fleet:
         leash = self._forks.start(spec)
         self._num_named += 1
         instance = Instance(spec.name, spec.requested_at, leash, alone, epoch)
-        self._instances[spec.name] = instance
+        self._roster.add(instance)
         return instance
 
     def _spec(self) -> InstanceSpec:
@@ -597,10 +580,7 @@ class Fleet:
     async def _drain_instance(self, instance: Instance) -> None:
         was = instance.state
         instance.move("draining")
-        self._tell_of_change()
+        self._roster.tell_of_change()
         if was in ("starting", "loading"):  # nothing is lost with it
             instance.leash.kill()
         await self.send(instance, Drain())
-
-    def _retry_delay_s(self) -> float:
-        return min(_LAST_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(self._num_failures, 16))
