@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents.blocks import ROOT, Block
-from tests.leaks import wait_until
-from tests.system.running_server import TIMEOUT_S, leftovers
+from tests.system.running_server import TIMEOUT_S, leftovers, wait_until
 
 _LOOPBACK_UP = """
 import fcntl, socket, struct, sys
@@ -118,7 +117,7 @@ class Asked:
         def ended() -> bool:
             return token in self._told(begin) or self._process.poll() is not None
 
-        wait_until(ended, f"the end of\n{text}", TIMEOUT_S)
+        wait_until(ended, f"the end of\n{text}")
         printed, _, status = self._told(begin).partition(token)
         return int(status) if status.strip() else 1, printed
 
@@ -217,7 +216,6 @@ class Desk:
         wait_until(
             lambda: _READY.search(log.read_text()) or process.poll() is not None,
             f"{block} to be ready",
-            TIMEOUT_S,
         )
         self._printed = log.read_text()
         assert process.poll() is None, f"{block} ended:\n{self._printed}"
