@@ -12,7 +12,7 @@ says why not.
     ```text output      what the block before it prints
 
 `fails` says that the command ends with an error, `exact` that all printed lines are as shown; else
-those are that have no digit in them. `not-run: REASON` ends an info string.
+those are that have words and no figure in them. `not-run: REASON` ends an info string.
 """
 
 import re
@@ -73,9 +73,9 @@ class Block:
 class Document:
     """One Markdown file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, root: Path = ROOT):
         self.path = path
-        self.name = path.relative_to(ROOT).as_posix()
+        self.name = path.relative_to(root).as_posix()
         self._lines = path.read_text().splitlines()
 
     @cached_property

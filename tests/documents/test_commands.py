@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents.blocks import RUNNABLE, WORDS, Block, Document, documents
+from tests.documents.blocks import RUNNABLE, WORDS, Block, documents
 from tests.documents.terminals import Desk
 
 BESIDE_THE_README = ("docs/clients.md", "docs/memory.md", "docs/operations.md")
@@ -16,19 +16,12 @@ DOCUMENTS = {one.name: one for one in documents()}
 NOT_RUN = [block for one in DOCUMENTS.values() for block in one.blocks if block.why_not]
 
 
-def follow(document: Document, desk: Desk) -> None:
-    """Do what a document says, from top to bottom."""
-    for block in document.blocks:
-        if not block.why_not:
-            desk.do(block)
-
-
 @pytest.fixture(scope="module")
 def readers_desk(tokenizer_cache: Path) -> Iterator[Desk]:
     """After the README was followed: its server runs."""
     desk = Desk(tokenizer_cache)
     try:
-        follow(DOCUMENTS["README.md"], desk)
+        desk.follow(DOCUMENTS["README.md"])
         yield desk
     finally:
         desk.close()
@@ -41,14 +34,14 @@ def test_readme() -> None:
 
 @pytest.mark.parametrize("name", BESIDE_THE_README)
 def test_beside_the_readme(name: str, readers_desk: Desk) -> None:
-    follow(DOCUMENTS[name], readers_desk)
+    readers_desk.follow(DOCUMENTS[name])
 
 
 @pytest.mark.parametrize("name", BY_THEMSELVES)
 def test_document(name: str, tokenizer_cache: Path) -> None:
     desk = Desk(tokenizer_cache)
     try:
-        follow(DOCUMENTS[name], desk)
+        desk.follow(DOCUMENTS[name])
     finally:
         desk.close()
 
