@@ -24,6 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RUNNABLE = {"sh", "console", "python"}
 WORDS = {"terminal", "output", "exact", "fails"}
+BESIDE_THE_README = ("docs/clients.md", "docs/memory.md", "docs/operations.md")
+"""Documents whose commands ask the server that the README starts, in this order: the last ends it.
+"""
+BY_THEMSELVES = ("docs/serving.md", "docs/in-a-program.md", "CONTRIBUTING.md")
+"""Documents whose commands start what they need."""
 
 _NOT_RUN = "not-run: "
 
