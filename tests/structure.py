@@ -1,7 +1,8 @@
 """How the three rooms are built, in figures: `python tests/structure.py [--json] [CHECKOUT]`.
 
 Owns the measuring. Invariant: sources are parsed, never run, so that any checkout can be measured,
-one of long ago, too. A folder's files are its own; those of folders inside it are theirs.
+one of long ago, too. A folder's files are its own; those of folders inside it are theirs. A file at
+a room's top is a place of its own: what the folders share, or a door to other rooms.
 """
 
 import argparse
@@ -76,16 +77,21 @@ class Structure:
         if module in self.paths:
             yield module
 
+    def place(self, module: str) -> str:
+        """The module's folder, or the module itself at a room's top."""
+        folder = self.folder(module)
+        return module if folder in ROOMS else folder
+
     @cached_property
     def arrows(self) -> dict[str, set[str]]:
-        """Folder → the folders that it imports from. What an `__init__` hands out belongs to those
+        """Place → the places that it imports from. What an `__init__` hands out belongs to those
         who ask for it: neither its own imports nor imports of it count."""
-        found: dict[str, set[str]] = {self.folder(module): set() for module in self.paths}
-        for module, imported in self.imports.items():
-            for other in imported:
-                files = {self.paths[module].name, self.paths[other].name}
-                if "__init__.py" not in files and self.folder(module) != self.folder(other):
-                    found[self.folder(module)].add(self.folder(other))
+        modules = {name for name, path in self.paths.items() if path.name != "__init__.py"}
+        found: dict[str, set[str]] = {self.place(module): set() for module in modules}
+        for module in modules:
+            for other in self.imports[module] & modules:
+                if self.place(module) != self.place(other):
+                    found[self.place(module)].add(self.place(other))
         return found
 
     def lines(self, room: str) -> dict[str, int]:
@@ -226,10 +232,10 @@ def measured(root: Path) -> dict[str, object]:
     for room in ROOMS:
         lines = structure.lines(room)
         longest = max(lines, key=lines.__getitem__)
-        within = {one for one in structure.arrows if one.split("/")[0] == room}
+        within = {one for one in structure.arrows if re.split("[/.]", one)[0] == room}
         rooms[room] = {
             "files_at_the_top": files[room].get(room, 0),
-            "folders": len(within),
+            "folders": len([one for one in within if "/" in one]),
             "most_files_in_a_folder": max(files[room].values()),
             "files_per_folder": files[room],
             "imports_between_modules": sum(

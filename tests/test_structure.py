@@ -62,9 +62,10 @@ def test_figures_of_a_checkout(checkout: Path) -> None:
     allocator = found["rooms"]["allocator"]
     assert allocator["files_per_folder"] == {"allocator": 2, "allocator/inner": 1}
     assert allocator["longest_file"] == ["allocator/inner/b.py", 14]
+    assert (allocator["files_at_the_top"], allocator["folders"]) == (2, 1)
     assert allocator["imports_between_folders"] == 2
     assert found["circles_of_modules"] == [["allocator.a", "allocator.inner.b"]]
-    assert found["circles_of_folders"] == [["allocator", "allocator/inner"]]
+    assert found["circles_of_folders"] == [["allocator.a", "allocator/inner"]]
 
 
 def test_circles_are_told_from_diamonds() -> None:
