@@ -398,7 +398,7 @@ def test_a_broken_rule_is_found(path: str, source: str, complaint: str) -> None:
             "from allocator.client import ledger\nimport allocator.messages",
         ),
         ("server/api/app.py", "from .openai import chat\nfrom server.api.openai.chat import route"),
-        ("server/api/openai/chat.py", "from ..errors import ServerError\nfrom . import schemas"),
+        ("server/api/openai/chat.py", "from ...errors import ServerError\nfrom . import schemas"),
         (
             "workers/engine/generate.py",
             "import allocator.client\nfrom . import sampling\nimport torch",
