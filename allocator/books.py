@@ -31,12 +31,10 @@ class LeasesBegan(Message, tag="leases_began", frozen=True):
     extents: tuple[Extent, ...]
 
     def enter(self, books: Books) -> None:
-        """See `Change`."""
         for extent in self.extents:
             books.leases[extent.offset, self.generation] = extent.num_bytes
 
     def fits(self, books: Books) -> bool:
-        """See `Change`."""
         return not any((one.offset, self.generation) in books.leases for one in self.extents)
 
 
@@ -46,12 +44,10 @@ class LeasesEnded(Message, tag="leases_ended", frozen=True):
     leases: tuple[LeaseId, ...]
 
     def enter(self, books: Books) -> None:
-        """See `Change`."""
         for lease in self.leases:
             books.leases.pop((lease.offset, lease.generation), None)
 
     def fits(self, books: Books) -> bool:
-        """See `Change`."""
         return all((one.offset, one.generation) in books.leases for one in self.leases)
 
 
@@ -61,13 +57,11 @@ class LeasesSealed(Message, tag="leases_sealed", frozen=True):
     blocks: tuple[BlockToPut, ...]
 
     def enter(self, books: Books) -> None:
-        """See `Change`."""
         for block in self.blocks:
             books.leases.pop((block.offset, block.generation), None)
             books.pins[block.digest] += 1
 
     def fits(self, books: Books) -> bool:
-        """See `Change`."""
         return all((one.offset, one.generation) in books.leases for one in self.blocks)
 
 
@@ -78,7 +72,6 @@ class PinsChanged(Message, tag="pins_changed", frozen=True):
     pinned: bool
 
     def enter(self, books: Books) -> None:
-        """See `Change`."""
         if self.pinned:
             books.pins.update(self.digests)
             return
@@ -88,7 +81,6 @@ class PinsChanged(Message, tag="pins_changed", frozen=True):
                 del books.pins[digest]
 
     def fits(self, books: Books) -> bool:
-        """See `Change`."""
         return self.pinned or all(
             books.pins[digest] >= count for digest, count in Counter(self.digests).items()
         )
@@ -102,13 +94,11 @@ class ReadsChanged(Message, tag="reads_changed", frozen=True):
     by: int
 
     def enter(self, books: Books) -> None:
-        """See `Change`."""
         books.reads[self.key, self.generation] += self.by
         if books.reads[self.key, self.generation] <= 0:
             del books.reads[self.key, self.generation]
 
     def fits(self, books: Books) -> bool:
-        """See `Change`."""
         return books.reads[self.key, self.generation] + self.by >= 0
 
 
@@ -119,11 +109,9 @@ class WriteBegan(Message, tag="write_began", frozen=True):
     generation: int
 
     def enter(self, books: Books) -> None:
-        """See `Change`."""
         books.writes.add((self.key, self.generation))
 
     def fits(self, books: Books) -> bool:
-        """See `Change`."""
         return (self.key, self.generation) not in books.writes
 
 
@@ -134,11 +122,9 @@ class WriteEnded(Message, tag="write_ended", frozen=True):
     generation: int
 
     def enter(self, books: Books) -> None:
-        """See `Change`."""
         books.writes.discard((self.key, self.generation))
 
     def fits(self, books: Books) -> bool:
-        """See `Change`."""
         return (self.key, self.generation) in books.writes
 
 

@@ -72,7 +72,7 @@ class RunBegan(Message, tag="run_began", frozen=True):
     boot_id: str
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
+        """It says nothing of what is held."""
 
 
 class SessionBegan(Message, tag="session_began", frozen=True):
@@ -88,7 +88,6 @@ class SessionBegan(Message, tag="session_began", frozen=True):
     label: str
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         kept.sessions[self.number] = self
         kept.books[self.number] = Books()
 
@@ -100,7 +99,6 @@ class SessionChanged(Message, tag="session_changed", frozen=True):
     changes: tuple[Change, ...]
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         books = kept.books[self.session]
         device = kept.device(kept.sessions[self.session].device)
         for change in self.changes:
@@ -121,7 +119,6 @@ class SessionEnded(Message, tag="session_ended", frozen=True):
     number: int
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         session, books = kept.sessions.pop(self.number), kept.books.pop(self.number)
         kept.device(session.device).used(books.pins)
 
@@ -144,7 +141,6 @@ class SetKept(Message, tag="set_kept", frozen=True):
     pinned: bool
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         kept.device(self.device).sets[self.key] = self
 
 
@@ -155,7 +151,6 @@ class SetGone(Message, tag="set_gone", frozen=True):
     key: str
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         kept.device(self.device).sets.pop(self.key, None)
 
 
@@ -167,7 +162,6 @@ class PoolMade(Message, tag="pool_made", frozen=True):
     identity: str
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         kept.device(self.device).pool = self
 
 
@@ -178,7 +172,6 @@ class BlocksKept(Message, tag="blocks_kept", frozen=True):
     blocks: tuple[tuple[bytes, Extent], ...]
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         kept.device(self.device).blocks.update(self.blocks)
 
 
@@ -189,7 +182,6 @@ class BlockGone(Message, tag="block_gone", frozen=True):
     digest: bytes
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         del kept.device(self.device).blocks[self.digest]
 
 
@@ -202,7 +194,6 @@ class QuotaKept(Message, tag="quota_kept", frozen=True):
     num_bytes: int | None
 
     def enter(self, kept: Kept) -> None:
-        """See `Record`."""
         quotas = kept.device(self.device).quotas
         if self.num_bytes is None:
             quotas.pop((self.kind, self.name), None)
