@@ -43,5 +43,5 @@ def test_a_problem_names_the_option_and_what_it_may_be() -> None:
         checked({"dtype": "int3"})
     with pytest.raises(InvalidSetting, match=r"--max-num-seqs is 0: .*>= 1"):
         checked({"max_num_seqs": 0})
-    with pytest.raises(InvalidSetting, match="token_budget"):
-        checked({"token_budget": 3})
+    with pytest.raises(InvalidSetting, match="no_such_option"):
+        checked({"no_such_option": 3})
