@@ -8,7 +8,7 @@ are read, and which kernels this machine has.
 from workers.config.ends import end_tokens
 from workers.config.model_file import MAX_TOKENIZER_BYTES, file_status, read_file, read_json
 from workers.errors import CheckpointError, UnknownVocabulary
-from workers.grammar.source import grammar_problem
+from workers.grammar.translation import grammar_problem
 from workers.grammar.vocabulary import read_vocabulary
 from workers.model.native import SETS as KERNEL_SETS
 from workers.model.native import VARIABLE as KERNELS_VARIABLE

@@ -29,8 +29,8 @@ import msgspec
 import torch
 
 from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
+from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.plan import make_plan
-from workers.checkpoint.source import SourceTensor
 from workers.config.encoder_settings import task_of
 from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
 from workers.kv.layout import KVLayer, KVLayout
@@ -38,7 +38,8 @@ from workers.messages import Estimate, RankEstimate
 from workers.model.attention import DEFAULT_WORKSPACE_BYTES
 from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
-from workers.process.instance import float_dtype
+from workers.placement.resident import Resident
+from workers.weight_format import float_dtype
 
 Part = Literal["column", "row", "replicated"]
 
@@ -115,7 +116,7 @@ def estimate(
         if tensor_parallel_size > 1:
             raise InvalidSetting("a model that embeds is not split: --tensor-parallel-size is 1")
         return embedding_estimate(metadata, tensors, dtype, max_model_len, token_budget)
-    model = build_model(json.loads(metadata["config"]), shapes, dtype)
+    model = build_model(json.loads(metadata["config"]), Resident(shapes), dtype)
     limit = model.geometry.max_model_len
     max_model_len = max_model_len or limit
     if max_model_len > limit:

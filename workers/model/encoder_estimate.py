@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.plan import make_plan
-from workers.checkpoint.source import SourceTensor
 from workers.errors import InvalidSetting
 from workers.messages import Estimate
 from workers.model.encoder import EmbeddingModel, build_embedding_model

@@ -8,14 +8,13 @@ every accepted request has ended. Does not know text.
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +39,8 @@ from workers.checkpoint import (
 from workers.config.architecture import architecture_errors
 from workers.config.encoder_settings import task_of
 from workers.engine.embed import EmbeddingEngine
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
+from workers.engine.protocol import Engine
 from workers.errors import DeviceLost, InvalidSetting, WorkerError
 from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
@@ -66,14 +66,15 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
+from workers.placement.resident import Resident
 from workers.process import linux
 from workers.process.cores import SharedCores
+from workers.process.inbox import named
 from workers.process.outbox import frames
 from workers.process.pulse import Pulse
+from workers.weight_format import float_dtype
 
 log = logging.getLogger("onecopy.instance")
-
-AnyEngine = Engine | EmbeddingEngine
 
 _LINGER_MS: Final = 2000
 """How long the last outputs may take to leave at the end."""
@@ -148,7 +149,7 @@ class _Instance:
         self._ended("connect")
         return memory
 
-    def _start(self, memory: Client) -> AnyEngine:
+    def _start(self, memory: Client) -> Engine:
         spec = self._spec
         torch.set_num_threads(spec.num_threads)
         weights, eos_token_ids = self._attach(memory)
@@ -160,7 +161,7 @@ class _Instance:
         if task_of(weights.metadata) == "embed":
             return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
-        model = build_model(config, weights.tensors, dtype, eos_token_ids)
+        model = build_model(config, Resident(weights.tensors), dtype, eos_token_ids)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = spec.attention_workspace_bytes
@@ -177,11 +178,11 @@ class _Instance:
         kv = KVCache(
             layout,
             PoolSource(memory, layout),
-            weights=_identity(weights, model.kernels),
+            weights=weights.identity(model.kernels),
             device=model.device,
             prefix_caching=spec.prefix_caching,
         )
-        engine = Engine(
+        engine = GenerationEngine(
             model,
             max_model_len,
             spec.max_num_seqs,
@@ -311,7 +312,7 @@ class _Instance:
 
     # --- serve
 
-    def _serve(self, engine: AnyEngine) -> None:
+    def _serve(self, engine: Engine) -> None:
         # A first pass touches every weight, so its length grows with the model: an instance that
         # attached is ready before it, and makes it only if no request is there to do so.
         if self._warm_up is not None and not self._server.poll(0):
@@ -330,10 +331,9 @@ class _Instance:
                 self._loop(engine, poller, wake_read)
             finally:
                 signal.set_wakeup_fd(-1)
-                if isinstance(engine, Engine):
-                    engine.close()
+                engine.close()
 
-    def _loop(self, engine: AnyEngine, poller: zmq.Poller, wake: socket.socket) -> None:
+    def _loop(self, engine: Engine, poller: zmq.Poller, wake: socket.socket) -> None:
         while engine.has_work or not self._draining:
             had_work = engine.has_work
             wait_ms = _STALLED_MS if engine.is_stalled else 0
@@ -353,15 +353,14 @@ class _Instance:
             elif had_work:  # the last was aborted: no step says so
                 self._report(engine, ())
 
-    def _report(self, engine: AnyEngine, outputs: tuple[Output | Embedded, ...]) -> None:
+    def _report(self, engine: Engine, outputs: tuple[Output | Embedded, ...]) -> None:
         for frame in frames(engine.report(outputs), engine.abort):
             self._server.send(frame)
         if not engine.has_work:
             if self._cores is not None:
                 self._cores.end()
             linux.trim_heap()
-            if isinstance(engine, Engine):
-                self._check(engine)
+            self._check(engine)
 
     def _check(self, engine: Engine) -> None:
         """An idle moment: see that what is held is what is used. A leak is for the log, not a
@@ -371,7 +370,7 @@ class _Instance:
         except AssertionError:
             log.exception("the engine's books do not add up")
 
-    def _read(self, engine: AnyEngine) -> None:
+    def _read(self, engine: Engine) -> None:
         while True:
             try:
                 frame = self._server.recv(zmq.NOBLOCK)
@@ -382,23 +381,18 @@ class _Instance:
                 message = decode_to_instance(frame)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 log.exception("a message is not one of the protocol's")
-                self._refuse(engine, _named(frame), f"it can't be read: {error}")
+                self._refuse(engine, named(frame), f"it can't be read: {error}")
                 continue
             match message:
-                case Generate() if isinstance(engine, Engine):
+                case Generate() | Embed():
                     self._pulse.begin([message.request_id])
                     engine.add(message)
-                case Embed() if isinstance(engine, EmbeddingEngine):
-                    self._pulse.begin([message.request_id])
-                    engine.add(message)
-                case Generate(request_id=request_id) | Embed(request_id=request_id):
-                    self._refuse(engine, request_id, "this model does not serve that kind")
                 case Abort(request_id=request_id):
                     engine.abort(request_id)
                 case Drain():
                     self._drain()
 
-    def _refuse(self, engine: AnyEngine, request_id: str, problem: str) -> None:
+    def _refuse(self, engine: Engine, request_id: str, problem: str) -> None:
         """Who sent it waits for an answer."""
         if request_id:
             engine.refuse(request_id, f"the instance can't take the request: {problem}")
@@ -408,31 +402,3 @@ class _Instance:
 
     def _send(self, message: FromInstance) -> None:
         self._server.send(encode(message))
-
-
-def _named(frame: bytes) -> str:
-    """The request that a message seems to be about; "" where it names none."""
-    try:
-        message = msgspec.msgpack.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""
-    name = message.get("request_id") if isinstance(message, dict) else None
-    return name if isinstance(name, str) else ""
-
-
-def _identity(weights: AttachedWeights, kernels: str | None) -> str:
-    """What tells the keys and values of these weights from all others: the weights' bytes, as far
-    as they have digests, and who computes, since each rounds and orders them in its own way."""
-    known = hashlib.sha256(f"{weights.reader.key} {kernels} ".encode())
-    for name, entry in sorted(weights.reader.manifest.tensors.items()):
-        known.update(f"{name} {entry.digest} ".encode())
-    return known.hexdigest()
-
-
-def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
-    """The dtype of most of the parameters, where the checkpoint does not say."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

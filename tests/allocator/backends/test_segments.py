@@ -14,7 +14,7 @@ import pytest
 from allocator import RuntimeDir, StaleGeneration, abandoned_runs, connect, remove_abandoned
 from allocator.backends import segments
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.backends.segments import RunLock, RunOwner
+from allocator.backends.runs import RunLock, RunOwner
 from allocator.errors import InvalidMessage, NameTaken, NotWriter
 from tests.allocator.backends.small_shm import handle_of, load
 from tests.allocator.processes import ClientProcess, in_fork

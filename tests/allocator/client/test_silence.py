@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from allocator import AllocatorError, AllocatorGone, Client, WaitTimeout, WeightSetWriter
-from allocator.client.silence import Silence
+from allocator.client.session.silence import Silence
 from allocator.errors import AllocatorSilent
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import DaemonProcess

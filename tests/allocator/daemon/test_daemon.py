@@ -20,7 +20,7 @@ import pytest
 from allocator import Client, RuntimeDir, StaleGeneration, connect
 from allocator.backends import open_device
 from allocator.backends.host import SHM_ROOT
-from allocator.daemon.daemon import run
+from allocator.daemon.command import run
 from allocator.messages import Handle, WeightSetStatistics
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import ROOT, TIMEOUT_S, DaemonProcess

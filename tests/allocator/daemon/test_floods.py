@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from allocator import Client, RuntimeDir
-from allocator.client.connection import Connection
-from allocator.daemon.flood import MemoryWatch, flooding_connections
+from allocator.client.session.connection import Connection
+from allocator.daemon.clients.flood import MemoryWatch, flooding_connections
 from allocator.errors import AllocatorError, Unanswered
 from allocator.lifeline import Lifeline
 from allocator.messages import (
@@ -182,7 +182,7 @@ def lossy(start_daemon: StartDaemon, runtime_dir: RuntimeDir) -> Iterator[Daemon
     program = (
         "import runpy, signal, sys\n"
         "done = open(sys.argv[sys.argv.index('--runtime-dir') + 1] + '/done', 'ab', 0)\n"
-        "import allocator.daemon.bounded_router as router\n"
+        "import allocator.daemon.clients.bounded_router as router\n"
         "wanted = []\n"
         "class Watch(router.MemoryWatch):\n"
         "    @property\n"

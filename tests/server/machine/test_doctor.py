@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from allocator import AbandonedRun, Room, RuntimeDir, WeightSetWriter
-from allocator.backends.segments import RunOwner
+from allocator.backends.runs import RunOwner
 from server import console
 from server.machine import checks, doctor, package_checks
 from server.machine.checks import Check

@@ -19,7 +19,6 @@ from tests.leaks import Leaks, children, wait_until
 from tests.workers.engine.engines import engine_of, model_of, request, step
 from tests.workers.grammar.babbling_follower import FIRST, NONSENSE
 from tests.workers.grammar.byte_tokenizer import byte_tokenizer
-from workers.grammar.compiler import Grammar
 from workers.grammar.follower import (
     MAX_FOLLOWED,
     MAX_FRAME_BYTES,
@@ -30,6 +29,7 @@ from workers.grammar.follower import (
     Position,
     decode_from_cell,
 )
+from workers.grammar.grammar import Grammar
 from workers.messages import GrammarKind, GrammarSpec, Output, SamplingParams
 from workers.process import warden
 from workers.sampling import GrammarCompiler

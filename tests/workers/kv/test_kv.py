@@ -171,8 +171,6 @@ def test_a_digest_names_all_that_keys_and_values_depend_on() -> None:
         root_digest("w", KVLayout(LAYOUT.layers, torch.float16)),
         root_digest("w", KVLayout(LAYOUT.layers, LAYOUT.dtype, 32)),
         root_digest("w", LAYOUT, salt="s"),
-        root_digest("w", LAYOUT, adapter="s"),
-        root_digest("w", LAYOUT, salt="s", adapter="s"),
         root_digest("w', 's", LAYOUT),
     ]
     tokens = list(range(32))

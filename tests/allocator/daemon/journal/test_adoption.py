@@ -22,7 +22,7 @@ from allocator import (
     messages,
 )
 from allocator.backends.host import SHM_ROOT
-from allocator.client.connection import Connection
+from allocator.client.session.connection import Connection
 from allocator.daemon.journal.file import read_journal
 from allocator.daemon.journal.records import SessionEnded, decode_record
 from allocator.errors import Unanswered
