@@ -17,6 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("server", "workers", "allocator")  # imports point to the right only
 DOORS = ("messages", "client")  # the modules of a room that another room may import
+FLOORS_OF_SERVER = (
+    *("cli", "console", "machine", "admin", "api", "api/openai"),
+    *("models", "fleet", "text", "processes"),
+)  # imports point to the right only; what lies beside the folders is above them (serve) or below
 NEVER_IN_ROOM = {
     "server": ("torch",),
     "workers": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers"),
@@ -28,11 +32,7 @@ NEVER_IN_FOLDER = {  # folder → what its files never import
     "workers/checkpoint/": ("workers.model", "workers.engine", "workers.process"),
     "workers/model/": ("workers.engine", "workers.process"),
     "workers/engine/": ("workers.process",),
-    "server/api/": ("workers.client", "server.cli", "server.machine"),
-    "server/text/": ("server.api", "server.fleet", "server.models", "server.admin", "server.cli"),
-    "server/fleet/": ("server.api", "server.models", "server.admin", "server.machine"),
-    "server/models/": ("server.api", "server.admin", "server.machine", "server.cli"),
-    "server/machine/": ("server.api", "server.cli"),
+    "server/api/": ("workers.client",),
 }
 FORKS = ("os.fork", "os.forkpty", "multiprocessing.Process", "multiprocessing.Pool")
 FORKING = "workers/process/"
@@ -155,11 +155,23 @@ def crossing(path: str, name: str, modules: frozenset[str]) -> str | None:
     return f"{here} imports {module}: of another room only {', '.join(DOORS)} or its __init__"
 
 
+def floor_of(name: str) -> int | None:
+    """Which of the server's floors a dotted name is on; None for what is on none of them."""
+    for number, folder in reversed(list(enumerate(FLOORS_OF_SERVER))):
+        if is_within(name, (f"server.{folder.replace('/', '.')}",)):
+            return number
+    return None
+
+
 def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
     """Every broken rule of one module, as `path:line: what`; `modules` are all the dotted names."""
     reader, found = Reader(path, source), set[tuple[int, str]]()
     room = path.split("/")[0]
+    here = floor_of(dotted(path))
     for line, name in reader.imports:
+        there = floor_of(name)
+        if here is not None and there is not None and there < here:
+            found.add((line, f"{path} never imports {name}, which lies above it"))
         if wrong := crossing(path, name, modules):
             found.add((line, wrong))
         if is_within(name, NEVER_IN_ROOM[room]):
@@ -236,6 +248,14 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_clients_of_the_admin_api_import_no_application() -> None:
+    for module in ("server.admin.client", "server.machine.served_check"):
+        program = f"import sys, {module}; assert 'fastapi' not in sys.modules"
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_benchmarks_start_children_that_ignore_the_working_folder() -> None:

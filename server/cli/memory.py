@@ -17,7 +17,7 @@ from allocator import (
     option_arguments,
 )
 from server import console
-from server.admin.memory import sleep_model, wake_model, weight_set
+from server.admin.weight_sets import sleep_model, wake_model, weight_set
 from server.cli.memory_view import event_lines, memory_view
 from server.cli.options import ModelArgument, RuntimeDirOption, one_line_errors, print_json
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from allocator import ProcessIdentity, RuntimeDir, module_command, module_environment
-from server.admin.app import AdminClient
+from server.admin.client import AdminClient
 
 TIMEOUT_S = 600.0
 """A deadline that only a fault misses, on however slow a machine."""

@@ -225,13 +225,13 @@ def test_without_a_length_it_is_the_models_own(tmp_path: Path) -> None:
 def test_a_step_is_said_to_take_more_the_more_it_computes(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "llama", "llama")
     found = [
-        estimate_of(path, token_budget=budget, max_model_len=length).prefill_bytes
+        estimate_of(path, max_num_batched_tokens=budget, max_model_len=length).prefill_bytes
         for budget, length in ((8, 64), (64, 64), (64, 256))
     ]
     assert 0 < found[0] < found[1] < found[2]
     # No step has more prompt tokens than one sequence where only one can be so long.
-    beyond = estimate_of(path, token_budget=1000).prefill_bytes
-    assert beyond == estimate_of(path, token_budget=256).prefill_bytes
+    beyond = estimate_of(path, max_num_batched_tokens=1000).prefill_bytes
+    assert beyond == estimate_of(path, max_num_batched_tokens=256).prefill_bytes
 
 
 # --- tensor parallelism

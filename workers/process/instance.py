@@ -107,6 +107,7 @@ def run(spec: InstanceSpec, pulse: Pulse) -> int:
 class _Instance:
     def __init__(self, spec: InstanceSpec, server: "zmq.Socket[bytes]", pulse: Pulse):
         self._spec = spec
+        self._settings = spec.settings
         self._server = server
         self._pulse = pulse
         self._draining = False
@@ -142,7 +143,7 @@ class _Instance:
     def _connect(self) -> Client:
         memory = connect(
             RuntimeDir.open(self._spec.runtime_dir, create=False),
-            device=self._spec.device,
+            device=self._settings.device,
             model=self._spec.served_model_name[:256],
             label=f"instance {self._spec.name}",
         )
@@ -150,12 +151,12 @@ class _Instance:
         return memory
 
     def _start(self, memory: Client) -> Engine:
-        spec = self._spec
+        spec, settings = self._spec, self._settings
         torch.set_num_threads(spec.num_threads)
         weights, eos_token_ids = self._attach(memory)
         dtype = weights.dtype or float_dtype(weights.tensors)
         self._ended("weights")
-        if spec.shares_cores:
+        if settings.threads is None:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
             self._cores = SharedCores(cores, os.getpid())
         if task_of(weights.metadata) == "embed":
@@ -164,11 +165,12 @@ class _Instance:
         model = build_model(config, Resident(weights.tensors), dtype, eos_token_ids)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
-        model.workspace_bytes = spec.attention_workspace_bytes
-        most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
+        model.workspace_bytes = settings.attention_workspace
+        drafted = settings.max_num_seqs * (1 + settings.num_speculative_tokens)
+        most_rows = settings.max_num_batched_tokens + drafted
         self._check_kernels()
         most, now = self._threads()
-        reason = model.accelerate(most_rows, max_model_len, most, now, spec.cpu_kernels)
+        reason = model.accelerate(most_rows, max_model_len, most, now, settings.cpu_kernels)
         self._ended("model")
         if weights.loaded:  # who loads a model finds out whether it can be computed at all
             self._log_kernels(model.geometry.architecture, model.kernels, reason)
@@ -180,15 +182,15 @@ class _Instance:
             PoolSource(memory, layout),
             weights=weights.identity(model.kernels),
             device=model.device,
-            prefix_caching=spec.prefix_caching,
+            prefix_caching=settings.prefix_caching,
         )
         engine = GenerationEngine(
             model,
             max_model_len,
-            spec.max_num_seqs,
-            spec.token_budget,
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
             kv,
-            spec.num_speculative_tokens,
+            settings.num_speculative_tokens,
             Path(spec.tokenizer) if spec.tokenizer else None,
             attention_span=model.geometry.attention_span,
             device_fault=functools.partial(device_fault, memory.device),
@@ -208,10 +210,14 @@ class _Instance:
                 return attach_served(memory, spec.weight_set, self._loading), spec.eos_token_ids
             except UnknownWeightSet:
                 log.info("%s is not in memory any more", spec.weight_set)
-        checkpoint = open_checkpoint(spec.model, spec.dtype)
+        checkpoint = open_checkpoint(spec.model, self._settings.dtype)
         ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
         weights = attach(
-            memory, checkpoint, self._loading, map_files=spec.map_files, only=spec.weight_set
+            memory,
+            checkpoint,
+            self._loading,
+            map_files=self._settings.map_files,
+            only=spec.weight_set,
         )
         return weights, ends
 
@@ -222,8 +228,8 @@ class _Instance:
         max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
         self._check_kernels()
         most, now = self._threads()
-        most_rows = max(self._spec.token_budget, max_model_len)
-        reason = model.accelerate(most_rows, max_model_len, most, now, self._spec.cpu_kernels)
+        most_rows = max(self._settings.max_num_batched_tokens, max_model_len)
+        reason = model.accelerate(most_rows, max_model_len, most, now, self._settings.cpu_kernels)
         self._ended("model")
         if weights.loaded:
             self._log_kernels(type(model.module).__name__, model.kernels, reason)
@@ -233,7 +239,7 @@ class _Instance:
         engine = EmbeddingEngine(
             model,
             max_model_len,
-            self._spec.token_budget,
+            self._settings.max_num_batched_tokens,
             threads_now=threads_now,
             device_fault=functools.partial(device_fault, memory.device),
             works_on=self._pulse.works_on,
@@ -243,7 +249,7 @@ class _Instance:
 
     def _max_model_len(self, limit: int, default: int) -> int:
         """As it was asked for. Raises InvalidSetting beyond the model's `limit`."""
-        asked = self._spec.max_model_len or default
+        asked = self._settings.max_model_len or default
         if asked > limit:
             raise InvalidSetting(
                 f"--max-model-len is {asked}, but this model was made for {limit} tokens"
@@ -262,7 +268,7 @@ class _Instance:
 
     def _check_kernels(self) -> None:
         """Raises InvalidSetting where those asked for can't be used here."""
-        wanted = self._spec.cpu_kernels
+        wanted = self._settings.cpu_kernels
         try:
             if wanted != "auto":
                 load(wanted)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.api.cells import Cells, Lane
-from server.api.grammar_checks import GrammarChecks, Verdict
+from server.api.openai.cells import Cells, Lane
+from server.api.openai.grammar_checks import GrammarChecks, Verdict
 from server.errors import Overloaded
 from tests.grammar_corpus import CASES
 from tests.leaks import Leaks, children
@@ -183,8 +183,8 @@ def _descendants(others: Container[int]) -> list[int]:
 def test_processes_that_end_or_stop_cost_time_only(
     no_leaks: Leaks, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.grammar_checks._WALL_S", 2.0)
-    monkeypatch.setattr("server.api.cells._PATIENCE_S", 0.3)
+    monkeypatch.setattr("server.api.openai.grammar_checks._WALL_S", 2.0)
+    monkeypatch.setattr("server.api.openai.cells._PATIENCE_S", 0.3)
     rng = random.Random(5)
     others = set(children())
 

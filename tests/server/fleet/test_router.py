@@ -92,7 +92,7 @@ def test_a_request_goes_on_wherever_its_instance_ended(serve: Serve) -> None:
             assert fleet.forkserver_pid not in (None, old)
             assert await router.wait_idle(1)
             await fleet.wait_ready()
-            assert [one.requests for one in fleet.instances] == [set(), set()]
+            assert [router.num_requests(one) for one in fleet.instances] == [0, 0]
 
     within_timeout(test)
 
@@ -142,7 +142,8 @@ def test_what_ends_instance_after_instance_goes_on_alone_and_then_is_given_up(se
             for one in neighbours:
                 assert len(await all_tokens(one)) == NUM_TOKENS
                 assert (one.num_moves, one.num_waits) == (0, 0)
-            assert alone.requests == {"suspect"}
+            assert suspect.instance is alone
+            assert served.router.num_requests(alone) == 1
             # Killed by somebody else, it gets another one for itself.
             kill(alone)
             again = await next_instance(suspect, alone)
@@ -190,7 +191,7 @@ def test_a_deadline_holds_whatever_the_instance_does(serve: Serve) -> None:
             with pytest.raises(DeadlineExceeded):
                 await all_tokens(stream)
             assert await served.router.wait_idle(1)
-            assert served.fleet.instances[0].requests == set()
+            assert served.router.num_requests(served.fleet.instances[0]) == 0
 
     within_timeout(test)
 

@@ -1,7 +1,7 @@
 """What the server has done in cells: grammars tried out, large bodies read.
 
 Each task has two descriptors, of what is given and of what was found. Owns nothing. Knows neither
-how cells are bounded (`workers.process.warden`) nor who waits for them (`server.api.cells`).
+how cells are bounded (`workers.process.warden`) nor who waits for them (`server.api.openai.cells`).
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Weight sets by the names that people use: putting them to sleep, waking them.
+"""Weight sets by the names that people use: putting them to sleep, waking them; by the server that
+serves one of them, else by the allocator.
 
 Owns how a person names a weight set. Invariant: a name that fits several sets is refused, with all
 of them listed. Knows nothing of terminals.
@@ -9,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from allocator import Client, RuntimeDir, Statistics, connect
-from server.admin.app import AdminClient, NoServer, ServerStatus
+from server.admin.client import AdminClient, NoServer
+from server.admin.schemas import ModelStatus
 
 
 class NoSuchModel(Exception):
@@ -18,11 +20,12 @@ class NoSuchModel(Exception):
 
 def sleep_model(runtime_dir: RuntimeDir, model: str | None, level: int) -> str:
     """Put a model to sleep: by its server where one serves it, else its idle weight set. Returns
-    what to tell. Raises NoSuchModel, CannotSleep, AllocatorError."""
-    status = _server(runtime_dir)
-    if status is not None and _is_served(status, model):
-        weights = AdminClient(runtime_dir).sleep(level).weight_set
-        name = status.model
+    what to tell. Raises NoSuchModel, AdminError, AllocatorError."""
+    served = _served(runtime_dir, model)
+    if served is not None:
+        name = served.model
+        told = AdminClient(runtime_dir).sleep(level, name).named(name)
+        weights = told.weight_set if told is not None else None
     else:
         with connect(runtime_dir, label="onecopy sleep") as memory:
             name = weights = weight_set_key(memory.statistics(), model)
@@ -36,10 +39,10 @@ def sleep_model(runtime_dir: RuntimeDir, model: str | None, level: int) -> str:
 
 def wake_model(runtime_dir: RuntimeDir, model: str | None) -> str:
     """The reverse. Returns what to tell. Raises as `sleep_model` does."""
-    status = _server(runtime_dir)
-    if status is not None and _is_served(status, model):
-        ready = AdminClient(runtime_dir).sleep(0)
-        return f"{status.model} is awake: {len(ready.instances)} instances"
+    served = _served(runtime_dir, model)
+    if served is not None:
+        told = AdminClient(runtime_dir).sleep(0, served.model).named(served.model)
+        return f"{served.model} is awake: {len(told.instances) if told else 0} instances"
     with connect(runtime_dir, label="onecopy wake") as memory:
         key = weight_set_key(memory.statistics(), model)
         memory.wake(key)
@@ -82,13 +85,9 @@ def _listed(keys: Iterable[str]) -> str:
     return ", ".join(sorted(keys))
 
 
-def _server(runtime_dir: RuntimeDir) -> ServerStatus | None:
+def _served(runtime_dir: RuntimeDir, model: str | None) -> ModelStatus | None:
+    """The model of a running server that a person means; None where it serves none of that name."""
     try:
-        return AdminClient(runtime_dir).status()
+        return AdminClient(runtime_dir).status().named(model)
     except NoServer:
         return None  # one that does not answer is no reason to act without it
-
-
-def _is_served(status: ServerStatus, model: str | None) -> bool:
-    names = (None, status.model, status.path, Path(status.path).name, Path(status.path).stem)
-    return model in names

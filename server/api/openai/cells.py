@@ -139,7 +139,7 @@ class _Warden:
     """The process, as the server sees it."""
 
     def __init__(self) -> None:
-        self._process, self._control = warden_launch("server.api.cell_tasks", {})
+        self._process, self._control = warden_launch("server.api.openai.cell_tasks", {})
         self._ids = itertools.count()
         self._running: dict[int, asyncio.Future[Ended]] = {}
         asyncio.get_running_loop().add_reader(self._control, self._receive)

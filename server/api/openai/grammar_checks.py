@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
-from server.api.cells import Cells, Lane, TooMuch
+from server.api.openai.cells import Cells, Lane, TooMuch
 from workers import Bound, Grant
 from workers.messages import GrammarSpec
 
