@@ -34,7 +34,7 @@ class ClientProcess:
 
     program = "tests.allocator.client.client_program"
 
-    def __init__(self, runtime_dir: RuntimeDir, **options: str):
+    def __init__(self, runtime_dir: RuntimeDir, **options: Any):
         """Options as `allocator.connect` takes them."""
         program = (sys.executable, "-m", self.program)
         self._process = subprocess.Popen(

@@ -29,7 +29,7 @@ from allocator.errors import Unanswered
 from allocator.messages import SessionStatistics, WeightSetStatistics
 from tests.allocator.daemon.raw_session import RawSession
 from tests.allocator.processes import ClientProcess, Refused, in_fork
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import TIMEOUT_S, DaemonProcess
 from tests.leaks import segments, wait_until
 
 KIB = 1 << 10
@@ -420,7 +420,7 @@ def test_the_last_thing_that_a_daemon_did_is_settled(
         # And it goes on as if nothing had been.
         memory.lease_many(EXTENT, 3)[0].release()
         for key in ("new", "idle"):
-            opened = memory.open_weight_set(key, {}, timeout_s=5.0)
+            opened = memory.open_weight_set(key, {}, timeout_s=TIMEOUT_S)
             assert isinstance(opened, WeightSetWriter if key == "new" else WeightSetReader)
 
 
