@@ -22,8 +22,9 @@ def test_no_request_suffers_from_what_is_done_to_processes(
     (model / "chat_template.jinja").write_text(TEMPLATE)
     done = subprocess.run(
         [
-            *(sys.executable, "benchmarks/chaos.py", "--model", str(model), "--seconds", "10"),
-            *("--every", "1", "--streams", "8", "--max-tokens", "60", "--stops", "2"),
+            *(sys.executable, "benchmarks/chaos.py", "--model", str(model), "--seconds", "6"),
+            *("--every", "0.6", "--streams", "8", "--max-tokens", "40", "--stops", "2"),
+            "--serve=--hang-timeout=1",
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "ONECOPY_CACHE_DIR": str(tokenizer_cache)},
