@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.daemon_process import ROOT
 from tests.system.running_server import TIMEOUT_S
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
+
+pytestmark = pytest.mark.slow
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 

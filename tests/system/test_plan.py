@@ -27,6 +27,8 @@ from tests.system.running_server import (
 from tests.system.test_errors import assert_refused
 from tests.workers.tiny_models import write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 DEMO_SETTINGS = ("--instances", "2", "--max-num-seqs", "2", "--max-model-len", "1024")
 

@@ -24,6 +24,8 @@ from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT
 from tests.leaks import Leaks
 
+pytestmark = pytest.mark.slow
+
 SIZE = 11 * (1 << 20) + 5  # three staging buffers and a bit
 ROUNDED = 6 * GRANULARITY
 UUIDS = [f"cuda:GPU-{c * 4}-{c * 2}-{c * 2}-{c * 2}-{c * 6}" for c in ("d0", "d1")]

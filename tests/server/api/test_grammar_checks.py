@@ -21,6 +21,8 @@ from tests.leaks import Leaks, children
 from workers import Grant
 from workers.messages import GrammarKind, GrammarSpec
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 
 QUICK = GrammarSpec(kind="regex", source="[a-z]+")

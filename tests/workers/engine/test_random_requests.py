@@ -32,6 +32,8 @@ from workers.messages import (
 )
 from workers.model.decoder import Model, build_model
 
+pytestmark = pytest.mark.slow
+
 NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", "600"))
 SEED = int(os.environ.get("ONECOPY_TEST_SEED", "1"))
 VOCAB_SIZE = 640

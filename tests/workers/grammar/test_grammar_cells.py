@@ -34,6 +34,8 @@ from workers.messages import GrammarKind, GrammarSpec, Output, SamplingParams
 from workers.process import warden
 from workers.sampling import GrammarCompiler
 
+pytestmark = pytest.mark.slow
+
 SIZE = 300
 """Of the vocabulary; the tokenizer has some fewer."""
 
