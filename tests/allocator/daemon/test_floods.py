@@ -272,15 +272,15 @@ def test_a_request_on_its_way_is_answered_though_all_connections_begin_anew(
     missed after the time that the client grants one, which is longer than the test waits."""
     patient = ClientProcess(runtime_dir, request_timeout_s=10 * TIMEOUT_S)
     with ClientProcess(runtime_dir) as writer, patient as waiter:
-        assert writer.call("open", "k", {}) == "writer"
-        writer.call("reserve", MIB)
-        waiter.send("open", "k", {}, 10 * TIMEOUT_S)
+        assert writer.do.open("k", {}) == "writer"
+        writer.do.reserve(MIB)
+        waiter.begin.open("k", {}, 10 * TIMEOUT_S)
         with lossy.connect() as memory:
             wait_until(lambda: memory.statistics().num_sessions == 3, "all are there")
             for _ in range(3):
                 begin_anew(lossy)
-            writer.call("fill", 7)
-            writer.call("seal")
+            writer.do.fill(7)
+            writer.do.seal()
             assert waiter.receive() == "reader"
 
 

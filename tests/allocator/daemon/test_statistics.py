@@ -129,7 +129,7 @@ def test_sessions_are_told_apart(connect: Connect, runtime_dir: RuntimeDir) -> N
     memory.put_blocks([(b"d" * 16, memory.lease(2 * GRANULE))])
     memory.look_up_blocks([b"d" * 16])
     with ClientProcess(runtime_dir, label="other", model="", user="v") as other:
-        other.call("lease", 5 * GRANULE)
+        other.do.lease(5 * GRANULE)
         statistics = memory.statistics()
         agree(statistics)
         told = {
@@ -298,7 +298,7 @@ def test_regions_of_an_empty_pool(memory: Client) -> None:
 def test_regions_tell_who_holds_what(memory: Client, runtime_dir: RuntimeDir) -> None:
     with ClientProcess(runtime_dir) as other:
         mine = memory.lease_many(GRANULE, 2)
-        other.call("lease", 2 * GRANULE)
+        other.do.lease(2 * GRANULE)
         [block] = memory.put_blocks([(b"d" * 16, memory.lease(GRANULE))])
         assert block is not None
         block.release()
