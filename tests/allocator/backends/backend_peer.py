@@ -18,7 +18,7 @@ from allocator.backends import Mapping, PoolWindow, for_handle
 from allocator.backends.cuda_driver import call, current
 from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
 from allocator.messages import Extent, Handle, encode
-from tests.allocator.client.obedient import Obedient
+from tests.allocator.backends.obedient import Obedient
 from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT, TIMEOUT_S
 from tests.remote import remote

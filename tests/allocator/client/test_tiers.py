@@ -37,7 +37,11 @@ from allocator.messages import (
     Sleep,
     WeightSetStatistics,
 )
-from tests.allocator.client.tiers_on_small_disk import on_small_disk
+from tests.allocator.client.tiers_on_small_disk import (
+    on_small_disk,
+    sleep_on_a_full_disk,
+    use_a_read_only_disk,
+)
 from tests.allocator.daemon.raw_session import RawSession
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import DaemonProcess
@@ -383,7 +387,7 @@ def test_what_is_pinned_or_asleep_gives_way_to_nobody(start_daemon: StartDaemon)
 
 
 def test_a_full_disk_leaves_the_set_where_it_was(runtime_dir: RuntimeDir) -> None:
-    outcome = on_small_disk("full", runtime_dir)
+    outcome = on_small_disk(sleep_on_a_full_disk, runtime_dir)
     assert "an image of 4.2 MB can't be written" in outcome["too_large"]
     assert "delete images or other files there" in outcome["too_large"]
     assert outcome["state_then"] == ["idle", "device"]
@@ -397,7 +401,7 @@ def test_a_disk_that_can_not_be_written_is_an_error_of_who_needs_it(
     runtime_dir: RuntimeDir,
 ) -> None:
     """The image can be read all the same, and nobody loses anything."""
-    outcome = on_small_disk("read_only", runtime_dir)
+    outcome = on_small_disk(use_a_read_only_disk, runtime_dir)
     assert "can't be deleted: Read-only file system" in outcome["evict"]
     assert outcome["state_then"] == ["asleep", "disk"]
     assert outcome["damaged"] == []
