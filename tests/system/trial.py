@@ -161,7 +161,7 @@ class Trials:
                 problem = f"nothing heard within {DEADLINE_S:.0f} s"
                 break
         if not told.done():  # what it said last may come behind its end
-            await asyncio.wait([told], timeout=1.0)
+            await asyncio.wait([told], timeout=DEADLINE_S)
         message = told.result() if told.done() else ""
         told.cancel()
         if not exited.done() and not (message and message != "ready"):

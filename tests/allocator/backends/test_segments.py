@@ -154,7 +154,7 @@ def killed_in(elsewhere: RuntimeDir) -> str:
     """A daemon that had loaded a set, and was killed with all its clients. Its run."""
     daemon = DaemonProcess(elsewhere)
     with ClientProcess(elsewhere) as client:
-        client.call("load", "k", MIB, 7)
+        client.do.load("k", MIB, 7)
         daemon.kill()
         client.kill()
     [run] = segments.runs_of(elsewhere.segment_prefix)
@@ -178,7 +178,7 @@ def test_the_next_allocator_removes_what_is_left_of_a_directory_that_is_gone(
 def test_what_a_process_still_maps_stays(elsewhere: RuntimeDir, start_daemon: StartDaemon) -> None:
     daemon = DaemonProcess(elsewhere)
     with ClientProcess(elsewhere) as client:
-        client.call("load", "k", MIB, 7)
+        client.do.load("k", MIB, 7)
         daemon.kill()
         run = segments.runs_of(elsewhere.segment_prefix)[0]
         shutil.rmtree(elsewhere.path)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from allocator import Client, RuntimeDir
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import TIMEOUT_S, DaemonProcess
 from tests.leaks import wait_until
 from workers.errors import OutOfKVMemory
 from workers.kv.block import KVBlock
@@ -549,7 +549,7 @@ class Stopped:
         thread.start()
         wait_until(lambda: self._client._connection._is_behind, "the request is on its way")
         self._daemon.kill()
-        thread.join(20)
+        thread.join(TIMEOUT_S)
         return results
 
 

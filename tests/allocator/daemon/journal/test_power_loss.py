@@ -221,18 +221,18 @@ def test_clients_that_live_on_without_a_journal_keep_their_bytes_and_begin_anew(
 ) -> None:
     daemon = start_daemon()
     with ClientProcess(runtime_dir) as client:
-        assert client.call("load", "k", MIB, 1) == "writer"
-        [offset] = client.call("lease", EXTENT)
-        client.call("fill_leases", [(offset, 2)])
-        digests = client.call("digest"), client.call("lease_digest", offset)
+        assert client.do.load("k", MIB, 1) == "writer"
+        [offset] = client.do.lease(EXTENT)
+        client.do.fill_leases([(offset, 2)])
+        digests = client.do.digest(), client.do.lease_digest(offset)
         daemon.kill()
         runtime_dir.journal.unlink()
         with start_daemon().connect() as memory:
             assert segments(runtime_dir.segment_prefix) == []
-            assert (client.call("digest"), client.call("lease_digest", offset)) == digests
+            assert (client.do.digest(), client.do.lease_digest(offset)) == digests
             assert memory.statistics().num_sessions == 1
             # Its next request begins a new session; the set has to be loaded for others.
-            assert client.call("load", "k", MIB, 3) == "writer"
+            assert client.do.load("k", MIB, 3) == "writer"
             assert memory.statistics().num_sessions == 2
             memory.check_integrity()
 

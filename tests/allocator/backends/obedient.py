@@ -1,7 +1,8 @@
-"""The other end of a test that drives a second process: it obeys commands that come by a socket.
+"""The other end of a test that drives a second process: it obeys what comes by a socket.
 
-A command is one JSON list, the name of a method and its arguments, with a descriptor or none; the
-answer is {"value": ...}, with a descriptor or none, or {"error": ..., "message": ...}.
+That is one JSON list, the name of a method, its arguments in order and those by name, with a
+descriptor or none; the answer is {"value": ...}, with a descriptor or none, or {"error": ...,
+"message": ...}.
 """
 
 import json
@@ -11,7 +12,7 @@ import socket
 
 
 class Obedient:
-    """What obeys: its public methods are the commands."""
+    """What obeys: its public methods are what it can be told to do."""
 
     descriptor: int | None = None
     """What came with the command; closed after it."""
@@ -26,11 +27,11 @@ class Obedient:
                 request, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 1)
                 if not request:
                     return
-                command, *arguments = json.loads(request)
+                method, given, named = json.loads(request)
                 self.descriptor = descriptors[0] if descriptors else None
                 self.exported = None
                 try:
-                    answer = {"value": getattr(self, command)(*arguments)}
+                    answer = {"value": getattr(self, method)(*given, **named)}
                 except Exception as error:  # noqa: BLE001 - whatever it is, the test wants it
                     answer = {"error": type(error).__name__, "message": str(error)}
                 to_send = [] if self.exported is None else [self.exported]
