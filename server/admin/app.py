@@ -65,7 +65,7 @@ def create_admin_app(
         try:
             return models.named(name)
         except UnknownModel as error:
-            raise HTTPException(404, str(error)) from error
+            raise HTTPException(409, str(error)) from error
 
     @app.put("/instances")
     async def scale(wish: Scale) -> ServerStatus:

@@ -10,12 +10,11 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from allocator import RuntimeDir
-from server.admin.schemas import KeepAllocator, Reload, Scale, ServerStatus, Sleep, Stop
+from server.admin.schemas import KeepAllocator, Refusal, Reload, Scale, ServerStatus, Sleep, Stop
 
 _TIMEOUT_S: Final = 10.0
 _SLEEP_TIMEOUT_S: Final = 3600.0
 """Moving weights, or loading them, takes as long as they are large."""
-_REFUSALS: Final = (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND)
 
 
 class AdminError(Exception):
@@ -103,9 +102,9 @@ class AdminClient:
                 f"the server{self._pid()} in {self._runtime_dir.path} broke off its answer to "
                 f"{method} {path} ({error}): its log says why, if it still runs"
             ) from error
-        if answer.status_code in _REFUSALS:
-            raise Refused(answer.json()["detail"])
         try:
+            if answer.status_code == HTTPStatus.CONFLICT:
+                raise Refused(Refusal.model_validate_json(answer.content).detail)
             answer.raise_for_status()
             return ServerStatus.model_validate_json(answer.content)
         except (httpx.HTTPStatusError, ValidationError) as error:

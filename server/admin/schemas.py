@@ -105,6 +105,12 @@ class ServerStatus(ModelStatus):
         return next((one for one in self.models if name in one.names), None)
 
 
+class Refusal(BaseModel):
+    """Why the server did not do what it was asked."""
+
+    detail: str
+
+
 class KeepAllocator(BaseModel):
     """Whether the allocator, if the server started it, goes on when the server ends."""
 

@@ -190,6 +190,7 @@ def answering(directory: Path, answer: bytes) -> Iterator[None]:
         (b"HTTP/1.1 500 No\r\ncontent-length: 2\r\n\r\n{}", ("with status 500", "its log")),
         (b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", ("with status 503", "its log")),
         (b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n", ("with status 404", "upgrade")),
+        (b"HTTP/1.1 409 No\r\ncontent-length: 0\r\n\r\n", ("with status 409", "upgrade")),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", ("with status 200", "upgrade")),
         (b"", ("broke off its answer", "its log")),
         (b"SSH-2.0-OpenSSH_9.2\r\n", ("broke off its answer", "its log")),
