@@ -133,7 +133,7 @@ class QuotaExceeded(AllocatorError):
 
 
 class InvalidSetting(AllocatorError):
-    """An option that no daemon can be started with: an unknown device, placement or quota."""
+    """An option that no daemon can be started with: an unknown device, page policy or quota."""
 
     code = "invalid_setting"
 

@@ -18,7 +18,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 MAX_FRAME_BYTES: Final = 1 << 20
 TOKEN_BYTES: Final = 16
 REQUEST_ID_BYTES: Final = 8
@@ -59,15 +59,15 @@ class Extent(Message, frozen=True):
 
 class Handle(Message, frozen=True, kw_only=True):
     """What is needed to map a segment: its backend and device, its name there, its size, its
-    generation. `placement` is how a writer should commit it, `identity` what a file must still be.
-    """
+    generation. `page_policy` is how a writer should commit it, `identity` what a file must still
+    be."""
 
     backend: Name
     device: Name = ""
     segment: Word
     num_bytes: Bytes
     generation: Generation
-    placement: Name = ""
+    page_policy: Name = ""
     identity: Name = ""
 
 

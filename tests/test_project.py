@@ -101,6 +101,15 @@ def test_make_targets_are_explained_and_exist() -> None:
         assert named <= CONTRACT, f"{document.name} names {sorted(named - CONTRACT)}"
 
 
+def test_an_image_is_built_from_all_that_a_build_reads() -> None:
+    """What the build reads and an image's context lacks is left out of the image without a word."""
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    told = {project["project"]["readme"], *project["project"]["license-files"]}
+    assert kept >= {"pyproject.toml", "setup.py", "constraints.txt", *told, *packages}
+
+
 def deployed_commands() -> Iterator[list[str]]:
     """Every `onecopy ...` that systemd or compose starts, as words."""
     for unit in sorted((ROOT / "deploy/systemd").glob("*.service")):

@@ -89,7 +89,7 @@ class Backend(Protocol):
     """For people and for `Handle.device`: "host", or "cuda:GPU-<UUID>"."""
     granularity: int
     """Bytes; extents of the pool begin and end at multiples of it."""
-    placement: str
+    page_policy: str
     """Goes into handles, for the client's side of this backend. "" where there is no choice."""
     exports: bool
     """Whether a client needs a descriptor (`export`) to map."""
@@ -160,17 +160,17 @@ class Backend(Protocol):
         """Client side: addresses for the pool. Raises StaleGeneration where it is gone."""
 
 
-def open_device(device: str, placement: str = "") -> Backend:
+def open_device(device: str, page_policy: str = "") -> Backend:
     """The backend of a device that a daemon should own: "host" or "cuda:N". Raises InvalidSetting
-    for an unknown device or placement, or one that this machine does not have."""
+    for an unknown device or page policy, or one that this machine does not have."""
     if device == "host":
         from allocator.backends.host import HostBackend
 
-        return HostBackend(placement)
+        return HostBackend(page_policy)
     if device.startswith("cuda"):
         from allocator.backends.cuda import CUDABackend
 
-        return CUDABackend(device, placement)
+        return CUDABackend(device, page_policy)
     from allocator.errors import InvalidSetting
 
     raise InvalidSetting(f"the device {device!r} is not one of host, cuda:N, cuda:GPU-UUID")
@@ -218,4 +218,4 @@ def for_handle(handle: Handle) -> Backend:
         from allocator.backends.file import FileBackend
 
         return FileBackend()
-    return open_device(handle.device or handle.backend, handle.placement)
+    return open_device(handle.device or handle.backend, handle.page_policy)

@@ -45,15 +45,15 @@ class CUDABackend:
     """One GPU behind the one backend interface."""
 
     name = "cuda"
-    placement = ""
+    page_policy = ""
     exports = True
 
-    def __init__(self, device: str, placement: str = ""):
+    def __init__(self, device: str, page_policy: str = ""):
         """`device` is "cuda:N" or "cuda:GPU-<UUID>". Raises InvalidSetting where this process
         can't see such a device or share its memory."""
-        if placement:
+        if page_policy:
             raise InvalidSetting(
-                f"the device {device} knows no placement: {placement!r} is for the device host"
+                f"the device {device} knows no page policy: {page_policy!r} is for the device host"
             )
         self._device = find(device)
         self.device = self._device.name

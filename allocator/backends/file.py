@@ -27,7 +27,7 @@ class FileBackend:
     name = "file"
     device = "file"
     granularity = mmap.PAGESIZE
-    placement = ""
+    page_policy = ""
     exports = False
 
     def identity(self, segment: str) -> str:

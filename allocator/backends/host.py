@@ -22,7 +22,7 @@ from allocator.backends.capacity import (
 )
 from allocator.backends.host_mapping import HostMapping, HostPoolWindow
 from allocator.backends.numa import SHM_ROOT as SHM_ROOT
-from allocator.backends.numa import parse_placement
+from allocator.backends.numa import parse_page_policy
 from allocator.backends.room import Room
 from allocator.errors import DeviceError, InvalidMessage, NameTaken, StaleGeneration
 from allocator.messages import Extent, Handle
@@ -38,10 +38,10 @@ class HostBackend:
     granularity = 64 << 10
     exports = False
 
-    def __init__(self, placement: str = ""):
-        """`placement` as `parse_placement` takes it. Raises InvalidSetting."""
-        self.placement = placement
-        self._placement = parse_placement(placement)
+    def __init__(self, page_policy: str = ""):
+        """`page_policy` as `parse_page_policy` takes it. Raises InvalidSetting."""
+        self.page_policy = page_policy
+        self._page_policy = parse_page_policy(page_policy)
         self._pools: dict[str, int] = {}
         """Descriptors by which holes are punched: to open one then could fail."""
 
@@ -154,7 +154,7 @@ class HostBackend:
         if handle.num_bytes < 1:
             raise InvalidMessage(f"the segment {handle.segment} holds nothing to map")
         with _opened(handle, writable=writable) as opened:
-            mapping = HostMapping(opened, handle.num_bytes, self._placement if writable else None)
+            mapping = HostMapping(opened, handle.num_bytes, self._page_policy if writable else None)
         if writable and commit:
             try:
                 mapping.commit(0, handle.num_bytes)
@@ -176,7 +176,7 @@ class HostBackend:
             _opened(handle, writable=True) as write,
             _opened(handle, writable=False) as read,
         ):
-            return HostPoolWindow(read, write, handle.num_bytes, self._placement)
+            return HostPoolWindow(read, write, handle.num_bytes, self._page_policy)
 
 
 def _removed(segment: str) -> StaleGeneration:

@@ -14,7 +14,7 @@ from io import FileIO
 
 from allocator.backends.address_space import AddressRange, address_of, populate, punch_hole
 from allocator.backends.capacity import CommitWatch, no_shared_memory
-from allocator.backends.numa import Placement, huge_page_bytes
+from allocator.backends.numa import PagePolicy, huge_page_bytes
 from allocator.backends.room import size
 from allocator.errors import (
     DeviceError,
@@ -36,19 +36,19 @@ _commits = CommitWatch()
 class HostMapping:
     """One mmap of a segment. Views keep it alive; `close` only drops our reference."""
 
-    def __init__(self, descriptor: int, num_bytes: int, placement: Placement | None = None):
-        """`descriptor` stays the caller's. Writable where there is a `placement`, and then nothing
-        is committed yet."""
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if placement is not None else 0)
+    def __init__(self, descriptor: int, num_bytes: int, page_policy: PagePolicy | None = None):
+        """`descriptor` stays the caller's. Writable where there is a `page_policy`, and then
+        nothing is committed yet."""
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if page_policy is not None else 0)
         try:
             mapped = mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, protection)
         except OSError as error:
             raise _no_addresses(num_bytes, error) from error
         self._file: FileIO | None = None
         self._huge_address: int | None = None
-        if placement is not None:
-            placement.apply(address_of(mapped), num_bytes)
-            if placement.uses_huge_pages:
+        if page_policy is not None:
+            page_policy.apply(address_of(mapped), num_bytes)
+            if page_policy.uses_huge_pages:
                 self._huge_address = address_of(mapped)
             self._file = FileIO(os.dup(descriptor), "r+")
         self._mapped: mmap.mmap | None = mapped
@@ -156,11 +156,11 @@ class HostMapping:
 class HostPoolWindow:
     """One range of addresses; extents of the pool come and go in it, at their offsets."""
 
-    def __init__(self, readable: int, writable: int, num_bytes: int, placement: Placement):
+    def __init__(self, readable: int, writable: int, num_bytes: int, page_policy: PagePolicy):
         """Two descriptors of the pool, opened so; they stay the caller's."""
-        self._placement = placement
+        self._page_policy = page_policy
         # Huge pages need addresses that are as aligned as the offsets are.
-        alignment = huge_page_bytes() if placement.uses_huge_pages else mmap.PAGESIZE
+        alignment = huge_page_bytes() if page_policy.uses_huge_pages else mmap.PAGESIZE
         self._range: AddressRange | None = _reserved(num_bytes, alignment)
         self._left: list[tuple[int, int]] = []
         """Offsets and sizes of what nobody has any more, and the kernel could not unmap yet."""
@@ -189,8 +189,8 @@ class HostPoolWindow:
         _mapped(addresses, self._writable, offset, num_bytes, writable=True)
         self._taken(offset, num_bytes)
         try:
-            self._placement.apply(addresses.address + offset, num_bytes)
-            if self._placement.uses_huge_pages:
+            self._page_policy.apply(addresses.address + offset, num_bytes)
+            if self._page_policy.uses_huge_pages:
                 populate(addresses.address + offset, num_bytes)
             _commit(self._writable.fileno(), offset, num_bytes)
         except BaseException:

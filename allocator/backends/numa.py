@@ -1,8 +1,8 @@
 """Where host memory lies: on which NUMA nodes, and in pages of which size.
 
-Owns the wording of `--placement` and what it does to a mapping. Invariants: a placement that was
+Owns the wording of `--page-policy` and what it does to a mapping. Invariants: a policy that was
 parsed names nodes that this machine has; what the kernel does not offer here has no effect, and
-`placement_notes` says so once, when the daemon starts.
+`page_policy_notes` says so once, when the daemon starts.
 """
 
 import errno
@@ -28,7 +28,7 @@ _NOT_PERMITTED: Final = (errno.EPERM, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
-class Placement:
+class PagePolicy:
     """`policy` is a key of `interleave`, `bind`, `preferred`, or "" for the kernel's own choice."""
 
     huge: bool = False
@@ -43,11 +43,11 @@ class Placement:
                 set_memory_policy(address, num_bytes, _POLICIES[self.policy], self.nodes)
             except OSError as error:
                 if error.errno in _NOT_PERMITTED:
-                    return  # placement_notes has told it
+                    return  # page_policy_notes has told it
                 raise InvalidSetting(
                     f"the kernel refuses {self.policy} on the NUMA nodes {_plus(self.nodes)} to "
                     f"this process ({error.strerror}): check its cpuset, or start the allocator "
-                    "with another --placement"
+                    "with another --page-policy"
                 ) from error
         if self.uses_huge_pages:
             use_huge_pages(address, num_bytes)
@@ -59,7 +59,7 @@ class Placement:
 
 
 @functools.cache
-def parse_placement(text: str) -> Placement:
+def parse_page_policy(text: str) -> PagePolicy:
     """`_ALLOWED`, or "". Raises InvalidSetting, naming what is allowed."""
     huge, policy, nodes = False, "", tuple[int, ...]()
     for part in filter(None, text.split(",")):
@@ -69,17 +69,17 @@ def parse_placement(text: str) -> Placement:
         elif name in _POLICIES and colon and not policy:
             policy, nodes = name, _known_nodes(text, listed)
             if name == "preferred" and len(nodes) > 1:
-                raise InvalidSetting(f"in the placement {text!r}, `preferred` takes one NUMA node")
+                raise InvalidSetting(f"in the page policy {text!r} `preferred` takes one NUMA node")
         else:
-            raise InvalidSetting(f"the placement {text!r} is not {_ALLOWED}")
-    return Placement(huge, policy, nodes)
+            raise InvalidSetting(f"the page policy {text!r} is not {_ALLOWED}")
+    return PagePolicy(huge, policy, nodes)
 
 
-def placement_notes(text: str) -> list[str]:
-    """What of this placement will have no effect on this machine, and what would change that."""
-    placement, notes = parse_placement(text), list[str]()
+def page_policy_notes(text: str) -> list[str]:
+    """What of this page policy will have no effect on this machine, and what would change that."""
+    page_policy, notes = parse_page_policy(text), list[str]()
     mode = huge_page_mode()
-    if placement.huge and not placement.uses_huge_pages:
+    if page_policy.huge and not page_policy.uses_huge_pages:
         if mode in ("", "deny"):
             notes.append(
                 f"huge pages are not used: the kernel {'denies' if mode else 'lacks'} them to "
@@ -90,19 +90,19 @@ def placement_notes(text: str) -> list[str]:
                 f"huge pages are not used: {SHM_ROOT} is mounted without them. `mount -o "
                 f"remount,huge=advise {SHM_ROOT}` turns them on"
             )
-    if placement.policy:
+    if page_policy.policy:
         probe = AddressRange(mmap.PAGESIZE)
         try:
             set_memory_policy(
-                probe.address, probe.num_bytes, _POLICIES[placement.policy], placement.nodes
+                probe.address, probe.num_bytes, _POLICIES[page_policy.policy], page_policy.nodes
             )
         except OSError as error:
             notes.append(
-                f"{placement.policy} has no effect: the kernel refuses memory policies to this "
+                f"{page_policy.policy} has no effect: the kernel refuses memory policies to this "
                 f"process ({error.strerror}). A container needs --cap-add SYS_NICE"
             )
         if len(nodes_with_memory()) == 1:
-            notes.append(f"{placement.policy} changes nothing: this machine has one NUMA node")
+            notes.append(f"{page_policy.policy} changes nothing: this machine has one NUMA node")
     return notes
 
 
@@ -152,10 +152,10 @@ def _known_nodes(text: str, listed: str) -> tuple[int, ...]:
     try:
         nodes = _numbers(listed, "+")
     except ValueError as error:
-        raise InvalidSetting(f"the placement {text!r} is not {_ALLOWED}") from error
+        raise InvalidSetting(f"the page policy {text!r} is not {_ALLOWED}") from error
     if missing := set(nodes) - set(known):
         raise InvalidSetting(
-            f"in the placement {text!r}, this machine has no memory on the NUMA node "
+            f"in the page policy {text!r}, this machine has no memory on the NUMA node "
             f"{min(missing)}: it has it on {_plus(known) or 'none'}"
         )
     return nodes

@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterator
 
 from allocator.backends import Backend, open_device
-from allocator.backends.numa import placement_notes
+from allocator.backends.numa import page_policy_notes
 from allocator.daemon.adoption import Adopted, adopt
 from allocator.daemon.clients.sessions import Session
 from allocator.daemon.device.budget import Holder
@@ -70,12 +70,12 @@ class Devices:
         sessions = [Session.of(record) for record in kept.sessions.values()]
         dead = [session for session in sessions if not around.sessions.adopt(session)]
         opened = {
-            name: open_device(name, settings.placement if name == "host" else "")
+            name: open_device(name, settings.page_policy if name == "host" else "")
             for name in settings.devices
         }
         self._device_names = {name: backend.device for name, backend in opened.items()}
         host_tier = open_device("host")
-        for note in placement_notes(settings.placement):
+        for note in page_policy_notes(settings.page_policy):
             log.warning("%s", note)
         keep: set[str] = set()
         for backend in opened.values():

@@ -63,7 +63,7 @@ OPTIONS: Final = (
         "--image-dir", "Where weight sets sleep on disk. Default: ~/.cache/onecopy/images.", "PATH"
     ),
     Option(
-        "--placement",
+        "--page-policy",
         "Of host memory: huge, interleave:0+1, bind:0, preferred:0; or several.",
         "POLICY",
     ),
@@ -98,7 +98,7 @@ class DaemonSettings:
     host_tier_limit: int | None = None
     prefix_cache_limit: int | None = None
     image_folder: Path = field(default_factory=default_image_folder)
-    placement: str = ""
+    page_policy: str = ""
     quotas: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @classmethod
@@ -115,7 +115,7 @@ class DaemonSettings:
             host_tier_limit=num_bytes("host_tier_limit"),
             prefix_cache_limit=num_bytes("prefix_cache_limit"),
             image_folder=Path(last.get("image_dir") or default_image_folder()).absolute(),
-            placement=last.get("placement", ""),
+            page_policy=last.get("page_policy", ""),
             quotas=parse_quotas(given.get("quota", ())),
         )
 

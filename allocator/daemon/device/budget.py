@@ -329,7 +329,7 @@ class DeviceMemory:
 
 
 def check_set(weight_set: WeightSet, sessions: Iterable[SessionId]) -> None:
-    """Raise AssertionError where the set breaks one of `weight_sets`' invariants."""
+    """Raise AssertionError where the set breaks one of `WeightSets`' invariants."""
     known = set(sessions)
     holders = {*weight_set.readers, *(w.session for w in weight_set.waiters)}
     if weight_set.writer is not None:

@@ -63,7 +63,7 @@ _PREFIX_CACHE_PART: Final = 8
 
 
 @dataclass(frozen=True)
-class Row:
+class Handler:
     """Of one type of request. `do` answers it, or returns None where the answer comes later; raises
     AllocatorError. `about_room`: it is answered by how much room there is. `unpins`: there may be
     more unpinned blocks than the prefix cache holds afterwards."""
@@ -102,34 +102,34 @@ class Device:
         sets, tiers = SetRequests(parts), TierRequests(parts, host_tier_limit)
         looking = Looking(parts, around, host_tier_limit, num_adopted_sets)
         self._relieve_at = 0.0
-        self._rows: Mapping[type[Request], Row] = {
+        self._rows: Mapping[type[Request], Handler] = {
             # weight sets
-            Open: Row(sets.open, about_room=True),
-            Reserve: Row(sets.reserve, about_room=True),
-            Progress: Row(sets.progress),
-            Seal: Row(sets.seal, about_room=True),
-            Abandon: Row(sets.abandon),
-            Release: Row(sets.release),
-            Evict: Row(sets.evict),
-            Pin: Row(sets.pin),
-            Sleep: Row(tiers.sleep, about_room=True),
-            Moved: Row(tiers.moved),
+            Open: Handler(sets.open, about_room=True),
+            Reserve: Handler(sets.reserve, about_room=True),
+            Progress: Handler(sets.progress),
+            Seal: Handler(sets.seal, about_room=True),
+            Abandon: Handler(sets.abandon),
+            Release: Handler(sets.release),
+            Evict: Handler(sets.evict),
+            Pin: Handler(sets.pin),
+            Sleep: Handler(tiers.sleep, about_room=True),
+            Moved: Handler(tiers.moved),
             # the pool
-            Lease: Row(pool_.lease, about_room=True),
-            MakeRoom: Row(pool_.make_room),
-            Return: Row(pool_.give_back),
-            PutBlocks: Row(pool_.put),
-            LookUpBlocks: Row(pool_.look_up),
-            UnpinBlocks: Row(pool_.unpin, unpins=True),
-            GetShare: Row(pool_.share, about_room=True),
+            Lease: Handler(pool_.lease, about_room=True),
+            MakeRoom: Handler(pool_.make_room),
+            Return: Handler(pool_.give_back),
+            PutBlocks: Handler(pool_.put),
+            LookUpBlocks: Handler(pool_.look_up),
+            UnpinBlocks: Handler(pool_.unpin, unpins=True),
+            GetShare: Handler(pool_.share, about_room=True),
             # the device
-            SetQuota: Row(self._set_quota),
-            CheckIntegrity: Row(self._check),
-            GetStatistics: Row(looking.statistics, about_room=True),
-            GetRegions: Row(looking.regions),
-            GetEvents: Row(looking.events),
-            GetHoldings: Row(looking.holdings),
-            GetSegments: Row(looking.segments),
+            SetQuota: Handler(self._set_quota),
+            CheckIntegrity: Handler(self._check),
+            GetStatistics: Handler(looking.statistics, about_room=True),
+            GetRegions: Handler(looking.regions),
+            GetEvents: Handler(looking.events),
+            GetHoldings: Handler(looking.holdings),
+            GetSegments: Handler(looking.segments),
         }
 
     @property
@@ -156,7 +156,7 @@ class Device:
             self._pool.shed()
         return reply
 
-    def _with_room(self, row: Row, asked: Asked, request: Request) -> Reply | None:
+    def _with_room(self, row: Handler, asked: Asked, request: Request) -> Reply | None:
         """Refused only by a look at the device that is no older than the request."""
         room = self._parts.room
         room.look(asked.now)

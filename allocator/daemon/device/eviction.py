@@ -1,27 +1,18 @@
-"""Giving up what nobody uses: which goes first, and what then becomes of it, from top to bottom.
+"""Giving up what nobody uses, to make room: which goes first.
 
-    choose   `Eviction`: idle sets and unpinned blocks, least recently used first. Pure
-    follow   `Effects`: the journal and people hear of it, memory goes back, images are deleted
-
-Owns the order, and what every effect of a device does. Invariants: what is pinned, read or written
-is never given up; an extent is free for others only once its memory was taken back or is known to
-be unclean. How much has to go is the caller's to say (`device.budget`).
+Idle sets and unpinned blocks, least recently used first, whichever of both it is; the oldest set is
+`WeightSets`' to say, the oldest block `KVPool`'s. How much has to go, and whether blocks alone are
+to go, is the caller's (`device.budget`); what then becomes of it is `device.effects`'. Pure.
+Invariant: what is pinned, read or written is never given up.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from allocator.backends.room import size
-from allocator.daemon.device.notes import Notes
-from allocator.daemon.device.segments import PoolSegment, Segments
-from allocator.daemon.journal.events import History
-from allocator.daemon.journal.records import BlockGone
 from allocator.daemon.pool.kv_pool import KVPool
-from allocator.daemon.weights.image_folder import ImageFolder
 from allocator.daemon.weights.sets import WeightSets
-from allocator.daemon.weights.state import Answer, Discard, Effect, Free, ReplyTo
-from allocator.errors import DiskError
-from allocator.messages import Extent, Handle, Reply
+from allocator.daemon.weights.state import Effect
+from allocator.messages import Extent
 
 
 @dataclass(frozen=True)
@@ -87,52 +78,3 @@ class Eviction:
         while self._pool.evictable_bytes > most_bytes:
             effects += self.block()
         return effects
-
-
-class Effects:
-    """What follows, for one device. What it follows from is in the journal already, evictions
-    aside."""
-
-    def __init__(
-        self,
-        segments: Segments,
-        pool: PoolSegment,
-        images: ImageFolder,
-        notes: Notes,
-        history: History,
-        reply: Callable[[ReplyTo, int, Reply], None],
-    ) -> None:
-        self._segments = segments
-        self._pool = pool
-        self._images = images
-        self._notes = notes
-        self._history = history
-        self._reply = reply
-
-    def apply(self, effects: Iterable[AnyEffect]) -> None:
-        """Let them happen, in their order."""
-        for effect in effects:
-            match effect:
-                case Evicted(key="", digest=digest):
-                    self._notes.note(BlockGone(device=self._notes.device, digest=digest))
-                case Evicted(key=key, num_bytes=num_bytes):
-                    self._notes.set(key)
-                    self._history.add("evicted", f"{key}, {size(num_bytes)}, to make room")
-                case Free(handle=handle):
-                    self._segments.free(handle)
-                case FreeExtent(extent=extent):
-                    self._pool.free(extent)
-                case Discard(handle=handle):
-                    self._discard(handle)
-                case Answer(waiter=waiter, message=message):
-                    self._notes.changes(waiter.session, waiter.request, message)
-                    self._reply(waiter.reply_to, waiter.session, message)
-
-    def _discard(self, image: Handle) -> None:
-        """Nobody finds it any more, even if its file stays."""
-        try:
-            if self._images.discard(image):
-                self._history.add("discarded", f"the image {image.segment}")
-        except DiskError as error:
-            self._images.give_up(image)
-            self._history.add("disk", str(error))

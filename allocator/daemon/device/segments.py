@@ -47,7 +47,7 @@ class Segments:
                 segment=next(self._names) + suffix,
                 num_bytes=num_bytes,
                 generation=generation,
-                placement=backend.placement,
+                page_policy=backend.page_policy,
             )
             try:
                 reserve(handle)

@@ -1,6 +1,7 @@
 """Every error that leaves the server as an OpenAI error body.
 
-Owns the way from an exception to status, headers and body. Invariant: an exception that nobody
+Owns the way from an exception to status, headers and body; which error has which status is
+`server.errors`'. Invariant: an exception that nobody
 expected is told to the log, and to the client only that it happened. Knows no endpoint.
 """
 

@@ -136,7 +136,7 @@ class BackendContract:
             segment=segment,
             num_bytes=num_bytes,
             generation=1,
-            placement=backend.placement,
+            page_policy=backend.page_policy,
         )
 
     @contextlib.contextmanager
@@ -150,9 +150,9 @@ class BackendContract:
     # --- the device
 
     def test_it_is_found_by_its_own_name(self, backend: Backend, handle: Handle) -> None:
-        for found in (open_device(backend.device, backend.placement), for_handle(handle)):
+        for found in (open_device(backend.device, backend.page_policy), for_handle(handle)):
             assert (found.name, found.device) == (backend.name, backend.device)
-            assert found.placement == backend.placement
+            assert found.page_policy == backend.page_policy
 
     def test_extents_are_whole_pages(self, backend: Backend) -> None:
         assert backend.granularity >= 4096

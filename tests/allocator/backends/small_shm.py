@@ -15,7 +15,7 @@ from typing import Any
 from allocator import Client, OutOfDeviceMemory, RuntimeDir, WeightSetWriter, connect
 from allocator.backends import for_handle
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.backends.numa import huge_page_mode, placement_notes
+from allocator.backends.numa import huge_page_mode, page_policy_notes
 from allocator.messages import Extent, Failed, Handle, Lease, Leased, MakeRoom, Manifest
 from tests.allocator.daemon.raw_session import RawSession
 from tests.allocator.processes import in_fork
@@ -49,9 +49,9 @@ def keys(memory: Client) -> list[str]:
     return [weight_set.key for weight_set in memory.statistics().weight_sets]
 
 
-def handle_of(segment: str, num_bytes: int, placement: str = "") -> Handle:
+def handle_of(segment: str, num_bytes: int, page_policy: str = "") -> Handle:
     return Handle(
-        backend="host", segment=segment, num_bytes=num_bytes, generation=1, placement=placement
+        backend="host", segment=segment, num_bytes=num_bytes, generation=1, page_policy=page_policy
     )
 
 
@@ -197,12 +197,12 @@ def huge_bytes(segment: str) -> int:
 
 def huge(prefix: str) -> dict[str, object]:
     """Segments and a pool with and without huge pages; what does not fit is an error."""
-    found: dict[str, object] = {"notes": placement_notes("huge"), "mode": huge_page_mode()}
-    for placement in ("huge", ""):
-        backend = HostBackend(placement)
+    found: dict[str, object] = {"notes": page_policy_notes("huge"), "mode": huge_page_mode()}
+    for page_policy in ("huge", ""):
+        backend = HostBackend(page_policy)
         seen: dict[str, int] = {}
         for commit in (True, False):
-            handle = handle_of(f"{prefix}{placement}{commit}", 4 * MIB + 5, placement)
+            handle = handle_of(f"{prefix}{page_policy}{commit}", 4 * MIB + 5, page_policy)
             backend.reserve(handle.segment, handle.num_bytes)
             client = for_handle(handle)
             with contextlib.closing(client.map(handle, writable=True, commit=commit)) as mapping:
@@ -213,14 +213,14 @@ def huge(prefix: str) -> dict[str, object]:
                 seen[f"committed {commit}"] = huge_bytes(handle.segment)
             backend.free(handle.segment)
         # A size for which the kernel does not align the window of its own accord.
-        handle = handle_of(f"{prefix}pool", 64 * MIB + backend.granularity, placement)
+        handle = handle_of(f"{prefix}pool", 64 * MIB + backend.granularity, page_policy)
         backend.reserve_pool(handle.segment, handle.num_bytes)
         with contextlib.closing(for_handle(handle).open_pool(handle)) as window:
             window.map(Extent(offset=4 * MIB, num_bytes=4 * MIB), writable=True)
             window.buffer[4 * MIB : 8 * MIB] = b"\7" * (4 * MIB)
             seen["extent"] = huge_bytes(handle.segment)
         backend.free(handle.segment)
-        found[placement or "none"] = seen
+        found[page_policy or "none"] = seen
     first, second = (handle_of(f"{prefix}{n}", 10 * MIB, "huge") for n in (1, 2))
     backend = HostBackend("huge")
     backend.reserve(first.segment, first.num_bytes)

@@ -17,7 +17,12 @@ from allocator import RuntimeDir
 from allocator.backends import PoolWindow, for_handle
 from allocator.backends.address_space import AddressRange
 from allocator.backends.host import HostBackend
-from allocator.backends.numa import Placement, nodes_with_memory, parse_placement, placement_notes
+from allocator.backends.numa import (
+    PagePolicy,
+    nodes_with_memory,
+    page_policy_notes,
+    parse_page_policy,
+)
 from allocator.errors import InvalidSetting
 from allocator.messages import Extent, Handle
 from tests.allocator.backends.small_shm import on_own_shm
@@ -44,34 +49,34 @@ def prefix(runtime_dir: RuntimeDir) -> Iterator[str]:
     HostBackend().sweep(runtime_dir.segment_prefix)
 
 
-def reserved(segment: str, placement: str) -> Handle:
-    HostBackend(placement).reserve(segment, SIZE)
-    return handle_of(segment, SIZE, placement)
+def reserved(segment: str, page_policy: str) -> Handle:
+    HostBackend(page_policy).reserve(segment, SIZE)
+    return handle_of(segment, SIZE, page_policy)
 
 
-def handle_of(segment: str, num_bytes: int, placement: str) -> Handle:
+def handle_of(segment: str, num_bytes: int, page_policy: str) -> Handle:
     return Handle(
         backend="host",
         device="host",
         segment=segment,
         num_bytes=num_bytes,
         generation=1,
-        placement=placement,
+        page_policy=page_policy,
     )
 
 
 class TestSetting:
     def test_nothing_is_wanted_by_default(self) -> None:
-        assert parse_placement("") == Placement()
-        assert HostBackend().placement == ""
-        assert placement_notes("") == []
+        assert parse_page_policy("") == PagePolicy()
+        assert HostBackend().page_policy == ""
+        assert page_policy_notes("") == []
 
     @HAS_NODES
     def test_what_is_allowed(self) -> None:
-        assert parse_placement("huge") == Placement(huge=True)
-        assert parse_placement(f"interleave:{ALL}") == Placement(False, "interleave", NODES)
-        assert parse_placement(f"bind:{FIRST}-{FIRST},huge") == Placement(True, "bind", (FIRST,))
-        assert HostBackend(f"huge,preferred:{FIRST}").placement == f"huge,preferred:{FIRST}"
+        assert parse_page_policy("huge") == PagePolicy(huge=True)
+        assert parse_page_policy(f"interleave:{ALL}") == PagePolicy(False, "interleave", NODES)
+        assert parse_page_policy(f"bind:{FIRST}-{FIRST},huge") == PagePolicy(True, "bind", (FIRST,))
+        assert HostBackend(f"huge,preferred:{FIRST}").page_policy == f"huge,preferred:{FIRST}"
 
     @pytest.mark.parametrize(
         "text",
@@ -112,7 +117,7 @@ class TestSetting:
 @HAS_NODES
 class TestPolicy:
     @pytest.mark.parametrize(
-        ("placement", "shown"),
+        ("page_policy", "shown"),
         [
             ("", "default"),
             (f"interleave:{FIRST}", f"interleave:{FIRST}"),
@@ -123,9 +128,9 @@ class TestPolicy:
     )
     @pytest.mark.parametrize("commit", [True, False])
     def test_a_segment_has_it_for_whoever_maps_it(
-        self, prefix: str, placement: str, shown: str, commit: bool
+        self, prefix: str, page_policy: str, shown: str, commit: bool
     ) -> None:
-        handle = reserved(f"{prefix}1", placement)
+        handle = reserved(f"{prefix}1", page_policy)
         client = for_handle(handle)
         with contextlib.closing(client.map(handle, writable=True, commit=commit)) as mapping:
             assert policies(handle.segment) == {shown}
@@ -156,7 +161,7 @@ class TestPolicy:
         there = AddressRange(mmap.PAGESIZE)
         # Of a mask that is cut short nothing would be left, which `preferred` allows.
         with pytest.raises(InvalidSetting, match=f"refuses preferred on the NUMA nodes {missing} "):
-            Placement(policy="preferred", nodes=(missing,)).apply(there.address, there.num_bytes)
+            PagePolicy(policy="preferred", nodes=(missing,)).apply(there.address, there.num_bytes)
 
     @pytest.mark.skipif(MBIND is None, reason="no number of mbind is known here")
     def test_where_the_kernel_refuses_policies_the_memory_is_there_all_the_same(
@@ -168,7 +173,7 @@ class TestPolicy:
             refuse_mbind()
             with contextlib.closing(for_handle(handle).map(handle, writable=True)) as mapping:
                 mapping.buffer[:3] = b"abc"
-                notes = placement_notes(f"bind:{FIRST}")
+                notes = page_policy_notes(f"bind:{FIRST}")
             return f"{policies(handle.segment)} {notes[0]}"
 
         text = in_fork(confined).text
@@ -176,7 +181,7 @@ class TestPolicy:
         assert "--cap-add SYS_NICE" in text
 
     def test_one_node_is_no_choice(self) -> None:
-        notes = placement_notes(f"interleave:{ALL}")
+        notes = page_policy_notes(f"interleave:{ALL}")
         assert notes == (
             ["interleave changes nothing: this machine has one NUMA node"]
             if len(NODES) == 1

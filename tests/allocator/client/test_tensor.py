@@ -9,7 +9,7 @@ import torch
 
 from allocator import InvalidMessage, TensorEntry
 from allocator.backends.host_mapping import HostMapping
-from allocator.backends.numa import Placement
+from allocator.backends.numa import PagePolicy
 from allocator.client.weights.tensor import dtype_by_name, dtype_name, tensors
 
 SIZE = 4096
@@ -27,7 +27,7 @@ def mapping_of(first: int) -> HostMapping:
     try:
         os.write(descriptor, bytes(range(first, 256)) + bytes(range(first)))
         os.ftruncate(descriptor, SIZE)
-        made = HostMapping(descriptor, SIZE, Placement())
+        made = HostMapping(descriptor, SIZE, PagePolicy())
     finally:
         os.close(descriptor)
     made.buffer[:] = bytes(made.buffer[:256]) * (SIZE // 256)
