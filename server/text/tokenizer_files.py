@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from allocator import module_command, module_environment
 from server.errors import ServerError
+from workers import begins_like_gguf
 
 FORMAT_VERSION: Final = 1
 """Raised when `build` writes something else for the same file, so that old folders are not used."""
@@ -77,7 +78,7 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
     """
     if not model_path.exists():
         raise TokenizerMissing(f"{model_path} does not exist")
-    if model_path.suffix.lower() == ".gguf" and model_path.is_file():
+    if _is_gguf(model_path):
         return _built_folder(model_path.resolve(), cache_dir or default_cache_dir())
     folder = model_path if model_path.is_dir() else model_path.parent
     if not os.path.lexists(folder / "tokenizer.json"):
@@ -87,11 +88,18 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
 
 def tokenizer_file(model_path: Path, cache_dir: Path | None = None) -> Path:
     """Where `tokenizer_folder` has, or will have, the model's tokenizer.json. Builds nothing."""
-    if model_path.suffix.lower() == ".gguf" and model_path.is_file():
+    if _is_gguf(model_path):
         folder = _final_folder(model_path.resolve(), cache_dir or default_cache_dir())
     else:
         folder = model_path if model_path.is_dir() else model_path.parent
     return folder / "tokenizer.json"
+
+
+def _is_gguf(model_path: Path) -> bool:
+    """In a hub's cache, or Ollama's, the file has no suffix."""
+    if not model_path.is_file():
+        return False
+    return model_path.suffix.lower() == ".gguf" or begins_like_gguf(model_path)
 
 
 def _what_is_missing(folder: Path) -> str:

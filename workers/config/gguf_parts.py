@@ -33,6 +33,12 @@ def parts_of(path: Path) -> list[Path]:
     ]
 
 
+def model_name(path: Path) -> str:
+    """What to call the model that this file, or the first of its parts, holds."""
+    named = _named(path)
+    return path.stem if named is None else str(named["stem"])
+
+
 def begins_like_gguf(path: Path) -> bool:
     """Whatever it is called: in a hub's cache, or Ollama's, a file has no suffix. Raises as
     `opened` does."""
