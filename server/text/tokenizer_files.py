@@ -42,6 +42,17 @@ STALE_AFTER_S: Final = 3600.0
 SPECIAL_IDS_FILE: Final = "special_ids.json"
 """Beside the usual files, in built folders: what a GGUF file says that these have no place for."""
 
+_READ_BY: Final = {
+    "tokenizer.model": "'onecopy[sentencepiece]'",
+    "spiece.model": "'onecopy[sentencepiece]'",
+    "sentencepiece.bpe.model": "'onecopy[sentencepiece]'",
+    "tiktoken.model": "tiktoken",
+    "tekken.json": None,
+    "vocab.json": None,
+    "vocab.txt": None,
+}
+"""Other forms of a tokenizer, and what transformers needs beside itself to read them."""
+
 
 class TokenizerFilesError(ServerError):
     """The tokenizer of a model can't be had. Met at the start of a server, never by a request."""
@@ -103,16 +114,17 @@ def _is_gguf(model_path: Path) -> bool:
 
 
 def _what_is_missing(folder: Path) -> str:
-    others = ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model")
-    found = [name for name in others if (folder / name).is_file()]
+    found = [name for name in _READ_BY if (folder / name).is_file()]
     if not found:
         return (
             f"{folder} has no tokenizer.json. Copy the model's tokenizer.json (and "
             "tokenizer_config.json) into it, or give a .gguf file, which carries its own."
         )
+    needed = _READ_BY[found[0]]
     return (
         f"{folder} has {', '.join(found)} but no tokenizer.json, which is needed. Write it once "
-        f'with transformers: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+        f"with transformers{f' (first: pip install {needed})' if needed else ''}: "
+        f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
     )
 
 
