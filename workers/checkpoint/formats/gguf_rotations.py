@@ -67,6 +67,10 @@ def _scaling(said: Metadata, base: float, turned: int, read: ReadTensor) -> dict
     kind = said.get("rope.scaling.type", "linear")  # as llama.cpp takes a factor alone
     if kind == "none" or (kind == "linear" and factor in (0, 1)):
         return {"rope_type": "default"}
+    if not factor > 0:
+        raise UnsupportedCheckpoint(
+            f"it scales rotations by {kind!r} and a factor of {factor}: download it again"
+        )
     if kind == "linear":
         return {"rope_type": "linear", "factor": float(factor)}
     if kind == "yarn":
