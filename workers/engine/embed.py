@@ -19,8 +19,9 @@ import torch
 from workers.engine.device import Fault, no_fault, require_device
 from workers.engine.embed_batching import choose, fill
 from workers.engine.isolation import in_sound_groups
+from workers.engine.protocol import OTHER_TASK
 from workers.errors import InvalidEmbedding, for_the_wire, unexpected
-from workers.messages import MAX_FRAME_BYTES, Embed, Embedded, Output, StepOutput
+from workers.messages import MAX_FRAME_BYTES, Embed, Embedded, Generate, Output, StepOutput
 from workers.model.encoder import EmbeddingModel
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class EmbeddingEngine:
         self,
         model: EmbeddingModel,
         max_model_len: int,
-        token_budget: int = 512,
+        max_num_batched_tokens: int = 512,
         *,
         threads_now: Callable[[], int] | None = None,
         max_answer_bytes: int = MAX_FRAME_BYTES // 4,
@@ -58,19 +59,19 @@ class EmbeddingEngine:
         device_fault: Fault = no_fault,
         works_on: Callable[[Sequence[str]], None] = lambda _names: None,
     ) -> None:
-        """`max_model_len` bounds a text, `token_budget` the tokens of a step; a longer text is
-        computed alone. `threads_now` says how many threads a step may use, `max_answer_bytes` how
-        much it may give at once (one request's vectors in any case), `clock` gives seconds;
-        `device_fault` is asked after a failed pass, `works_on` told in each step whom it is about.
-        Raises `ValueError` beyond the model's reach."""
+        """`max_model_len` bounds a text, `max_num_batched_tokens` the tokens of a step; a longer
+        text is computed alone. `threads_now` says how many threads a step may use,
+        `max_answer_bytes` how much it may give at once (one request's vectors in any case), `clock`
+        gives seconds; `device_fault` is asked after a failed pass, `works_on` told in each step
+        whom it is about. Raises `ValueError` beyond the model's reach."""
         limit = model.max_model_len
         if not 1 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 1 to {limit}")
-        if token_budget < 1:
-            raise ValueError("token_budget must be at least 1")
+        if max_num_batched_tokens < 1:
+            raise ValueError("max_num_batched_tokens must be at least 1")
         self._model = model
         self._max_model_len = max_model_len
-        self._token_budget = token_budget
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._threads_now = threads_now
         self._max_answer_bytes = max_answer_bytes
         self._clock = clock
@@ -94,8 +95,11 @@ class EmbeddingEngine:
         """Requests of which none is."""
         return sum(len(one.pending) == len(one.vectors) for one in self._requests.values())
 
-    def add(self, request: Embed) -> None:
+    def add(self, request: Generate | Embed) -> None:
         """Take a request. It never raises: what can't be served is answered by the next `step`."""
+        if isinstance(request, Generate):
+            self.refuse(request.request_id, OTHER_TASK)
+            return
         if request.request_id in self._requests:
             # Two answers under one name can't be told apart, so neither may come.
             self.abort(request.request_id)
@@ -126,6 +130,15 @@ class EmbeddingEngine:
         self._requests.pop(request_id, None)
         self._answered = [one for one in self._answered if one.request_id != request_id]
 
+    def check(self) -> None:
+        """Raise `AssertionError` where a request waits for nothing. For tests and idle moments."""
+        for request in self._requests.values():
+            if not request.pending:
+                raise AssertionError(f"{request.message.request_id!r} has all, and no answer")
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     def step(self) -> tuple[Embedded, ...]:
         """Compute one batch. Returns the requests that are complete, or can't be. Raises nothing
         that a request can cause, but DeviceLost."""
@@ -133,7 +146,7 @@ class EmbeddingEngine:
         self._expire(answers)
         waiting = list(islice(self._waiting(), _WINDOW))
         lengths = [len(request.message.inputs[index]) for request, index in waiting]
-        chosen = (choose if self._model.pads else fill)(lengths, self._token_budget)
+        chosen = (choose if self._model.pads else fill)(lengths, self._max_num_batched_tokens)
         batch = [waiting[position] for position in chosen]
         if not batch:
             return self._some_of(answers)

@@ -28,11 +28,13 @@ from tests.workers.engine.engines import (
     tokens,
 )
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, reference_model, tensors_of
-from workers.engine.generate import NO_ROOM_PATIENCE_S, Engine
+from workers.engine.generate import GenerationEngine
+from workers.engine.room_sharing import NO_ROOM_PATIENCE_S
 from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
 from workers.messages import Output
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 StartDaemon = Callable[..., DaemonProcess]
 BLOCK_BYTES = 64 << 10
@@ -57,7 +59,7 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
 
 def shared(
     client: Client, family: str = "llama", prefix_caching: bool = True, **changes: Any
-) -> Engine:
+) -> GenerationEngine:
     """An engine whose blocks are the allocator's."""
     layout = model_of(family).geometry.kv_layout
     pool = PoolSource(client, layout)
@@ -77,7 +79,7 @@ def num_leased(client: Client) -> int:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3"])
 def test_sequences_that_give_way_are_as_alone(family: str) -> None:
-    engine = engine_of(family, kv=room_for(6, family), token_budget=16)
+    engine = engine_of(family, kv=room_for(6, family), max_num_batched_tokens=16)
     outputs = run(engine, *(request(str(i), one) for i, one in enumerate(PROMPTS)))
     assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == expected(family)
     assert engine.report(()).num_preempted > 0
@@ -85,7 +87,7 @@ def test_sequences_that_give_way_are_as_alone(family: str) -> None:
 
 def test_what_is_drawn_does_not_change_by_giving_way() -> None:
     alone = [tokens(run(engine_of(), request("a", one, **DRAWN))["a"]) for one in PROMPTS]
-    engine = engine_of(kv=room_for(5), token_budget=16)
+    engine = engine_of(kv=room_for(5), max_num_batched_tokens=16)
     outputs = run(engine, *(request(str(i), one, **DRAWN) for i, one in enumerate(PROMPTS)))
     assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == alone
     assert engine.report(()).num_preempted > 0
@@ -109,7 +111,7 @@ def test_log_probabilities_of_a_prompt_come_once_however_often_it_gives_way() ->
     whole = run(engine_of(), request("a", PROMPTS[4], prompt_logprobs=2, logprobs=1))["a"]
     told = [one for output in whole for one in output.prompt_logprobs]
     assert len(told) == len(PROMPTS[4]) - 1
-    engine = engine_of(kv=room_for(5), token_budget=7)
+    engine = engine_of(kv=room_for(5), max_num_batched_tokens=7)
     first = request("first", PROMPTS[3], max_tokens=60)
     outputs = run(engine, first, request("a", PROMPTS[4], prompt_logprobs=2, logprobs=1))["a"]
     assert engine.report(()).num_preempted > 0
@@ -149,7 +151,7 @@ def test_guessing_changes_no_token(family: str) -> None:
         for k, kind in enumerate(kinds)
     ]
     plain = run(engine_of(family), *requests)
-    engine = engine_of(family, num_speculative_tokens=4, token_budget=37)
+    engine = engine_of(family, num_speculative_tokens=4, max_num_batched_tokens=37)
     guessed = run(engine, *requests)
     assert {name: tokens(one) for name, one in guessed.items()} == {
         name: tokens(one) for name, one in plain.items()
@@ -218,7 +220,7 @@ def test_a_prompt_that_is_known_gives_the_same_tokens(daemon: DaemonProcess) -> 
     """On the same instance and on another, in whole and in part."""
     long = prompt(70, seed=1)
     with daemon.connect() as one, daemon.connect() as other:
-        first, second = shared(one), shared(other, token_budget=5)
+        first, second = shared(one), shared(other, max_num_batched_tokens=5)
         alone = only(engine_of(), request("a", long))
         assert only(first, request("a", long)) == alone
         for engine in (first, second):
@@ -256,9 +258,13 @@ def test_prompt_logprobs_are_computed_even_of_what_is_known(client: Client) -> N
 
 def test_what_went_wrong_is_nobody_elses(client: Client) -> None:
     """Keys and values that are no numbers are not for others to find."""
-    model = build_model(config_of("llama"), tensors_of(reference_model("llama")), torch.float32)
+    model = build_model(
+        config_of("llama"), Resident(tensors_of(reference_model("llama"))), torch.float32
+    )
     layout = model.geometry.kv_layout
-    engine = Engine(model, 128, kv=KVCache(layout, PoolSource(client, layout), weights="w"))
+    engine = GenerationEngine(
+        model, 128, kv=KVCache(layout, PoolSource(client, layout), weights="w")
+    )
     wrong = [True]
 
     def disturb(_module: Any, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
@@ -317,13 +323,13 @@ def test_a_deadline_ends_who_runs_and_who_waits() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "max_tokens", "num_new"), [(40, 4, 0), (80, 4, 0), (20, 60, 12)]
 )
-@pytest.mark.parametrize("token_budget", [8, 256])
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 256])
 def test_what_never_fits_ends_after_a_while_with_the_reason(
-    num_tokens: int, max_tokens: int, num_new: int, token_budget: int
+    num_tokens: int, max_tokens: int, num_new: int, max_num_batched_tokens: int
 ) -> None:
     """A prompt that is too long, and one that grows too long; two blocks hold 32 tokens."""
     clock = Clock()
-    engine = engine_of(kv=room_for(2), clock=clock, token_budget=token_budget)
+    engine = engine_of(kv=room_for(2), clock=clock, max_num_batched_tokens=max_num_batched_tokens)
     engine.add(request("a", prompt(num_tokens), max_tokens=max_tokens))
     outputs: dict[str, list[Output]] = {}
     stalled = 0
@@ -398,7 +404,7 @@ def test_all_that_lack_room_wait_at_the_same_time() -> None:
 
 def test_what_never_fits_ends_also_where_others_come_and_go() -> None:
     clock = Clock()
-    engine = engine_of(kv=room_for(3), clock=clock, max_num_seqs=2, token_budget=16)
+    engine = engine_of(kv=room_for(3), clock=clock, max_num_seqs=2, max_num_batched_tokens=16)
     outputs: dict[str, list[Output]] = {}
     engine.add(request("large", prompt(60)))
     for n in range(400):
@@ -476,7 +482,7 @@ def test_an_allocator_that_ends_and_comes_back_changes_no_token(
     daemon: DaemonProcess, start_daemon: StartDaemon
 ) -> None:
     with daemon.connect() as client:
-        engine = shared(client, token_budget=16, max_num_seqs=3)
+        engine = shared(client, max_num_batched_tokens=16, max_num_seqs=3)
         outputs: dict[str, list[Output]] = {}
         for n, one in enumerate(PROMPTS):
             engine.add(request(str(n), one))
@@ -507,13 +513,13 @@ class Requests(RuleBasedStateMachine):
             shared(
                 client,
                 max_num_seqs=3,
-                token_budget=11,
+                max_num_batched_tokens=11,
                 num_speculative_tokens=3 * index,
                 clock=self.clock,
             )
             for index, client in enumerate(self.CLIENTS)
         ]
-        self.alive: dict[str, tuple[Engine, int]] = {}
+        self.alive: dict[str, tuple[GenerationEngine, int]] = {}
         self.outputs: dict[str, list[Output]] = {}
         self.count = 0
 

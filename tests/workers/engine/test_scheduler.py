@@ -8,14 +8,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from workers.engine.scheduler import Chunk, GenerationSequence, Scheduler, total_tokens
+from workers.engine.scheduler import Chunk, Scheduler
+from workers.engine.sequence import GenerationSequence
+from workers.kv.cache import SequenceCache
+from workers.kv.layout import KVLayer, KVLayout
+from workers.kv.table import BlockTable
 from workers.messages import SamplingParams
+from workers.sampling import SequenceSampler, Tokens
 
 BLOCK = 4
+LAYOUT = KVLayout((KVLayer(1, 16),), torch.float32)
+VOCAB_SIZE = 2048
 
 
 class Room:
@@ -35,9 +43,11 @@ class Room:
         assert sequence not in self.held
         self.held[sequence] = 0
         self.begun.append(sequence.request_id)
+        known = 0
         if sequence.may_skip and blocks_of(self.known) <= self.num_free:
-            sequence.num_computed = min(self.known, (sequence.num_pending - 1) // BLOCK * BLOCK)
-            self.held[sequence] = blocks_of(sequence.num_computed)
+            known = min(self.known, (sequence.num_pending - 1) // BLOCK * BLOCK)
+            self.held[sequence] = blocks_of(known)
+        sequence.cache = SequenceCache(BlockTable(LAYOUT, (), known), b"", known)
 
     def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
         more = max(0, blocks_of(num_tokens) - self.held[sequence])
@@ -48,10 +58,12 @@ class Room:
 
     def give_up(self, sequence: GenerationSequence) -> None:
         del self.held[sequence]
+        sequence.cache = None
 
     def end(self, sequence: GenerationSequence) -> None:
         """As the engine does with one that was removed from the schedule."""
         self.held.pop(sequence, None)
+        sequence.cache = None
 
 
 def blocks_of(num_tokens: int) -> int:
@@ -61,13 +73,9 @@ def blocks_of(num_tokens: int) -> int:
 def sequence(
     name: str, num_tokens: int, num_new: int = 4, num_generated: int = 0, **changes: Any
 ) -> GenerationSequence:
-    return GenerationSequence(
-        request_id=name,
-        token_ids=list(range(num_tokens)),
-        sampling=SamplingParams(max_tokens=num_new + num_generated),
-        num_generated=num_generated,
-        **changes,
-    )
+    params = SamplingParams(max_tokens=num_new + num_generated)
+    tokens = Tokens(list(range(num_tokens)), num_tokens - num_generated)
+    return GenerationSequence(name, SequenceSampler(params, tokens, VOCAB_SIZE, ()), **changes)
 
 
 def advance(scheduler: Scheduler, room: Room, chunks: Sequence[Chunk]) -> list[str]:
@@ -75,14 +83,13 @@ def advance(scheduler: Scheduler, room: Room, chunks: Sequence[Chunk]) -> list[s
     of a draft right. Returns who ended."""
     ended = []
     for chunk in chunks:
-        scheduler.computed(chunk)
+        one = chunk.sequence
+        one.table.commit(chunk.stop - chunk.start)
         if not chunk.samples:
             continue
-        one = chunk.sequence
         num_right = min(len(chunk.draft) // 2, one.sampling.max_tokens - one.num_generated - 1)
-        one.token_ids += [0] * (num_right + 1)
-        one.num_generated += num_right + 1
-        one.num_computed += num_right
+        one.token_ids.extend([0] * (num_right + 1))
+        one.table.commit(num_right)
         if one.num_generated >= one.sampling.max_tokens:
             scheduler.remove(one.request_id)
             room.end(one)
@@ -109,7 +116,7 @@ def shape(chunks: Sequence[Chunk]) -> list[tuple[str, int, int]]:
 
 
 def test_a_long_prompt_does_not_stop_the_others() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=10), Room()
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=10), Room()
     scheduler.add(sequence("short", 3, num_new=9))
     scheduler.add(sequence("long", 25))
     scheduler.add(sequence("late", 2))
@@ -128,7 +135,7 @@ def test_a_long_prompt_does_not_stop_the_others() -> None:
 
 
 def test_a_short_prompt_gets_its_share_at_once_beside_a_long_one() -> None:
-    scheduler, room = Scheduler(max_num_seqs=8, token_budget=16), Room()
+    scheduler, room = Scheduler(max_num_seqs=8, max_num_batched_tokens=16), Room()
     scheduler.add(sequence("long", 1000))
     advance(scheduler, room, scheduler.schedule(room))
     scheduler.add(sequence("short", 8))
@@ -138,7 +145,7 @@ def test_a_short_prompt_gets_its_share_at_once_beside_a_long_one() -> None:
 
 
 def test_a_long_prompt_comes_on_in_every_other_step_though_short_ones_never_end() -> None:
-    scheduler, room = Scheduler(max_num_seqs=64, token_budget=16), Room()
+    scheduler, room = Scheduler(max_num_seqs=64, max_num_batched_tokens=16), Room()
     scheduler.add(sequence("long", 160))
     took: list[int] = []
     for step in range(30):
@@ -154,7 +161,7 @@ def test_a_long_prompt_comes_on_in_every_other_step_though_short_ones_never_end(
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 16])
 def test_a_long_prompt_comes_on_however_many_short_ones_arrive(budget: int) -> None:
-    scheduler, room = Scheduler(max_num_seqs=64, token_budget=budget), Room()
+    scheduler, room = Scheduler(max_num_seqs=64, max_num_batched_tokens=budget), Room()
     scheduler.add(sequence("long", 20 * budget))
     advance(scheduler, room, scheduler.schedule(room))
     for step in range(40):
@@ -170,14 +177,14 @@ def test_a_long_prompt_comes_on_however_many_short_ones_arrive(budget: int) -> N
 
 
 def test_places_are_waited_for() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=100), Room()
+    scheduler, room = Scheduler(max_num_seqs=1, max_num_batched_tokens=100), Room()
     for name in ("a", "b", "c"):
         scheduler.add(sequence(name, 2, num_new=2))
     assert run(scheduler, room) == ["a", "b", "c"]
 
 
 def test_what_is_known_is_not_computed_again_unless_it_must_be() -> None:
-    scheduler, room = Scheduler(max_num_seqs=2, token_budget=100), Room(known=8)
+    scheduler, room = Scheduler(max_num_seqs=2, max_num_batched_tokens=100), Room(known=8)
     scheduler.add(sequence("skips", 20))
     scheduler.add(sequence("may not", 20, may_skip=False, most_per_step=6))
     scheduler.add(sequence("all known", 8))
@@ -185,7 +192,7 @@ def test_what_is_known_is_not_computed_again_unless_it_must_be() -> None:
 
 
 def test_generated_tokens_of_an_earlier_instance_are_computed_like_a_prompt() -> None:
-    scheduler, room = Scheduler(max_num_seqs=2, token_budget=4), Room()
+    scheduler, room = Scheduler(max_num_seqs=2, max_num_batched_tokens=4), Room()
     scheduler.add(sequence("resumed", 6, num_new=2, num_generated=3))
     chunks = scheduler.schedule(room)
     assert shape(chunks) == [("resumed", 0, 4)]
@@ -200,14 +207,14 @@ def test_generated_tokens_of_an_earlier_instance_are_computed_like_a_prompt() ->
 
 
 def test_the_lower_priority_goes_first_and_of_equals_the_earlier() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=100), Room()
+    scheduler, room = Scheduler(max_num_seqs=1, max_num_batched_tokens=100), Room()
     for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -1), ("e", 0)):
         scheduler.add(sequence(name, 2, num_new=1, priority=priority))
     assert run(scheduler, room) == ["d", "b", "e", "a", "c"]
 
 
 def test_the_last_gives_way_to_one_that_is_more_urgent() -> None:
-    scheduler, room = Scheduler(max_num_seqs=2, token_budget=100), Room()
+    scheduler, room = Scheduler(max_num_seqs=2, max_num_batched_tokens=100), Room()
     scheduler.add(sequence("first", 4))
     scheduler.add(sequence("second", 4))
     advance(scheduler, room, scheduler.schedule(room))
@@ -225,7 +232,7 @@ def test_the_last_gives_way_to_one_that_is_more_urgent() -> None:
 
 
 def test_where_room_ends_the_last_gives_way_and_loses_nothing() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=4)
     a, b = sequence("a", 6, num_new=8), sequence("b", 7, num_new=8)
     scheduler.add(a)
     scheduler.add(b)
@@ -249,7 +256,7 @@ def step(scheduler: Scheduler, room: Room) -> Sequence[Chunk]:
 
 
 def test_half_computed_prompts_do_not_block_each_other() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=8), Room(num_blocks=6)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=8), Room(num_blocks=6)
     for name in ("a", "b", "c"):
         scheduler.add(sequence(name, 20, num_new=1))
     steps = 0
@@ -264,7 +271,7 @@ def test_half_computed_prompts_do_not_block_each_other() -> None:
 
 
 def test_nothing_is_scheduled_where_there_is_no_room_for_any() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=8), Room(num_blocks=0)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=8), Room(num_blocks=0)
     scheduler.add(sequence("a", 3))
     for _ in range(3):
         assert scheduler.schedule(room) == ()
@@ -275,7 +282,7 @@ def test_nothing_is_scheduled_where_there_is_no_room_for_any() -> None:
 
 
 def test_one_without_room_is_not_overtaken() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=4)
     scheduler.add(sequence("large", 20))
     scheduler.add(sequence("small", 1))
     assert [scheduler.schedule(room) for _ in range(4)] == [()] * 4
@@ -284,7 +291,7 @@ def test_one_without_room_is_not_overtaken() -> None:
 
 
 def test_one_without_room_is_not_tried_every_step_but_as_soon_as_someone_leaves() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=4)
     scheduler.add(sequence("a", 4, num_new=8))
     scheduler.add(sequence("large", 16, num_new=1))
     scheduler.add(sequence("small", 1, num_new=1))
@@ -297,7 +304,7 @@ def test_one_without_room_is_not_tried_every_step_but_as_soon_as_someone_leaves(
 
 
 def test_a_draft_makes_nobody_give_way() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=5)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=5)
     a, b = sequence("a", 4, num_new=9), sequence("b", 4, num_new=9)
     scheduler.add(a)
     scheduler.add(b)
@@ -313,7 +320,7 @@ def test_a_draft_makes_nobody_give_way() -> None:
 
 
 def test_removing_is_for_waiting_and_running_alike() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=4), Room()
+    scheduler, room = Scheduler(max_num_seqs=1, max_num_batched_tokens=4), Room()
     scheduler.add(sequence("runs", 2))
     scheduler.add(sequence("waits", 2))
     scheduler.schedule(room)
@@ -327,14 +334,10 @@ def test_removing_is_for_waiting_and_running_alike() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=4), Room()
+    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=4)
     scheduler.add(sequence("a", 2))
     with pytest.raises(ValueError, match="here already"):
         scheduler.add(sequence("a", 2))
-    (chunk,) = scheduler.schedule(room)
-    scheduler.computed(chunk)
-    with pytest.raises(ValueError, match="2 tokens computed"):
-        scheduler.computed(chunk)
     for wrong in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             Scheduler(*wrong)
@@ -348,13 +351,13 @@ class Arrivals(RuleBasedStateMachine):
 
     @initialize(
         max_num_seqs=st.integers(1, 4),
-        token_budget=st.integers(1, 9),
+        max_num_batched_tokens=st.integers(1, 9),
         spare=st.integers(0, 20),
         known=st.integers(0, 9),
     )
-    def start(self, max_num_seqs: int, token_budget: int, spare: int, known: int) -> None:
-        self.scheduler = Scheduler(max_num_seqs, token_budget)
-        self.token_budget = token_budget
+    def start(self, max_num_seqs: int, max_num_batched_tokens: int, spare: int, known: int) -> None:
+        self.scheduler = Scheduler(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
         # The longest sequence alone always has room.
         self.room = Room(blocks_of(LONGEST) + spare, known)
         self.alive: dict[str, GenerationSequence] = {}
@@ -421,11 +424,13 @@ class Arrivals(RuleBasedStateMachine):
         decodes = [chunk for chunk in chunks if chunk.sequence.request_id in decoding]
         assert chunks == (*decodes, *prefills)
         assert [chunk.stop - chunk.start for chunk in decodes] == [1] * len(decodes)
-        assert total_tokens(prefills) <= self.token_budget
+        assert sum(chunk.num_tokens for chunk in prefills) <= self.max_num_batched_tokens
         for chunk in chunks:
             one = chunk.sequence
             assert self.room.held[one] >= blocks_of(chunk.stop + len(chunk.draft))
-            assert chunk.num_tokens <= (one.most_per_step or self.token_budget) + len(chunk.draft)
+            assert chunk.num_tokens <= (one.most_per_step or self.max_num_batched_tokens) + len(
+                chunk.draft
+            )
             assert chunk.start == one.num_computed
         for name in advance(self.scheduler, self.room, chunks):
             del self.alive[name]

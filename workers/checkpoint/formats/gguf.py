@@ -16,11 +16,11 @@ import gguf
 import numpy as np
 import torch
 
+from workers.checkpoint.formats.checkpoint import SCRATCH_BYTES, OnCopied, SourceTensor, StoredBytes
 from workers.checkpoint.formats.gguf_architectures import config_of
 from workers.checkpoint.formats.gguf_file import Header, read_by_others
 from workers.checkpoint.formats.gguf_metadata import Metadata
 from workers.checkpoint.formats.gguf_parameters import Parameter, Piece, parameters_of
-from workers.checkpoint.source import SCRATCH_BYTES, OnCopied, SourceTensor, StoredBytes
 from workers.config.architecture import architecture_errors, check_config
 from workers.config.ends import end_tokens
 from workers.config.gguf_parts import parts_of
