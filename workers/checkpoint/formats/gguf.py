@@ -1,6 +1,6 @@
 """GGUF files: header read in milliseconds, blocks dequantized piece by piece into shared memory.
 
-Owns the order of that: what the metadata say of the model (`gguf_architectures`), which rows make
+Owns the order of that: what the metadata say of the model (`gguf_config`), which rows make
 up a parameter (`gguf_parameters`), and the step from ggml's blocks to numbers. Invariant: the
 tensors that come out are those that the file was made of, rounded as it rounded them (tested with
 files as llama.cpp's converter writes them). Knows nothing of where the tensors go.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from workers.checkpoint.formats.checkpoint import SCRATCH_BYTES, OnCopied, SourceTensor, StoredBytes
-from workers.checkpoint.formats.gguf_architectures import config_of
+from workers.checkpoint.formats.gguf_config import config_of
 from workers.checkpoint.formats.gguf_file import Header, read_by_others
 from workers.checkpoint.formats.gguf_metadata import Metadata
 from workers.checkpoint.formats.gguf_parameters import Parameter, Piece, parameters_of

@@ -2,8 +2,7 @@
 
 Owns the table, by llama.cpp's name of each. What an architecture has and its files do not say (the
 scale of Gemma 2 27B's attention, every fourth layer without rotation) is here, too, as llama.cpp
-computes it. Invariant: a config is made of what the file says and of nothing that transformers
-assumes for another model. Does not know tensors' bytes or names of parameters.
+computes it. Does not know tensors' bytes or names of parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from workers.checkpoint.formats.gguf_metadata import ADVICE, Metadata
-from workers.checkpoint.formats.gguf_rotations import ReadTensor, local_base, rope_parameters
-from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint
+from workers.errors import UnsupportedCheckpoint
 
 Config = dict[str, Any]
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_SIZES: Final = {
+SIZES: Final = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -60,7 +57,7 @@ class Architecture:
 
     model_type: str
     names: Mapping[str, str] = field(default_factory=dict)
-    """Of the config, by the file's keys: beside `_SIZES`, or another word for one of them."""
+    """Of the config, by the file's keys: beside `SIZES`, or another word for one of them."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     complete: Callable[[Metadata, Config], None] | None = None
     """What takes more than another name."""
@@ -190,11 +187,6 @@ def _ernie_moe(said: Metadata, config: Config) -> None:
     said.get("expert_shared_feed_forward_length")  # the tensors have it
 
 
-def _exaone4(said: Metadata, config: Config) -> None:
-    if config["num_hidden_layers"] == 64 and said.get("attention.sliding_window") is None:
-        config |= {"sliding_window": 4096, "layer_types": _layer_types(said, 64, 4)}
-
-
 def _routed(said: Metadata, config: Config) -> None:
     config["attention_bias"] = said.has("attn_q.bias")
     if said.get("expert_gating_func", _SIGMOID) != _SIGMOID:
@@ -242,7 +234,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         },
         complete=_ernie_moe,
     ),
-    "exaone4": Architecture("exaone4", complete=_exaone4, window_period=4),
+    "exaone4": Architecture("exaone4", window_period=4),
     "gemma": Architecture("gemma", adds_one=True),
     "gemma2": Architecture("gemma2", _SOFT_CAPS, complete=_gemma2, window_period=2, adds_one=True),
     "gemma3": Architecture(
@@ -312,84 +304,3 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         "starcoder2", {"attention.layer_norm_epsilon": "norm_epsilon"}, complete=_starcoder2
     ),
 }
-
-
-def config_of(said: Metadata, read: ReadTensor) -> Config:
-    """The config that `transformers` would have of this model. `read` gives a tensor of the file in
-    fp32. Raises UnsupportedCheckpoint, CheckpointCorrupt."""
-    architecture = ARCHITECTURES.get(said.architecture)
-    if architecture is None:
-        raise UnsupportedCheckpoint(
-            f"the architecture {said.architecture!r} can't be served from a GGUF file: {ADVICE}"
-        )
-    config: Config = {"model_type": architecture.model_type, **architecture.constants}
-    for key, name in {**_SIZES, **architecture.names}.items():
-        if (value := said.get(key)) is not None:
-            config[name] = value
-    heads = config.get("num_attention_heads") or config.get("n_head")
-    width = config.get("hidden_size") or config.get("n_embd")
-    if not heads or not width or "token_embd.weight" not in said.shapes:
-        raise CheckpointCorrupt("it does not say how large the model is")
-    if next_token_layers := said.get("nextn_predict_layers", 0):
-        config["num_hidden_layers"] -= next_token_layers  # which guess ahead, and count as layers
-    head_dim = said.get("attention.key_length", width // heads)
-    if said.get("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedCheckpoint(
-            f"it says attention.value_length = {said.get('attention.value_length')} where heads "
-            f"are of {head_dim}: {ADVICE}"
-        )
-    config["head_dim"] = head_dim
-    config["vocab_size"] = said.shapes["token_embd.weight"][0]
-    config["tie_word_embeddings"] = "output.weight" not in said.shapes
-    config["pad_token_id"] = None
-    _add_windows(said, architecture, config)
-    if architecture.rotates:
-        _add_rotations(said, architecture, config, read)
-    if architecture.complete is not None:
-        architecture.complete(said, config)
-    said.check_all_heard()
-    return config
-
-
-def _add_windows(said: Metadata, architecture: Architecture, config: Config) -> None:
-    if architecture.model_type == "phi3":
-        config["sliding_window"] = said.get("attention.sliding_window") or None
-    if architecture.window_period is None:
-        return
-    layers = config["num_hidden_layers"]
-    if window := said.get("attention.sliding_window", 4096 if said.architecture == "gemma2" else 0):
-        config["sliding_window"] = window
-        config["layer_types"] = _layer_types(said, layers, architecture.window_period)
-    elif architecture.model_type != "olmo2":
-        config |= {"sliding_window": None, "layer_types": [_FULL] * layers}
-
-
-def _layer_types(said: Metadata, num_layers: int, period: int) -> list[str]:
-    pattern = said.each("attention.sliding_window_pattern")
-    if isinstance(pattern, list):
-        if len(pattern) != num_layers:
-            raise CheckpointCorrupt("its sliding_window_pattern is not as long as its layers many")
-        return [_SLIDING if slides else _FULL for slides in pattern]
-    period = period if pattern is None else int(pattern)
-    return [_SLIDING if period and (index + 1) % period else _FULL for index in range(num_layers)]
-
-
-def _add_rotations(
-    said: Metadata, architecture: Architecture, config: Config, read: ReadTensor
-) -> None:
-    rope = rope_parameters(said, config["head_dim"], read)
-    if not architecture.turns_parts and rope.pop("partial_rotary_factor") != 1:
-        raise UnsupportedCheckpoint(
-            f"it says rope.dimension_count = {said.get('rope.dimension_count')} where heads are of "
-            f"{config['head_dim']}: {ADVICE}"
-        )
-    if rope["rope_type"] == "longrope":
-        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    if architecture.local_rope and "sliding_window" in config:
-        usual = rope["rope_theta"] if architecture.model_type == "olmo2" else 10_000.0
-        local = {"rope_type": "default", "rope_theta": local_base(said, usual)}
-        config["rope_parameters"] = {_FULL: rope, _SLIDING: local}
-    else:
-        config["rope_parameters"] = rope
-        if local_base(said, rope["rope_theta"]) != rope["rope_theta"]:
-            raise UnsupportedCheckpoint(f"it turns some layers by another base: {ADVICE}")
