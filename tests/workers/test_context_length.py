@@ -12,6 +12,7 @@ from tests.workers.tiny_models import generate, prompt, tensors_of
 from workers.config.context_length import max_positions
 from workers.errors import UnsupportedCheckpoint
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 _BASE = {"rope_theta": 10000.0}
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -81,9 +82,8 @@ def test_tokens_beyond_the_stated_length_are_those_of_transformers(kind: str) ->
     if kind == "yarn":
         rope["original_max_position_embeddings"] = 64
     reference = tiny_model("llama", max_position_embeddings=64, rope_parameters=rope)
-    model = build_model(
-        json.loads(reference.config.to_json_string()), tensors_of(reference), torch.float32
-    )
+    config = json.loads(reference.config.to_json_string())
+    model = build_model(config, Resident(tensors_of(reference)), torch.float32)
     assert model.geometry.max_model_len == 256
     text = prompt(200, seed=3)
     assert generated(model, [text], 10) == [generate(reference, text, 10)]

@@ -22,6 +22,7 @@ from workers.checkpoint import open_checkpoint
 from workers.checkpoint.formats.gguf_architectures import ARCHITECTURES
 from workers.errors import CheckpointCorrupt, CheckpointNotFound, UnsupportedCheckpoint
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 NUM_NEW = 8
 PROMPTS = [prompt(length, seed=length) for length in (1, 40)]
@@ -146,7 +147,7 @@ def read(path: Path) -> Any:
     """As an instance has it."""
     checkpoint = open_checkpoint(path, "float32")
     config = json.loads(checkpoint.metadata()["config"])
-    return build_model(config, read_whole(checkpoint), torch.float32)
+    return build_model(config, Resident(read_whole(checkpoint)), torch.float32)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,6 +13,7 @@ from tests.workers.model.tiny_families import save, tiny_model
 from workers.checkpoint import open_checkpoint
 from workers.errors import CheckpointMismatch
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 _FREQUENCIES = torch.ones(8)
 _MASK = torch.ones(1, 1, 256, 256, dtype=torch.uint8).tril()
@@ -74,7 +75,7 @@ def with_tensors(folder: Path, family: str, more: dict[str, torch.Tensor]) -> tu
 def loaded(folder: Path) -> Any:
     checkpoint = open_checkpoint(folder, "float32")
     config = json.loads(checkpoint.metadata()["config"])
-    return build_model(config, read_whole(checkpoint), torch.float32)
+    return build_model(config, Resident(read_whole(checkpoint)), torch.float32)
 
 
 @pytest.mark.parametrize("name", IGNORED)
