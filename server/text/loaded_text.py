@@ -8,15 +8,18 @@ with what they held. Does not know who is served by it.
 from pathlib import Path
 from typing import Self
 
+from server.text.folder_tokens import completed
 from server.text.kept_file import KeptFile
 from server.text.text import Text
 from server.text.tokenizer_check import try_tokenizer
 from server.text.tokenizer_files import tokenizer_file, tokenizer_folder
+from workers import MAX_TOKENIZER_BYTES, read_file
 
 
 class KeptTokenizer:
-    """A model's tokenizer.json. That of a folder is kept as it is now; one that is built from a
-    GGUF file lies in the cache, under a name that stands for what it was built from."""
+    """A model's tokenizer.json. That of a folder is kept as it is now, with the tokens that other
+    files add; one that is built from a GGUF file lies in the cache, under a name that stands for
+    what it was built from."""
 
     def __init__(self, model: Path, kept: KeptFile | None):
         self.model = model
@@ -29,7 +32,9 @@ class KeptTokenizer:
         """Raises ServerError, CheckpointError."""
         if not model.is_dir():
             return cls(model, None)
-        return cls(model, KeptFile.of(tokenizer_folder(model) / "tokenizer.json"))
+        file = tokenizer_folder(model) / "tokenizer.json"
+        content = completed(model, read_file(file, MAX_TOKENIZER_BYTES))
+        return cls(model, KeptFile.holding(content, file.name))
 
     def close(self) -> None:
         """Idempotent."""

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import ChatTemplate, TemplateFailed
+from server.text.folder_tokens import named_tokens
 from server.text.incremental import Detokenizer
 from server.text.token_texts import TokenTexts
 from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
@@ -89,7 +90,7 @@ class Text:
             ) from error
         config = _json_object(folder / "tokenizer_config.json")
         source = chat_template or _template_source(folder, config)
-        names = _special_tokens(config)
+        names = named_tokens(folder, config, tokenizer)
         return cls(
             tokenizer,
             chat_template=ChatTemplate(source, names) if source is not None else None,
@@ -326,19 +327,6 @@ def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
         entries = (one for one in kept if isinstance(one, dict) and one.get("name") == "default")
         kept = next(entries, {}).get("template")
     return kept if isinstance(kept, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and the like, by name; each is a string or an object with its `content`."""
-    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-    found: dict[str, str] = {}
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
 
 
 def _stop_token_ids(

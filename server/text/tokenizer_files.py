@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from allocator import module_command, module_environment
 from server.errors import ServerError
+from workers import begins_like_gguf
 
 FORMAT_VERSION: Final = 1
 """Raised when `build` writes something else for the same file, so that old folders are not used."""
@@ -40,6 +41,17 @@ STALE_AFTER_S: Final = 3600.0
 
 SPECIAL_IDS_FILE: Final = "special_ids.json"
 """Beside the usual files, in built folders: what a GGUF file says that these have no place for."""
+
+_READ_BY: Final = {
+    "tokenizer.model": "'onecopy[sentencepiece]'",
+    "spiece.model": "'onecopy[sentencepiece]'",
+    "sentencepiece.bpe.model": "'onecopy[sentencepiece]'",
+    "tiktoken.model": "tiktoken",
+    "tekken.json": None,
+    "vocab.json": None,
+    "vocab.txt": None,
+}
+"""Other forms of a tokenizer, and what transformers needs beside itself to read them."""
 
 
 class TokenizerFilesError(ServerError):
@@ -77,7 +89,7 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
     """
     if not model_path.exists():
         raise TokenizerMissing(f"{model_path} does not exist")
-    if model_path.suffix.lower() == ".gguf" and model_path.is_file():
+    if _is_gguf(model_path):
         return _built_folder(model_path.resolve(), cache_dir or default_cache_dir())
     folder = model_path if model_path.is_dir() else model_path.parent
     if not os.path.lexists(folder / "tokenizer.json"):
@@ -87,24 +99,32 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
 
 def tokenizer_file(model_path: Path, cache_dir: Path | None = None) -> Path:
     """Where `tokenizer_folder` has, or will have, the model's tokenizer.json. Builds nothing."""
-    if model_path.suffix.lower() == ".gguf" and model_path.is_file():
+    if _is_gguf(model_path):
         folder = _final_folder(model_path.resolve(), cache_dir or default_cache_dir())
     else:
         folder = model_path if model_path.is_dir() else model_path.parent
     return folder / "tokenizer.json"
 
 
+def _is_gguf(model_path: Path) -> bool:
+    """In a hub's cache, or Ollama's, the file has no suffix."""
+    if not model_path.is_file():
+        return False
+    return model_path.suffix.lower() == ".gguf" or begins_like_gguf(model_path)
+
+
 def _what_is_missing(folder: Path) -> str:
-    others = ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model", "spiece.model")
-    found = [name for name in others if (folder / name).is_file()]
+    found = [name for name in _READ_BY if (folder / name).is_file()]
     if not found:
         return (
             f"{folder} has no tokenizer.json. Copy the model's tokenizer.json (and "
             "tokenizer_config.json) into it, or give a .gguf file, which carries its own."
         )
+    needed = _READ_BY[found[0]]
     return (
         f"{folder} has {', '.join(found)} but no tokenizer.json, which is needed. Write it once "
-        f'with transformers: AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+        f"with transformers{f' (first: pip install {needed})' if needed else ''}: "
+        f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
     )
 
 

@@ -304,6 +304,8 @@ def weights() -> Iterator[Hostile]:
     }.items():
 
         def make(folder: Path, index: Any = index) -> None:
+            # Beside the usual file an index is not looked at.
+            (folder / "model.safetensors").rename(folder / "model-1.safetensors")
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
         yield Hostile(f"index: {name}", make, ("index.json",))
@@ -610,8 +612,7 @@ def gguf_files() -> list[Hostile]:
             (folder / "model.gguf").write_bytes(content)
             return folder / "model.gguf"
 
-        words = ("missing",) if name == "a model of nothing" else ("model.gguf",)
-        found.append(Hostile(f"GGUF: {name}", make, words))
+        found.append(Hostile(f"GGUF: {name}", make, ("model.gguf",)))
     said: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "a billion layers": ({"llama.block_count": 1_000_000_000}, ("num_hidden_layers",)),
         "no layers": ({"llama.block_count": 0}, ("num_hidden_layers",)),

@@ -4,14 +4,14 @@ Invariant: plain numbers, that stay as they are whoever computes the model and w
 are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from workers.config.context_length import max_positions
 from workers.config.ends import end_tokens
-from workers.errors import UnsupportedCheckpoint
 from workers.kv.layout import KVLayer, KVLayout
 from workers.messages import ModelFacts
 from workers.skeleton.decoder import attentions, head_dim
@@ -69,7 +69,7 @@ def geometry_of(
     return Geometry(
         architecture=type(module).__name__,
         vocab_size=config.vocab_size,
-        max_model_len=_max_model_len(config),
+        max_model_len=max_positions(config),
         eos_token_ids=_eos_token_ids(config) if eos_token_ids is None else tuple(eos_token_ids),
         kv_layout=KVLayout.on(device, tuple(layers), dtype),
         sliding_windows=_sliding_windows(config),
@@ -94,25 +94,6 @@ def _attention_span(module: Any) -> int:
     )
     widths = sum(config.num_attention_heads * (head_dim(one) or 0) for one in attentions(module))
     return max(1, int(0.6 * num_weights / (2 * widths)))
-
-
-def _max_model_len(config: Any) -> int:
-    """Positions for which a token's rotation depends on its own position alone.
-
-    "longrope" has other frequencies beyond its original length, for the whole batch at once: there,
-    a sequence would depend on its neighbours.
-    """
-    limit: int = config.max_position_embeddings
-    if not isinstance(limit, int) or limit < 1:
-        raise UnsupportedCheckpoint(
-            f"config.json says that max_position_embeddings is {limit!r}: it can be a number from "
-            "1 on"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
-        if parameters.get("rope_type") == "longrope":
-            limit = min(limit, parameters["original_max_position_embeddings"])
-    return limit
 
 
 def _sliding_windows(config: Any) -> tuple[int | None, ...]:

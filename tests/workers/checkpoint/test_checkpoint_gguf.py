@@ -18,7 +18,7 @@ from tests.references import load, parameters, transformers_reads
 from tests.workers.checkpoint.checkpoint_files import read_whole, same_bytes, write_gguf
 from tests.workers.checkpoint.test_checkpoint_sharing import loaded_in_a_process
 from workers.checkpoint import attach, open_checkpoint
-from workers.checkpoint.formats.gguf import HeaderReader
+from workers.checkpoint.formats.gguf_file import HeaderReader
 from workers.errors import CheckpointCorrupt, CheckpointError, UnsupportedCheckpoint
 
 

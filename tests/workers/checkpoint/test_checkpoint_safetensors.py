@@ -247,7 +247,7 @@ def test_a_folder_with_the_name_of_a_file(model: Path) -> None:
     ids=lambda text: text[:30],
 )
 def test_a_damaged_index(model: Path, index: str) -> None:
-    save(model / "model.safetensors", {"a": torch.ones(2)})
+    save(model / "model-1.safetensors", {"a": torch.ones(2)})
     (model / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointCorrupt, match=r"index\.json"):
         open_checkpoint(model)
@@ -300,12 +300,83 @@ def test_a_single_file_that_is_no_gguf(model: Path, name: str) -> None:
         open_checkpoint(model / name)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"bits": 4}])
-def test_quantized_checkpoints_are_not_misread(tmp_path: Path, quantization: Any) -> None:
-    model = folder(tmp_path / "model", quantization_config=quantization)
-    method = quantization.get("quant_method", "unknown")
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq, 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, "awq, 4 bits"),
+        ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_algo": "NVFP4"}}, "NVFP4"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "torchao"}}}, "torchao"),
+        ({"quantization_config": {"bits": 4}}, "unknown, 4 bits"),
+        ({"quantization_config": "x"}, "unknown"),
+    ],
+)
+def test_quantized_checkpoints_are_refused_by_method(
+    config: dict[str, Any], method: str, tmp_path: Path
+) -> None:
+    model = folder(tmp_path / "model", **config)
     with pytest.raises(UnsupportedCheckpoint, match=rf"quantized \({method}\)"):
         open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "method"),
+    [
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("hf_quant_config.json", "modelopt"),
+    ],
+)
+def test_quantized_checkpoints_that_a_side_file_names(file: str, method: str, model: Path) -> None:
+    save(model / "model.safetensors", {"a": torch.ones(2)})
+    (model / file).write_text("{}")
+    with pytest.raises(UnsupportedCheckpoint, match=rf"quantized \({method}\)"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "gptq or awq"),
+        ("model.layers.0.mlp.up_proj.weight_packed", "compressed-tensors"),
+        ("model.layers.0.mlp.up_proj.weight_scale", "compressed-tensors or fp8"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "fp8"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes"),
+        ("model.layers.0.mlp.up_proj.SCB", "bitsandbytes"),
+        ("model.layers.0.mlp.experts.down_proj_blocks", "mxfp4"),
+    ],
+)
+def test_quantized_checkpoints_that_nothing_but_tensors_tell(
+    name: str, method: str, model: Path
+) -> None:
+    save(model / "model.safetensors", {name: torch.ones(2), "a": torch.ones(2)})
+    with pytest.raises(UnsupportedCheckpoint, match=rf"quantized \({method}\)"):
+        open_checkpoint(model).tensors()
+
+
+def test_an_empty_word_of_quantization_is_none(tmp_path: Path) -> None:
+    model = folder(tmp_path / "model", quantization_config={})
+    save(model / "model.safetensors", {"a": torch.ones(2)})
+    assert len(open_checkpoint(model).tensors()) == 1
+
+
+def test_one_file_comes_before_an_index_of_others(model: Path) -> None:
+    write_shards(model)
+    save(model / "model.safetensors", {"newer": torch.ones(2)})
+    assert [t.name for t in open_checkpoint(model).tensors()] == ["newer"]
+
+
+def test_an_index_that_names_the_usual_file_with_others(model: Path) -> None:
+    save(model / "model.safetensors", {"a": torch.ones(2)})
+    save(model / "more.safetensors", {"b": torch.ones(2)})
+    index = {"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {t.name for t in open_checkpoint(model).tensors()} == {"a", "b"}
 
 
 def test_an_unknown_dtype_is_refused(model: Path) -> None:

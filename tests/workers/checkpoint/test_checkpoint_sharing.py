@@ -302,7 +302,7 @@ def test_attaching_does_not_even_open_a_gguf_file(memory: Client, tmp_path: Path
     checkpoint = open_checkpoint(path)
     assert not attach(memory, checkpoint).loaded
     assert bytes_read() - start < 100_000  # /proc/self/io, the lock, sockets
-    assert checkpoint._reader is None  # type: ignore[attr-defined]
+    assert checkpoint._opened is None  # type: ignore[attr-defined]
 
 
 def test_a_truncated_gguf_file_leaves_nothing(

@@ -1,122 +1,140 @@
-"""What a GGUF file says of its model, and whether `transformers` hears it.
+"""What a GGUF file says of its model, asked key by key.
 
-Owns the step from metadata to a config, beyond what transformers' own tables read. Invariant:
-nothing that the file says of the model is passed over: it is read by transformers, set here, known
-to change nothing, or the file is refused by name, since leaving it out would compute another model.
-Does not know tensors' bytes.
+Owns which keys have been heard. Invariant: nothing that the file says of the model is passed over:
+it is asked for, known to change nothing with the value that it has, or the file is refused by name,
+since leaving it out would compute another model. Does not know architectures.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Final
 
-import torch
+from gguf.constants import MODEL_ARCH_NAMES
 
 from workers.errors import UnsupportedCheckpoint
 
-_SET_HERE: Final = {
-    "attention.key_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
+ADVICE: Final = "give the safetensors checkpoint"
+
+Shape = tuple[int, ...]
+
+
+def _is(*neutral: object) -> Callable[[Any], bool]:
+    return lambda value: value in neutral
+
+
+def _anything(_value: Any) -> bool:
+    return True
+
+
+_WITHOUT_EFFECT: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "attention.causal": _is(True),
+    "attention.clamp_kqv": _is(0),
+    "attention.max_alibi_bias": _is(0),
+    "attention.shared_kv_layers": _is(0),
+    "attention.sliding_window": _is(0),
+    "attention.temperature_scale": _is(0),
+    "attn_logit_softcapping": _is(0),
+    "embedding_scale": _is(0, 1),
+    "expert_count": _is(0),
+    "expert_group_count": _is(0, 1),
+    "expert_group_used_count": _is(0, 1),
+    "expert_shared_count": _is(0),
+    "expert_used_count": _is(0),
+    "expert_weights_scale": _is(0, 1),
+    "final_logit_softcapping": _is(0),
+    "leading_dense_block_count": _is(0),
+    "logit_scale": _is(0, 1),
+    "nextn_predict_layers": _is(0),
+    "pooling_type": _anything,  # of vectors, which are not made from a GGUF file
+    "residual_scale": _is(0, 1),
+    "rope.scaling.attn_factor": _is(1),
+    "rope.scaling.finetuned": _anything,
+    "rope.scaling.original_context_length": _anything,  # without a scaling
+    "rope.scaling.type": _is("none"),
+    "rope.scaling.yarn_attn_factor": _is(1),
+    "rope.scaling.yarn_ext_factor": _is(1),
+    "rope.scaling.yarn_log_multiplier": _is(0),
+    "router_logit_softcapping": _is(0),
+    "tensor_data_layout": _anything,
+    "vocab_size": _anything,  # the embedding's rows are counted
 }
-_CHECKED_HERE: Final = frozenset({"attention.value_length", "rope.dimension_count"})
-_WITHOUT_EFFECT: Final = frozenset({"vocab_size", "tensor_data_layout"})
-_UNUSED_IF_ZERO: Final = frozenset(
-    {"expert_count", "expert_used_count", "attention.sliding_window"}
-)
+"""Keys that may stay unheard with these values."""
 
-ROPE_FACTORS: Final = "rope_freqs.weight"
-_LLAMA3_FACTORS: Final = (8.0, 32.0)
-"""Of Llama 3.1 and 3.3, and of the small ones of Llama 3.2 (their config.json)."""
+_OTHER_PARTS: Final = frozenset({"adapter", "clip", "diffusion", "xielu"})
+"""What stands before keys that say something of a model under no architecture's name."""
 
 
-def completed(
-    config: Mapping[str, Any],
-    said: Mapping[str, Any],
-    heard: Iterable[str],
-    rope_factors: torch.Tensor | None,
-) -> dict[str, Any]:
-    """`config`, as transformers made it of the keys `heard`, with what else the file has `said`.
+class Metadata:
+    """Of one file. Keys are without the architecture's name before them."""
 
-    Keys are without the architecture's name. `rope_factors` is the tensor by which rotations are
-    slowed down, if the file has one. Raises UnsupportedCheckpoint.
-    """
-    config = dict(config)
-    heard = set(heard)
-    for key, value in said.items():
-        if key in heard - _CHECKED_HERE or key in _WITHOUT_EFFECT | _CHECKED_HERE:
-            continue
-        if key in _UNUSED_IF_ZERO and not value:
-            continue
-        if key in _SET_HERE:
-            config[_SET_HERE[key]] = value
-        elif key == "attention.causal" and value:
-            continue
-        elif not key.startswith("rope.scaling."):
+    def __init__(
+        self,
+        architecture: str,
+        keys: Iterable[str],
+        get: Callable[[str], Any],
+        shapes: Mapping[str, Shape],
+    ):
+        """`get` gives what the file says under a whole key, `shapes` are those of its tensors, as
+        torch has them."""
+        self.architecture = architecture
+        self.shapes = shapes
+        self._keys = frozenset(keys)
+        self._get = get
+        self._heard: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What the file says; a value that all layers have is given once. Raises
+        UnsupportedCheckpoint where layers differ."""
+        value = self.each(key)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise UnsupportedCheckpoint(
+                    f"it says {key} = {_shown(value)}, another for each layer: {ADVICE}"
+                )
+            value = value[0]
+        return default if value is None else value
+
+    def each(self, key: str) -> Any:
+        """As the file has it, a list too; None where it says nothing."""
+        whole = key if key.partition(".")[0] in _OTHER_PARTS else f"{self.architecture}.{key}"
+        self._heard.add(whole)
+        return _short(self._get(whole)) if whole in self._keys else None
+
+    def has(self, tensor: str) -> bool:
+        """Whether the first layer, or the model, has such a tensor."""
+        return tensor in self.shapes or f"blk.0.{tensor}" in self.shapes
+
+    def tensor_names(self) -> Collection[str]:
+        return self.shapes.keys()
+
+    def check_all_heard(self) -> None:
+        """Raises UnsupportedCheckpoint for what nobody has asked for and would change tokens."""
+        architectures = frozenset(MODEL_ARCH_NAMES.values())
+        for key in sorted(self._keys - self._heard):
+            owner, _, rest = key.partition(".")
+            if owner == self.architecture:
+                without_effect = _WITHOUT_EFFECT.get(rest)
+                if without_effect is not None and without_effect(self._get(key)):
+                    continue
+            elif owner not in architectures | _OTHER_PARTS:
+                continue  # of its tokenizer, its history, or who made it
             raise UnsupportedCheckpoint(
-                f"it says {key} = {value}, which nobody reads: give the safetensors checkpoint"
+                f"it says {rest} = {_shown(self._get(key))}, which is not computed here for "
+                f"{self.architecture}: {ADVICE}"
             )
-    for key in sorted(_CHECKED_HERE & said.keys()):
-        if said[key] != _head_dim(config):
-            raise UnsupportedCheckpoint(
-                f"it says {key} = {said[key]} where heads are of {_head_dim(config)}: give the "
-                "safetensors checkpoint"
-            )
-    scaling = _scaling({k: v for k, v in said.items() if k.startswith("rope.scaling.")})
-    if rope_factors is not None:
-        scaling = _llama3(
-            rope_factors, float(config.get("rope_theta", 10_000.0)), _head_dim(config)
-        )
-    if scaling is not None:
-        config["rope_scaling"] = scaling
-    return config
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+def _short(value: Any) -> Any:
+    """Numbers as somebody wrote them before they were stored in 32 bits: 1e-05, not
+    9.999999747378752e-06."""
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    if isinstance(value, float):
+        import numpy as np
+
+        short = float(str(np.float32(value)))
+        return short if np.float32(short) == np.float32(value) else value
+    return value
 
 
-def _scaling(said: Mapping[str, Any]) -> dict[str, Any] | None:
-    kind = said.get("rope.scaling.type", "none")
-    if kind == "none" or (kind == "linear" and said.get("rope.scaling.factor", 1.0) == 1.0):
-        return None
-    if kind == "linear" and said.keys() <= {
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-    }:
-        return {"rope_type": "linear", "factor": float(said["rope.scaling.factor"])}
-    raise UnsupportedCheckpoint(
-        f"it scales rotations by {kind!r}, which is not read from a GGUF file: give the "
-        "safetensors checkpoint"
-    )
-
-
-def _llama3(factors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The parameters of Llama 3's scaling that give these `factors` # [head_dim / 2]: the file
-    holds its result, by llama.cpp's convert_hf_to_gguf.py, and transformers wants its causes."""
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    for factor in _LLAMA3_FACTORS:
-        parameters = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        config = LlamaConfig(
-            head_dim=head_dim,
-            max_position_embeddings=131_072,
-            rope_parameters={**parameters, "rope_theta": theta},
-        )
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        if factors.shape == plain.shape and torch.allclose(plain / scaled, factors, rtol=1e-4):
-            return parameters
-    raise UnsupportedCheckpoint(
-        f"it slows rotations down by {ROPE_FACTORS}, and not as Llama 3 does: give the safetensors "
-        "checkpoint"
-    )
+def _shown(value: Any) -> str:
+    return str(value)[:80]

@@ -24,6 +24,9 @@ from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
 
 Shape = tuple[int, ...]
 
+_ROTATIONS: Final = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_MASK: Final = re.compile(r"\.(attn|attention)\.bias$")
+
 _MAX_RUNS: Final = 1 << 16
 """Of one parameter. More would be columns of a matrix rather than rows."""
 
@@ -102,9 +105,20 @@ def parameters_of(
         made[first] = Parameter(name, rows.shape, rows.runs, keeps_fp32(name))
     ignored = re.compile("|".join(module._keys_to_ignore_on_load_unexpected) or r"(?!)")
     for source, shape in stored.items():
-        if source not in made and ignored.search(source) is None:
+        if source not in made and ignored.search(source) is None and not _is_derived(source, shape):
             made[source] = as_stored(source, shape)
     return [one for source in stored if (one := made.get(source)) is not None]
+
+
+def _is_derived(source: str, shape: Shape) -> bool:
+    """Whether this is a copy of what every architecture computes for itself, as old checkpoints
+    hold it for each layer: rotations of positions (transformers passes over them, too), or the mask
+    of causal attention # [1, 1, num_positions, num_positions] and what it is filled with."""
+    if _ROTATIONS.search(source) is not None:
+        return True
+    if _MASK.search(source) is not None:
+        return len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return source.endswith(".masked_bias") and math.prod(shape) == 1
 
 
 def as_stored(name: str, shape: Shape) -> Parameter:

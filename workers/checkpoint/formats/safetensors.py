@@ -29,6 +29,7 @@ from workers.config.architecture import check_config
 from workers.config.encoder_settings import task_of
 from workers.config.ends import end_tokens
 from workers.config.model_file import file_identity, opened, read_file, read_json
+from workers.config.quantization import SIDE_FILES, method_of_tensors, named_method
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -42,6 +43,7 @@ MAX_NAME_CHARS: Final = 1024
 MAX_TENSORS: Final = 1 << 18
 """Of a file. The largest models there are, with experts stored one by one, have some 150,000."""
 _MAX_INDEX_BYTES: Final = 64 << 20
+_USUAL: Final = "model.safetensors"
 _DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -91,16 +93,17 @@ class SafetensorsCheckpoint:
             )
         self._config = read_json(config_file)
         check_config(self._config, str(config_file))
-        if quantization := self._config.get("quantization_config"):
-            known = quantization if isinstance(quantization, dict) else {}
-            method = str(known.get("quant_method", "unknown"))[:80]
-            raise UnsupportedCheckpoint(
-                f"{path} is quantized ({method}), which can't be served yet: give the unquantized "
-                "checkpoint, or a GGUF file"
-            )
+        self._refuse_quantized(named_method(self._config) or _method_of_side_files(path))
         self.dtype = dtype or _configured_dtype(self._config)
         self._files = _weight_files(path)
         self._sentence = sentence_files(path)
+
+    def _refuse_quantized(self, method: str | None) -> None:
+        if method is not None:
+            raise UnsupportedCheckpoint(
+                f"{self.path} is quantized ({method}), which can't be served yet: give the "
+                "unquantized checkpoint, or a GGUF file"
+            )
 
     def fingerprint(self) -> dict[str, str]:
         """File identities and headers; the weights themselves are not read."""
@@ -213,12 +216,23 @@ class SafetensorsCheckpoint:
                     found[name] = stored
             if not found:
                 raise CheckpointCorrupt(f"{self.path} holds no tensors: download it again")
+            self._refuse_quantized(method_of_tensors(found))
             self._tensors = found
         return self._tensors
 
 
+def _method_of_side_files(folder: Path) -> str | None:
+    there = (method for name, method in SIDE_FILES.items() if os.path.lexists(folder / name))
+    return next(there, None)
+
+
 def _weight_files(folder: Path) -> list[Path]:
+    """One file comes before an index, which an earlier state of the model may have left, as
+    transformers has it; unless the index names it with others."""
     index = folder / "model.safetensors.index.json"
+    usual = folder / _USUAL
+    if os.path.lexists(usual) and (not os.path.lexists(index) or not _names(index, _USUAL)):
+        return [usual]  # what lies beside it is an adapter, or the same model in another layout
     if os.path.lexists(index):
         try:
             names = msgspec.json.decode(
@@ -238,8 +252,6 @@ def _weight_files(folder: Path) -> list[Path]:
                 "Download the model again."
             )
         return files
-    if os.path.lexists(usual := folder / "model.safetensors"):
-        return [usual]  # what lies beside it is an adapter, or the same model in another layout
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         if os.fsencode(file).decode(errors="ignore") != str(file):
@@ -252,6 +264,15 @@ def _weight_files(folder: Path) -> list[Path]:
             "convert them to safetensors"
         )
     raise CheckpointNotFound(f"{folder} holds no .safetensors file")
+
+
+def _names(index: Path, file: str) -> bool:
+    """Whether an index that can be read names the file."""
+    try:
+        found = msgspec.json.decode(read_file(index, _MAX_INDEX_BYTES), type=_Index)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return file in found.weight_map.values()
 
 
 def _read_header(file: Path) -> tuple[bytes, int, int]:
