@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 from tokenizers import Tokenizer
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.text.chat_template import ChatTemplate, TemplateFailed
+from server.text.chat_template import DEFAULT, Chat, ChatTemplate, TemplateFailed
 from server.text.incremental import Detokenizer
 from server.text.token_texts import TokenTexts
 from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
@@ -62,11 +62,13 @@ class Text:
         self._lowers_inputs = lowers_inputs
         self._chat_template = chat_template
         self._render_thread = ThreadPoolExecutor(1, "chat-template")
-        self._special_ids = frozenset(
-            token_id
+        special = {
+            token_id: token.content
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
-        )
+        }
+        self._special_ids = frozenset(special)
+        self._special_names = {name: token_id for token_id, name in special.items()}
         self.stop_token_ids = tuple(stop_token_ids)
         self.tokens = TokenTexts(tokenizer, file)
         """What each token shows, alone."""
@@ -88,11 +90,11 @@ class Text:
                 f"{folder / 'tokenizer.json'} can't be read: {error}. Copy it anew."
             ) from error
         config = _json_object(folder / "tokenizer_config.json")
-        source = chat_template or _template_source(folder, config)
+        sources = {DEFAULT: chat_template} if chat_template else _template_sources(folder, config)
         names = _special_tokens(config)
         return cls(
             tokenizer,
-            chat_template=ChatTemplate(source, names) if source is not None else None,
+            chat_template=ChatTemplate(sources, names) if sources else None,
             stop_token_ids=_stop_token_ids(folder, tokenizer, names),
             lowers_inputs=_lowers_inputs(folder),
             file=file,
@@ -115,19 +117,24 @@ class Text:
 
     # --- text → ids
 
-    def encode(self, prompt: str, *, context_tokens: int) -> list[int]:
-        """Ids of a prompt, with the special tokens (such as BOS) that the tokenizer puts around it.
+    def encode(
+        self, prompt: str, *, context_tokens: int, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Ids of a prompt, with the special tokens (such as BOS) that the tokenizer puts around it,
+        or without.
 
         A prompt so long that it can't fit `context_tokens` is refused before any work is done:
         raises `ContextLengthExceeded`. One that is returned may still be too long.
         """
         self._check_length(prompt, context_tokens)
-        return self._encode(prompt, True)
+        return self._encode(prompt, add_special_tokens, "prompt")
 
-    async def encode_async(self, prompt: str, *, context_tokens: int) -> list[int]:
+    async def encode_async(
+        self, prompt: str, *, context_tokens: int, add_special_tokens: bool = True
+    ) -> list[int]:
         """As `encode`; the event loop goes on meanwhile if the prompt is long."""
         self._check_length(prompt, context_tokens)
-        return await self._encode_async(prompt, True)
+        return await self._encode_async(prompt, add_special_tokens, "prompt")
 
     async def encode_inputs_async(
         self, inputs: Sequence[str], *, context_tokens: int, truncate_to: int | None = None
@@ -169,76 +176,64 @@ class Text:
         return int(self._tokenizer.num_special_tokens_to_add(False))
 
     def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        context_tokens: int,
+        self, chat: Chat, *, context_tokens: int, add_special_tokens: bool = False
     ) -> list[int]:
-        """Ids of a chat as the model's template writes it, up to where the answer begins.
+        """Ids of a chat as the model's template writes it.
 
-        The template writes all special tokens itself, so none is added. Raises `NoChatTemplate`,
-        `ContextLengthExceeded`, or `InvalidRequest` with what the template says.
+        The template writes all special tokens itself, so none is added but where that is asked for.
+        Raises `NoChatTemplate`, `ContextLengthExceeded`, or `InvalidRequest` with what the template
+        says.
         """
-        render = self._chat_renderer(messages, tools, context_tokens)
-        return self._encode(self._checked(render, context_tokens), False)
+        render = self._chat_renderer(chat, context_tokens)
+        prompt = self._checked(render, context_tokens)
+        return self._encode(prompt, add_special_tokens, "messages")
 
     async def encode_chat_async(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        context_tokens: int,
+        self, chat: Chat, *, context_tokens: int, add_special_tokens: bool = False
     ) -> list[int]:
         """As `encode_chat`. Chats are rendered one after the other in a thread of their own, so
         that a slow template delays chats and nothing else."""
-        render = self._chat_renderer(messages, tools, context_tokens)
+        render = self._chat_renderer(chat, context_tokens)
         prompt = await asyncio.get_running_loop().run_in_executor(
             self._render_thread, self._checked, render, context_tokens
         )
-        return await self._encode_async(prompt, False)
+        return await self._encode_async(prompt, add_special_tokens, "messages")
 
-    def _chat_renderer(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        context_tokens: int,
-    ) -> Callable[[], str]:
+    def _chat_renderer(self, chat: Chat, context_tokens: int) -> Callable[[], str]:
         template = self._chat_template
         if template is None:
             raise NoChatTemplate(
                 "This model has no chat template. Use /v1/completions, or start the server with "
-                "a template.",
+                "--chat-template FILE.",
                 param="messages",
             )
-        num_chars = sum(len(message.get("content") or "") for message in messages)
-        self._check_num_chars(num_chars, context_tokens, "messages")
+        self._check_num_chars(chat.num_chars, context_tokens, "messages")
         max_chars = self.max_chars(context_tokens) + 1  # so that what is too long is seen as such
-        return lambda: template.render(messages, tools, max_chars=max_chars)
+        return lambda: template.render(chat, max_chars=max_chars)
 
     def _checked(self, render: Callable[[], str], context_tokens: int) -> str:
         try:
             prompt = render()
         except TemplateFailed as error:
-            raise InvalidRequest(f"The chat template failed: {error}", param="messages") from error
+            raise InvalidRequest(f"The chat template failed: {error}", param=error.param) from error
         self._check_num_chars(len(prompt), context_tokens, "messages")
         return prompt
 
-    def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
         # `encode` computes offsets too, and holds the interpreter's lock while it works.
         try:
             batch = self._tokenizer.encode_batch_fast(
                 [prompt], add_special_tokens=add_special_tokens
             )
         except TypeError as error:  # a string that isn't Unicode text is no string to it
-            raise _half_a_pair("prompt" if add_special_tokens else "messages") from error
+            raise _half_a_pair(param) from error
         ids: list[int] = batch[0].ids
         return ids
 
-    async def _encode_async(self, prompt: str, add_special_tokens: bool) -> list[int]:
+    async def _encode_async(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
         if len(prompt) <= INLINE_CHARS:
-            return self._encode(prompt, add_special_tokens)
-        return await asyncio.to_thread(self._encode, prompt, add_special_tokens)
+            return self._encode(prompt, add_special_tokens, param)
+        return await asyncio.to_thread(self._encode, prompt, add_special_tokens, param)
 
     @cached_property
     def _most_chars(self) -> int:
@@ -289,9 +284,15 @@ class Text:
         """Tokens that are no part of any text."""
         return self._special_ids
 
-    def detokenizer(self) -> Detokenizer:
-        """A new one, for one sequence."""
-        return Detokenizer(self.decode, self._special_ids)
+    @property
+    def special_names(self) -> Mapping[str, int]:
+        """Their ids, by what a prompt calls them by."""
+        return self._special_names
+
+    def detokenizer(self, before: Sequence[int] = (), *, is_whole: bool = True) -> Detokenizer:
+        """A new one, for one sequence that goes on behind the text of `before`. `is_whole`: as
+        `Detokenizer` has it."""
+        return Detokenizer(self.decode, self._special_ids, before=before, is_whole=is_whole)
 
 
 def _half_a_pair(param: str) -> InvalidRequest:
@@ -321,25 +322,31 @@ def _lowers_inputs(folder: Path) -> bool:
     return any(_json_object(file).get("do_lower_case") is True for file in files)
 
 
-def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template, from the places where models have kept it, newest first."""
+def read_template(file: Path) -> str:
+    """Raises `TokenizerMissing` where it can't be read."""
+    try:
+        return read_file(file, _MAX_TEMPLATE_BYTES).decode()
+    except CheckpointError as error:
+        raise TokenizerMissing(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise TokenizerMissing(f"{file} is not text in UTF-8: {error}. Copy it anew.") from error
+
+
+def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name, from the places where models have kept them, newest first."""
     file = folder / "chat_template.jinja"
-    if os.path.lexists(file):
-        try:
-            return read_file(file, _MAX_TEMPLATE_BYTES).decode()
-        except CheckpointError as error:
-            raise TokenizerMissing(str(error)) from error
-        except UnicodeDecodeError as error:
-            raise TokenizerMissing(
-                f"{file} is not text in UTF-8: {error}. Copy it anew."
-            ) from error
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if os.path.lexists(file) or others:
+        named = {other.stem: read_template(other) for other in others}
+        return named | ({DEFAULT: read_template(file)} if os.path.lexists(file) else {})
     kept = config.get("chat_template") or _json_object(folder / "chat_template.json").get(
         "chat_template"
     )
     if isinstance(kept, list):  # several, by name
-        entries = (one for one in kept if isinstance(one, dict) and one.get("name") == "default")
-        kept = next(entries, {}).get("template")
-    return kept if isinstance(kept, str) else None
+        kept = {one.get("name"): one.get("template") for one in kept if isinstance(one, dict)}
+    if isinstance(kept, dict):
+        return {str(name): one for name, one in kept.items() if isinstance(one, str)}
+    return {DEFAULT: kept} if isinstance(kept, str) else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from server.api.openai.sequence import TextSequence
 from server.cache_salt import CacheSalts
 from server.errors import InvalidRequest, UnknownModel
 from server.generation import NO_ADVICE, Generator, RequestOptions, SamplingDefaults
+from server.text.incremental import Detokenizer
 from server.text.text import Text
 from workers.messages import SamplingParams, Task
 
@@ -48,6 +49,15 @@ class Serving:
         authorization = request.headers.get("authorization")
         salt = self.salts.salt(body.cache_salt or "", authorization)
         return RequestOptions(body.priority or 0, body.deadline_s, salt)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One sequence that is to begin: what it goes on from, how, and what makes text of it."""
+
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    detokenizer: Detokenizer
 
 
 Current = Callable[[], Serving]
@@ -81,26 +91,47 @@ def check_model(serving: Serving, name: str) -> None:
         )
 
 
+def end_tokens(body: GenerationRequest, text: Text) -> list[int]:
+    """What ends an answer beside `stop_token_ids`: the model's ends, and stop strings that are
+    special tokens, which no text shows."""
+    named = [text.special_names[stop] for stop in body.stops if stop in text.special_names]
+    return [*named, *(() if body.ignore_eos else text.stop_token_ids)]
+
+
+def _named_in(stops: Sequence[str], text: Text) -> dict[int, str]:
+    """The special tokens that stop strings name, which no text shows."""
+    if not stops:
+        return {}
+    return {
+        token_id: name
+        for name, token_id in text.special_names.items()
+        if any(name in stop for stop in stops)
+    }
+
+
 async def submit_all(
     serving: Serving,
     body: GenerationRequest,
     options: RequestOptions,
     request_id: str,
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+    starts: Sequence[Start],
 ) -> list[TextSequence]:
-    """Starts a sequence for each prompt: all, or, with the error of the first that failed, none."""
+    """Starts them: all, or, with the error of the first that failed, none."""
+    hidden = _named_in(body.stops, serving.text)
     started: list[TextSequence] = []
     try:
-        for index, (ids, sampling) in enumerate(prompts):
-            own_id = request_id if len(prompts) == 1 else f"{request_id}-{index}"
+        for index, start in enumerate(starts):
+            own_id = request_id if len(starts) == 1 else f"{request_id}-{index}"
+            ids, sampling = start.token_ids, start.sampling
             stream = await serving.generator.submit(own_id, ids, sampling, options)
             started.append(
                 TextSequence(
                     stream,
-                    serving.text.detokenizer(),
+                    start.detokenizer,
                     body.stops,
                     ids,
                     min_tokens=sampling.min_tokens,
+                    hidden=hidden,
                 )
             )
             await asyncio.sleep(0)  # many long prompts must not hold up everybody else

@@ -5,17 +5,15 @@ Owns the bodies' types and bounds. Invariant: a value that passes is of the exac
 never ignored. Extensions are named as in vLLM. Knows nothing of models and tokenizers.
 """
 
-import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from server.api.openai.fields import Place, check_unused
 from server.errors import ContextLengthExceeded, InvalidRequest
 from workers.messages import MAX_LOGPROBS, MAX_TOKEN_RULES
-
-_log = logging.getLogger(__name__)
 
 MAX_NAME_CHARS: Final = 1024
 MAX_STOPS: Final = 16
@@ -28,39 +26,22 @@ MAX_CHOICES: Final = 64
 MAX_CHOICE: Final = 1024
 """The most texts to choose from."""
 
+MAX_TOOLS: Final = 1024
+_NAMES_OF_TEMPLATES: Final = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+)
+
+Object = dict[str, JsonValue]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
-_UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    # parameter: the values that ask for nothing (besides null)
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": (),
-    "skip_special_tokens": (True,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-
 
 class JsonSchemaFormat(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: Annotated[str, Field(max_length=256)] | None = None
+    description: str | None = None
+    """Of what the form is for: the model is not told of it."""
     schema_: Annotated[dict[str, JsonValue], Field(alias="schema")]
     strict: bool | None = None
 
@@ -84,26 +65,13 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = None
 
 
-def refuse_unsupported(
-    given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raises `InvalidRequest` for a parameter in `unsupported` of another value than those listed
-    for it, which ask for nothing, or null. Parameters that nobody knows are left alone."""
-    for name, value in given.items():
-        if name not in unsupported:
-            _log.debug("ignored unknown parameter %r", name[:100])
-            continue
-        neutral = unsupported[name]
-        if value is None or any(type(value) is type(v) and value == v for v in neutral):
-            continue
-        allowed = f" (other than {neutral[0]!r})" if neutral else ""
-        raise InvalidRequest(f"{name!r}{allowed} isn't supported here. Omit it.", param=name)
-
-
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Noise against who counts bytes: none is added."""
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class Body(BaseModel):
@@ -113,6 +81,8 @@ class Body(BaseModel):
 
     LONG: ClassVar[str]
     """The field that makes a large body large."""
+    PLACE: ClassVar[Place]
+    """What its fields are called together."""
 
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
     user: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
@@ -177,10 +147,13 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer puts its special tokens, such as BOS, around what it is given: around a
+    prompt if nothing else is said, around a chat, whose template writes them, not."""
 
     def check_supported(self) -> None:
         """Raises `InvalidRequest` for a parameter that would have to be ignored."""
-        refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
+        check_unused(self.model_extra or {}, self.PLACE)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
@@ -241,6 +214,7 @@ def check_length(one: str | list[int], max_tokens: int, max_chars: int, param: s
 
 class CompletionRequest(GenerationRequest):
     LONG: ClassVar[str] = "prompt"
+    PLACE: ClassVar[Place] = "completions"
 
     prompt: Prompt
     # Nothing may be generated where only the prompt is wanted.
@@ -273,42 +247,91 @@ class CompletionRequest(GenerationRequest):
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text"]
     text: str
+    cache_control: JsonValue = None
+    """Others' word of what to keep computed, which is found anyway."""
 
 
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None
     name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
+    tool_calls: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _content_may_be_missing(cls, value: Any) -> Any:
+        """Where a model thought, or called tools, and said nothing."""
+        if isinstance(value, dict) and (value.get("tool_calls") or cls._thought(value)):
+            value.setdefault("content", None)
+        return value
+
+    @staticmethod
+    def _thought(value: Mapping[str, Any]) -> bool:
+        return any(value.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
 
     def check_supported(self, index: int) -> None:
-        """Raises `InvalidRequest` for tool calls and the like."""
-        for name in ("tool_calls", "function_call", "audio", "tool_call_id"):
-            if (self.model_extra or {}).get(name):
-                raise InvalidRequest(
-                    f"{name!r} isn't supported here. Omit it.", param=f"messages[{index}].{name}"
-                )
+        """Raises `InvalidRequest` for what would have to be ignored, or is no message."""
+        where = f"messages[{index}]."
+        check_unused(self.model_extra or {}, "message", where)
+        if self.content is None and not self.tool_calls and not self._thought(self.__dict__):
+            raise InvalidRequest(f"{where}content is missing.", param=f"{where}content")
+        for number, call in enumerate(self.tool_calls or ()):
+            _check_function(call, f"{where}tool_calls[{number}]")
 
     @property
     def text(self) -> str:
         """The content as one string; parts are parted by line breaks."""
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(part.text for part in self.content)
+        return "\n".join(part.text for part in self.content or ())
+
+    def for_template(self) -> dict[str, Any]:
+        """What a template may read, without what is null."""
+        known = {name: getattr(self, name) for name in type(self).model_fields}
+        if isinstance(self.content, list):
+            known["content"] = [{"type": part.type, "text": part.text} for part in self.content]
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def _check_function(value: Mapping[str, Any], where: str) -> None:
+    """Raises `InvalidRequest` unless it is a tool, or a call of one, as OpenAI writes them."""
+    function = value.get("function")
+    if value.get("type", "function") != "function" or not isinstance(function, dict):
+        raise InvalidRequest(f"{where} is no function.", param=where)
+    if not isinstance(function.get("name"), str):
+        raise InvalidRequest(f"{where}.function has no name.", param=where)
+    if not isinstance(function.get("arguments", ""), str | dict):
+        raise InvalidRequest(
+            f"{where}.function.arguments is neither an object nor the text of one.", param=where
+        )
 
 
 class ChatRequest(GenerationRequest):
     LONG: ClassVar[str] = "messages"
+    PLACE: ClassVar[Place] = "chat"
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | Object | None = None
+    documents: Annotated[list[Object], Field(max_length=MAX_MESSAGES)] | None = None
+    chat_template_kwargs: Object | None = None
+    """Variables of the model's template, such as `enable_thinking`."""
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @classmethod
     def most_values(cls, max_tokens: int) -> int:
@@ -324,6 +347,37 @@ class ChatRequest(GenerationRequest):
             )
         for index, message in enumerate(self.messages):
             message.check_supported(index)
+        self._check_tools()
+        self._check_template()
+
+    def _check_tools(self) -> None:
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequest(
+                "Calls of tools are not read out of an answer here. Set 'tool_choice' to 'none': "
+                "then the model is told of the tools, and its calls are text. Or omit 'tools'.",
+                param="tools",
+            )
+        if self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequest(
+                "'tool_choice' (other than 'none') isn't supported here. Omit it.",
+                param="tool_choice",
+            )
+        for number, tool in enumerate(self.tools or ()):
+            _check_function(tool, f"tools[{number}]")
+
+    def _check_template(self) -> None:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequest(
+                "'add_generation_prompt' and 'continue_final_message' exclude each other. Keep "
+                "one.",
+                param="continue_final_message",
+            )
+        for name in self.chat_template_kwargs or ():
+            if name in _NAMES_OF_TEMPLATES:
+                raise InvalidRequest(
+                    f"'chat_template_kwargs' can't set {name!r}. Give it beside 'model'.",
+                    param="chat_template_kwargs",
+                )
 
     def check_lengths(self, max_tokens: int, max_chars: int) -> None:
         """As in the base."""

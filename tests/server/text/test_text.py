@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from server.errors import ContextLengthExceeded, InvalidRequest
+from server.text.chat_template import Chat
 from server.text.incremental import Detokenizer, StopStrings
 from server.text.text import NoChatTemplate, Text
 from server.text.tokenizer_files import TokenizerMissing
@@ -24,9 +25,9 @@ quick = settings(max_examples=150, deadline=None)
 def test_nothing_of_it_imports_torch_or_transformers(tokenizer_dir: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import server.api.app\n"
-        "from server.text.text import Text\n"
+        "from server.text.chat_template import Chat; from server.text.text import Text\n"
         "text = Text.load(Path(sys.argv[1]))\n"
-        "text.encode_chat([{'role': 'user', 'content': 'hi'}], context_tokens=100)\n"
+        "text.encode_chat(Chat([{'role': 'user', 'content': 'hi'}]), context_tokens=100)\n"
         "text.close()\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
@@ -48,12 +49,12 @@ def test_encode_agrees_with_the_library(text: Text, tokenizer_dir: Path) -> None
 
 def test_a_chat_is_written_as_the_model_wants_it(text: Text) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    ids = text.encode_chat(messages, context_tokens=CONTEXT)
+    ids = text.encode_chat(Chat(messages), context_tokens=CONTEXT)
     written = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     written += "<|im_start|>assistant\n"
     assert ids == text.encode(written, context_tokens=CONTEXT)
     assert ids.count(1) == 3  # <|im_start|>: no BOS besides
-    assert asyncio.run(text.encode_chat_async(messages, context_tokens=CONTEXT)) == ids
+    assert asyncio.run(text.encode_chat_async(Chat(messages), context_tokens=CONTEXT)) == ids
 
 
 def test_the_chat_agrees_with_transformers(text: Text, tokenizer_dir: Path) -> None:
@@ -63,7 +64,7 @@ def test_the_chat_agrees_with_transformers(text: Text, tokenizer_dir: Path) -> N
     theirs = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_dir)).apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
-    assert text.encode_chat(messages, context_tokens=CONTEXT) == theirs
+    assert text.encode_chat(Chat(messages), context_tokens=CONTEXT) == theirs
 
 
 def test_stop_tokens_come_from_all_files(text: Text, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_without_a_template_a_chat_is_refused(tokenizer_dir: Path, tmp_path: Pat
     plain = Text.load(tmp_path)
     assert not plain.has_chat_template
     with pytest.raises(NoChatTemplate, match="Use /v1/completions"):
-        plain.encode_chat([{"role": "user", "content": "hi"}], context_tokens=CONTEXT)
+        plain.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
     assert plain.encode("hi", context_tokens=CONTEXT)
     plain.close()
 
@@ -100,7 +101,7 @@ def test_a_template_is_found_where_it_was_kept(
         config["chat_template"] = {"one": source, "named": named}[kept]  # type: ignore[assignment]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = Text.load(tmp_path)
-    ids = loaded.encode_chat([{"role": "user", "content": "hi"}], context_tokens=CONTEXT)
+    ids = loaded.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
     loaded.close()
     assert ids == [1, *loaded.encode("hi", context_tokens=CONTEXT)]
 
@@ -108,7 +109,7 @@ def test_a_template_is_found_where_it_was_kept(
 def test_what_a_template_raises_is_an_invalid_request(tokenizer_dir: Path) -> None:
     picky = Text.load(tokenizer_dir, chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(InvalidRequest, match="no system role"):
-        picky.encode_chat([{"role": "system", "content": "x"}], context_tokens=CONTEXT)
+        picky.encode_chat(Chat([{"role": "system", "content": "x"}]), context_tokens=CONTEXT)
     picky.close()
 
 
@@ -127,7 +128,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_any_work(text: Text) -> None
     with pytest.raises(ContextLengthExceeded, match="100000000 characters"):
         text.encode(huge, context_tokens=CONTEXT)
     with pytest.raises(ContextLengthExceeded, match="at least"):
-        text.encode_chat([{"role": "user", "content": huge}], context_tokens=CONTEXT)
+        text.encode_chat(Chat([{"role": "user", "content": huge}]), context_tokens=CONTEXT)
 
 
 def test_the_longest_token_sets_the_limit(text: Text) -> None:
