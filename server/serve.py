@@ -65,7 +65,9 @@ async def serve(settings: Settings) -> None:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
         files = await asyncio.to_thread(ModelFiles.at, settings.model, settings.model_given)
         # A tokenizer that is missing is no reason to load first.
-        tokenizer = await asyncio.to_thread(KeptTokenizer.of, settings.model)
+        tokenizer = await asyncio.to_thread(
+            KeptTokenizer.of, settings.model, settings.chat_template
+        )
         stack.callback(tokenizer.close)
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)
@@ -99,6 +101,7 @@ async def serve(settings: Settings) -> None:
         sleeper = Sleeper(fleet, router, runtime_dir, settings.drain_timeout_s, turn)
         reloader = Reloader(
             settings.model_named,
+            settings.chat_template,
             fleet,
             router,
             watch,

@@ -139,6 +139,13 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its file's name.")
     ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file with the chat template to use in place of the model's own, in Jinja.",
+        ),
+    ] = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="What the allocator may use, as 800M or 20GiB, where this starts one."),
@@ -181,6 +188,7 @@ def serve(
             model_named=str(source.given or model),
             model_given=source.given,
             served_model_name=served_model_name or source.name,
+            chat_template=chat_template,
             runtime_dir=RuntimeDir.open(runtime_dir).path,
             host=host,
             port=port,

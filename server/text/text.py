@@ -21,8 +21,9 @@ from tokenizers import Tokenizer
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import DEFAULT, Chat, ChatTemplate, TemplateFailed
 from server.text.incremental import Detokenizer
+from server.text.special_tokens import named_tokens
 from server.text.token_texts import TokenTexts
-from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
+from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerFilesError, TokenizerMissing
 from server.text.tokenizer_limits import MAX_CHARS, normalizer_growth
 from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
 
@@ -30,6 +31,7 @@ INLINE_CHARS: Final = 8192
 """Up to that many are encoded where the event loop runs (some 3 ms); more in a thread."""
 
 _MAX_TEMPLATE_BYTES: Final = 4 << 20
+_NO_TEMPLATE: Final = ("TemplateSyntaxError", "TemplateAssertionError")
 MAX_CHARS_PER_COMPOSED: Final = 4
 """A normalizer may make one character of several; Unicode composition of four at most."""
 
@@ -38,6 +40,10 @@ class NoChatTemplate(InvalidRequest):
     """The model can complete text, but nobody said how a chat is written for it."""
 
     code = "no_chat_template"
+
+
+class BadChatTemplate(TokenizerFilesError):
+    """What was given as one is none."""
 
 
 class Text:
@@ -90,8 +96,11 @@ class Text:
                 f"{folder / 'tokenizer.json'} can't be read: {error}. Copy it anew."
             ) from error
         config = _json_object(folder / "tokenizer_config.json")
-        sources = {DEFAULT: chat_template} if chat_template else _template_sources(folder, config)
-        names = _special_tokens(config)
+        if chat_template is None:
+            sources = _template_sources(folder, config)
+        else:
+            sources = {DEFAULT: chat_template}
+        names = named_tokens(config, _json_object(folder / "special_tokens_map.json"))
         return cls(
             tokenizer,
             chat_template=ChatTemplate(sources, names) if sources else None,
@@ -109,6 +118,18 @@ class Text:
     @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
+
+    def check_chat_template(self) -> None:
+        """Raises `BadChatTemplate` where it is no template, whatever it is asked for."""
+        if self._chat_template is None:
+            return
+        try:
+            self._chat_template.render(
+                Chat([{"role": "user", "content": "x"}]), max_chars=MAX_CHARS
+            )
+        except TemplateFailed as error:
+            if str(error).startswith(_NO_TEMPLATE):
+                raise BadChatTemplate(f"The chat template can't be used: {error}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -347,19 +368,6 @@ def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
     if isinstance(kept, dict):
         return {str(name): one for name, one in kept.items() if isinstance(one, str)}
     return {DEFAULT: kept} if isinstance(kept, str) else {}
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and the like, by name; each is a string or an object with its `content`."""
-    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
-    found: dict[str, str] = {}
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
 
 
 def _stop_token_ids(

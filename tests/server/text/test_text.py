@@ -15,8 +15,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import Chat
 from server.text.incremental import Detokenizer, StopStrings
+from server.text.loaded_text import KeptTokenizer, LoadedText
 from server.text.text import NoChatTemplate, Text
-from server.text.tokenizer_files import TokenizerMissing
+from server.text.tokenizer_files import TokenizerFilesError, TokenizerMissing
 
 CONTEXT = 8192
 quick = settings(max_examples=150, deadline=None)
@@ -111,6 +112,41 @@ def test_what_a_template_raises_is_an_invalid_request(tokenizer_dir: Path) -> No
     with pytest.raises(InvalidRequest, match="no system role"):
         picky.encode_chat(Chat([{"role": "system", "content": "x"}]), context_tokens=CONTEXT)
     picky.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "does not exist|No such file"),
+        (b"\xff", "is not text in UTF-8"),
+        (b"{% if %}", "can't be used: TemplateSyntaxError"),
+        (b"{{ x | no_filter }}", "can't be used: TemplateAssertionError"),
+    ],
+)
+def test_a_template_that_is_given_has_to_be_one(
+    tokenizer_dir: Path, tmp_path: Path, content: bytes | None, problem: str
+) -> None:
+    file = tmp_path / "given.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(TokenizerFilesError, match=problem):
+        LoadedText.of(KeptTokenizer.of(tokenizer_dir, file))
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_a_template_that_is_given_goes_before_the_models_own(
+    tokenizer_dir: Path, tmp_path: Path, has_own: bool
+) -> None:
+    folder, file = tmp_path / "model", tmp_path / "given.jinja"
+    shutil.copytree(tokenizer_dir, folder)
+    if not has_own:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "tokenizer_config.json").unlink()
+    file.write_text("{{ raise_exception('no user') if messages[0].content == 'x' }}[given]")
+    loaded = LoadedText.of(KeptTokenizer.of(folder, file))
+    ids = loaded.text.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+    loaded.close()
+    assert loaded.text.decode(ids) == "[given]"
 
 
 def test_broken_files_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
