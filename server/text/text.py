@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import DEFAULT, Chat, ChatTemplate, TemplateFailed
 from server.text.incremental import Detokenizer
-from server.text.special_tokens import named_tokens
 from server.text.token_texts import TokenTexts
+from server.text.tokenizer_class import as_its_class_has_it
 from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerFilesError, TokenizerMissing
 from server.text.tokenizer_limits import MAX_CHARS, normalizer_growth
 from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
@@ -100,7 +100,10 @@ class Text:
             sources = _template_sources(folder, config)
         else:
             sources = {DEFAULT: chat_template}
-        names = named_tokens(config, _json_object(folder / "special_tokens_map.json"))
+        names = _special_tokens(config)
+        if not os.path.lexists(folder / SPECIAL_IDS_FILE):  # else it was built as it is meant
+            model_type = str(_json_object(folder / "config.json").get("model_type") or "")
+            as_its_class_has_it(tokenizer, config, model_type)
         return cls(
             tokenizer,
             chat_template=ChatTemplate(sources, names) if sources else None,
@@ -368,6 +371,19 @@ def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]
     if isinstance(kept, dict):
         return {str(name): one for name, one in kept.items() if isinstance(one, str)}
     return {DEFAULT: kept} if isinstance(kept, str) else {}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like, by name; each is a string or an object with its `content`."""
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+    found: dict[str, str] = {}
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found
 
 
 def _stop_token_ids(

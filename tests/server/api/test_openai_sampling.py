@@ -277,7 +277,7 @@ def test_what_an_answer_must_match_arrives(
         ({"structured_outputs": {"json": {"type": "x"}}}, "structured_outputs", "type: x"),
         ({"structured_outputs": {}}, "structured_outputs", "names no form"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exclude"),
-        ({"structured_outputs": {"backend": "x"}}, "structured_outputs", "not permitted"),
+        ({"structured_outputs": {"backend": "x"}}, "structured_outputs", "'backend' isn't known"),
         ({"guided_choice": []}, "guided_choice", "between 1 and"),
         ({"guided_grammar": "start: other"}, "guided_grammar", "other"),
         ({"guided_regex": "a" * 65_537}, "guided_regex", "65537 bytes"),
