@@ -28,6 +28,8 @@ from server.text.template_wire import ADDRESS_SPACE_BYTES, HEADER_BYTES, frame
 
 DEADLINE_S: Final = 10.0
 DEFAULT: Final = "default"
+_VARIABLES: Final = ("PATH", "PYTHONPATH", "TZ")
+"""All that the child sees of our environment: nobody's keys."""
 _MAX_TRIES: Final = 3
 """How often a child is replaced that somebody else killed or stopped, for one text."""
 _LOOK_EVERY_S: Final = 0.25
@@ -230,7 +232,7 @@ class ChatTemplate:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     pass_fds=[pipe],
-                    env=module_environment(LC_ALL="C.UTF-8"),
+                    env=_environment(),
                 )
             finally:
                 os.close(pipe)
@@ -250,3 +252,8 @@ class ChatTemplate:
             self._child.kill()
             self._child.wait()
             self._child = None
+
+
+def _environment() -> dict[str, str]:
+    ours = module_environment()
+    return {"LC_ALL": "C.UTF-8"} | {name: ours[name] for name in _VARIABLES if name in ours}

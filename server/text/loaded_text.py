@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Self
 
 from server.text.kept_file import KeptFile
-from server.text.text import Text, read_template
+from server.text.template_files import read_template
+from server.text.text import Text
 from server.text.tokenizer_check import try_tokenizer
 from server.text.tokenizer_files import tokenizer_file, tokenizer_folder
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import DEFAULT, Chat, ChatTemplate, TemplateFailed
 from server.text.incremental import Detokenizer
+from server.text.template_files import template_sources
 from server.text.token_texts import TokenTexts
 from server.text.tokenizer_class import as_its_class_has_it
 from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerFilesError, TokenizerMissing
@@ -30,7 +31,6 @@ from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file,
 INLINE_CHARS: Final = 8192
 """Up to that many are encoded where the event loop runs (some 3 ms); more in a thread."""
 
-_MAX_TEMPLATE_BYTES: Final = 4 << 20
 _NO_TEMPLATE: Final = ("TemplateSyntaxError", "TemplateAssertionError")
 MAX_CHARS_PER_COMPOSED: Final = 4
 """A normalizer may make one character of several; Unicode composition of four at most."""
@@ -97,7 +97,10 @@ class Text:
             ) from error
         config = _json_object(folder / "tokenizer_config.json")
         if chat_template is None:
-            sources = _template_sources(folder, config)
+            older = _json_object(folder / "chat_template.json")
+            sources = template_sources(
+                folder, config.get("chat_template") or older.get("chat_template")
+            )
         else:
             sources = {DEFAULT: chat_template}
         names = _special_tokens(config)
@@ -344,33 +347,6 @@ def _lowers_inputs(folder: Path) -> bool:
     """As sentence-transformers says, where it saved the model."""
     files = folder.glob("sentence_*_config.json")
     return any(_json_object(file).get("do_lower_case") is True for file in files)
-
-
-def read_template(file: Path) -> str:
-    """Raises `TokenizerMissing` where it can't be read."""
-    try:
-        return read_file(file, _MAX_TEMPLATE_BYTES).decode()
-    except CheckpointError as error:
-        raise TokenizerMissing(str(error)) from error
-    except UnicodeDecodeError as error:
-        raise TokenizerMissing(f"{file} is not text in UTF-8: {error}. Copy it anew.") from error
-
-
-def _template_sources(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name, from the places where models have kept them, newest first."""
-    file = folder / "chat_template.jinja"
-    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    if os.path.lexists(file) or others:
-        named = {other.stem: read_template(other) for other in others}
-        return named | ({DEFAULT: read_template(file)} if os.path.lexists(file) else {})
-    kept = config.get("chat_template") or _json_object(folder / "chat_template.json").get(
-        "chat_template"
-    )
-    if isinstance(kept, list):  # several, by name
-        kept = {one.get("name"): one.get("template") for one in kept if isinstance(one, dict)}
-    if isinstance(kept, dict):
-        return {str(name): one for name, one in kept.items() if isinstance(one, str)}
-    return {DEFAULT: kept} if isinstance(kept, str) else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -15,8 +15,9 @@ from typing import Any, Final, TypeVar
 import msgspec
 from pydantic import ValidationError
 
+from server.api.openai.chat_messages import Message
 from server.api.openai.embedding_schemas import EmbeddingRequest
-from server.api.openai.schemas import Body, ChatRequest, CompletionRequest, Message, texts_or_ids
+from server.api.openai.schemas import Body, ChatRequest, CompletionRequest, texts_or_ids
 from server.errors import ContextLengthExceeded, InvalidRequest
 
 AnyBody = TypeVar("AnyBody", bound=Body)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from server.api.openai.bodies import cell_options, parsed, read_in_cell, received
 from server.api.openai.body_reader import INLINE_BYTES, INLINE_VALUES, ValueCount
+from server.api.openai.chat_messages import Message
 from server.api.openai.embedding_schemas import EmbeddingRequest
-from server.api.openai.schemas import Body, ChatRequest, CompletionRequest, Message
+from server.api.openai.schemas import Body, ChatRequest, CompletionRequest
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.text import Text
 from tests.server.echo_model import DEADLINE_S, FACTS, NAME, EchoModel, echo_server, error_of

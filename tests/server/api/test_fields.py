@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from server.api.openai.bodies import parsed
+from server.api.openai.chat_messages import Message
 from server.api.openai.embedding_schemas import EmbeddingRequest
 from server.api.openai.fields import UNUSED, Place, UnusedField, as_markdown
-from server.api.openai.schemas import Body, ChatRequest, CompletionRequest, Message
+from server.api.openai.schemas import Body, ChatRequest, CompletionRequest
 from server.errors import InvalidRequest
 
 SCHEMAS: dict[Place, type[Body]] = {
