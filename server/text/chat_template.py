@@ -36,10 +36,10 @@ _LOOK_EVERY_S: Final = 0.25
 
 
 class TemplateFailed(Exception):
-    """The template has an error, refused the messages, or used too much. The message says which,
-    `param` what is to be changed."""
+    """The template has an error, refused the messages, or used too much. The message says which;
+    `param` is what it can't do, where the template is not to blame."""
 
-    def __init__(self, message: str, param: str = "messages") -> None:
+    def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
@@ -127,7 +127,7 @@ class ChatTemplate:
                     if number == _MAX_TRIES - 1:
                         raise TemplateFailed(str(interrupted)) from interrupted
         if "error" in answer:
-            raise TemplateFailed(str(answer["error"]), str(answer.get("param", "messages")))
+            raise TemplateFailed(str(answer["error"]), answer.get("param"))
         return str(answer["text"])
 
     def close(self) -> None:

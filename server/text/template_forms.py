@@ -24,6 +24,7 @@ _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called, the name that most templates read first."""
 
 
+_NOTHING_SAID: Final[tuple[Message, ...]] = ({}, {"content": None}, {"content": ""})
 _NO_ARGUMENTS: Final[tuple[Any, ...]] = ({}, "{}")
 
 
@@ -36,7 +37,7 @@ class Forms:
 
     def __init__(self, source: str, render: Callable[[Sequence[Message]], str]) -> None:
         """`render` may raise whatever the template does."""
-        self._knows_developers = "developer" in source
+        self._knows_developers = any(name in source for name in ("'developer'", '"developer"'))
         self._render = render
         self._reads: dict[tuple[str, str], bool] = {}
 
@@ -54,8 +55,8 @@ class Forms:
         calls = message.get("tool_calls")
         if "content" in message:
             message["content"] = self._content(message["role"], message["content"])
-        elif calls:
-            message |= self._no_content()
+        else:
+            message |= self._no_content(bool(calls))
         if calls:
             message["tool_calls"] = [
                 self._call(call, f"messages[{index}].tool_calls[{number}]")
@@ -138,25 +139,34 @@ class Forms:
             shows_other = f"'{_MARKS[0]}'" if form == "object" else f'\\"{_MARKS[0]}'
             self._reads[key] = any(
                 all(mark in prompt for mark in _MARKS) and shows_other not in prompt
-                for prompt in self._prompts(_chats_with_call(_calling(arguments)))
+                for said in _NOTHING_SAID
+                for prompt in self._prompts(_chats_with_call({**_calling(arguments), **said}))
             )
         return self._reads[key]
 
-    def _no_content(self) -> Message:
-        """What a message that calls tools and says nothing holds: no content, as transformers has
-        it, unless that is a content to the template or none of its business."""
-        arguments: Any = {} if self._reads_arguments("object") else "{}"
-        for content in ({}, {"content": None}, {"content": ""}):
-            key = ("no content", json.dumps(content))
-            if key not in self._reads:
-                call = {**_calling(arguments), **content}
-                self._reads[key] = any(
-                    _NAME in prompt and "None" not in prompt
-                    for prompt in self._prompts(_chats_with_call(call))
-                )
-            if self._reads[key]:
-                return content
+    def _no_content(self, calls: bool) -> Message:
+        """What a message that calls tools, or thinks, and says nothing holds: no content, as
+        transformers has it, unless the template fails for want of one, or does not write calls."""
+        wanted = _NAME if calls else ""
+        for mark in (wanted, ""):
+            for content in _NOTHING_SAID:
+                key = (f"no content, {calls}, {mark}", json.dumps(content))
+                if key not in self._reads:
+                    self._reads[key] = any(
+                        mark in prompt and "None" not in prompt
+                        for prompt in self._prompts(self._chats_without_content(calls, content))
+                    )
+                if self._reads[key]:
+                    return content
         return {}
+
+    def _chats_without_content(self, calls: bool, content: Message) -> Iterator[list[Message]]:
+        if calls:
+            arguments: Any = {} if self._reads_arguments("object") else "{}"
+            yield from _chats_with_call({**_calling(arguments), **content})
+        else:
+            thought = {"role": "assistant", **dict.fromkeys(_REASONING, "x"), **content}
+            yield from ([user, thought, user] for user in _users())
 
     def _prompts(self, chats: Iterator[list[Message]]) -> Iterator[str]:
         """Of those that the template takes."""
@@ -173,6 +183,11 @@ def _said(role: str, content: Any = "x") -> Message:
     return {"role": role, "content": content}
 
 
+def _users() -> Iterator[Message]:
+    yield _said("user")
+    yield _said("user", [{"type": "text", "text": "x"}])
+
+
 def _calling(arguments: Any) -> Message:
     function = {"name": _NAME, "arguments": arguments}
     call = {"id": _CALL_ID, "type": "function", "function": function}
@@ -181,12 +196,9 @@ def _calling(arguments: Any) -> Message:
 
 def _chats_with_call(call: Message) -> Iterator[list[Message]]:
     answer = {"role": "tool", "name": _NAME, "tool_call_id": _CALL_ID, "content": "x"}
-    for content in ("x", [{"type": "text", "text": "x"}]):
-        user = _said("user", content)
+    for user in _users():
         yield [user, call, answer]
         yield [user, call, answer, _said("assistant"), user]
-        if "content" not in call:
-            yield [user, {**call, "content": ""}, answer]
 
 
 def _shows_notation(prompt: str, mark: str) -> bool:
@@ -203,7 +215,7 @@ def _parsed(arguments: str, where: str) -> Any:
     if not isinstance(value, dict):
         raise FormError(
             f"{where}.function.arguments is not the text of a JSON object, which the model's "
-            "template needs"
+            "template needs."
         )
     return value
 

@@ -21,7 +21,7 @@ import jinja2
 import jinja2.meta
 
 from server.text.template_environment import template_environment
-from server.text.template_forms import Forms
+from server.text.template_forms import FormError, Forms
 from server.text.template_wire import ADDRESS_SPACE_BYTES, HEADER_BYTES, frame
 
 _F_SETSIG: Final = 10  # fcntl(2)
@@ -67,11 +67,14 @@ class _Template:
         for name, param in request["needed"].items():
             if name not in self._names:
                 raise _Refused(
-                    f"this model's chat template does not read {name!r}, so {param!r} would be "
-                    "ignored. Omit it",
+                    f"This model's chat template does not read {name!r}: {param!r} would be "
+                    "ignored. Omit it.",
                     param,
                 )
-        messages = self._forms.prepared(request["messages"])
+        try:
+            messages = self._forms.prepared(request["messages"])
+        except FormError as error:
+            raise _Refused(str(error), "messages") from error
         if request["continues_last"]:
             _mark_end(messages[-1])
         prompt = self._written(
@@ -107,15 +110,15 @@ def _mark_end(message: dict[str, Any]) -> None:
         *before, last = content
         message["content"] = [*before, {**last, "text": last["text"] + _CONTINUED}]
     else:
-        raise _Refused("the last message has no content to continue", "continue_final_message")
+        raise _Refused("The last message has no content to continue.", "continue_final_message")
 
 
 def _up_to_mark(prompt: str) -> str:
     begin = prompt.rfind(_CONTINUED.strip())
     if begin < 0:
         raise _Refused(
-            "the chat template does not write the last message as it is, so it can't be "
-            "continued. Omit it",
+            "The model's chat template does not write the last message as it is, so it can't be "
+            "continued. Omit 'continue_final_message'.",
             "continue_final_message",
         )
     is_as_it_was = prompt.startswith(_CONTINUED, begin)
@@ -128,8 +131,8 @@ def _chosen(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> _
         return templates["tool_use"]
     if "default" not in templates:
         raise _Refused(
-            f"the model has the chat templates {', '.join(sorted(templates))}, and none is the "
-            "default one",
+            f"The model has the chat templates {', '.join(sorted(templates))}, and none is the "
+            "default one. Start the server with --chat-template FILE.",
             "messages",
         )
     return templates["default"]

@@ -242,7 +242,8 @@ class Text:
         try:
             prompt = render()
         except TemplateFailed as error:
-            raise InvalidRequest(f"The chat template failed: {error}", param=error.param) from error
+            told = str(error) if error.param else f"The chat template failed: {error}"
+            raise InvalidRequest(told, param=error.param or "messages") from error
         self._check_num_chars(len(prompt), context_tokens, "messages")
         return prompt
 

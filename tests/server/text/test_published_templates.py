@@ -268,6 +268,30 @@ def test_arguments_that_are_no_object_are_refused(templates: Mapping[str, ChatTe
         templates["qwen2.5"].render(chat, max_chars=1000)
 
 
+@pytest.mark.parametrize("arguments", [CITY, json.dumps(CITY, ensure_ascii=False)])
+@pytest.mark.parametrize("said_nothing", [{}, {"content": None}])
+def test_calls_reach_a_template_that_asks_for_null(
+    templates: Mapping[str, ChatTemplate], arguments: Any, said_nothing: dict[str, Any]
+) -> None:
+    """Which transformers leaves out, so that it fails."""
+    chat = Chat([said("user", "a"), calls(arguments, **said_nothing), ANSWERED])
+    prompt = templates["deepseek-r1"].render(chat, max_chars=1000)
+    assert 'get_weather\n```json\n{"city": "Zürich <&>"}\n```' in prompt
+    assert "<｜tool▁outputs▁begin｜>20 °C<｜tool▁outputs▁end｜>" in prompt
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "chatml", "gpt-oss"])
+def test_a_thought_without_words_is_a_message(
+    templates: Mapping[str, ChatTemplate], name: str
+) -> None:
+    thought = {"role": "assistant", "reasoning_content": "thus"}
+    chat = Chat([said("user", "a b"), thought, said("user", "c d")])
+    prompt = templates[name].render(chat, max_chars=1000)
+    assert "a b" in prompt
+    assert "c d" in prompt
+    assert "None" not in prompt
+
+
 def test_the_newer_name_of_system_is_for_those_who_know_it(
     templates: Mapping[str, ChatTemplate],
 ) -> None:
