@@ -24,7 +24,7 @@ endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve fmt check test test-gpu gpu-report gpu-wheels bench clean
+.PHONY: help setup serve fmt check test test-fast test-gpu gpu-report gpu-wheels bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,10 +71,17 @@ check: setup ## ruff, layout, mypy strict, import directions
 	@$(ENV_PYTHON) -m mypy
 	@$(ENV_PYTHON) -m pytest -q tests/test_imports.py
 
+# Files in the order in which they are found: the short ones of workers/ come last, and no process
+# is left with a long one.
+PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
+
 # Tests run torch in several processes at once: a thread that waits must sleep, not spin.
-test test-gpu: export OMP_WAIT_POLICY = PASSIVE
+test test-fast test-gpu: export OMP_WAIT_POLICY = PASSIVE
 test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." goes to pytest)
-	@$(ENV_PYTHON) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(ARGS)
+	@$(ENV_PYTHON) -m pytest $(PARALLEL) $(ARGS)
+
+test-fast: setup ## the quick tests of all rooms, for while one works (ARGS="..." goes to pytest)
+	@$(ENV_PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)

@@ -12,11 +12,12 @@ from allocator.backends.limits import (
 )
 from allocator.backends.nvml import DeviceUsage, device_usage, device_usages
 from allocator.backends.room import Room
-from allocator.backends.segments import AbandonedRun, abandoned_runs, remove_abandoned
+from allocator.backends.runs import AbandonedRun, abandoned_runs, remove_abandoned
 from allocator.client.client import Client, connect
 from allocator.client.pool import Block, Lease
-from allocator.client.weights import WeightSetReader, WeightSetWriter
-from allocator.daemon.settings import parse_bytes
+from allocator.client.weights.weight_set import WeightSetReader, WeightSetWriter
+from allocator.daemon.leftovers import Role, remove_leftovers
+from allocator.daemon.settings import OPTIONS, option_arguments, parse_bytes
 from allocator.digests import Digest
 from allocator.errors import (
     AllocatorBusy,
@@ -41,7 +42,6 @@ from allocator.errors import (
     WaitTimeout,
     WeightSetBusy,
 )
-from allocator.leftovers import Role, remove_leftovers
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
 from allocator.processes.identity import ProcessIdentity
 from allocator.processes.own_module import module_command, module_environment
@@ -50,6 +50,7 @@ from allocator.runtime_dir import Owner, RuntimeDir
 
 __all__ = [
     "ALIGNMENT",
+    "OPTIONS",
     "AbandonedRun",
     "AllocatorBusy",
     "AllocatorError",
@@ -104,6 +105,7 @@ __all__ = [
     "memory_bounds",
     "module_command",
     "module_environment",
+    "option_arguments",
     "parse_bytes",
     "remove_abandoned",
     "remove_leftovers",

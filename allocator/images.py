@@ -27,6 +27,7 @@ import msgspec
 import xxhash
 
 from allocator.digests import Digest, digest
+from allocator.durable import sync_folder
 from allocator.errors import AllocatorError, DiskError, DiskFull, ImageCorrupt
 from allocator.messages import MAX_FRAME_BYTES, Bytes, Extent, Fields, Key, Word
 from allocator.processes.identity import ProcessIdentity
@@ -111,7 +112,7 @@ def write_image(
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         raise _disk_error(error, folder, total) from error
     return path
@@ -238,14 +239,6 @@ def _write_at(fd: int, view: memoryview, offset: int) -> None:
     while written < len(view):  # a write may stop short, most of all on a disk that is nearly full
         with view[written:] as rest:
             written += os.pwrite(fd, rest, offset + written)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _aligned(num_bytes: int) -> int:

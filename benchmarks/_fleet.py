@@ -21,7 +21,8 @@ from _processes import NUM_THREADS
 from _server import running_server
 
 from allocator import RuntimeDir
-from server.admin.app import AdminClient, InstanceStatus
+from server.admin.client import AdminClient
+from server.admin.schemas import InstanceStatus
 
 _PATIENCE_S = 60.0
 

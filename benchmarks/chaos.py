@@ -42,7 +42,8 @@ from _processes import end_on_sigterm, tree
 from _server import onecopy, running_server
 
 from allocator import ProcessIdentity, RuntimeDir
-from server.admin.app import AdminClient, ServerStatus
+from server.admin.client import AdminClient
+from server.admin.schemas import ServerStatus
 
 _NUM_INSTANCES = 2
 _LEAST_GAP = 0.02

@@ -33,6 +33,7 @@ from workers.checkpoint import open_checkpoint
 from workers.kv.layout import KVLayout
 from workers.model.decoder import build_model
 from workers.model.native.decoder import NativeDecoder, supports
+from workers.placement.resident import Resident
 
 _DECODE_ROWS = (1, 2, 4, 8, 16)
 _PREFILL_ROWS = (32, 128, 512)
@@ -120,7 +121,7 @@ def _model() -> Any:
         checkpoint.copy_into(tensor.name, out, lambda _: None)
         placed[tensor.name] = out
     config = json.loads(checkpoint.metadata()["config"])
-    return build_model(config, placed, torch.bfloat16)
+    return build_model(config, Resident(placed), torch.bfloat16)
 
 
 class _Ours:

@@ -46,7 +46,7 @@ except InvalidSetting as error:
 import torch
 if not torch.cuda.is_available():
     sys.exit(f"torch {torch.__version__} can't use the GPU")
-from server.model_source import DEMO, find_model
+from server.models.source import DEMO, find_model
 try:
     find_model(DEMO)
 except Exception as error:

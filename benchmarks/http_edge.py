@@ -43,7 +43,7 @@ from _machine import describe_machine, percentiles
 from _processes import Load, end_on_sigterm, environment
 
 from allocator import RuntimeDir
-from server.admin.app import AdminClient
+from server.admin.client import AdminClient
 
 _CLIENTS = 8
 _IDLE = 5000

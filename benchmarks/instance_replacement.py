@@ -18,7 +18,7 @@ from _machine import describe_machine, spread, steal_ticks
 from _server import running_server
 
 from allocator import RuntimeDir
-from server.admin.app import AdminClient
+from server.admin.client import AdminClient
 
 
 def main() -> None:

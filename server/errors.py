@@ -3,7 +3,8 @@
 Invariant: a message says what to change. Knows nothing of HTTP frameworks.
 """
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Self
 
 
 class ServerError(Exception):
@@ -45,6 +46,14 @@ class UnknownModel(ServerError):
     status = 404
     kind = "invalid_request_error"
     code = "model_not_found"
+
+    @classmethod
+    def among(cls, served: Iterable[str], name: str | None) -> Self:
+        """For who names none of those that are `served`, or none at all."""
+        names = ", ".join(map(repr, served))
+        if name is None:
+            return cls(f"Name one of the models that are served: {names}.", param="model")
+        return cls(f"The model {name[:200]!r} isn't served here. Served is {names}.", param="model")
 
 
 class UnsupportedMediaType(ServerError):

@@ -10,44 +10,37 @@ import logging
 import os
 import signal
 import socket
-import time
 from collections.abc import Coroutine, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
-
-from fastapi import FastAPI
+from typing import Final
 
 from allocator import RuntimeDir
 from server import console
 from server.admin.app import create_admin_app
-from server.admin.engine_metrics import InstanceFigures
+from server.admin.engine_metrics import InstanceMetrics
 from server.admin.metrics import Metrics
+from server.admin.schemas import ServerStatus
 from server.api.allowed_hosts import AllowedHosts
-from server.api.app import Serving, create_app
-from server.api.cells import Cells
-from server.api.grammar_checks import GrammarChecks
+from server.api.app import create_app
 from server.api.http_server import HTTPServer, most_connections, raise_descriptor_limit
+from server.api.openai.cells import Cells
 from server.background import Background
 from server.cache_salt import CacheSalts
+from server.console.start import StartDisplay, curl_line, ready_lines
 from server.fleet.daemons import AllocatorProcess
-from server.fleet.fleet import Fleet
-from server.fleet.router import ModelAsItWas, Router
-from server.fleet.sleep import Sleeper
-from server.generation import SamplingDefaults
 from server.machine import process_memory
 from server.machine.handed_out import seen
-from server.models.files import ModelFiles, ModelWatch
+from server.models.files import ModelFiles
 from server.models.in_flight import InFlight
-from server.models.reload import Reloader
+from server.models.served import ServedModel
+from server.models.table import Models
 from server.settings import Settings
-from server.text.loaded_text import KeptTokenizer, LoadedText
-from server.text.text import Text
+from server.text.loaded_text import KeptTokenizer
 from server.version import version
-from workers.messages import Task
 
 log = logging.getLogger("onecopy.server")
 
-_SHOW_EVERY_S: Final = 0.2
 _ADMIN_CONNECTIONS: Final = 32
 
 
@@ -76,58 +69,38 @@ async def serve(settings: Settings) -> None:
         stop = _Stop()
         stack.enter_context(stop.on_signals())
         allocator = AllocatorProcess(
-            runtime_dir, settings.memory_limit, settings.device, settings.hang_timeout_s
+            runtime_dir, settings.memory_limit, settings.engine.device, settings.hang_timeout_s
         )
         stack.push_async_callback(allocator.stop_if_unused)
         if not await stop.unless_stopped(allocator.find_or_start()):
             return
 
-        router = Router(settings)
-        fleet = Fleet(settings, runtime_dir, router.listeners, tokenizer.path)
-        router.bind(fleet)
-        background = Background()
-        stack.push_async_callback(background.close)
-        stack.push_async_callback(fleet.close)
-        fleet.launch()
-        background.keep(
-            "the watch over the allocator", lambda: allocator.watch(lambda: fleet.awaits_allocator)
-        )
         cells = Cells()
         stack.callback(cells.close)
-        turn, watch = asyncio.Lock(), ModelWatch(files)
-        served = _Served(settings, router, cells)
-        stack.callback(served.close)
-        in_flight = InFlight(lambda: fleet.epoch)
-        sleeper = Sleeper(fleet, router, runtime_dir, settings.drain_timeout_s, turn)
-        reloader = Reloader(
-            settings.model_named,
-            settings.chat_template,
-            fleet,
-            router,
-            watch,
-            turn,
-            in_flight,
-            served.serve,
-            lambda: served.is_there,
+        in_flight, background = InFlight(), Background()
+        models = Models([ServedModel(settings, runtime_dir, files, tokenizer, in_flight)])
+        stack.push_async_callback(background.close)
+        stack.push_async_callback(models.close)
+        models.launch()
+        background.keep(
+            "the watch over the allocator", lambda: allocator.watch(lambda: models.awaits_allocator)
         )
-        stack.push_async_callback(reloader.close)
-        metrics = Metrics(runtime_dir, InstanceFigures(lambda: fleet.instances))
+        metrics = Metrics(runtime_dir, InstanceMetrics(lambda: models.instances))
         stack.callback(metrics.close)
         admin_app = create_admin_app(
-            fleet, router, sleeper, allocator, metrics, watch, reloader, stop.ask, settings, url
+            models, allocator, metrics, stop.ask, settings.drain_timeout_s, url
         )
         admin = HTTPServer(admin_app, _bind_unix(runtime_dir.admin), most=_ADMIN_CONNECTIONS)
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
         await admin.start()
-
-        text_task = asyncio.create_task(asyncio.to_thread(LoadedText.of, tokenizer))
-        stack.push_async_callback(_settled, text_task)
-        if not await stop.unless_stopped(_started(fleet, settings, text_task)):
+        if not await stop.unless_stopped(_all_served(models)):
             return
-        served.serve(await text_task, settings.sampling_defaults)
+
         app = create_app(
-            served.current,
+            models.serving,
+            cells,
+            salts=CacheSalts(settings.prefix_cache_salt),
             metrics=metrics.scrape,
             allowed_hosts=(
                 None if settings.uds else AllowedHosts(settings.host, settings.allowed_hosts)
@@ -137,7 +110,7 @@ async def serve(settings: Settings) -> None:
         most = most_connections(num_descriptors, settings.num_instances)
         http = HTTPServer(app, http_socket, most=most)
         stack.push_async_callback(http.close)
-        stack.push_async_callback(router.close)
+        stack.push_async_callback(models.end_requests)
         try:
             await http.start()
         except OSError as error:  # bound before, and another has begun to listen meanwhile
@@ -145,105 +118,40 @@ async def serve(settings: Settings) -> None:
         background.need("the HTTP server", http.ended)
         background.need("the admin server", admin.ended)
         lock.announce(url)
-        text = served.current().text
-        await _print_ready(admin_app, settings, url, text, router.facts.task)
+        await _print_ready(await admin_app.state.status(), models, settings)
         await stop.unless_stopped(background.run())
 
-        log.info("shutting down: waiting for %d requests", router.num_streams)
-        router.draining = True
-        drain = _drain(router, fleet, settings.drain_timeout_s)
-        if not await stop.unless_stopped_again(drain):
+        log.info("shutting down: waiting for %d requests", models.num_streams)
+        if not await stop.unless_stopped_again(models.drain(settings.drain_timeout_s)):
             log.warning("stopped without waiting")
 
 
-class _Served:
-    """What is served now, and what was before."""
-
-    def __init__(self, settings: Settings, router: Router, cells: Cells):
-        self._settings = settings
-        self._router = router
-        self._cells = cells
-        self._grammars = GrammarChecks(cells)
-        self._salts = CacheSalts(settings.prefix_cache_salt)
-        self._created = int(time.time())
-        self._loaded: LoadedText | None = None
-        self._serving: Serving | None = None
-
-    def serve(self, loaded: LoadedText, sampling: SamplingDefaults) -> LoadedText | None:
-        """From now on requests are for the fleet's model as it is now, with this text. Gives back
-        that of before."""
-        before, self._loaded = self._loaded, loaded
-        self._serving = Serving(
-            generator=ModelAsItWas(self._router),
-            text=loaded.text,
-            model_name=self._settings.served_model_name,
-            created=self._created,
-            cells=self._cells,
-            grammars=self._grammars,
-            sampling_defaults=sampling,
-            salts=self._salts,
-        )
-        return before
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the first model is served."""
-        return self._serving is not None
-
-    def current(self) -> Serving:
-        """Once the first model is served."""
-        assert self._serving is not None  # noqa: S101 - requests come after it
-        return self._serving
-
-    def close(self) -> None:
-        if self._loaded is not None:
-            self._loaded.close()
+async def _all_served(models: Models) -> None:
+    """One after the other is waited for; all start at once."""
+    for one in models:
+        with StartDisplay(one.name) as display:
+            await one.until_served(partial(_show, display, one))
 
 
-async def _started(fleet: Fleet, settings: Settings, text: "asyncio.Task[LoadedText]") -> None:
-    """Until the instances are ready; or what is wrong with the tokenizer, as soon as it shows."""
-    with console.StartDisplay(settings.served_model_name) as display:
-        waiting = asyncio.create_task(fleet.wait_ready())
-        try:
-            while not waiting.done():
-                tasks: list[asyncio.Task[Any]] = [waiting, *([] if text.done() else [text])]
-                await asyncio.wait(
-                    tasks, timeout=_SHOW_EVERY_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                if text.done():
-                    text.result()
-                display.show(fleet.instances)
-            await waiting
-        finally:
-            waiting.cancel()
+def _show(display: StartDisplay, served: ServedModel) -> None:
+    display.show(served.fleet.instances)
 
 
-async def _drain(router: Router, fleet: Fleet, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    if not await router.wait_idle(timeout_s):
-        log.warning("%d requests did not end within %.0f s", router.num_streams, timeout_s)
-    await fleet.drain(max(1.0, deadline - time.monotonic()))
-
-
-async def _settled(task: "asyncio.Task[LoadedText]") -> None:
-    """Until it has ended. Its error is of no interest to who waits for this."""
-    await asyncio.gather(task, return_exceptions=True)
-
-
-async def _print_ready(
-    admin_app: FastAPI, settings: Settings, url: str, text: Text, task: Task
-) -> None:
-    status = await admin_app.state.status()
+async def _print_ready(status: ServerStatus, models: Models, settings: Settings) -> None:
     mapped = await asyncio.to_thread(seen, RuntimeDir(settings.runtime_dir))
-    memories = [
-        process_memory.read(one.pid, mapped) if one.pid else None for one in status.instances
-    ]
+    memories = process_memory.read_all((one.pid for one in status.instances), mapped)
     uds = str(settings.uds) if settings.uds else None
-    name, chat = settings.served_model_name, text.has_chat_template
-    curl = console.curl_line(url, uds, name, chat, task == "embed")
+    first = models.serving()[status.model]
+    curl = curl_line(
+        status.url,
+        uds,
+        first.model_name,
+        first.text.has_chat_template,
+        first.generator.facts.task == "embed",
+    )
     chosen = RuntimeDir.default_path() != settings.runtime_dir
     runtime_dir = str(settings.runtime_dir) if chosen else None
-    lines = console.ready_lines(status, memories, curl, version(), runtime_dir)
+    lines = ready_lines(status, memories, curl, version(), runtime_dir)
     console.out.print(lines, markup=False)
 
 

@@ -1,19 +1,20 @@
 """All that a server can be told, validated once, before anything starts.
 
-Knows nothing of where the values come from (command line, environment).
+What has a description can be set by a person: the command line makes its options of these fields,
+and of those of the engine's settings. Knows nothing of where the values come from.
 """
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, field_validator
 
 from server.cache_salt import SaltedBy
 from server.generation import NO_ADVICE, SamplingDefaults
+from workers import EngineSettings
 
-DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-KernelsName = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "portable"]
+MAX_INSTANCES: Final = 256
 
 
 class Settings(BaseModel):
@@ -42,42 +43,56 @@ class Settings(BaseModel):
         default=None,
         description="A file with the chat template to use in place of the model's own, in Jinja.",
     )
-    runtime_dir: Path
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    uds: Path | None = None
-    allowed_hosts: tuple[str, ...] = ()
-    """By which names it may be called, beside those that are its own."""
-    num_instances: int = Field(default=2, ge=1, le=256)
-    dtype: DtypeName = "auto"
     sampling_defaults: SamplingDefaults = NO_ADVICE
-    max_model_len: int | None = Field(default=None, ge=2)
-    max_num_seqs: int = Field(default=16, ge=1, le=4096)
-    token_budget: int = Field(default=384, ge=1, le=1 << 20)
-    """Prompt tokens that one step computes: more take in prompts faster, fewer hold up running
-    streams less."""
-    attention_workspace: int = Field(default=256 << 20, ge=1 << 20)
-    """What attention may take for itself in a step, in bytes."""
-    num_speculative_tokens: int = Field(default=0, ge=0, le=16)
-    """The longest guess at a sequence's next tokens, looked up in what it has said; 0 for none."""
-    cpu_kernels: KernelsName = "auto"
-    """The instruction set of the kernels that compute on the processor."""
-    prefix_caching: bool = True
-    """Whether instances find what any of them has computed of a common beginning."""
-    prefix_cache_salt: SaltedBy = "none"
-    """Which requests share it."""
-    num_threads: int = Field(default=1, ge=1, le=1024)
-    shares_cores: bool = False
-    """Whether the instances that compute share all cores, rather than keep to `num_threads`."""
-    max_queued: int = Field(default=256, ge=1)
-    """Requests beyond those that run; one more is refused with 503."""
-    drain_timeout_s: float = Field(default=30.0, gt=0)
-    hang_timeout_s: float = Field(default=3.0, ge=0)
-    """How long a process may be stopped, as by SIGSTOP, before it is replaced; 0: for ever, and one
-    that hangs in another way, too."""
-    device: str = "host"
-    """What the weights are on, as `onecopy allocator --device` names it."""
-    map_files: bool = False
-    """Whether checkpoint files that need no conversion are mapped instead of copied."""
-    memory_limit: int | None = Field(default=None, ge=1)
-    """Of the allocator, in bytes, where this server has to start one."""
+    runtime_dir: Path
+    num_instances: int = Field(
+        default=2,
+        ge=1,
+        le=MAX_INSTANCES,
+        description="Engines to run; they share one copy of the weights.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address to serve on.")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="Port to serve on; 0 picks a free one."
+    )
+    uds: Path | None = Field(
+        default=None, description="Serve on this Unix socket instead of host and port."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="A name by which clients may call the server, as `api.example.com`, "
+        "`*.example.com` or `*`; can be given several times. Addresses, localhost and the "
+        "machine's own name need not be named.",
+    )
+    max_queued: int = Field(
+        default=256,
+        ge=1,
+        description="Requests that may wait beyond those that run; one more is refused (503).",
+    )
+    prefix_cache_salt: SaltedBy = Field(
+        default="none",
+        description="Who finds what was computed: none (all find all), key (requests of the same "
+        "API key), random (requests of this start of the server).",
+    )
+    memory_limit: int | None = Field(
+        default=None,
+        ge=1,
+        description="What the allocator may use, as 800M or 20GiB, where this starts one.",
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0.1, description="Seconds that running requests get at the end."
+    )
+    hang_timeout_s: float = Field(
+        default=3.0,
+        ge=0,
+        description="Seconds for which an instance may be stopped before another takes its place; "
+        "0: for ever, as for a debugger.",
+    )
+    engine: InstanceOf[EngineSettings] = EngineSettings()
+    """Of each instance."""
+
+    @property
+    def num_threads(self) -> int:
+        """Of an instance: as many as it was told to have, else its part of the cores."""
+        part = len(os.sched_getaffinity(0)) // self.num_instances
+        return self.engine.threads or max(1, part)

@@ -28,6 +28,22 @@ def pytest_configure() -> None:
     gc.disable()
 
 
+_STARTED = frozenset(
+    {
+        *("start_daemon", "shared_daemon", "make_server", "serve", "trials", "kernels"),
+        *("smollm2_by_transformers", "gemma3_gguf", "minilm"),
+    }
+)
+"""Fixtures that start processes of ours for each test, or load a real model."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs one of these is slow; files that are so by themselves carry the mark."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not _STARTED.isdisjoint(item.fixturenames):
+            item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()

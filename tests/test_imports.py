@@ -17,11 +17,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("server", "workers", "allocator")  # imports point to the right only
 DOORS = ("messages", "client")  # the modules of a room that another room may import
+FLOORS_OF_SERVER = (
+    *("cli", "console", "machine", "admin", "api", "api/openai"),
+    *("models", "fleet", "text", "processes"),
+)  # imports point to the right only; what lies beside the folders is above them (serve) or below
 NEVER_IN_ROOM = {
     "server": ("torch",),
     "workers": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers"),
     "allocator": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers", "transformers"),
 }
+NEVER_IN_FOLDER = {  # folder → what its files never import
+    "allocator/client/": ("allocator.daemon",),
+    "allocator/daemon/": ("allocator.client",),
+    "workers/checkpoint/": ("workers.model", "workers.engine", "workers.process"),
+    "workers/model/": ("workers.engine", "workers.process"),
+    "workers/engine/": ("workers.process",),
+    "server/api/": ("workers.client",),
+}
+FORKS = ("os.fork", "os.forkpty", "multiprocessing.Process", "multiprocessing.Pool")
+FORKING = "workers/process/"
 DEVICES = "allocator/backends/"
 DEVICE_APIS = (
     "_posixshmem",
@@ -141,18 +155,35 @@ def crossing(path: str, name: str, modules: frozenset[str]) -> str | None:
     return f"{here} imports {module}: of another room only {', '.join(DOORS)} or its __init__"
 
 
+def floor_of(name: str) -> int | None:
+    """Which of the server's floors a dotted name is on; None for what is on none of them."""
+    for number, folder in reversed(list(enumerate(FLOORS_OF_SERVER))):
+        if is_within(name, (f"server.{folder.replace('/', '.')}",)):
+            return number
+    return None
+
+
 def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
     """Every broken rule of one module, as `path:line: what`; `modules` are all the dotted names."""
     reader, found = Reader(path, source), set[tuple[int, str]]()
     room = path.split("/")[0]
+    here = floor_of(dotted(path))
     for line, name in reader.imports:
+        there = floor_of(name)
+        if here is not None and there is not None and there < here:
+            found.add((line, f"{path} never imports {name}, which lies above it"))
         if wrong := crossing(path, name, modules):
             found.add((line, wrong))
         if is_within(name, NEVER_IN_ROOM[room]):
             found.add((line, f"{room} never imports {name.split('.')[0]}"))
+        for folder, never in NEVER_IN_FOLDER.items():
+            if path.startswith(folder) and is_within(name, never):
+                found.add((line, f"{folder} never imports {name}"))
     for line, name in [*reader.imports, *reader.reached()]:
         if not path.startswith(DEVICES) and is_within(name, DEVICE_APIS):
             found.add((line, f"{name}: only {DEVICES} touches a device API"))
+        if not path.startswith(FORKING) and is_within(name, FORKS):
+            found.add((line, f"{name}: only {FORKING} forks"))
         if is_within(name, RUNS_WHAT_IT_READS) or name.split(".")[-1] in PICKLING_METHODS:
             found.add((line, f"{name} runs what it reads"))
     for node in ast.walk(reader.tree):
@@ -173,6 +204,58 @@ def test_rooms_keep_the_rules() -> None:
     names = frozenset(map(dotted, sources))
     broken = [line for path, source in sources.items() for line in violations(path, source, names)]
     assert not broken, "\n".join(broken)
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Names that import each other, by whatever way: each circle sorted. By Tarjan's algorithm
+    (SIAM Journal on Computing 1, 1972), which visits each import once."""
+    order, low = dict[str, int](), dict[str, int]()
+    path, found = list[str](), list[list[str]]()
+
+    def visit(name: str) -> None:
+        order[name] = low[name] = len(order)
+        path.append(name)
+        for other in imports.get(name, ()):
+            if other not in order:
+                visit(other)
+            if other in path:
+                low[name] = min(low[name], low[other])
+        if low[name] == order[name]:
+            start = path.index(name)
+            if len(path) - start > 1:
+                found.append(sorted(path[start:]))
+            del path[start:]
+
+    for name in imports:
+        if name not in order:
+            visit(name)
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    sources = modules_of(ROOT)
+    names = {dotted(path) for path in sources}
+    imports = dict[str, set[str]]()
+    for path, source in sources.items():
+        reached = imports.setdefault(dotted(path), set())
+        for _, name in Reader(path, source).imports:
+            module = name if name in names else name.rpartition(".")[0]
+            if module in names:
+                reached.add(module)
+    assert circles(imports) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_clients_of_the_admin_api_import_no_application() -> None:
+    for module in ("server.admin.client", "server.machine.served_check"):
+        program = f"import sys, {module}; assert 'fastapi' not in sys.modules"
+        command = [sys.executable, "-c", program]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_benchmarks_start_children_that_ignore_the_working_folder() -> None:
@@ -207,9 +290,15 @@ def test_server_runs_without_torch() -> None:
 
 MODULES = frozenset(
     [
-        *("server", "server.app", "server.openai", "server.openai.chat"),
-        *("workers", "workers.client", "workers.messages", "workers.engine"),
-        *("allocator", "allocator.client", "allocator.arena", "allocator.backends.host"),
+        *("server", "server.api.app", "server.api.openai", "server.api.openai.chat"),
+        *("workers", "workers.client", "workers.messages", "workers.engine.generate"),
+        *(
+            "allocator",
+            "allocator.client",
+            "allocator.digests",
+            "allocator.daemon.pool.arena",
+            "allocator.backends.host",
+        ),
     ]
 )
 
@@ -217,45 +306,76 @@ MODULES = frozenset(
 @pytest.mark.parametrize(
     ("path", "source", "complaint"),
     [
-        ("allocator/arena.py", "import workers", "imports point down only"),
-        ("allocator/arena.py", "from server.app import app", "imports point down only"),
-        ("workers/engine.py", "import server", "imports point down only"),
-        ("server/app.py", "import workers.engine", "of another room only"),
-        ("server/app.py", "from workers.engine import Engine", "of another room only"),
-        ("server/app.py", "from workers import engine", "of another room only"),
-        ("server/openai/chat.py", "from allocator.arena import Arena", "of another room only"),
+        ("allocator/daemon/pool/arena.py", "import workers", "imports point down only"),
         (
-            "workers/engine.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import allocator.arena",
+            "allocator/daemon/pool/arena.py",
+            "from server.api.app import app",
+            "imports point down only",
+        ),
+        ("workers/engine/generate.py", "import server", "imports point down only"),
+        ("server/api/app.py", "import workers.engine.generate", "of another room only"),
+        ("server/api/app.py", "from workers.engine.generate import Engine", "of another room only"),
+        ("server/api/app.py", "from workers.engine import generate", "of another room only"),
+        (
+            "server/api/openai/chat.py",
+            "from allocator.daemon.pool.arena import Arena",
             "of another room only",
         ),
-        ("workers/engine.py", "def f():\n    import allocator.arena", "of another room only"),
         (
-            "workers/engine.py",
-            "import importlib\nimportlib.import_module('allocator.arena')",
+            "workers/engine/generate.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import allocator.digests",
             "of another room only",
         ),
-        ("server/app.py", "import torch", "never imports torch"),
-        ("server/app.py", "from torch.nn import functional", "never imports torch"),
-        ("server/app.py", "__import__('torch')", "never imports torch"),
-        ("workers/engine.py", "from fastapi import FastAPI", "never imports fastapi"),
-        ("allocator/arena.py", "import transformers", "never imports transformers"),
-        ("allocator/arena.py", "from cuda.bindings import driver", "touches a device API"),
-        ("allocator/arena.py", "from multiprocessing import shared_memory", "a device API"),
-        ("workers/engine.py", "import torch\ntorch.cuda.Stream()", "touches a device API"),
-        ("workers/engine.py", "import torch as t\nt.cuda.Stream()", "touches a device API"),
-        ("workers/engine.py", "from torch import cuda", "touches a device API"),
+        (
+            "workers/engine/generate.py",
+            "def f():\n    import allocator.daemon.pool.arena",
+            "of another room only",
+        ),
+        (
+            "workers/engine/generate.py",
+            "import importlib\nimportlib.import_module('allocator.daemon.pool.arena')",
+            "of another room only",
+        ),
+        ("server/api/app.py", "import torch", "never imports torch"),
+        ("server/api/app.py", "from torch.nn import functional", "never imports torch"),
+        ("server/api/app.py", "__import__('torch')", "never imports torch"),
+        ("workers/engine/generate.py", "from fastapi import FastAPI", "never imports fastapi"),
+        ("allocator/daemon/pool/arena.py", "import transformers", "never imports transformers"),
+        (
+            "allocator/daemon/pool/arena.py",
+            "from cuda.bindings import driver",
+            "touches a device API",
+        ),
+        (
+            "allocator/daemon/pool/arena.py",
+            "from multiprocessing import shared_memory",
+            "a device API",
+        ),
+        ("workers/engine/generate.py", "import torch\ntorch.cuda.Stream()", "touches a device API"),
+        (
+            "workers/engine/generate.py",
+            "import torch as t\nt.cuda.Stream()",
+            "touches a device API",
+        ),
+        ("workers/engine/generate.py", "from torch import cuda", "touches a device API"),
         ("allocator/backends/host.py", "import pickle", "runs what it reads"),
-        ("allocator/arena.py", "from marshal import loads", "runs what it reads"),
-        ("workers/engine.py", "import torch\ntorch.load('w')", "runs what it reads"),
-        ("workers/engine.py", "from torch import load", "runs what it reads"),
+        ("allocator/daemon/pool/arena.py", "from marshal import loads", "runs what it reads"),
+        ("workers/engine/generate.py", "import torch\ntorch.load('w')", "runs what it reads"),
+        ("workers/engine/generate.py", "from torch import load", "runs what it reads"),
         ("workers/client.py", "socket.recv_pyobj()", "runs what it reads"),
-        ("workers/engine.py", "f(trust_remote_code=True)", "literal False"),
-        ("workers/engine.py", "f(trust_remote_code=flag)", "literal False"),
-        ("workers/engine.py", "f(**{'trust_remote_code': True})", "literal False"),
-        ("server/plan.py", "run([sys.executable, '-m', 'workers'])", "say -P"),
-        ("server/plan.py", "command = (sys.executable, *arguments)", "say -P"),
-        ("server/plan.py", "run([*(sys.executable, 'server/plan.py')])", "say -P"),
+        ("workers/engine/generate.py", "f(trust_remote_code=True)", "literal False"),
+        ("workers/engine/generate.py", "f(trust_remote_code=flag)", "literal False"),
+        ("workers/engine/generate.py", "f(**{'trust_remote_code': True})", "literal False"),
+        ("allocator/client/pool.py", "from allocator.daemon.pool import arena", "never imports"),
+        ("allocator/daemon/device.py", "import allocator.client.client", "never imports"),
+        ("workers/checkpoint/plan.py", "from workers.model.decoder import Model", "never imports"),
+        ("server/fleet/fleet.py", "from server.api.app import app", "never imports"),
+        ("server/api/app.py", "from workers.client import Instance", "never imports"),
+        ("server/fleet/fleet.py", "import os\nos.fork()", "only workers/process/ forks"),
+        ("workers/grammar/cells.py", "from multiprocessing import Pool", "forks"),
+        ("server/machine/plan.py", "run([sys.executable, '-m', 'workers'])", "say -P"),
+        ("server/machine/plan.py", "command = (sys.executable, *arguments)", "say -P"),
+        ("server/machine/plan.py", "run([*(sys.executable, 'server/machine/plan.py')])", "say -P"),
     ],
 )
 def test_a_broken_rule_is_found(path: str, source: str, complaint: str) -> None:
@@ -267,16 +387,30 @@ def test_a_broken_rule_is_found(path: str, source: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("server/app.py", "from workers import Instance\nfrom allocator import connect"),
-        ("server/app.py", "from workers.client import Client\nimport workers.messages as m"),
-        ("server/app.py", "from .openai import chat\nfrom server.openai.chat import route"),
-        ("server/openai/chat.py", "from ..errors import ServerError\nfrom . import schemas"),
-        ("workers/engine.py", "import allocator.client\nfrom . import sampling\nimport torch"),
-        ("workers/engine.py", "'''Not import pickle, nor torch.load().'''"),
-        ("workers/engine.py", "f(trust_remote_code=False)\ng(**{'trust_remote_code': False})"),
-        ("workers/engine.py", "import json\njson.load(file)\nmodel.load()"),
-        ("server/plan.py", "run([sys.executable, '-P', '-m', 'workers'])"),
-        ("server/doctor.py", "run([sys.executable, '-IS', '-c', PROGRAM])"),
+        ("server/api/app.py", "from workers import Instance\nfrom allocator import connect"),
+        (
+            "server/fleet/fleet.py",
+            "from workers.client import Client\nimport workers.messages as m",
+        ),
+        ("workers/process/warden.py", "import os\nos.fork()"),
+        (
+            "allocator/client/pool.py",
+            "from allocator.client import ledger\nimport allocator.messages",
+        ),
+        ("server/api/app.py", "from .openai import chat\nfrom server.api.openai.chat import route"),
+        ("server/api/openai/chat.py", "from ...errors import ServerError\nfrom . import schemas"),
+        (
+            "workers/engine/generate.py",
+            "import allocator.client\nfrom . import sampling\nimport torch",
+        ),
+        ("workers/engine/generate.py", "'''Not import pickle, nor torch.load().'''"),
+        (
+            "workers/engine/generate.py",
+            "f(trust_remote_code=False)\ng(**{'trust_remote_code': False})",
+        ),
+        ("workers/engine/generate.py", "import json\njson.load(file)\nmodel.load()"),
+        ("server/machine/plan.py", "run([sys.executable, '-P', '-m', 'workers'])"),
+        ("server/machine/doctor.py", "run([sys.executable, '-IS', '-c', PROGRAM])"),
         ("allocator/backends/cuda.py", "from cuda.bindings import driver\nimport torch.cuda"),
     ],
 )

@@ -94,11 +94,11 @@ def test_changelog_names_the_version() -> None:
 def test_make_targets_are_explained_and_exist() -> None:
     explained = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert explained == CONTRACT
-    for document in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "docs/architecture.md"):
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "deploy/README.md"):
         # In code only, `make test` or a line of a block: prose may "make sure" of something.
-        text = (ROOT / document).read_text()
+        text = document.read_text()
         named = set(re.findall(r"(?:`|^\s*\$?\s*)make (?:-C \S+ )?([a-z-]+)", text, re.MULTILINE))
-        assert named <= CONTRACT, f"{document} names {sorted(named - CONTRACT)}"
+        assert named <= CONTRACT, f"{document.name} names {sorted(named - CONTRACT)}"
 
 
 def deployed_commands() -> Iterator[list[str]]:

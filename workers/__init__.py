@@ -7,10 +7,9 @@ are read, and which kernels this machine has.
 
 from workers.config.ends import end_tokens
 from workers.config.model_file import MAX_TOKENIZER_BYTES, file_status, read_file, read_json
-from workers.errors import CheckpointError, UnknownVocabulary
-from workers.grammar.source import grammar_problem
+from workers.errors import CheckpointError, InvalidSetting, UnknownVocabulary
+from workers.grammar.translation import grammar_problem
 from workers.grammar.vocabulary import read_vocabulary
-from workers.model.native import SETS as KERNEL_SETS
 from workers.model.native import VARIABLE as KERNELS_VARIABLE
 from workers.model.native import NotThisProcessor
 from workers.model.native import usable as usable_kernels
@@ -18,19 +17,23 @@ from workers.process.warden import Bound, Ended, Grant, Kill, Task
 from workers.process.warden import launch as warden_launch
 from workers.process.warden import receive as warden_receive
 from workers.process.warden import send as warden_send
+from workers.settings import MAX_NUM_SEQS, EngineSettings, checked
 
 __all__ = [
     "KERNELS_VARIABLE",
-    "KERNEL_SETS",
+    "MAX_NUM_SEQS",
     "MAX_TOKENIZER_BYTES",
     "Bound",
     "CheckpointError",
     "Ended",
+    "EngineSettings",
     "Grant",
+    "InvalidSetting",
     "Kill",
     "NotThisProcessor",
     "Task",
     "UnknownVocabulary",
+    "checked",
     "end_tokens",
     "file_status",
     "grammar_problem",

@@ -29,8 +29,8 @@ import msgspec
 import torch
 
 from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
+from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.plan import make_plan
-from workers.checkpoint.source import SourceTensor
 from workers.config.encoder_settings import task_of
 from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
 from workers.kv.layout import KVLayer, KVLayout
@@ -38,7 +38,9 @@ from workers.messages import Estimate, RankEstimate
 from workers.model.attention import DEFAULT_WORKSPACE_BYTES
 from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
-from workers.process.instance import float_dtype
+from workers.placement.resident import Resident
+from workers.settings import EngineSettings
+from workers.weight_format import float_dtype
 
 Part = Literal["column", "row", "replicated"]
 
@@ -75,7 +77,9 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int)
-    parser.add_argument("--token-budget", type=int, default=384)
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=EngineSettings().max_num_batched_tokens
+    )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
@@ -83,7 +87,7 @@ def main() -> int:
         found = estimate(
             open_checkpoint(arguments.model, arguments.dtype),
             max_model_len=arguments.max_model_len,
-            token_budget=arguments.token_budget,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
             tensor_parallel_size=arguments.tensor_parallel_size,
         )
     except WorkerError as error:
@@ -99,7 +103,7 @@ def estimate(
     checkpoint: Checkpoint,
     *,
     max_model_len: int | None = None,
-    token_budget: int = 384,
+    max_num_batched_tokens: int = EngineSettings().max_num_batched_tokens,
     tensor_parallel_size: int = 1,
 ) -> Estimate:
     """All figures of `checkpoint`; lengths in tokens, None being the model's own.
@@ -114,8 +118,8 @@ def estimate(
     if task_of(metadata) == "embed":
         if tensor_parallel_size > 1:
             raise InvalidSetting("a model that embeds is not split: --tensor-parallel-size is 1")
-        return embedding_estimate(metadata, tensors, dtype, max_model_len, token_budget)
-    model = build_model(json.loads(metadata["config"]), shapes, dtype)
+        return embedding_estimate(metadata, tensors, dtype, max_model_len, max_num_batched_tokens)
+    model = build_model(json.loads(metadata["config"]), Resident(shapes), dtype)
     limit = model.geometry.max_model_len
     max_model_len = max_model_len or limit
     if max_model_len > limit:
@@ -135,7 +139,9 @@ def estimate(
         segment_bytes=make_plan(tensors, metadata).segment_bytes,
         kv_bytes_per_token=layout.bytes_per_token,
         kv_bytes_per_sequence=layout.num_bytes(max_model_len),
-        prefill_bytes=_prefill_bytes(model, min(token_budget, max_model_len), max_model_len),
+        prefill_bytes=_prefill_bytes(
+            model, min(max_num_batched_tokens, max_model_len), max_model_len
+        ),
         logits_bytes_per_sequence=model.geometry.vocab_size * (dtype.itemsize + 16),
         rank=rank,
     )

@@ -9,7 +9,9 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-PROTOCOL_VERSION: Final = 3
+from workers.settings import EngineSettings
+
+PROTOCOL_VERSION: Final = 4
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
@@ -256,10 +258,9 @@ FromInstance = Loading | Ready | StartFailed | StepOutput
 class InstanceSpec(Message, frozen=True):
     """All that an instance is told at its start. `requested_at` is CLOCK_MONOTONIC, in seconds, at
     the moment somebody wanted it. The instance listens at `engines`, for `server_pid` alone.
-    `max_model_len` None is the model's own, `device` "" the allocator's first. `tokenizer` is the
-    tokenizer.json that grammars need, "" where there is none; it is not read before the first of
-    them comes. `weight_set` is the key of the set that is to be attached, whatever has become of
-    the files at `model`; "" loads what lies there."""
+    `tokenizer` is the tokenizer.json that grammars need, "" where there is none; it is not read
+    before the first of them comes. `weight_set` is the key of the set that is to be attached,
+    whatever has become of the files at `model`; "" loads what lies there."""
 
     name: Bounded
     runtime_dir: Bounded
@@ -267,25 +268,14 @@ class InstanceSpec(Message, frozen=True):
     server_pid: Annotated[int, msgspec.Meta(ge=1)]
     model: Bounded
     served_model_name: Bounded
-    dtype: Bounded
-    max_model_len: int | None
-    max_num_seqs: Annotated[int, msgspec.Meta(ge=1)]
-    token_budget: Annotated[int, msgspec.Meta(ge=1)]
-    num_threads: Annotated[int, msgspec.Meta(ge=1)]
     requested_at: float
-    device: Bounded = ""
-    map_files: bool = False
+    settings: EngineSettings
+    num_threads: Annotated[int, msgspec.Meta(ge=1)]
+    """As `settings.threads` says, else the fewest: its part of the cores that all share."""
     tokenizer: Bounded = ""
     weight_set: Bounded = ""
     eos_token_ids: tuple[TokenId, ...] | None = None
     """Of that set's model; None leaves them to its files."""
-    shares_cores: bool = False
-    """Whether `num_threads` is the fewest, and instances that compute share all cores."""
-    attention_workspace_bytes: Annotated[int, msgspec.Meta(ge=1 << 20)] = 256 << 20
-    num_speculative_tokens: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
-    prefix_caching: bool = True
-    cpu_kernels: Bounded = "auto"
-    """The instruction set of the native decoder's kernels."""
 
 
 class Start(Message, tag="start", frozen=True):

@@ -26,7 +26,7 @@ from allocator.backends.cuda_driver import (
     load,
 )
 from allocator.backends.nvml import device_usage
-from allocator.backends.room import Room
+from allocator.backends.room import Room, size
 from allocator.errors import InvalidMessage, InvalidSetting, OutOfDeviceMemory, StaleGeneration
 from allocator.messages import Extent, Handle
 
@@ -214,9 +214,9 @@ class CUDABackend:
     def _no_room(self, num_bytes: int) -> OutOfDeviceMemory:
         own = sum(map(self.committed_bytes, [*self._segments, *self._pools]))
         return OutOfDeviceMemory(
-            f"{_size(num_bytes)} of device memory are needed, but {self.device} "
-            f"({self._device.model}) can't give them: it holds {_size(self.limit_bytes())} in all, "
-            f"of which {_size(own)} are this allocator's. Stop what else runs on that GPU "
+            f"{size(num_bytes)} of device memory are needed, but {self.device} "
+            f"({self._device.model}) can't give them: it holds {size(self.limit_bytes())} in all, "
+            f"of which {size(own)} are this allocator's. Stop what else runs on that GPU "
             "(`nvidia-smi` lists it), or instances that still map weights that were freed; let "
             "idle weight sets sleep; or serve a smaller model."
         )
@@ -235,7 +235,3 @@ class CUDABackend:
         if segment not in self._segments:
             raise StaleGeneration(f"the segment {segment} is gone")
         return self._segments[segment][1]
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

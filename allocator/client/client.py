@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from allocator import messages
-from allocator.client import tiers
-from allocator.client.connection import REQUEST_TIMEOUT_S, Connection
 from allocator.client.pool import Block, Lease, PoolClient
-from allocator.client.weights import WeightSetReader, WeightSetWriter
+from allocator.client.session.connection import REQUEST_TIMEOUT_S, Connection
+from allocator.client.weights import tiers
+from allocator.client.weights.weight_set import WeightSetReader, WeightSetWriter
 from allocator.errors import InvalidMessage, UnknownWeightSet, WaitTimeout
 from allocator.messages import (
     PROTOCOL_VERSION,

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from allocator import messages
 from allocator.backends import PoolWindow, for_handle
-from allocator.client.connection import Connection, expect
-from allocator.client.shortage import Shortage
+from allocator.client.session.connection import Connection, expect
+from allocator.client.session.shortage import Shortage
 from allocator.errors import (
     AllocatorGone,
     DoubleFree,
@@ -51,7 +51,7 @@ class _Mapped:
     def as_bytes(self) -> "torch.Tensor":
         """The whole window as uint8, one tensor however often it is asked for."""
         if self._bytes is None:
-            from allocator.client.tensor import as_bytes
+            from allocator.client.weights.tensor import as_bytes
 
             self._bytes = as_bytes(self.window)
         return self._bytes

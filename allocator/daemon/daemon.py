@@ -9,7 +9,6 @@ since handing out wrong memory is worse than restarting. Never imports torch.
 import contextlib
 import logging
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -20,53 +19,40 @@ from typing import Final
 import msgspec
 import zmq
 
-from allocator.backends import open_device
-from allocator.backends.limits import check_limits
-from allocator.backends.numa import placement_notes
-from allocator.daemon.bounded_router import BoundedRouter, Loss
-from allocator.daemon.budget import DeviceMemory
-from allocator.daemon.device import Answers, Device
-from allocator.daemon.events import History
-from allocator.daemon.hung_writers import HungWriters
-from allocator.daemon.journal.adopt import adopt, boot_id, read_records
-from allocator.daemon.journal.file import read_journal
-from allocator.daemon.journal.records import JOURNAL_VERSION, RunBegan, SessionBegan, SessionEnded
+from allocator.daemon.clients.bounded_router import BoundedRouter, Loss
+from allocator.daemon.clients.exports import send_exports
+from allocator.daemon.clients.hung_writers import HungWriters
+from allocator.daemon.clients.reception import Reception
+from allocator.daemon.clients.seldom import Seldom
+from allocator.daemon.clients.sessions import Session, Sessions
+from allocator.daemon.device.parts import Around
+from allocator.daemon.devices import Devices
+from allocator.daemon.journal.events import History
+from allocator.daemon.journal.records import (
+    JOURNAL_VERSION,
+    RunBegan,
+    SessionEnded,
+    boot_id,
+)
 from allocator.daemon.journal.state import StateJournal
 from allocator.daemon.own_segments import OwnSegments
-from allocator.daemon.reception import Reception
-from allocator.daemon.seldom import Seldom
-from allocator.daemon.sessions import Session, Sessions
 from allocator.daemon.settings import DaemonSettings
-from allocator.daemon.statistics import (
-    device_regions,
-    device_segments,
-    device_statistics,
-    session_holdings,
-)
 from allocator.daemon.weights.state import ReplyTo, WeightSet
 from allocator.errors import (
     AllocatorBusy,
     AllocatorError,
     DeviceError,
     InvalidMessage,
-    InvalidSetting,
     RuntimeDirError,
     Unauthorized,
 )
-from allocator.exports import send_exports
 from allocator.lifeline import LifelineListener, Visitor, refuse, tell_to_ask_again
 from allocator.messages import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     REQUEST_ID_BYTES,
     TOKEN_BYTES,
-    Events,
     Failed,
-    GetEvents,
-    GetHoldings,
-    GetRegions,
-    GetSegments,
-    GetStatistics,
     Message,
     Reply,
     Request,
@@ -93,9 +79,8 @@ class Daemon:
 
     def __init__(self, runtime_dir: RuntimeDir, settings: DaemonSettings | None = None):
         """Raises AlreadyRunning, InvalidSetting, RuntimeDirError, JournalError, DeviceError."""
-        self._settings = settings or DaemonSettings()
         self._sessions = Sessions()
-        self._devices: dict[str, Device] = {}
+        self._devices = Devices(settings or DaemonSettings())
         self._history = History()
         self._hung_writers = HungWriters()
         self._seldom = Seldom(log)
@@ -137,84 +122,24 @@ class Daemon:
                 f"{error.strerror}. See what lies there, or choose another one with --runtime-dir."
             ) from error
 
+    def _take_over(self, runtime_dir: RuntimeDir) -> None:
+        """What an earlier daemon left and is still true; the rest is removed."""
+        names, note = self._segments.names, self._journal.note
+        around = Around(self._started, self._sessions, self._history, names, note, self._reply)
+        self._devices.take_over(runtime_dir, self._segments, around)
+        for removed in self._segments.remove_abandoned():
+            self._history.add("removed", removed)
+        self._journal.begin()
+
     def _leave_to_the_next(self) -> None:
         """The start has failed: what was adopted is still there to be adopted."""
-        kept = any(list(device.memory.sets.handles()) for device in self._devices.values())
-        if not kept and not any(device.has_pool for device in self._devices.values()):
+        if not self._devices.hold_anything:
             self._journal.remove()
         self._segments.leave()
 
     def _is_client(self, password: bytes) -> bool:
         session = self._sessions.by_token(plain_token(password))
         return session is not None and not session.adopted
-
-    # --- the start
-
-    def _take_over(self, runtime_dir: RuntimeDir) -> None:
-        """Adopt what an earlier daemon left and is still true; remove the rest."""
-        settings = self._settings
-        now = time.monotonic()
-        journaled = read_records(read_journal(runtime_dir.journal))
-        self._segments.claim(journaled.segments())
-        dead = [one for one in journaled.sessions.values() if not self._sessions.adopt(one)]
-        opened = {
-            name: open_device(name, settings.placement if name == "host" else "")
-            for name in settings.devices
-        }
-        self._device_names = {name: backend.device for name, backend in opened.items()}
-        backends = list(opened.values())
-        host_tier = open_device("host")
-        for note in placement_notes(settings.placement):
-            log.warning("%s", note)
-        keep: set[str] = set()
-        answers = Answers(self._reply_later, self._note, self._sessions.pid)
-        for backend in backends:
-            if backend.device in self._devices:
-                raise InvalidSetting(f"the device {backend.device} is named twice")
-            limit = settings.memory_limit
-            if limit is None:
-                limit = backend.default_limit_bytes({one.process.pid for one in self._sessions})
-            adopted = adopt(
-                journaled.device(backend.device),
-                [s for s in journaled.sessions.values() if s.device == backend.device],
-                backend,
-                host_tier,
-                limit_bytes=limit,
-                quotas=settings.quotas,
-                now=now,
-            )
-            device = Device(
-                backend,
-                host_tier,
-                adopted.memory,
-                self._segments.names,
-                answers,
-                self._history,
-                image_folder=settings.image_folder,
-                host_tier_limit=settings.host_tier_limit,
-                prefix_cache_limit=settings.prefix_cache_limit,
-                pool=adopted.pool,
-            )
-            device.num_adopted_sets = adopted.num_sets
-            self._devices[backend.device] = device
-            for session in dead:
-                if session.device == backend.device:
-                    device.end_session(session, now)
-            device.find_images()
-            keep |= {handle.segment for handle in adopted.memory.sets.handles()}
-            keep |= {adopted.pool.segment} if adopted.pool is not None else set()
-            if adopted.num_sets or adopted.pool:
-                self._history.add("adopted", _inheritance(adopted.memory, len(self._sessions)))
-        for session in list(self._sessions):
-            if session.device not in self._devices:
-                self._sessions.remove(session)
-        for side in {backend.name: backend for backend in (*backends, host_tier)}.values():
-            for name in side.sweep(runtime_dir.segment_prefix, frozenset(keep)):
-                self._history.add("removed", f"{name}, of an allocator that is gone")
-        self._segments.settle(keep)
-        for removed in self._segments.remove_abandoned():
-            self._history.add("removed", removed)
-        self._journal.begin()
 
     # --- life
 
@@ -258,7 +183,7 @@ class Daemon:
         if self._router.socket in events:
             self._answer_requests()
         now = time.monotonic()
-        for device in self._devices.values():
+        for device in self._devices:
             for weight_set, waiter in device.memory.sets.expired(now):
                 self._reply(waiter.reply_to, waiter.session, device.still_loading(weight_set))
                 self._doubt(weight_set, now)
@@ -279,8 +204,8 @@ class Daemon:
             self._end_session(writer)
 
     def _patience_ms(self) -> int | None:
-        deadlines = [device.memory.sets.next_deadline() for device in self._devices.values()]
-        deadlines += [device.next_relief() for device in self._devices.values()]
+        deadlines = [device.memory.sets.next_deadline() for device in self._devices]
+        deadlines += [device.next_relief() for device in self._devices]
         deadlines += [self._reception.next_deadline()]
         if len(self._sessions):  # nobody else can send anything
             deadlines += [self._router.next_tick()]
@@ -304,7 +229,7 @@ class Daemon:
                     tell_to_ask_again(session.lifeline)
 
     def _close(self) -> None:
-        for device in self._devices.values():
+        for device in self._devices:
             device.close()
         for session in self._sessions:
             session.close()
@@ -338,7 +263,7 @@ class Daemon:
                 token=session.token,
                 requests=self._requests,
                 device=session.device,
-                devices=tuple(self._devices),
+                devices=self._devices.names,
                 resumed=resumed,
             )
         except EOFError:
@@ -361,7 +286,7 @@ class Daemon:
         process = ProcessIdentity.of(visitor.pid)
         if process is None:
             raise EOFError
-        chosen = self._device(device)
+        chosen = self._devices.find(device)
         session = Session(
             self._sessions.next_number(),
             process,
@@ -374,26 +299,16 @@ class Daemon:
         )
         self._sessions.add(session)
         chosen.begin_session(session)
-        self._note(_session_record(session))
+        self._journal.note(session.record())
         log.debug("session %d: pid %d", session.number, process.pid)
         return session
-
-    def _device(self, name: str) -> Device:
-        if not name:
-            return next(iter(self._devices.values()))
-        name = self._device_names.get(name, name)
-        if name not in self._devices:
-            raise InvalidSetting(
-                f"this allocator has no device {name!r}, only {', '.join(self._devices)}"
-            )
-        return self._devices[name]
 
     def _end_session(self, session: Session) -> None:
         self._poller.unregister(session.fd)
         self._sessions.remove(session)
         self._hung_writers.forget(session)
         log.debug("session %d ended: pid %d", session.number, session.process.pid)
-        self._note(SessionEnded(number=session.number))
+        self._journal.note(SessionEnded(number=session.number))
         self._devices[session.device].end_session(session, time.monotonic())
 
     # --- requests
@@ -421,7 +336,8 @@ class Daemon:
             session = self._sessions.by_token(token) if len(token) == TOKEN_BYTES else None
             if session is None or session.adopted:
                 raise Unauthorized("no open lifeline stands behind this token")
-            reply = self._dispatch(session, reply_to, _decoded(payload))
+            request, now = _decoded(payload), time.monotonic()
+            reply = self._devices[session.device].dispatch(session, reply_to, request, now)
         except AllocatorError as error:
             reply = Failed(code=error.code, message=str(error)[:4000])
         except OSError as error:
@@ -437,30 +353,6 @@ class Daemon:
             self._devices[session.device].memory.check()
         text = f"the machine does not let the allocator do that: {error}"
         return Failed(code=DeviceError.code, message=text[:4000])
-
-    def _dispatch(self, session: Session, reply_to: ReplyTo, request: Request) -> Reply | None:
-        now = time.monotonic()
-        device = self._devices[session.device]
-        match request:
-            case GetStatistics():
-                uptime_s = now - self._started
-                device.look(now)
-                return device_statistics(
-                    device, self._sessions, now, uptime_s, self._history.num_events
-                )
-            case GetRegions():
-                return device_regions(device, self._sessions)
-            case GetHoldings(page=page):
-                return session_holdings(device, session, page)
-            case GetSegments(page=page):
-                return device_segments(device, page)
-            case GetEvents(after=after):
-                return Events(events=self._history.after(after))
-            case _:
-                return device.dispatch(session, reply_to, request, now)
-
-    def _reply_later(self, reply_to: ReplyTo, number: int, message: Reply) -> None:
-        self._reply(reply_to, number, message)
 
     def _reply(self, reply_to: ReplyTo, number: int, message: Reply) -> None:
         identity, request_id = reply_to
@@ -485,14 +377,11 @@ class Daemon:
 
     # --- the journal
 
-    def _note(self, record: Message, sync: bool = False) -> None:
-        self._journal.note(record, sync)
-
     def _snapshot(self) -> Iterator[Message]:
         yield RunBegan(version=JOURNAL_VERSION, boot_id=boot_id())
         for session in self._sessions:
-            yield _session_record(session)
-        for device in self._devices.values():
+            yield session.record()
+        for device in self._devices:
             yield from device.records()
 
 
@@ -505,49 +394,3 @@ def _decoded(payload: bytes) -> Request:
         return decode_request(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidMessage(f"not a request: {error}") from error
-
-
-def _session_record(session: Session) -> SessionBegan:
-    return SessionBegan(
-        number=session.number,
-        pid=session.process.pid,
-        start_ticks=session.process.start_ticks,
-        token=session.token,
-        device=session.device,
-        model=session.model,
-        user=session.user,
-        label=session.label,
-    )
-
-
-def _inheritance(memory: DeviceMemory, num_sessions: int) -> str:
-    num_sets = sum(weight_set.state in ("sealed", "idle") for weight_set in memory.sets)
-    statistics = memory.pool.statistics()
-    return (
-        f"{num_sets} weight sets, {statistics.num_leases} leases, {statistics.num_blocks} blocks "
-        f"and {num_sessions} sessions of an allocator that was killed"
-    )
-
-
-def run(
-    runtime_dir: RuntimeDir,
-    settings: DaemonSettings | None = None,
-    *,
-    ready_fd: int | None = None,
-) -> None:
-    """Serve until SIGTERM or SIGINT; `ready_fd` gets one byte, and is closed, once clients can
-    connect. Raises AlreadyRunning, InvalidSetting."""
-    os.umask(0o077)
-    if settings is None or "host" in settings.devices:
-        check_limits(None if settings is None else settings.memory_limit)
-    # A lifeline each client, and for a moment a descriptor for what it maps.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    daemon = Daemon(runtime_dir, settings)
-    daemon.stop_on_signals()
-    log.info("allocator ready in %s", runtime_dir.path)
-    if ready_fd is not None:
-        os.write(ready_fd, b"\n")
-        os.close(ready_fd)
-    daemon.serve()
-    log.info("allocator stopped")

@@ -2,7 +2,7 @@
 
 Owns the runs that this daemon answers for: its own, and those whose segments it has adopted. Their
 locks show everybody else that they are not abandoned. Invariant: of others only that is removed of
-which it is proven that nobody uses it (`backends.segments`), and whose directory is not here, where
+which it is proven that nobody uses it (`backends.runs`), and whose directory is not here, where
 its own next daemon would look for it. Knows nothing of what segments hold.
 """
 
@@ -12,17 +12,16 @@ import secrets
 from collections.abc import Collection, Iterator
 
 from allocator.backends.room import size
-from allocator.backends.segments import (
-    OWNER,
+from allocator.backends.runs import (
     RunLock,
     RunOwner,
     abandoned_runs,
     new_run,
-    remove,
     remove_abandoned,
     run_of,
     runs_of,
 )
+from allocator.backends.segments import OWNER, remove
 from allocator.errors import DeviceError
 from allocator.runtime_dir import RuntimeDir
 

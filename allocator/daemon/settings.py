@@ -1,14 +1,15 @@
-"""What a daemon is started with, and how its options are read from a command line.
+"""What a daemon is started with, and how that is written on a command line and read from it.
 
-Owns the defaults. Invariant: a `DaemonSettings` that was parsed can be used as far as its own text
-goes. Knows nothing of what the machine has.
+Owns the options and the defaults: whoever offers options, passes them on or reads them does it by
+`OPTIONS`. Invariant: a `DaemonSettings` that was parsed can be used as far as its own text goes.
+Knows nothing of what the machine has.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from allocator.errors import InvalidSetting
 
@@ -30,6 +31,66 @@ def default_image_folder() -> Path:
 
 
 @dataclass(frozen=True)
+class Option:
+    """One option of the daemon's command."""
+
+    name: str
+    help: str
+    metavar: str = "SIZE"
+    repeats: bool = False
+    """Whether it can be given again; of any other the last one counts."""
+
+    @property
+    def field(self) -> str:
+        """As a name in Python."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+OPTIONS: Final = (
+    Option(
+        "--device",
+        "host, cuda:N or cuda:GPU-UUID; can be given again. Default: host.",
+        "DEVICE",
+        repeats=True,
+    ),
+    Option("--memory-limit", "What to use at most of each device, as 800M or 20GiB. Default: all."),
+    Option("--host-tier-limit", "What may sleep in host memory. Default: all of /dev/shm."),
+    Option(
+        "--prefix-cache-limit",
+        "What KV blocks that nobody maps may take. Default: what --memory-limit leaves; "
+        "without one, an eighth of host memory.",
+    ),
+    Option(
+        "--image-dir", "Where weight sets sleep on disk. Default: ~/.cache/onecopy/images.", "PATH"
+    ),
+    Option(
+        "--placement",
+        "Of host memory: huge, interleave:0+1, bind:0, preferred:0; or several.",
+        "POLICY",
+    ),
+    Option(
+        "--quota",
+        "model:NAME=SIZE or user:NAME=SIZE; can be given again.",
+        "KIND:NAME=SIZE",
+        repeats=True,
+    ),
+)
+
+
+def option_arguments(given: Mapping[str, object]) -> list[str]:
+    """Options by their fields, as a command takes them: one that repeats as a sequence, one that is
+    None or "" not at all. Raises KeyError for a field of none."""
+    known = {option.field: option for option in OPTIONS}
+    arguments: list[str] = []
+    for name, value in given.items():
+        option = known[name]
+        values = value if isinstance(value, list | tuple) else [value]
+        for one in values:
+            arguments += [option.name, str(one)] if one not in (None, "") else []
+    return arguments
+
+
+@dataclass(frozen=True)
 class DaemonSettings:
     """Limits in bytes, None for what the machine has. `quotas` by ("model" or "user", name)."""
 
@@ -40,6 +101,24 @@ class DaemonSettings:
     image_folder: Path = field(default_factory=default_image_folder)
     placement: str = ""
     quotas: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Sequence[str]]) -> Self:
+        """From what was given for each option, by its field. Raises InvalidSetting."""
+        last = {name: texts[-1] for name, texts in given.items() if texts}
+
+        def num_bytes(name: str) -> int | None:
+            return parse_bytes(last[name]) if name in last else None
+
+        return cls(
+            devices=tuple(given.get("device", ())) or cls.devices,
+            memory_limit=num_bytes("memory_limit"),
+            host_tier_limit=num_bytes("host_tier_limit"),
+            prefix_cache_limit=num_bytes("prefix_cache_limit"),
+            image_folder=Path(last.get("image_dir") or default_image_folder()).absolute(),
+            placement=last.get("placement", ""),
+            quotas=parse_quotas(given.get("quota", ())),
+        )
 
 
 def parse_bytes(text: str) -> int:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-_ROOT: Final = str(Path(__file__).resolve().parents[1])
+_ROOT: Final = str(Path(__file__).resolve().parents[2])
 """Where our packages lie."""
 
 

@@ -30,7 +30,7 @@ _COUNTERS: Final[Sequence[tuple[str, str, _Figure]]] = (
 )
 
 
-class InstanceFigures(Collector):
+class InstanceMetrics(Collector):
     """What the instances said last, in the moment of a scrape."""
 
     def __init__(self, instances: Callable[[], Sequence[Instance]]):

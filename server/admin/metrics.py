@@ -16,7 +16,6 @@ from prometheus_client.registry import Collector
 
 from allocator import AllocatorError, RuntimeDir, Statistics, connect
 
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX: Final = "onecopy_allocator_"
 _STATES: Final = ("loading", "sealed", "idle", "moving", "asleep")
 _ANSWER_S: Final = 2.0

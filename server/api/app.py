@@ -11,29 +11,34 @@ from typing import Final
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from server.admin.metrics import CONTENT_TYPE
 from server.api.allowed_hosts import AllowedHosts, HostCheck
 from server.api.openai import chat, completions, embeddings, errors, models
-from server.api.openai.admission import Current, Serving
+from server.api.openai.admission import Current, Front
 from server.api.openai.body_reader import BodyReader
+from server.api.openai.cells import Cells
+from server.api.openai.grammar_checks import GrammarChecks
+from server.cache_salt import CacheSalts
 from server.models.in_flight import InFlight, InFlightCount
 from server.version import version as own_version
-
-__all__ = ["MAX_BODY_BYTES", "Current", "Serving", "create_app"]
 
 MAX_BODY_BYTES: Final = 32 << 20
 
 
 def create_app(
     current: Current,
+    cells: Cells,
     *,
+    salts: CacheSalts | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
     metrics: Callable[[], Awaitable[bytes]] | None = None,
     allowed_hosts: AllowedHosts | None = None,
     in_flight: InFlight | None = None,
 ) -> FastAPI:
-    """The app for one served model, as it is at the moment. It owns nothing that needs closing.
+    """The app for what is served at the moment. It owns nothing that needs closing.
+
+    `cells` are where it does what may cost much; `salts` None: all share what was computed.
     `metrics` makes what a Prometheus scrape gets. `allowed_hosts` None: whoever calls it may call
     it anything, since no web page can reach it. `in_flight` counts the requests."""
     app = FastAPI(
@@ -44,10 +49,11 @@ def create_app(
         redoc_url=None,
     )
     errors.install(app)
-    bodies = BodyReader(current, max_body_bytes)
+    front = Front(current, cells, GrammarChecks(cells), salts or CacheSalts())
+    bodies = BodyReader(front, max_body_bytes)
     for endpoint in (completions, chat, embeddings):
-        app.include_router(endpoint.routes(current, bodies))
-    app.include_router(models.routes(current))
+        app.include_router(endpoint.routes(front, bodies))
+    app.include_router(models.routes(front))
     if allowed_hosts is not None:
         app.add_middleware(HostCheck, allowed=allowed_hosts)
     if in_flight is not None:
@@ -56,11 +62,11 @@ def create_app(
     @app.get("/health")
     async def health() -> Response:
         """200 while at least one instance answers requests, else 503."""
-        generator = current().generator
-        num_ready = generator.num_ready
+        generators = [one.generator for one in current().values()]
+        num_ready = sum(one.num_ready for one in generators)
         if num_ready:
             return JSONResponse({"status": "ok", "num_ready": num_ready})
-        status = "asleep" if generator.asleep else "not_ready"
+        status = "asleep" if all(one.asleep for one in generators) else "not_ready"
         return JSONResponse({"status": status, "num_ready": 0}, status_code=503)
 
     @app.get("/version")
@@ -71,6 +77,6 @@ def create_app(
 
         @app.get("/metrics", include_in_schema=False)
         async def scraped() -> Response:
-            return Response(await metrics(), media_type=CONTENT_TYPE)
+            return Response(await metrics(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return app

@@ -7,13 +7,18 @@ import typer
 from allocator import parse_bytes
 from server import console
 from server.cli.options import JsonOption, RuntimeDirOption, one_line_errors, print_json
+from server.cli.setting_options import Options, engine_settings, takes_settings
+from server.console.checks import checks_line, checks_table
+from server.console.plan import plan_heading, plan_lines, plan_table
 from server.machine import checks
 from server.machine.doctor import clear_up, examine
-from server.machine.plan import MAX_NUM_SEQS, Load, make_plan, read_estimate, read_machine
-from server.machine.served_check import served_model
+from server.machine.plan import Load, make_plan, read_estimate, read_machine
+from server.machine.served_check import served_models
 from server.models.source import find_model
+from server.units import size_text
 
 
+@takes_settings("num_instances", "max_model_len", "max_num_seqs", "dtype")
 def plan(
     model: Annotated[
         str,
@@ -21,23 +26,7 @@ def plan(
             help="`demo`, a Hugging Face folder, a .gguf file, or a hub id.", show_default=False
         ),
     ],
-    instances: Annotated[int, typer.Option(min=1, max=256, help="Engines to run.")] = 2,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Longest prompt and answer together, in tokens. Default: the model's own."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(min=1, max=MAX_NUM_SEQS, help="Sequences that run at once in one instance."),
-    ] = 16,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bfloat16, float16 or float32. auto: the checkpoint's; GGUF: bfloat16."
-        ),
-    ] = "auto",
+    options: Options,
     tensor_parallel_size: Annotated[
         int, typer.Option(min=1, max=1024, help="Ranks of an instance, to plan for; serve has one.")
     ] = 1,
@@ -57,16 +46,17 @@ def plan(
     an estimate. Exit status 0 also where it does not fit: `--json` says so.
     """
     with one_line_errors():
+        engine = engine_settings(options)
         source = find_model(model)
         with console.err.status(f"reading the headers of {source.name}"):
-            estimate = read_estimate(source, dtype, max_model_len, tensor_parallel_size)
+            estimate = read_estimate(source, engine, tensor_parallel_size)
         made = make_plan(
             source.name,
             source.path,
             estimate,
             Load(
-                num_instances=instances,
-                max_num_seqs=max_num_seqs,
+                num_instances=options["num_instances"],
+                max_num_seqs=engine.max_num_seqs,
                 max_model_len=estimate.max_model_len,
                 tensor_parallel_size=tensor_parallel_size,
             ),
@@ -75,9 +65,9 @@ def plan(
         if as_json:
             print_json(made.model_dump(mode="json"))
             return
-        console.out.print(console.plan_heading(made), markup=False)
-        console.out.print(console.plan_table(made))
-        console.out.print(console.plan_lines(made), markup=False)
+        console.out.print(plan_heading(made), markup=False)
+        console.out.print(plan_table(made))
+        console.out.print(plan_lines(made), markup=False)
 
 
 def doctor(
@@ -94,15 +84,15 @@ def doctor(
 ) -> None:
     """Check this machine, and say what to do where something is missing; exit 1 on a problem."""
     for run in clear_up() if fix else ():
-        size = checks.size_text(run.num_bytes)
+        size = size_text(run.num_bytes)
         console.err.print(f"removed {len(run.segments)} segments, {size}: {run.run}-*")
-    found = [*examine(runtime_dir), *served_model(runtime_dir)]
+    found = [*examine(runtime_dir), *served_models(runtime_dir)]
     status = checks.worst(found)
     if as_json:
         print_json({"status": status, "checks": [one.model_dump() for one in found]})
     else:
-        console.out.print(console.checks_table(found))
-        console.out.print(console.checks_line(found), markup=False)
+        console.out.print(checks_table(found))
+        console.out.print(checks_line(found), markup=False)
     if status == "problem":
         raise typer.Exit(1)
 

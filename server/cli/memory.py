@@ -1,71 +1,60 @@
 """Commands about memory: allocator, sleep, wake, pin, evict, and the view of `ps --memory`."""
 
+import inspect
 import os
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
 import typer
 
-from allocator import RuntimeDir, connect, module_command, module_environment
+from allocator import OPTIONS as ALLOCATOR_OPTIONS
+from allocator import (
+    RuntimeDir,
+    connect,
+    module_command,
+    module_environment,
+    option_arguments,
+)
 from server import console
-from server.admin.memory import sleep_model, wake_model, weight_set
+from server.admin.weight_sets import sleep_model, wake_model, weight_set
 from server.cli.memory_view import event_lines, memory_view
 from server.cli.options import ModelArgument, RuntimeDirOption, one_line_errors, print_json
 
 
-def allocator(
-    device: Annotated[
-        list[str] | None,
-        typer.Option(help="host, cuda:N or cuda:GPU-UUID; can be given again. Default: host."),
-    ] = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(help="What to use at most of each device, as 800M or 20GiB. Default: all."),
-    ] = None,
-    host_tier_limit: Annotated[
-        str | None, typer.Option(help="What may sleep in host memory. Default: all of /dev/shm.")
-    ] = None,
-    prefix_cache_limit: Annotated[
-        str | None,
-        typer.Option(
-            help="What KV blocks that nobody maps may take. Default: what --memory-limit leaves; "
-            "without one, an eighth of host memory."
-        ),
-    ] = None,
-    image_dir: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="ONECOPY_IMAGE_DIR",
-            help="Where weight sets sleep on disk. Default: ~/.cache/onecopy/images.",
-            show_default=False,
-        ),
-    ] = None,
-    placement: Annotated[
-        str,
-        typer.Option(help="Of host memory: huge, interleave:0+1, bind:0, preferred:0; or several."),
-    ] = "",
-    quota: Annotated[
-        list[str] | None,
-        typer.Option(help="model:NAME=SIZE or user:NAME=SIZE; can be given again."),
-    ] = None,
-    runtime_dir: RuntimeDirOption = None,
-) -> None:
+def allocator(runtime_dir: RuntimeDirOption = None, **given: object) -> None:
     """Run the allocator alone, so that weights outlive the servers that use them."""
-    given = {
-        "--runtime-dir": runtime_dir,
-        "--memory-limit": memory_limit,
-        "--host-tier-limit": host_tier_limit,
-        "--prefix-cache-limit": prefix_cache_limit,
-        "--image-dir": image_dir,
-        "--placement": placement,
-    }
-    arguments = [text for name, value in given.items() if value for text in (name, str(value))]
-    arguments += [text for one in device or [] for text in ("--device", one)]
-    arguments += [text for one in quota or [] for text in ("--quota", one)]
+    arguments = option_arguments(given)
+    if runtime_dir is not None:
+        arguments += ["--runtime-dir", str(runtime_dir)]
     command = module_command("allocator", *arguments)
     # Replace this process: the daemon needs none of what the command line has imported.
     os.execve(command[0], command, module_environment())  # noqa: S606
+
+
+def _options_of_the_daemon() -> Iterator[inspect.Parameter]:
+    """Each as typer declares one."""
+    for option in ALLOCATOR_OPTIONS:
+        shown = typer.Option(
+            option.name,
+            help=option.help,
+            envvar="ONECOPY_IMAGE_DIR" if option.field == "image_dir" else None,
+            show_default=False,
+        )
+        kind: object = list[str] | None if option.repeats else str | None
+        declared: object = Annotated[kind, shown]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        yield inspect.Parameter(option.field, keyword, default=None, annotation=declared)
+
+
+def _with_options_of_the_daemon(command: Callable[..., None]) -> None:
+    own = [one for one in inspect.signature(command).parameters.values() if one.name != "given"]
+    signature = inspect.Signature([*own, *_options_of_the_daemon()])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+
+
+_with_options_of_the_daemon(allocator)
 
 
 def sleep(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from allocator.messages import Event, Region, Regions, Statistics, WeightSetStatistics
-from server.console import megabytes
+from server.units import size_text
 
 _WIDTH: Final = 72
 _STYLES: Final = {
@@ -40,9 +40,9 @@ def memory_view(statistics: Statistics, regions: Regions) -> RenderableType:
         parts += [
             Text(),
             Text(
-                f"pool: {megabytes(pool.leased_bytes)} in {pool.num_leases} leases, "
-                f"{megabytes(pool.cached_bytes)} in {pool.num_blocks} sealed blocks "
-                f"({megabytes(pool.evictable_bytes)} of them unpinned), fragmentation "
+                f"pool: {size_text(pool.leased_bytes)} in {pool.num_leases} leases, "
+                f"{size_text(pool.cached_bytes)} in {pool.num_blocks} sealed blocks "
+                f"({size_text(pool.evictable_bytes)} of them unpinned), fragmentation "
                 f"{pool.fragmentation:.0%}"
             ),
             _pool_bar(regions),
@@ -53,8 +53,8 @@ def memory_view(statistics: Statistics, regions: Regions) -> RenderableType:
     for quota in statistics.quotas:
         parts.append(
             Text(
-                f"quota of {quota.kind} {quota.name}: {megabytes(quota.used_bytes)} of "
-                f"{megabytes(quota.limit_bytes)}"
+                f"quota of {quota.kind} {quota.name}: {size_text(quota.used_bytes)} of "
+                f"{size_text(quota.limit_bytes)}"
             )
         )
     return Group(*parts)
@@ -71,11 +71,11 @@ def event_lines(events: Sequence[Event]) -> RenderableType:
 
 def _headline(statistics: Statistics) -> str:
     text = (
-        f"{statistics.device}: {megabytes(statistics.used_bytes)} of "
-        f"{megabytes(statistics.limit_bytes)} used"
+        f"{statistics.device}: {size_text(statistics.used_bytes)} of "
+        f"{size_text(statistics.limit_bytes)} used"
     )
     if statistics.host_tier_bytes:
-        text += f"; {megabytes(statistics.host_tier_bytes)} asleep in host memory"
+        text += f"; {size_text(statistics.host_tier_bytes)} asleep in host memory"
     return f"{text}; allocator pid {statistics.pid}"
 
 
@@ -116,7 +116,7 @@ def _legend(statistics: Statistics) -> Text:
     legend = Text(" ")
     for kind, num_bytes in figures.items():
         legend.append(_GLYPHS[kind], style=_STYLES[kind])
-        legend.append(f" {kind} {megabytes(num_bytes)}   ")
+        legend.append(f" {kind} {size_text(num_bytes)}   ")
     return legend
 
 
@@ -129,7 +129,7 @@ def _weight_sets(weight_sets: Sequence[WeightSetStatistics]) -> Table:
     for one in weight_sets:
         state = f"{one.state}, pinned" if one.pinned else one.state
         tier = f"{one.tier}+image" if one.has_image and one.tier != "disk" else one.tier
-        table.add_row(one.key, state, tier, megabytes(one.num_bytes), _mapped_by(one))
+        table.add_row(one.key, state, tier, size_text(one.num_bytes), _mapped_by(one))
     return table
 
 
@@ -150,7 +150,7 @@ def _pool_bar(regions: Regions) -> Text:
     total = sum(one.num_bytes for one in shown)
     bar = _bar([(one.kind, one.num_bytes) for one in shown[:_WIDTH]], total)
     rest = regions.total_bytes - total
-    bar.append(f" + {megabytes(rest)} free" if rest else "")
+    bar.append(f" + {size_text(rest)} free" if rest else "")
     return bar
 
 
@@ -168,7 +168,7 @@ def _sessions(statistics: Statistics) -> Table:
             label,
             one.model or "-",
             one.user or "-",
-            megabytes(one.leased_bytes),
+            size_text(one.leased_bytes),
             str(one.num_pinned_blocks),
         )
     return table

@@ -17,18 +17,17 @@ from pydantic import ValidationError
 
 from allocator import AllocatorError
 from server import console
-from server.admin.app import AdminError
-from server.admin.memory import NoSuchModel
+from server.admin.client import AdminError
+from server.admin.weight_sets import NoSuchModel
 from server.background import WorkEnded
+from server.cli.setting_options import option
 from server.errors import ServerError
 from server.fleet.fleet import StartError
-from server.fleet.sleep import CannotSleep
 from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
-from server.models.reload import CannotReload
 from server.models.source import ModelNotFound
 from server.serve import AddressInUse
-from workers import CheckpointError
+from workers import CheckpointError, InvalidSetting
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -60,9 +59,8 @@ def one_line_errors() -> Iterator[None]:
         AddressInUse,
         AdminError,
         AllocatorError,
-        CannotReload,
-        CannotSleep,
         CheckpointError,
+        InvalidSetting,
         ModelNotFound,
         NoSuchModel,
         NothingToProve,
@@ -73,16 +71,11 @@ def one_line_errors() -> Iterator[None]:
     ) as error:
         fail(str(error))
     except ValidationError as error:
-        fail("; ".join(f"--{_option(e['loc'][0])}: {e['msg']}" for e in error.errors()))
+        fail("; ".join(f"{option(str(e['loc'][0]))}: {e['msg']}" for e in error.errors()))
     except BrokenPipeError:
         raise  # of whoever reads our output
     except OSError as error:
         fail(_about(error))
-
-
-def _option(field: object) -> str:
-    """As it is called on the command line."""
-    return str(field).replace("_", "-")
 
 
 def _about(error: OSError) -> str:

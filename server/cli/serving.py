@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import os
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -15,14 +13,17 @@ from allocator import (
     Role,
     RuntimeDir,
     check_limits,
-    parse_bytes,
     remove_leftovers,
 )
 from server import console
-from server.admin.app import ADMIN_PATHS, AdminClient, AdminError, NoServer, ServerStatus
+from server.admin.client import AdminClient, AdminError, NoServer
+from server.admin.schemas import ADMIN_PATHS, InstanceStatus
 from server.api.http_server import raise_descriptor_limit
 from server.cli.memory import show_memory
 from server.cli.options import JsonOption, RuntimeDirOption, fail, one_line_errors, print_json
+from server.cli.setting_options import Options, settings, takes_settings
+from server.console.status import instances_table, status_lines
+from server.console.verdict import verdict_lines, verdict_text
 from server.log_limit import LogLimit
 from server.machine import device_verify, process_memory
 from server.machine.handed_out import seen
@@ -31,8 +32,7 @@ from server.machine.verify import MAX_PRIVATE_BYTES
 from server.models.source import find_model
 from server.processes.stopping import answers_nothing, stop_process
 from server.serve import serve as run_server
-from server.settings import Settings
-from workers import KERNEL_SETS, KERNELS_VARIABLE
+from server.settings import MAX_INSTANCES
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
@@ -44,6 +44,7 @@ _ANSWER_S: Final = 3.0
 """What a server may take to hear that it is to end."""
 
 
+@takes_settings()
 def serve(
     model: Annotated[
         str,
@@ -51,127 +52,10 @@ def serve(
             help="`demo`, a Hugging Face folder, a .gguf file, or a hub id.", show_default=False
         ),
     ],
-    instances: Annotated[
-        int,
-        typer.Option(min=1, max=256, help="Engines to run; they share one copy of the weights."),
-    ] = 2,
-    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to serve on; 0 picks a free one.")
-    ] = 8000,
-    uds: Annotated[
-        Path | None, typer.Option(help="Serve on this Unix socket instead of host and port.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A name by which clients may call the server, as `api.example.com`, "
-            "`*.example.com` or `*`; can be given several times. Addresses, localhost and the "
-            "machine's own name need not be named.",
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Longest prompt and answer together, in tokens. Default: the model's own."
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Sequences that run at once in one instance.")
-    ] = 16,
-    max_queued: Annotated[
-        int,
-        typer.Option(min=1, help="Requests that may wait beyond those; one more is refused (503)."),
-    ] = 256,
-    max_num_batched_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Prompt tokens that one step computes: more take in prompts faster, fewer hold up "
-            "running streams less.",
-        ),
-    ] = 384,
-    attention_workspace: Annotated[
-        str, typer.Option(help="What attention may take for itself in a step, as 256MiB.")
-    ] = "256MiB",
-    num_speculative_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=16,
-            help="Guess up to so many tokens ahead by looking up what the text has said before, "
-            "and check them in one step. The text is the same.",
-        ),
-    ] = 0,
-    prefix_caching: Annotated[
-        bool,
-        typer.Option(
-            help="Let instances find what any of them has computed of a common beginning."
-        ),
-    ] = True,
-    cpu_kernels: Annotated[
-        str,
-        typer.Option(
-            envvar=KERNELS_VARIABLE,
-            help=f"Instructions to use: {', '.join(KERNEL_SETS)}; auto: the best there are.",
-        ),
-    ] = "auto",
-    prefix_cache_salt: Annotated[
-        str,
-        typer.Option(
-            help="Who finds what was computed: none (all find all), key (requests of the same API "
-            "key), random (requests of this start of the server)."
-        ),
-    ] = "none",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto, bfloat16, float16 or float32. auto: the checkpoint's; GGUF: bfloat16."
-        ),
-    ] = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="CPU threads of one instance. Default: those that compute share the cores."
-        ),
-    ] = None,
+    options: Options,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its file's name.")
     ] = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A file with the chat template to use in place of the model's own, in Jinja.",
-        ),
-    ] = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(help="What the allocator may use, as 800M or 20GiB, where this starts one."),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="Where the weights are: host, cuda:N or cuda:GPU-UUID.")
-    ] = "host",
-    map_files: Annotated[
-        bool,
-        typer.Option(
-            "--map-files",
-            help="Map safetensors that need no conversion instead of copying them: starts at once, "
-            "but the files must not be changed meanwhile.",
-        ),
-    ] = False,
-    drain_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that running requests get at the end.")
-    ] = 30.0,
-    hang_timeout: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="Seconds for which an instance may be stopped before another takes its place; "
-            "0: for ever, as for a debugger.",
-        ),
-    ] = 3.0,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Serve MODEL over an OpenAI-compatible REST API.
@@ -183,45 +67,25 @@ def serve(
     _log_to_stderr()
     with one_line_errors():
         source = find_model(model)
-        settings = Settings(
+        told = settings(
+            options,
             model=source.path,
             model_named=str(source.given or model),
             model_given=source.given,
             served_model_name=served_model_name or source.name,
-            chat_template=chat_template,
-            runtime_dir=RuntimeDir.open(runtime_dir).path,
-            host=host,
-            port=port,
-            uds=uds.absolute() if uds else None,
-            allowed_hosts=tuple(allowed_host or ()),
-            num_instances=instances,
             sampling_defaults=source.sampling,
-            dtype=dtype,  # type: ignore[arg-type]  # pydantic checks it
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_queued=max_queued,
-            token_budget=max_num_batched_tokens,
-            attention_workspace=parse_bytes(attention_workspace),
-            num_speculative_tokens=num_speculative_tokens,
-            prefix_caching=prefix_caching,
-            cpu_kernels=cpu_kernels,  # type: ignore[arg-type]  # pydantic checks it
-            prefix_cache_salt=prefix_cache_salt,  # type: ignore[arg-type]  # as dtype
-            num_threads=threads or default_threads(instances),
-            shares_cores=threads is None,
-            drain_timeout_s=drain_timeout,
-            hang_timeout_s=hang_timeout,
-            memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
-            device=device,
-            map_files=map_files,
+            runtime_dir=RuntimeDir.open(runtime_dir).path,
         )
-        _check_open_files(instances)
-        if settings.device == "host":
-            check_limits(settings.memory_limit)
-        asyncio.run(run_server(settings))
+        _check_open_files(told.num_instances)
+        if told.engine.device == "host":
+            check_limits(told.memory_limit)
+        asyncio.run(run_server(told))
 
 
 def scale(
-    instances: Annotated[int, typer.Argument(min=1, max=256, help="How many there should be.")],
+    instances: Annotated[
+        int, typer.Argument(min=1, max=MAX_INSTANCES, help="How many there should be.")
+    ],
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Change the number of instances of the running server; surplus ones finish their requests."""
@@ -247,26 +111,34 @@ def ps(
             return
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
-        memories = _memories(status, seen(directory))
+        instances = [(one.model, instance) for one in status.models for instance in one.instances]
+        pids = [instance.pid for _, instance in instances]
+        memories = process_memory.read_all(pids, seen(directory))
         if as_json:
+            shown = zip(instances, memories, strict=True)
             print_json(
                 {
-                    **status.model_dump(exclude={"instances"}),
-                    "instances": [
-                        {
-                            **instance.model_dump(),
-                            "model": status.model,
-                            "shared_bytes": memory.shared_bytes if memory else None,
-                            "private_bytes": memory.private_bytes if memory else None,
-                            "kv_resident_bytes": memory.kv_bytes if memory else None,
-                        }
-                        for instance, memory in zip(status.instances, memories, strict=True)
-                    ],
+                    **status.model_dump(exclude={"instances", "models"}),
+                    "models": [one.model_dump(exclude={"instances"}) for one in status.models],
+                    "instances": [_with_memory(*one, memory) for one, memory in shown],
                 }
             )
             return
-        console.out.print(console.server_line(status), markup=False)
-        console.out.print(console.instances_table(status, memories))
+        console.out.print(status_lines(status), markup=False)
+        console.out.print(instances_table(instances, memories))
+
+
+def _with_memory(
+    model: str, instance: InstanceStatus, memory: process_memory.ProcessMemory | None
+) -> dict[str, object]:
+    """As a program is told of it."""
+    return {
+        **instance.model_dump(),
+        "model": model,
+        "shared_bytes": memory.shared_bytes if memory else None,
+        "private_bytes": memory.private_bytes if memory else None,
+        "kv_resident_bytes": memory.kv_bytes if memory else None,
+    }
 
 
 def reload(runtime_dir: RuntimeDirOption = None) -> None:
@@ -300,14 +172,17 @@ def verify(
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
         ready = [
-            (one.name, one.pid) for one in status.instances if one.state == "ready" and one.pid
+            (one.name, one.pid)
+            for model in status.models
+            for one in model.instances
+            if one.state == "ready" and one.pid
         ]
         verdict = prove(directory, ready, max_private, digests=digests)
         if as_json:
             print_json(verdict.model_dump())
         else:
-            console.out.print(console.verdict_text(verdict))
-            console.out.print(console.verdict_lines(verdict), markup=False)
+            console.out.print(verdict_text(verdict))
+            console.out.print(verdict_lines(verdict), markup=False)
     if not verdict.holds:
         raise typer.Exit(1)
 
@@ -375,17 +250,6 @@ def _stop_server(directory: RuntimeDir, owner: Owner, *, keep_allocator: bool, n
     after = "now" if now or hangs else "after its requests"
     console.err.print(f"stopping the server (pid {owner.pid}) {after}")
     return stop_process(owner.process, patience_s + _STOP_TIMEOUT_S, is_mute, asked=asked)
-
-
-def default_threads(num_instances: int) -> int:
-    """Threads of one instance: the cores, shared out."""
-    return max(1, len(os.sched_getaffinity(0)) // num_instances)
-
-
-def _memories(
-    status: ServerStatus, mapped: process_memory.HandedOut
-) -> list[process_memory.ProcessMemory | None]:
-    return [process_memory.read(one.pid, mapped) if one.pid else None for one in status.instances]
 
 
 def _log_to_stderr() -> None:

@@ -25,6 +25,7 @@ from allocator import (
     connect,
     module_command,
     module_environment,
+    option_arguments,
     remove_leftovers,
 )
 from server.processes.stopping import stop_process
@@ -58,9 +59,7 @@ class AllocatorProcess:
         self._runtime_dir = runtime_dir
         self._command = module_command("allocator", "--runtime-dir", str(runtime_dir.path))
         self._command.append("--quiet")  # the server's log tells what matters of its weights
-        self._command += ["--device", device]
-        if memory_limit is not None:
-            self._command += ["--memory-limit", str(memory_limit)]
+        self._command += option_arguments({"device": device, "memory_limit": memory_limit})
         self._hang_timeout_s = hang_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         """The one that was started here."""

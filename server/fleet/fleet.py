@@ -1,6 +1,6 @@
 """The instances of one model: how many there should be, how many there are, and in what state.
 
-Owns the supervision: starts instances, hears of their ends, sees that they hang, replaces them.
+Owns the supervision: starts instances, hears of their ends, replaces those that ended or hang.
 Invariants: while the fleet is not draining, the number of live instances goes to `num_wanted`; an
 instance that hangs answers no more before its requests go elsewhere; an instance that never became
 ready is tried again ever more slowly. Knows nothing of what the requests are.
@@ -11,28 +11,33 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from allocator import ProcessState, RuntimeDir
+from allocator import RuntimeDir
 from server.background import Background
+from server.fleet.forks import Forks, ForksListeners, Preload
+from server.fleet.hangs import LONGEST_END_S, Hang, hang_of, overdue
 from server.fleet.instance import Instance, Listeners
+from server.fleet.model_state import ModelState
+from server.fleet.roster import Roster
+from server.fleet.starts import Starts
 from server.processes.endings import Ending, OutOfMemoryKills, ending_of
 from server.processes.orphans import Orphans
-from server.processes.vital_signs import LOOK_EVERY_S, VitalSigns
+from server.processes.vital_signs import LOOK_EVERY_S
 from server.settings import Settings
-from workers.client import Engines, Forkserver, ForkserverBusy, ForkserverEnded
+from workers.client import Engines, ForkserverBusy, ForkserverEnded
 from workers.messages import (
     Drain,
     Exited,
     FromInstance,
     InstanceSpec,
     Loading,
-    ModelFacts,
     Ready,
     Started,
     StartFailed,
@@ -42,16 +47,6 @@ from workers.messages import (
 
 log = logging.getLogger("onecopy.server")
 
-_FIRST_RETRY_S: Final = 0.1
-_LAST_RETRY_S: Final = 30.0
-_WAITING_S: Final = 10.0
-"""How long an instance that has something to do may wait for something, using no processor."""
-_WAITING_AT_START_S: Final = 30.0
-"""The same while it starts, or the forkserver imports: a disk may be slow."""
-_LONGEST_STEP_S: Final = 300.0
-"""What computes for longer is given up, however busy it is."""
-_LONGEST_END_S: Final = 2.0
-"""What an instance without requests may take to end."""
 _HOW_AWAITED_S: Final = 3.0
 """How long to wait for the forkserver's word on how an instance ended."""
 _KILLED_S: Final = 1.0
@@ -78,38 +73,33 @@ class Fleet:
     ):
         """`tokenizer` is where instances find the model's tokenizer.json."""
         self._settings = settings
-        self.model = settings.model
-        """Where the model lies that is served now."""
-        self._tokenizer = tokenizer
-        self.epoch = 0
-        """Goes up whenever the model is loaded anew. An instance, and a request, is for the model
-        as it was at one of them."""
+        self.model = ModelState(settings.model, tokenizer)
+        """As it is served now."""
         self._runtime_dir = runtime_dir
         self._listeners = listeners
         self._background = Background()
         self._engines = Engines(runtime_dir)
-        self._forkserver: Forkserver | None = None
-        self._forkserver_signs = VitalSigns()
-        self._forkserver_is_up = False
         self._orphans = Orphans()
-        self._instances: dict[str, Instance] = {}
+        self._roster = Roster()
+        self._starts = Starts()
         self._num_named = 0
-        self._num_failures = 0
-        self._retry_at = 0.0
         self._num_alone = 0
         self._draining = False
-        self._waiting: set[asyncio.Future[None]] = set()  # for a change
-        self.start_error: str | None = None
-        """Why instances can't start, since the last one that could."""
         self._memory_kills = OutOfMemoryKills()
+        self._forks = Forks(
+            self._preload,
+            ForksListeners(
+                self._on_forks_up,
+                self._on_forkserver_event,
+                self._on_forks_ended,
+                self._starts.delay_s,
+            ),
+            self._memory_kills,
+            settings.hang_timeout_s,
+        )
         self.num_wanted = settings.num_instances
         self.asleep = False
         """No instance runs, and none is to be started, until `wake`."""
-        self.weight_set: str | None = None
-        """The key under which the allocator knows the served weights. The first instance that is
-        ready decides it; all others attach to this set, whatever becomes of the model's files."""
-        self.facts: ModelFacts | None = None
-        self._metadata: Mapping[str, str] | None = None
         self.num_replaced = 0
 
     # --- what others may ask
@@ -117,46 +107,50 @@ class Fleet:
     @property
     def instances(self) -> list[Instance]:
         """All that have not ended, oldest first. May be asked from any thread."""
-        return [one for one in list(self._instances.values()) if one.state != "ended"]
+        return self._roster.all
 
     @property
     def ready_instances(self) -> list[Instance]:
         """Those that answer requests now."""
-        return [one for one in self._instances.values() if one.answers and not one.alone]
+        return self._roster.ready
 
     @property
     def alone_instances(self) -> list[Instance]:
         """Those that answer one request at a time, for the model as it is served now."""
-        alone = [one for one in self._instances.values() if one.answers and one.alone]
-        return [one for one in alone if one.epoch == self.epoch]
+        return self._roster.alone(self.model.epoch)
+
+    @property
+    def start_error(self) -> str | None:
+        """Why instances can't start, since the last one that could."""
+        return self._starts.error
 
     @property
     def recovers(self) -> bool:
         """Whether instances that are missing can be expected soon."""
         away = self.asleep or self._draining
-        return self.facts is not None and not away and self._num_failures < 2
+        return self.model.facts is not None and not away and self._starts.num_failed < 2
 
     @property
     def forkserver_pid(self) -> int | None:
         """The process that instances are forked from."""
-        return self._forkserver.pid if self._forkserver is not None else None
+        return self._forks.pid
 
     @property
     def forkserver_is_up(self) -> bool:
         """Whether instances can be forked now; it imports before."""
-        return self._forkserver_is_up
+        return self._forks.is_up
 
     @property
     def allocator_silent_since(self) -> float | None:
         """Since when the allocator has not answered an instance; None where it answers all."""
-        beats = [one.leash.look() for one in self._instances.values() if not one.is_gone]
+        beats = [one.leash.look() for one in self.instances if not one.is_gone]
         times = [beat.silent_since for beat in beats if beat is not None and beat.silent_since]
         return min(times, default=None)
 
     @property
     def awaits_allocator(self) -> bool:
         """Whether any instance can't come on unless the allocator does."""
-        starting = any(one.state in ("starting", "loading") for one in self._instances.values())
+        starting = any(one.state in ("starting", "loading") for one in self.instances)
         return starting or self.allocator_silent_since is not None
 
     async def send(self, instance: Instance, message: ToInstance) -> bool:
@@ -169,7 +163,7 @@ class Fleet:
 
     def launch(self) -> None:
         """Begin: the forkserver imports, then the instances start. Returns at once."""
-        self._background.keep("the watch over the forkserver", self._watch_forkserver)
+        self._background.keep("the watch over the forkserver", self._forks.keep)
         self._background.keep("the watch over messages of instances", self._watch_engines)
         self._background.keep("the watch over hung processes", self._keep_looking)
 
@@ -177,26 +171,17 @@ class Fleet:
         """Until as many instances are ready as are wanted, which may change meanwhile. Raises
         StartError if the first one can't start, and where more than `most_failures` starts in a
         row have failed; they are tried on all the same."""
-        while sum(one.epoch == self.epoch for one in self.ready_instances) < self.num_wanted:
-            if self.start_error is not None:
-                raise StartError(self.start_error)
-            if most_failures is not None and self._num_failures > most_failures:
-                raise StartError(f"{self._num_failures} starts in a row have failed: see the log")
+        while sum(one.epoch == self.model.epoch for one in self.ready_instances) < self.num_wanted:
+            starts = self._starts
+            if starts.error is not None:
+                raise StartError(starts.error)
+            if most_failures is not None and starts.num_failed > most_failures:
+                raise StartError(f"{starts.num_failed} starts in a row have failed: see the log")
             await self.change()
 
     async def change(self) -> None:
         """Until anything about any instance changed."""
-        changed = asyncio.get_running_loop().create_future()
-        self._waiting.add(changed)
-        try:
-            await changed
-        finally:
-            self._waiting.remove(changed)
-
-    def _tell_of_change(self) -> None:
-        for one in self._waiting:
-            if not one.done():
-                one.set_result(None)
+        await self._roster.change()
 
     async def scale(self, num_instances: int) -> None:
         """Change how many instances there should be. Surplus ones, the youngest first, are drained:
@@ -211,7 +196,7 @@ class Fleet:
         """How many instances there should be that take one request at a time."""
         self._num_alone = num_instances
         alone = [one for one in self._current() if one.alone]
-        idle = [one for one in alone if not one.requests]
+        idle = [one for one in alone if not self._listeners.num_requests(one)]
         for instance in idle[: max(0, len(alone) - num_instances)]:
             await self._drain_instance(instance)
         self._fill_up()
@@ -223,7 +208,7 @@ class Fleet:
         StartError, and then nothing of it is left."""
         if self._draining or self.asleep:
             raise StartError("the server is shutting down, or the model sleeps")
-        if not self._forkserver_is_up:
+        if not self._forks.is_up:
             raise StartError("the process that instances are forked from is not up: try again")
         spec = msgspec.structs.replace(
             self._spec(),
@@ -233,10 +218,10 @@ class Fleet:
             eos_token_ids=None,
         )
         try:
-            instance = self._fork(spec, self.epoch + 1)
+            instance = self._fork(spec, self.model.epoch + 1)
         except (ForkserverBusy, ForkserverEnded, OSError) as error:
             raise StartError("no instance can be started at the moment: try again") from error
-        self._tell_of_change()
+        self._roster.tell_of_change()
         try:
             while instance.state in ("starting", "loading"):
                 await self.change()
@@ -253,12 +238,8 @@ class Fleet:
         are started; those of before go on until `retire`."""
         if instance.ready is None or instance.state != "ready":
             raise StartError("the instance that was tried out ended: try again")
-        self.model, self._tokenizer = model, tokenizer
-        self.epoch = instance.epoch
-        self.facts = instance.ready.facts
-        self.weight_set = instance.ready.weight_set
-        self._metadata = instance.ready.metadata
-        self.start_error = None
+        self.model = ModelState(model, tokenizer, instance.epoch, instance.ready)
+        self._starts.error = None
         self._fill_up()
 
     def num_before(self, epoch: int) -> int:
@@ -267,7 +248,7 @@ class Fleet:
 
     async def retire(self, epoch: int) -> None:
         """Let the instances of the model as it was before `epoch` finish their requests and end."""
-        for instance in self._staying():
+        for instance in self._roster.staying:
             if instance.epoch < epoch:
                 await self._drain_instance(instance)
 
@@ -279,7 +260,7 @@ class Fleet:
         deadline = time.monotonic() + timeout_s
         # A request may have parts that are on no instance yet.
         if await wait_idle(timeout_s):
-            await self._drain_all(max(_LONGEST_END_S, deadline - time.monotonic()))
+            await self._drain_all(max(LONGEST_END_S, deadline - time.monotonic()))
         if self.instances:
             self.wake()
             return False
@@ -288,19 +269,20 @@ class Fleet:
     def wake(self) -> None:
         """Start as many instances as are wanted; returns before they are ready."""
         self.asleep = False
-        self.start_error = None
+        self._starts.error = None
         self._fill_up()
 
     async def drain(self, timeout_s: float) -> None:
         """Let every instance finish its requests and end; kill what is left after `timeout_s`."""
         self._draining = True
+        self._forks.stop()
         await self._drain_all(timeout_s)
         busy = [one for one in self.instances if not one.is_gone]
         if busy:
             log.warning("killing %d instances that are still busy", len(busy))
 
     async def _drain_all(self, timeout_s: float) -> None:
-        for instance in self._staying():
+        for instance in self._roster.staying:
             await self._drain_instance(instance)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._all_ended(), timeout_s)
@@ -313,6 +295,7 @@ class Fleet:
     async def close(self) -> None:
         """End every process and remove the sockets."""
         self._draining = True
+        self._forks.stop()
         for instance in self.instances:
             instance.leash.kill()
         with contextlib.suppress(TimeoutError):
@@ -320,73 +303,58 @@ class Fleet:
         await self._background.close()
         for instance in self.instances:
             instance.leash.close()
-        if self._forkserver is not None:
-            await self._forkserver.close()
+        await self._forks.close()
         self._engines.close()
         self._runtime_dir.cores.unlink(missing_ok=True)
 
     # --- watching
 
-    async def _watch_forkserver(self) -> None:
-        model, dtype = str(self._settings.model), self._settings.dtype
-        while not self._draining:
-            model, dtype = str(self.model), self._settings.dtype
-            forkserver = self._forkserver = Forkserver.launch(model, dtype, self._metadata)
-            self._forkserver_signs = VitalSigns()
-            try:
-                up = await forkserver.up()
-                log.info("forkserver up after %.1f s", up.import_ms / 1000)
-                self._forkserver_is_up = True
-                self._tell_of_change()
-                self._fill_up()
-                while True:
-                    self._on_forkserver_event(await forkserver.receive())
-            except ForkserverEnded:
-                was_up = self._forkserver_is_up
-            finally:
-                self._forkserver_is_up = False
-                status = await forkserver.close()
-                self._forkserver = None
-            for instance in self.instances:
-                if instance.pid is None and not instance.is_gone:
-                    how = "its forkserver ended before it began"
-                    self._give_up(instance, how, by_itself=False)
-            out_of_memory = self._memory_kills.just_now()
-            if not was_up and ending_of(status, out_of_memory=out_of_memory).by_itself:
-                self._num_failures += 1
-                if self.facts is None:
-                    self.start_error = (
-                        "the process that instances are forked from ended while it imported "
-                        "torch and transformers; its own message is above"
-                    )
-                self._tell_of_change()
-            if not self._draining:
-                log.warning("the forkserver ended; starting another. Instances go on")
-                await asyncio.sleep(self._retry_delay_s())
+    def _preload(self) -> Preload:
+        model, dtype = self.model, self._settings.engine.dtype
+        return Preload(str(model.path), dtype, model.metadata)
+
+    def _on_forks_up(self) -> None:
+        self._roster.tell_of_change()
+        self._fill_up()
+
+    def _on_forks_ended(self, faulty: bool) -> None:
+        """Those that it was asked for will not come."""
+        for instance in self.instances:
+            if instance.pid is None and not instance.is_gone:
+                how = "its forkserver ended before it began"
+                self._give_up(instance, Hang(how, by_itself=False))
+        if faulty:
+            self._starts.failed()
+            if self.model.facts is None:
+                self._starts.error = (
+                    "the process that instances are forked from ended while it imported "
+                    "torch and transformers; its own message is above"
+                )
+            self._roster.tell_of_change()
 
     def _on_forkserver_event(self, event: object) -> None:
         match event:
-            case Started(name=name, pid=pid) if name in self._instances:
-                self._know_pid(self._instances[name], pid)
-                self._tell_of_change()
-            case Exited(name=name, status=status) if name in self._instances:
-                self._on_exit(self._instances[name], status)
+            case Started(name=name, pid=pid) if instance := self._roster.get(name):
+                self._know_pid(instance, pid)
+                self._roster.tell_of_change()
+            case Exited(name=name, status=status) if instance := self._roster.get(name):
+                self._on_exit(instance, status)
 
     async def _watch_engines(self) -> None:
         while True:
             name, message = await self._engines.receive()
-            instance = self._instances.get(name)
+            instance = self._roster.get(name)
             if instance is None or instance.is_gone:
                 continue
             if message is None:
                 # Whatever it said, some request would be without it.
-                self._give_up(instance, "it sent what can't be read", by_itself=True)
+                self._give_up(instance, Hang("it sent what can't be read", by_itself=True))
                 continue
             try:
                 await self._on_message(instance, message)
             except Exception:
                 log.exception("a message of instance %s could not be taken", name)
-                self._give_up(instance, "its message could not be taken", by_itself=False)
+                self._give_up(instance, Hang("its message could not be taken", by_itself=False))
 
     async def _on_message(self, instance: Instance, message: FromInstance) -> None:
         match message:
@@ -400,29 +368,25 @@ class Fleet:
                 if instance.loading is None or instance.loading.num_bytes != message.num_bytes:
                     instance.came_on_at = time.monotonic()
                 instance.loading = message
-                self._tell_of_change()
+                self._roster.tell_of_change()
             case Ready():
                 self._on_ready(instance, message)
                 if instance.state == "draining":  # it was not there yet when it was told first
                     await self.send(instance, Drain())
             case StartFailed(message=text) if instance.state != "ready":
                 instance.start_error = text
-                if instance.epoch == self.epoch:
-                    self.start_error = text
+                if instance.epoch == self.model.epoch:
+                    self._starts.error = text
                 log.error("instance %s can't start: %s", instance.name, text)
-                self._tell_of_change()
+                self._roster.tell_of_change()
 
     def _on_ready(self, instance: Instance, message: Ready) -> None:
         instance.ready = message
         self._know_pid(instance, message.pid)
-        if instance.epoch == self.epoch:
-            if self.weight_set is None:
-                self.facts = message.facts
-                self.weight_set = message.weight_set
-                self._metadata = message.metadata
-            self._num_failures = 0
-            self._retry_at = 0.0
-            self.start_error = None
+        if instance.epoch == self.model.epoch:
+            if self.model.ready is None:
+                self.model = replace(self.model, ready=message)
+            self._starts.succeeded()
         if instance.state != "draining":
             instance.move("ready")
             self._listeners.ready(instance)
@@ -433,7 +397,7 @@ class Fleet:
             message.startup_ms.get("total", 0.0),
             "loaded the weights" if message.loaded else "attached to the shared weights",
         )
-        self._tell_of_change()
+        self._roster.tell_of_change()
         self._fill_up()
 
     def _know_pid(self, instance: Instance, pid: int) -> None:
@@ -472,72 +436,44 @@ class Fleet:
                 await asyncio.sleep(0)  # each look reads files; there may be hundreds
                 if not instance.is_gone:
                     self._look_at(instance)
-            self._look_at_forkserver()
+            self._forks.look(asked=any(one.pid is None for one in self.instances))
             self._orphans.look(time.monotonic())
             self._fill_up()
 
     def _look_at(self, instance: Instance) -> None:
-        now, stopped_s = time.monotonic(), self._settings.hang_timeout_s
-        is_idle = instance.state == "draining" and not instance.requests
-        instance.num_idle_looks = instance.num_idle_looks + 1 if is_idle else 0
-        stopped = is_idle and instance.signs.is_stopped
-        if stopped or instance.num_idle_looks * LOOK_EVERY_S > _LONGEST_END_S:
-            self._give_up(instance, "it was to end, and did not", by_itself=False)
-            return
-        if instance.pid is None:
-            return
-        self._know_pid(instance, instance.pid)
-        if not stopped_s:
-            return
-        beat = instance.leash.look()
-        starts = instance.state in ("starting", "loading")
-        since = beat.since if beat is not None else None
-        num_read = beat.num_read if beat is not None else 0
-        owes = starts or since is not None or num_read < instance.num_sent
-        signs = instance.signs
-        signs.look(now, ProcessState.of(instance.pid), owes=owes)
-        self._tell_of_silence(instance, signs)
-        if signs.is_hung(stopped_s, _WAITING_AT_START_S if starts else _WAITING_S):
-            self._give_up(instance, f"it hangs: {signs}", by_itself=not signs.is_stopped)
-        elif since is not None and now - since > _LONGEST_STEP_S:
-            how = f"its step has taken more than {_LONGEST_STEP_S:.0f} s"
-            self._give_up(instance, how, by_itself=True)
+        has_requests = bool(self._listeners.num_requests(instance))
+        hang = overdue(instance, has_requests=has_requests)
+        if hang is None and instance.pid is not None:
+            self._know_pid(instance, instance.pid)
+            if self._settings.hang_timeout_s:
+                before = instance.unresponsive_since
+                hang = hang_of(instance, instance.pid, self._settings.hang_timeout_s)
+                if (before is None) != (instance.unresponsive_since is None):
+                    self._tell_of_silence(instance)
+        if hang is not None:
+            self._give_up(instance, hang)
 
-    def _tell_of_silence(self, instance: Instance, signs: VitalSigns) -> None:
+    def _tell_of_silence(self, instance: Instance) -> None:
         """Before it is given up, it gets no further request; and it may come back."""
-        before, instance.unresponsive_since = instance.unresponsive_since, signs.quiet_since
-        if (before is None) == (signs.quiet_since is None):
-            return
-        if before is None:
+        if instance.unresponsive_since is not None:
             log.warning(
                 "instance %s (pid %s, %s) does not move any more: %s",
                 instance.name,
                 instance.pid,
                 instance.state,
-                signs,
+                instance.signs,
             )
         else:
             log.info("instance %s moves again", instance.name)
             if instance.answers:
                 self._listeners.ready(instance)
-        self._tell_of_change()
+        self._roster.tell_of_change()
 
-    def _look_at_forkserver(self) -> None:
-        forkserver, stopped_s = self._forkserver, self._settings.hang_timeout_s
-        if forkserver is None or not stopped_s:
-            return
-        asked = any(one.pid is None for one in self.instances)
-        signs, state = self._forkserver_signs, ProcessState.of(forkserver.pid)
-        signs.look(time.monotonic(), state, owes=asked or not self._forkserver_is_up)
-        if signs.is_hung(stopped_s, _WAITING_AT_START_S):
-            log.warning("the forkserver (pid %d) hangs and is killed: %s", forkserver.pid, signs)
-            forkserver.kill()
-
-    def _give_up(self, instance: Instance, how: str, *, by_itself: bool) -> None:
-        """It hangs. Its requests go elsewhere, whatever it may still do before it is gone."""
+    def _give_up(self, instance: Instance, hang: Hang) -> None:
+        """Its requests go elsewhere, whatever it may still do before it is gone."""
         beat = instance.leash.look()
         names = beat.names if beat is not None else None
-        ending = Ending(how, by_itself, names, given_up=True)
+        ending = Ending(hang.how, hang.by_itself, names, given_up=True)
         instance.leash.kill()
         if instance.unresponsive_since is None:
             instance.unresponsive_since = time.monotonic()
@@ -554,45 +490,41 @@ class Fleet:
             log.info("instance %s ended: %s", name, ending.how)
         else:
             log.warning("instance %s (pid %s), %s, ended: %s", name, instance.pid, was, ending.how)
-        if was in ("starting", "loading") and ending.by_itself and instance.epoch == self.epoch:
-            self._num_failures += 1
-            self._retry_at = time.monotonic() + self._retry_delay_s()
-            if self.facts is None and self.start_error is None and not ending.given_up:
-                self.start_error = (
+        is_current = instance.epoch == self.model.epoch
+        if was in ("starting", "loading") and ending.by_itself and is_current:
+            self._starts.failed()
+            if self.model.facts is None and self.start_error is None and not ending.given_up:
+                self._starts.error = (
                     f"the first instance ended before it was ready: {ending.how}. If it was out "
                     "of memory, `onecopy plan` says how much the model takes."
                 )
         elif was == "ready":
             self.num_replaced += 1
         self._listeners.lost(instance, ending)
-        self._tell_of_change()
+        self._roster.tell_of_change()
 
     def _forget(self, instance: Instance) -> None:
         instance.move("ended")
         instance.leash.close()
-        del self._instances[instance.name]
+        self._roster.remove(instance)
         self._engines.forget(instance.name)
-        self._tell_of_change()
+        self._roster.tell_of_change()
         self._fill_up()
 
     # --- doing
 
-    def _staying(self) -> list[Instance]:
-        """Those that are not on their way out, oldest first."""
-        return [one for one in self.instances if one.state not in ("draining", "unresponsive")]
-
     def _current(self) -> list[Instance]:
-        """Those of them that serve the model as it is served now."""
-        return [one for one in self._staying() if one.epoch == self.epoch]
+        """Those that stay, and serve the model as it is served now."""
+        return self._roster.of(self.model.epoch)
 
     def _fill_up(self) -> None:
-        if self._draining or self.asleep or not self._forkserver_is_up:
+        if self._draining or self.asleep or not self._forks.is_up:
             return
-        if time.monotonic() < self._retry_at:
+        if not self._starts.may_be_tried:
             return
         # The first one alone: it loads the weights, or shows that they can't be served; the others
         # then attach, instead of waiting for it on the same cores.
-        wanted = self.num_wanted if self.facts is not None else 1
+        wanted = self.num_wanted if self.model.facts is not None else 1
         current = self._current()
         num_alone = sum(one.alone for one in current)
         missing = [False] * (wanted - (len(current) - num_alone))
@@ -601,12 +533,12 @@ class Fleet:
             if not self._start(alone=alone):
                 break
         if missing:
-            self._tell_of_change()
+            self._roster.tell_of_change()
 
     def _start(self, *, alone: bool) -> bool:
         """Ask for an instance. False where it can't be asked for now; the next look tries again."""
         try:
-            self._fork(self._spec(), self.epoch, alone=alone)
+            self._fork(self._spec(), self.model.epoch, alone=alone)
         except ForkserverEnded:  # the watcher sees it too, and starts all over
             return False
         except ForkserverBusy:
@@ -614,56 +546,41 @@ class Fleet:
             return False
         except OSError as error:
             log.warning("no instance can be started now: %s", error)
-            self._num_failures += 1
-            self._retry_at = time.monotonic() + self._retry_delay_s()
+            self._starts.failed()
             return False
         return True
 
     def _fork(self, spec: InstanceSpec, epoch: int, *, alone: bool = False) -> Instance:
         """Ask for this instance. Raises ForkserverEnded, ForkserverBusy, OSError."""
-        assert self._forkserver is not None  # noqa: S101 - it is up
-        leash = self._forkserver.start(spec)
+        leash = self._forks.start(spec)
         self._num_named += 1
         instance = Instance(spec.name, spec.requested_at, leash, alone, epoch)
-        self._instances[spec.name] = instance
+        self._roster.add(instance)
         return instance
 
     def _spec(self) -> InstanceSpec:
         """Of the next instance of the model as it is served."""
         name = f"i{self._num_named}"
-        settings = self._settings
+        settings, model = self._settings, self.model
         return InstanceSpec(
             name=name,
             runtime_dir=str(self._runtime_dir.path),
             engines=self._engines.expect(name),
             server_pid=os.getpid(),
-            model=str(self.model),
+            model=str(model.path),
             served_model_name=settings.served_model_name,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            token_budget=settings.token_budget,
-            num_threads=settings.num_threads,
             requested_at=time.monotonic(),
-            device=settings.device,
-            map_files=settings.map_files,
-            shares_cores=settings.shares_cores,
-            tokenizer=str(self._tokenizer),
-            weight_set=self.weight_set or "",
-            eos_token_ids=self.facts.eos_token_ids if self.facts is not None else None,
-            attention_workspace_bytes=settings.attention_workspace,
-            num_speculative_tokens=settings.num_speculative_tokens,
-            prefix_caching=settings.prefix_caching,
-            cpu_kernels=settings.cpu_kernels,
+            settings=settings.engine,
+            num_threads=settings.num_threads,
+            tokenizer=str(model.tokenizer),
+            weight_set=model.weight_set or "",
+            eos_token_ids=model.facts.eos_token_ids if model.facts is not None else None,
         )
 
     async def _drain_instance(self, instance: Instance) -> None:
         was = instance.state
         instance.move("draining")
-        self._tell_of_change()
+        self._roster.tell_of_change()
         if was in ("starting", "loading"):  # nothing is lost with it
             instance.leash.kill()
         await self.send(instance, Drain())
-
-    def _retry_delay_s(self) -> float:
-        return min(_LAST_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(self._num_failures, 16))

@@ -35,7 +35,7 @@ class Instance:
     alone: bool = False
     """Whether it is for one request at a time, which may be what ends instances."""
     epoch: int = 0
-    """Which state of the model it serves; see `Fleet.epoch`."""
+    """Which state of the model it serves; see `ModelState`."""
     state: State = "starting"
     since: float = field(default_factory=time.monotonic)
     """When it came into its state."""
@@ -47,8 +47,6 @@ class Instance:
     load: StepOutput | None = None
     start_error: str | None = None
     """Why it could not start, in its own words."""
-    requests: set[str] = field(default_factory=set)
-    """Ids of the requests that were sent to it and have not ended."""
     num_sent: int = 0
     """Messages that it was sent."""
     signs: VitalSigns = field(default_factory=VitalSigns, repr=False)
@@ -76,11 +74,13 @@ class Instance:
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who is told what. All are called on the event loop and return at once."""
+    """Who is told what, and asked. All are called on the event loop and return at once."""
 
     output: Callable[[str, Output | Embedded], None]
     """(instance, output)"""
     ready: Callable[[Instance], None]
     """It answers, for the first time or again."""
     lost: Callable[[Instance, Ending], None]
-    """It answers no more. Its requests are still in `Instance.requests`."""
+    """It answers no more."""
+    num_requests: Callable[[Instance], int]
+    """Asked how many requests it was given that have not ended."""

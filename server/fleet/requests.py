@@ -51,7 +51,7 @@ class Request(ABC):
         self._router = router
         self.request_id = request_id
         self.epoch = epoch
-        """Which state of the model it is for; see `Fleet.epoch`."""
+        """Which state of the model it is for; see `ModelState`."""
         self.instance: Instance | None = None
         self.num_moves = 0
         self.num_blamed = 0

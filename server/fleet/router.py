@@ -82,7 +82,13 @@ class Router:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
-        self.listeners = Listeners(output=self._on_output, ready=self._on_ready, lost=self._on_lost)
+        self._given: dict[str, set[str]] = {}  # ids of requests, by the name of their instance
+        self.listeners = Listeners(
+            output=self._on_output,
+            ready=self._on_ready,
+            lost=self._on_lost,
+            num_requests=self.num_requests,
+        )
 
     def bind(self, fleet: Fleet) -> None:
         """Give the router its fleet, which was made with the router's listeners."""
@@ -96,7 +102,7 @@ class Router:
     @property
     def epoch(self) -> int:
         """Of the model as it is served now."""
-        return self._fleet.epoch if self._fleet is not None else 0
+        return self._fleet.model.epoch if self._fleet is not None else 0
 
     @property
     def asleep(self) -> bool:
@@ -108,12 +114,17 @@ class Router:
         """Requests that have not ended."""
         return len(self._streams)
 
+    def num_requests(self, instance: Instance) -> int:
+        """Those that it was given and that have not ended."""
+        return len(self._given.get(instance.name, ()))
+
     @property
     def facts(self) -> ModelFacts:
         """Of the served model. Raises NotReady before the first instance was ready."""
-        if self._fleet is None or self._fleet.facts is None:
+        facts = self._fleet.model.facts if self._fleet is not None else None
+        if facts is None:
             raise NotReady("no instance is ready yet", retry_after_s=_RETRY_AFTER_S)
-        return self._fleet.facts
+        return facts
 
     async def submit(
         self,
@@ -176,7 +187,7 @@ class Router:
                 text = "no instance is ready at the moment"
                 raise NotReady(text, retry_after_s=_RETRY_AFTER_S)
             num_ready = self._fleet.num_wanted
-        room = num_ready * self._settings.max_num_seqs + self._settings.max_queued
+        room = num_ready * self._settings.engine.max_num_seqs + self._settings.max_queued
         if len(self._streams) >= room:
             raise Overloaded(
                 f"{len(self._streams)} requests are running or waiting, which is all that this "
@@ -260,7 +271,7 @@ class Router:
             instances = [one for one in self._instances(stream.epoch) if one.name not in refused]
             if not instances:
                 break
-            instance = min(instances, key=lambda one: len(one.requests))
+            instance = min(instances, key=self.num_requests)
             if await self._send(stream, instance):
                 return
             if stream.instance is not None:  # its end has moved the stream already
@@ -274,13 +285,22 @@ class Router:
         none then, unless it was moved meanwhile."""
         assert self._fleet is not None  # noqa: S101 - there are instances
         stream.instance = instance
-        instance.requests.add(stream.request_id)
+        self._give(stream, instance)
         if await self._fleet.send(instance, stream.message()):
             return True
-        instance.requests.discard(stream.request_id)
+        self._take_from(instance, stream)
         if stream.instance is instance:
             stream.instance = None
         return False
+
+    def _give(self, stream: Request, instance: Instance) -> None:
+        self._given.setdefault(instance.name, set()).add(stream.request_id)
+
+    def _take_from(self, instance: Instance, stream: Request) -> None:
+        given = self._given.get(instance.name, set())
+        given.discard(stream.request_id)
+        if not given:
+            self._given.pop(instance.name, None)
 
     def _await_instance(self, stream: Request) -> None:
         """It waits for one that becomes ready. After a while it joins a busy one, if there is any,
@@ -343,7 +363,7 @@ class Router:
         if stream.epoch != instance.epoch:
             self._outdated(stream)
             return
-        instance.requests.add(stream.request_id)  # from now on it has something to do
+        self._give(stream, instance)  # from now on it has something to do
         self._background.once(
             f"placing request {stream.request_id} alone",
             partial(self._send_alone, stream, instance),
@@ -397,7 +417,7 @@ class Router:
             self._move(stream)
 
     def _on_lost(self, instance: Instance, ending: Ending) -> None:
-        for request_id in list(instance.requests):
+        for request_id in self._given.pop(instance.name, set()):
             stream = self._streams.get(request_id)
             if stream is None or stream.instance is not instance:
                 continue
@@ -430,7 +450,7 @@ class Router:
             self._quarantine.add(stream)
             self._await_turn(stream)
             return
-        idle = [one for one in self._instances(stream.epoch) if not one.requests]
+        idle = [one for one in self._instances(stream.epoch) if not self.num_requests(one)]
         log.info("request %s moves to %s", stream.request_id, "an idle one" if idle else "the next")
         if idle:
             self._move(stream)
@@ -443,7 +463,7 @@ class Router:
         if stream.timer is not None:
             stream.timer.cancel()
         if stream.instance is not None:
-            stream.instance.requests.discard(stream.request_id)
+            self._take_from(stream.instance, stream)
         if stream in self._homeless:
             self._homeless.remove(stream)
         self._quarantine.remove(stream)

@@ -45,7 +45,7 @@ class Sleeper:
         """End the instances after their requests; keep the weights in host memory (level 1) or on
         disk (level 2). Raises CannotSleep."""
         async with self._turn:
-            key = self._fleet.weight_set
+            key = self._fleet.model.weight_set
             if key is None:
                 raise CannotSleep("no instance is ready yet: there is nothing to put to sleep")
             if not await self._fleet.sleep(self._drain_timeout_s, self._router.wait_idle):
@@ -66,7 +66,7 @@ class Sleeper:
         async with self._turn:
             if not self._fleet.asleep:
                 return
-            key = self._fleet.weight_set
+            key = self._fleet.model.weight_set
             try:
                 if key is not None:
                     await asyncio.to_thread(self._wake_weights, key)

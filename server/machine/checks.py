@@ -12,6 +12,7 @@ from typing import Final, Literal
 from pydantic import BaseModel
 
 from allocator import AbandonedRun, Room, headroom_bytes
+from server.units import size_text
 
 Status = Literal["ok", "info", "warning", "problem"]
 
@@ -404,11 +405,6 @@ def worst(checks: Sequence[Check]) -> Status:
     """The gravest status; "ok" where there is nothing but information."""
     found = {one.status for one in checks}
     return "problem" if "problem" in found else "warning" if "warning" in found else "ok"
-
-
-def size_text(num_bytes: float) -> str:
-    """A size as people write it."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def meminfo_bytes(meminfo: str | None, key: str) -> int | None:

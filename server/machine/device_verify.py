@@ -14,6 +14,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from allocator import DeviceUsage
+from server.units import size_text
 
 MAX_PRIVATE_BYTES: Final = 1_000_000_000
 """What an instance may have for itself: its context, the kernels that it loaded, workspaces."""
@@ -82,19 +83,20 @@ def judge_device(
     may_have = len(ours) * max_private_bytes
     if clients_bytes < 0:
         problems.append(
-            f"the driver tells of {_size(usage.used_bytes)} in use, {_size(others_bytes)} of them "
-            f"by others, but the allocator says that it owns {_size(allocator_bytes)}"
+            f"the driver tells of {size_text(usage.used_bytes)} in use, "
+            f"{size_text(others_bytes)} of them by others, but the allocator says that "
+            f"it owns {size_text(allocator_bytes)}"
         )
     elif clients_bytes > may_have:
         problems.append(
-            f"{len(ours)} clients have {_size(clients_bytes)} for themselves, more than "
-            f"{_size(max_private_bytes)} each: part of the weights may be copied"
+            f"{len(ours)} clients have {size_text(clients_bytes)} for themselves, more than "
+            f"{size_text(max_private_bytes)} each: part of the weights may be copied"
         )
     elif weights_bytes <= may_have - clients_bytes:
         problems.append(
-            f"a copy of the weights ({_size(weights_bytes)}) would not show: {len(ours)} clients "
-            f"have {_size(clients_bytes)} for themselves, and {_size(may_have)} are allowed. Allow "
-            f"less with --max-private"
+            f"a copy of the weights ({size_text(weights_bytes)}) would not show: {len(ours)} "
+            f"clients have {size_text(clients_bytes)} for themselves, and {size_text(may_have)} "
+            "are allowed. Allow less with --max-private"
         )
     return DeviceVerdict(
         holds=not problems,
@@ -114,7 +116,3 @@ def judge_device(
         unshared_bytes=allocator_bytes + clients_bytes + (len(instances) - 1) * weights_bytes,
         problems=problems,
     )
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -30,7 +30,8 @@ from allocator import (
     shared_memory_bound,
 )
 from server.models.source import ModelSource
-from server.settings import Settings
+from server.settings import MAX_INSTANCES
+from workers import MAX_NUM_SEQS, EngineSettings
 from workers.messages import Estimate, decode_estimate
 
 LOADING_PRIVATE_BYTES: Final = 33_000_000
@@ -46,9 +47,6 @@ OTHER_PROCESSES_BYTES: Final = 360_000_000
 forkserver with what its instances share of it (270 MB): measured once, from smaps_rollup. A
 tokenizer with a large vocabulary adds up to some 250 MB."""
 
-MAX_INSTANCES: Final = 256
-MAX_NUM_SEQS: Final = 4096
-"""What `onecopy serve` takes at most."""
 _FULL_BLOCKS: Final = 128
 """So many tokens fill whole KV blocks, and are round enough to propose."""
 
@@ -285,15 +283,15 @@ def make_plan(model: str, path: Path, estimate: Estimate, load: Load, machine: M
 
 
 def read_estimate(
-    source: ModelSource, dtype: str, max_model_len: int | None, tensor_parallel_size: int
+    source: ModelSource, engine: EngineSettings, tensor_parallel_size: int
 ) -> Estimate:
     """Let a process of the workers' room read the model's headers; seconds, most of them torch's
     import. Raises PlanFailed with its one line."""
-    command = module_command("workers.estimate", str(source.path), "--dtype", dtype)
+    command = module_command("workers.estimate", str(source.path), "--dtype", engine.dtype)
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
-    command += ["--token-budget", str(Settings.model_fields["token_budget"].default)]
-    if max_model_len is not None:
-        command += ["--max-model-len", str(max_model_len)]
+    command += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
+    if engine.max_model_len is not None:
+        command += ["--max-model-len", str(engine.max_model_len)]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_WAIT_POLICY": "PASSIVE"}
     ended = subprocess.run(  # noqa: S603 - our own interpreter and module
         command,

@@ -18,7 +18,7 @@ import contextlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -113,6 +113,13 @@ def read(pid: int, handed_out: HandedOut = NOTHING) -> ProcessMemory | None:
         {path: num_bytes for path, num_bytes in private.items() if num_bytes},
         sum(one.figures["Pss"] for one in mappings),
     )
+
+
+def read_all(
+    pids: Iterable[int | None], handed_out: HandedOut = NOTHING
+) -> list[ProcessMemory | None]:
+    """Of each in turn; None where there is no process, or not any more."""
+    return [None if pid is None else read(pid, handed_out) for pid in pids]
 
 
 @dataclass(frozen=True)

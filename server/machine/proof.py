@@ -7,7 +7,9 @@ Knows nothing of terminals, nor of how instances start.
 """
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from allocator import Client, RuntimeDir, connect, device_usage
 from allocator.messages import Statistics, WeightSetStatistics
@@ -15,6 +17,9 @@ from server.machine import device_verify, process_memory
 from server.machine.device_verify import DeviceVerdict, judge_device
 from server.machine.handed_out import handed_out
 from server.machine.verify import MAX_PRIVATE_BYTES, Verdict, judge_all
+
+_LOOKS: Final = 50
+_BETWEEN_LOOKS_S: Final = 0.1
 
 
 class NothingToProve(Exception):
@@ -64,8 +69,31 @@ def _on_host(
     max_private_bytes: int | None,
 ) -> Verdict:
     mapped = handed_out(memory, [served.key])
-    memories = [(name, process_memory.read(pid, mapped)) for name, pid in instances]
-    return judge_all(_segments(served), memories, max_private_bytes or MAX_PRIVATE_BYTES)
+
+    def look() -> Verdict:
+        memories = [(name, process_memory.read(pid, mapped)) for name, pid in instances]
+        return judge_all(_segments(served), memories, max_private_bytes or MAX_PRIVATE_BYTES)
+
+    return settled(look, lambda: time.sleep(_BETWEEN_LOOKS_S))
+
+
+def settled(look: Callable[[], Verdict], wait: Callable[[], None]) -> Verdict:
+    """What `look` finds. One process is read after the other, and each one's share of the weights
+    falls while another begins to touch them: so what does not hold is looked at again, as long as
+    the shares change."""
+    verdict = look()
+    for _ in range(_LOOKS):
+        if verdict.holds:
+            break
+        wait()
+        earlier, verdict = verdict, look()
+        if _shares(earlier) == _shares(verdict):
+            break
+    return verdict
+
+
+def _shares(verdict: Verdict) -> list[tuple[int, int]]:
+    return [(one.pid, one.weights_pss_bytes) for one in verdict.instances]
 
 
 def _on_gpu(

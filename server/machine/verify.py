@@ -10,6 +10,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from server.machine.process_memory import ProcessMemory
+from server.units import size_text
 
 MAX_PRIVATE_BYTES: Final = 60_000_000
 """What an instance may have for itself: its interpreter, its activations, its sockets."""
@@ -89,8 +90,8 @@ def judge(
             problems.append(f"{name}: its mapping is writable or private")
         if memory.private_bytes > max_private_bytes:
             problems.append(
-                f"{name}: holds {memory.private_bytes / 1e6:.1f} MB of its own, more than "
-                f"{max_private_bytes / 1e6:.0f} MB: part of the weights may be copied "
+                f"{name}: holds {size_text(memory.private_bytes)} of its own, more than "
+                f"{size_text(max_private_bytes)}: part of the weights may be copied "
                 f"({_largest(memory.private_parts)})"
             )
         figures.append(
@@ -127,4 +128,4 @@ def judge(
 
 def _largest(parts: Mapping[str, int]) -> str:
     largest = sorted(parts.items(), key=lambda part: part[1], reverse=True)[:_PARTS_SHOWN]
-    return ", ".join(f"{num_bytes / 1e6:.1f} MB in {name}" for name, num_bytes in largest)
+    return ", ".join(f"{size_text(num_bytes)} in {name}" for name, num_bytes in largest)

@@ -1,12 +1,11 @@
-"""HTTP requests on their way, each counted for the model as it was when the request began.
+"""HTTP requests on their way, each counted for the time when it began.
 
-Owns the count. Invariant: whoever asks whether the model as it was is still needed hears yes until
-the last byte of the last such answer is sent, or its client is gone, wherever in the server the
-request may be at the moment. Knows nothing of what requests are about.
+Owns the count. Invariant: whoever asks whether a model as it was is still needed hears yes until
+the last byte of the last answer that began before is sent, or its client is gone, wherever in the
+server the request may be at the moment. Knows nothing of what requests are about.
 """
 
 from collections import Counter
-from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -14,25 +13,29 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 class InFlight:
     """Of one server."""
 
-    def __init__(self, epoch: Callable[[], int]) -> None:
-        """`epoch` of the model as it is served now."""
-        self._epoch = epoch
+    def __init__(self) -> None:
+        self._now = 0
         self._counts: Counter[int] = Counter()
 
-    def num_before(self, epoch: int) -> int:
-        """Requests that began before the model was served as it is in `epoch`."""
-        return sum(count for began, count in self._counts.items() if began < epoch)
+    def mark(self) -> int:
+        """A moment, which is now."""
+        self._now += 1
+        return self._now
+
+    def num_before(self, mark: int) -> int:
+        """Requests that began before that moment."""
+        return sum(count for began, count in self._counts.items() if began < mark)
 
     async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Let `app` answer one request."""
-        epoch = self._epoch()
-        self._counts[epoch] += 1
+        began = self._now
+        self._counts[began] += 1
         try:
             await app(scope, receive, send)
         finally:
-            self._counts[epoch] -= 1
-            if not self._counts[epoch]:
-                del self._counts[epoch]
+            self._counts[began] -= 1
+            if not self._counts[began]:
+                del self._counts[began]
 
 
 class InFlightCount:

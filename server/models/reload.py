@@ -77,7 +77,7 @@ class Reloader:
                 raise CannotReload(f"the model is served as before: {error}") from error
             try:
                 instance = await self._fleet.try_out(source.path, loaded.tokenizer.path)
-                before = self._switch(instance, source, files, loaded)
+                before, mark = self._switch(instance, source, files, loaded)
             except StartError as error:
                 loaded.close()
                 raise CannotReload(f"the model is served as before: {error}") from error
@@ -89,31 +89,31 @@ class Reloader:
             except StartError as error:
                 log.warning("fewer instances than wanted serve the new model: %s", error)
             finally:
-                self._retire(before)
+                self._retire(before, mark)
 
     def _switch(
         self, instance: Instance, source: ModelSource, files: ModelFiles, loaded: LoadedText
-    ) -> LoadedText:
-        """In one step of the event loop. Returns the text of before."""
+    ) -> tuple[LoadedText, int]:
+        """In one step of the event loop. Returns the text of before, and when that was."""
         self._fleet.switch_to(instance, source.path, loaded.tokenizer.path)
         before = self._serve(loaded, source.sampling)
         assert before is not None  # noqa: S101 - the first model was served
         self._watch.files = files
         log.info("the model is served as it lies at %s now", source.path)
-        return before
+        return before, self._in_flight.mark()
 
-    def _retire(self, before: LoadedText) -> None:
+    def _retire(self, before: LoadedText, mark: int) -> None:
         """In a task of its own: others may change the fleet meanwhile."""
-        work = self._retired(before, self._fleet.epoch)
+        work = self._retired(before, mark, self._fleet.model.epoch)
         task = asyncio.get_running_loop().create_task(work)
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
-    async def _retired(self, before: LoadedText, epoch: int) -> None:
+    async def _retired(self, before: LoadedText, mark: int, epoch: int) -> None:
         """Once the last request of before has its answer, end the instances that gave it, and let
         go of what they were asked with."""
         try:
-            while self._in_flight.num_before(epoch) or self._router.num_streams_before(epoch):
+            while self._in_flight.num_before(mark) or self._router.num_streams_before(epoch):
                 await asyncio.sleep(_LOOK_S)
             await self._fleet.retire(epoch)
             while self._fleet.num_before(epoch):

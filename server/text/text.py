@@ -144,26 +144,19 @@ class Text:
 
     # --- text → ids
 
-    def encode(
+    async def encode(
         self, prompt: str, *, context_tokens: int, add_special_tokens: bool = True
     ) -> list[int]:
         """Ids of a prompt, with the special tokens (such as BOS) that the tokenizer puts around it,
-        or without.
+        or without. The event loop goes on meanwhile if the prompt is long.
 
         A prompt so long that it can't fit `context_tokens` is refused before any work is done:
         raises `ContextLengthExceeded`. One that is returned may still be too long.
         """
         self._check_length(prompt, context_tokens)
-        return self._encode(prompt, add_special_tokens, "prompt")
+        return await self._encode(prompt, add_special_tokens, "prompt")
 
-    async def encode_async(
-        self, prompt: str, *, context_tokens: int, add_special_tokens: bool = True
-    ) -> list[int]:
-        """As `encode`; the event loop goes on meanwhile if the prompt is long."""
-        self._check_length(prompt, context_tokens)
-        return await self._encode_async(prompt, add_special_tokens, "prompt")
-
-    async def encode_inputs_async(
+    async def encode_inputs(
         self, inputs: Sequence[str], *, context_tokens: int, truncate_to: int | None = None
     ) -> list[list[int]]:
         """Ids of texts to embed, with the special tokens. With `truncate_to`, of a text that has
@@ -202,29 +195,21 @@ class Text:
         """Tokens that are put around a text."""
         return int(self._tokenizer.num_special_tokens_to_add(False))
 
-    def encode_chat(
+    async def encode_chat(
         self, chat: Chat, *, context_tokens: int, add_special_tokens: bool = False
     ) -> list[int]:
         """Ids of a chat as the model's template writes it.
 
         The template writes all special tokens itself, so none is added but where that is asked for.
-        Raises `NoChatTemplate`, `ContextLengthExceeded`, or `InvalidRequest` with what the template
-        says.
+        Chats are rendered one after the other in a thread of their own, so that a slow template
+        delays chats and nothing else. Raises `NoChatTemplate`, `ContextLengthExceeded`, or
+        `InvalidRequest` with what the template says.
         """
-        render = self._chat_renderer(chat, context_tokens)
-        prompt = self._checked(render, context_tokens)
-        return self._encode(prompt, add_special_tokens, "messages")
-
-    async def encode_chat_async(
-        self, chat: Chat, *, context_tokens: int, add_special_tokens: bool = False
-    ) -> list[int]:
-        """As `encode_chat`. Chats are rendered one after the other in a thread of their own, so
-        that a slow template delays chats and nothing else."""
         render = self._chat_renderer(chat, context_tokens)
         prompt = await asyncio.get_running_loop().run_in_executor(
             self._render_thread, self._checked, render, context_tokens
         )
-        return await self._encode_async(prompt, add_special_tokens, "messages")
+        return await self._encode(prompt, add_special_tokens, "messages")
 
     def _chat_renderer(self, chat: Chat, context_tokens: int) -> Callable[[], str]:
         template = self._chat_template
@@ -247,7 +232,7 @@ class Text:
         self._check_num_chars(len(prompt), context_tokens, "messages")
         return prompt
 
-    def _encode(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
+    def _encoded(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
         # `encode` computes offsets too, and holds the interpreter's lock while it works.
         try:
             batch = self._tokenizer.encode_batch_fast(
@@ -258,10 +243,10 @@ class Text:
         ids: list[int] = batch[0].ids
         return ids
 
-    async def _encode_async(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
+    async def _encode(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
         if len(prompt) <= INLINE_CHARS:
-            return self._encode(prompt, add_special_tokens, param)
-        return await asyncio.to_thread(self._encode, prompt, add_special_tokens, param)
+            return self._encoded(prompt, add_special_tokens, param)
+        return await asyncio.to_thread(self._encoded, prompt, add_special_tokens, param)
 
     @cached_property
     def _most_chars(self) -> int:

@@ -12,16 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from allocator import RuntimeDir
+from tests.allocator.client.client_program import ClientProgram
 from tests.daemon_process import ROOT, TIMEOUT_S
+from tests.remote import remote
 
 
 class Refused(Exception):
-    """The error that a command of a client process raised."""
+    """The error that a method of a client process raised."""
 
     def __init__(self, name: str, message: str):
         super().__init__(f"{name}: {message}")
@@ -30,34 +32,39 @@ class Refused(Exception):
 
 
 class ClientProcess:
-    """A `client_program`, connected. As a context it is stopped at the end."""
+    """A `ClientProgram` in a process of its own, connected. As a context it is stopped at the end.
 
-    program = "tests.allocator.client.client_program"
+    `do` runs a method of it there and returns what that returned, or raises Refused; `begin` only
+    has it run, and `receive` takes what it returns.
+    """
 
-    def __init__(self, runtime_dir: RuntimeDir, **options: str):
+    program: type[ClientProgram] = ClientProgram
+    module = "tests.allocator.client.client_program"
+
+    def __init__(self, runtime_dir: RuntimeDir, **options: Any):
         """Options as `allocator.connect` takes them."""
-        program = (sys.executable, "-m", self.program)
+        command = (sys.executable, "-m", self.module)
         self._process = subprocess.Popen(
-            [*program, str(runtime_dir.path), json.dumps(options)],
+            [*command, str(runtime_dir.path), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
         )
         self._text = b""
+        self.do = remote(self.program, self._run)
+        self.begin = remote(self.program, self._send)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, command: str, *arguments: Any) -> Any:
-        """One command and its answer. Raises Refused."""
-        self.send(command, *arguments)
+    def _run(self, method: str, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        self._send(method, given, named)
         return self.receive()
 
-    def send(self, command: str, *arguments: Any) -> None:
-        """Give a command; `receive` takes its answer."""
+    def _send(self, method: str, given: Sequence[Any], named: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([command, *arguments]).encode() + b"\n")
+        self._process.stdin.write(json.dumps([method, given, named]).encode() + b"\n")
         self._process.stdin.flush()
 
     def receive(self) -> Any:

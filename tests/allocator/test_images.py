@@ -496,9 +496,9 @@ def test_a_folder_that_cannot_be_written() -> None:
 
 @pytest.fixture(scope="module")
 def on_small_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/allocator/client/small_disk.py found on a disk of 24 MiB."""
+    """What tests/allocator/images_on_small_disk.py found on a disk of 24 MiB."""
     folder = str(tmp_path_factory.mktemp("disk"))
-    return run_on_tmpfs("size=24m", folder, "tests.allocator.client.small_disk", folder)
+    return run_on_tmpfs("size=24m", folder, "tests.allocator.images_on_small_disk", folder)
 
 
 def test_images_on_a_full_disk(on_small_disk: dict[str, Any]) -> None:

@@ -4,7 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.daemon_process import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_nothing_is_lost_when_clients_and_daemons_are_killed() -> None:

@@ -16,6 +16,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 from gpu.document import PAGE, document, stored
 from gpu.report import STAGES
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = ROOT / "benchmarks" / "gpu_report.py"
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 REHEARSED = (

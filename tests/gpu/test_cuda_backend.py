@@ -16,7 +16,7 @@ import torch
 
 from allocator import StaleGeneration, TensorEntry
 from allocator.backends import Backend, PoolWindow, for_handle, open_device
-from allocator.client.tensor import as_bytes, tensors
+from allocator.client.weights.tensor import as_bytes, tensors
 from allocator.messages import Extent, Handle
 from tests.allocator.backends.backend_contract import (
     PATTERN,

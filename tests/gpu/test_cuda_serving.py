@@ -24,8 +24,9 @@ from tests.workers.tiny_models import (
     write_tokenizer,
 )
 from workers.checkpoint import attach, open_checkpoint
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 _READY = re.compile(r"is ready: .* on (\S+)$")
 
@@ -40,8 +41,8 @@ def test_greedy_tokens_are_those_of_transformers(
     with daemon.connect() as memory:
         weights = attach(memory, checkpoint)
         assert all(tensor.is_cuda for tensor in weights.tensors.values())
-        model = build_model(config_of(family), weights.tensors, torch.float32)
-        engine = Engine(model, 128)
+        model = build_model(config_of(family), Resident(weights.tensors), torch.float32)
+        engine = GenerationEngine(model, 128)
         outputs = run(engine, *(request(str(i), one) for i, one in enumerate(PROMPTS)))
         reference = reference_model(family, torch.float32)
         for i, one in enumerate(PROMPTS):

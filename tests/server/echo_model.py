@@ -16,13 +16,13 @@ from typing import Any
 
 import httpx
 
-from server.api.app import Serving, create_app
-from server.api.cells import Cells
-from server.api.grammar_checks import GrammarChecks
+from server.api.app import create_app
 from server.api.http_server import HTTPServer
+from server.api.openai.cells import Cells
 from server.cache_salt import CacheSalts
 from server.errors import InstanceFailed, NotReady
 from server.generation import NO_OPTIONS, Chunk, RequestOptions
+from server.models.serving import Serving
 from server.text.text import Text
 from workers.messages import ModelFacts, SamplingParams, TokenLogprobs
 
@@ -172,24 +172,27 @@ def echo_server(
     max_body_bytes: int = 1 << 20,
     app_options: Mapping[str, Any] | None = None,
     salts: CacheSalts | None = None,
+    others: Mapping[str, EchoModel] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """The server over the model, at this address. `options` are those of `HTTPServer`."""
+    """The server over the model, and `others` by name, at this address. `options` are those of
+    `HTTPServer`."""
     listening = socket.create_server(("127.0.0.1", 0))
     started: Future[Callable[[], object]] = Future()
 
     async def serve() -> None:
         cells = Cells()
-        serving = Serving(
-            generator=model,
-            text=text,
-            model_name=NAME,
-            created=1_700_000_000,
-            cells=cells,
-            grammars=GrammarChecks(cells),
-            salts=salts or CacheSalts(),
+        served = {
+            name: Serving(model_name=name, generator=one, text=text, created=1_700_000_000)
+            for name, one in {NAME: model, **(others or {})}.items()
+        }
+        app = create_app(
+            lambda: served,
+            cells,
+            salts=salts,
+            max_body_bytes=max_body_bytes,
+            **(app_options or {}),
         )
-        app = create_app(lambda: serving, max_body_bytes=max_body_bytes, **(app_options or {}))
         server = HTTPServer(app, listening, **options)
         stop = asyncio.Event()
         await server.start()

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
 from allocator import ProcessIdentity, RuntimeDir, module_command, module_environment
-from server.admin.app import AdminClient
+from server.admin.client import AdminClient
+from server.cli.cli import app
 
 TIMEOUT_S = 600.0
 """A deadline that only a fault misses, on however slow a machine."""
@@ -31,7 +33,7 @@ class Outcome:
 
 
 def onecopy(*arguments: str, timeout: float = TIMEOUT_S, **environment: str) -> Outcome:
-    """Run the command line to its end."""
+    """Run the command line to its end, as a process of its own."""
     done = subprocess.run(
         module_command("server.cli", *arguments),
         capture_output=True,
@@ -42,6 +44,15 @@ def onecopy(*arguments: str, timeout: float = TIMEOUT_S, **environment: str) -> 
         check=False,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def onecopy_here(*arguments: str) -> Outcome:
+    """The same in this process, which has imported it already: what a shell would see of it. From
+    one thread at a time."""
+    result = CliRunner().invoke(app, arguments, env={"HF_HUB_OFFLINE": "1"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = TIMEOUT_S) -> object:
@@ -110,6 +121,11 @@ class Server:
         return wait_until(found, what)
 
     def onecopy(self, *arguments: str) -> Outcome:
+        """A command for this server, from one thread at a time."""
+        return onecopy_here(*arguments, "--runtime-dir", str(self.runtime_dir))
+
+    def onecopy_process(self, *arguments: str) -> Outcome:
+        """The same as a process of its own, beside others."""
         return onecopy(*arguments, "--runtime-dir", str(self.runtime_dir))
 
     def client(self) -> openai.OpenAI:

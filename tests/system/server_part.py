@@ -4,6 +4,7 @@ fork of its own. Run by `tests.system.trial`.
 Reads paths from stdin, answers what became of each, what it took, and what must not be.
 """
 
+import asyncio
 import contextlib
 import io
 import json
@@ -41,12 +42,12 @@ def serve(path: str) -> None:
     try_tokenizer(kept.path if kept else file, file)
     text = Text.load(folder, tokenizer_file=kept.path if kept else None)
     with contextlib.closing(text):
-        ids = text.encode("a b c", context_tokens=1 << 20)
+        ids = asyncio.run(text.encode("a b c", context_tokens=1 << 20))
         text.decode(ids)
         if text.has_chat_template:
             messages = [{"role": "user", "content": "hello"}]
             with contextlib.suppress(ServerError):  # of a chat, not of the model
-                text.encode_chat(Chat(messages), context_tokens=4096)
+                asyncio.run(text.encode_chat(Chat(messages), context_tokens=4096))
     if kept:
         kept.close()
 

@@ -33,8 +33,9 @@ def folder(tmp_path: Path) -> Path:
 def serve(make_server: Callable[..., Server], folder: Path) -> Iterator[Callable[..., Server]]:
     started: list[Server] = []
 
-    def start(*options: str) -> Server:
-        started.append(make_server(str(folder), "--instances", "2", *options))
+    def start(*options: str, num_instances: int = 1) -> Server:
+        instances = ("--instances", str(num_instances))
+        started.append(make_server(str(folder), *instances, *options))
         return started[-1]
 
     yield start
@@ -55,7 +56,7 @@ def replace_weights(folder: Path) -> None:
 
 
 def texts(server: Server, count: int = 4) -> set[str]:
-    """Of the same greedy request, so often that every instance has answered it."""
+    """Of the same greedy request, so often that each of two instances has answered it."""
     client = server.client()
     answers = [
         client.completions.create(
@@ -87,10 +88,10 @@ def replace_all(server: Server, forkserver: int | None = None) -> None:
         os.kill(one, signal.SIGKILL)
     server.wait_instances(
         lambda instances: (
-            [one["state"] for one in instances] == ["ready"] * 2
+            [one["state"] for one in instances] == ["ready"] * len(before)
             and not before & {one["pid"] for one in instances}
         ),
-        "two other instances",
+        "as many other instances",
     )
 
 
@@ -135,7 +136,7 @@ def test_what_is_served_stays_what_it_was(serve: Callable[..., Server], folder: 
     shown = server.onecopy("ps")
     assert f"{folder} is gone. `onecopy reload` serves" in shown.stdout
     assert server.onecopy("verify").status == 0
-    assert server.status()["num_replaced"] >= 8
+    assert server.status()["num_replaced"] >= 4
 
 
 def test_weights_that_are_gone_are_loaded_again_if_the_files_are_the_same(
@@ -143,11 +144,10 @@ def test_weights_that_are_gone_are_loaded_again_if_the_files_are_the_same(
 ) -> None:
     server = serve()
     [before] = texts(server)
-    for _ in range(2):
-        assert server.onecopy("sleep").status == 0
-        assert server.onecopy("evict", "tiny").status == 0
-        assert server.onecopy("wake").status == 0
-        assert texts(server) == {before}
+    assert server.onecopy("sleep").status == 0
+    assert server.onecopy("evict", "tiny").status == 0
+    assert server.onecopy("wake").status == 0
+    assert texts(server) == {before}
     replace_weights(folder)
     assert server.onecopy("sleep").status == 0
     assert server.onecopy("wake").status == 0  # the set still sleeps, and wakes
@@ -163,7 +163,7 @@ def test_weights_that_are_gone_are_loaded_again_if_the_files_are_the_same(
 
 def test_mapped_files_that_are_replaced(serve: Callable[..., Server], folder: Path) -> None:
     """Instances go on with the file that they map; others can't begin, which is told."""
-    server = serve("--map-files")
+    server = serve("--map-files", num_instances=2)
     [before] = texts(server)
     first, second = server.remember()["instances"]
     replace_weights(folder)
@@ -317,7 +317,7 @@ def test_a_link_that_leads_elsewhere_is_followed(
     replace_weights(other)
     link = tmp_path / "current"
     link.symlink_to(folder)
-    server = make_server(str(link), "--instances", "2", "--served-model-name", "tiny")
+    server = make_server(str(link), "--instances", "1", "--served-model-name", "tiny")
     [before] = texts(server)
     (tmp_path / "next").symlink_to(other)
     (tmp_path / "next").rename(link)

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.daemon_process import ROOT
 from tests.system.running_server import TIMEOUT_S
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
+
+pytestmark = pytest.mark.slow
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
@@ -22,8 +26,9 @@ def test_no_request_suffers_from_what_is_done_to_processes(
     (model / "chat_template.jinja").write_text(TEMPLATE)
     done = subprocess.run(
         [
-            *(sys.executable, "benchmarks/chaos.py", "--model", str(model), "--seconds", "10"),
-            *("--every", "1", "--streams", "8", "--max-tokens", "60", "--stops", "2"),
+            *(sys.executable, "benchmarks/chaos.py", "--model", str(model), "--seconds", "6"),
+            *("--every", "0.6", "--streams", "8", "--max-tokens", "40", "--stops", "2"),
+            "--serve=--hang-timeout=1",
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "ONECOPY_CACHE_DIR": str(tokenizer_cache)},

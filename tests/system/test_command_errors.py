@@ -13,12 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from allocator import RuntimeDir
-from server.cli.cli import app
 from tests.daemon_process import DaemonProcess
-from tests.system.running_server import Outcome, Server, leftovers, onecopy, wait_until
+from tests.system.running_server import (
+    Outcome,
+    Server,
+    leftovers,
+    onecopy,
+    onecopy_here,
+    wait_until,
+)
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
 OF_THE_SERVER = (("ps",), ("scale", "2"), ("verify",))
@@ -41,11 +46,7 @@ def directory() -> Iterator[Path]:
 
 
 def run(command: Sequence[str], directory: Path) -> Outcome:
-    """In this process: what a shell would see of it."""
-    result = CliRunner().invoke(app, [*command, "--runtime-dir", str(directory)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Outcome(result.exit_code, result.stdout, result.stderr)
+    return onecopy_here(*command, "--runtime-dir", str(directory))
 
 
 def assert_one_line(outcome: Outcome, *words: str) -> None:
@@ -189,6 +190,7 @@ def answering(directory: Path, answer: bytes) -> Iterator[None]:
         (b"HTTP/1.1 500 No\r\ncontent-length: 2\r\n\r\n{}", ("with status 500", "its log")),
         (b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n", ("with status 503", "its log")),
         (b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n", ("with status 404", "upgrade")),
+        (b"HTTP/1.1 409 No\r\ncontent-length: 0\r\n\r\n", ("with status 409", "upgrade")),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n[]", ("with status 200", "upgrade")),
         (b"", ("broke off its answer", "its log")),
         (b"SSH-2.0-OpenSSH_9.2\r\n", ("broke off its answer", "its log")),
@@ -232,7 +234,7 @@ def stopped(pid: int) -> Iterator[None]:
 def at_once(server: Server, commands: Sequence[tuple[str, ...]]) -> list[Outcome]:
     """What they say; each waits a while, so they wait together."""
     with ThreadPoolExecutor(len(commands)) as threads:
-        return list(threads.map(lambda command: server.onecopy(*command), commands))
+        return list(threads.map(lambda command: server.onecopy_process(*command), commands))
 
 
 def test_a_server_that_hangs(server: Server) -> None:
@@ -275,9 +277,9 @@ def test_stopping_twice_cuts_no_stream(server: Server) -> None:
     with ThreadPoolExecutor(4) as threads:
         streaming = threads.submit(stream)
         assert begun.wait(600)
-        stops = [threads.submit(server.onecopy, "stop") for _ in range(2)]
+        stops = [threads.submit(server.onecopy_process, "stop") for _ in range(2)]
         wait_until(lambda: server.status()["draining"], "the server to drain")
-        third = threads.submit(server.onecopy, "stop")
+        third = threads.submit(server.onecopy_process, "stop")
         before = num_tokens
         wait_until(lambda: num_tokens > before + 20, "the stream to go on")
         assert not any(one.done() for one in (*stops, third))

@@ -119,7 +119,7 @@ def test_many_texts_of_many_requests_do_not_change_each_other(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(TIMEOUT_S)
     assert sorted(answers) == [0, 1, 2, 3]
     for number, answer in answers.items():
         for index, one in enumerate(answer.data):
@@ -203,7 +203,7 @@ def test_one_copy_holds_and_a_killed_instance_loses_no_request(
         lambda found: len(found) == 2 and all(one["num_requests"] for one in found), "work on both"
     )
     os.kill(busy[0]["pid"], signal.SIGKILL)
-    asking.join(120)
+    asking.join(TIMEOUT_S)
     [answer] = answers
     for index, one in enumerate(answer.data):
         if index % 5 < 4:

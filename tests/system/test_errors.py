@@ -16,6 +16,8 @@ from tests.system.running_server import TIMEOUT_S, Outcome, Server, leftovers, o
 from tests.workers.checkpoint.checkpoint_files import write_gguf
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def runtime_dir() -> Iterator[Path]:

@@ -16,9 +16,18 @@ from allocator import RuntimeDir
 from server.machine import process_memory
 from server.machine.handed_out import seen
 from server.machine.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
-from tests.system.running_server import TIMEOUT_S, Outcome, Server, onecopy, wait_until
+from tests.system.running_server import (
+    TIMEOUT_S,
+    Outcome,
+    Server,
+    onecopy,
+    onecopy_here,
+    wait_until,
+)
 from tests.system.test_errors import assert_refused
 from tests.workers.tiny_models import write_checkpoint
+
+pytestmark = pytest.mark.slow
 
 PAGE = 4096
 DEMO_SETTINGS = ("--instances", "2", "--max-num-seqs", "2", "--max-model-len", "1024")
@@ -26,7 +35,7 @@ DEMO_SETTINGS = ("--instances", "2", "--max-num-seqs", "2", "--max-model-len", "
 
 def plan(*arguments: object) -> dict[str, Any]:
     """The JSON document, and nothing beside it."""
-    outcome = onecopy("plan", *map(str, arguments), "--json")
+    outcome = onecopy_here("plan", *map(str, arguments), "--json")
     assert outcome.status == 0, outcome.stderr
     assert outcome.stderr == ""
     document: dict[str, Any] = json.loads(outcome.stdout)
@@ -201,7 +210,7 @@ def test_ranks_and_a_machine_that_was_given(tiny: Path) -> None:
     assert document["room"]["memory_bytes"] == 430_000_000
     assert document["room"]["fits_at_start"] is False  # four processes
     assert document["rank_room"]["fits_at_start"] is True  # two on each device
-    text = onecopy("plan", str(tiny), *arguments).stdout
+    text = onecopy_here("plan", str(tiny), *arguments).stdout
     assert "2 instances of 2 ranks" in text
     assert "EACH OF 2," in text
     assert re.search(r"All 2 ranks on one device.*\nDoes not fit", text)
@@ -209,14 +218,14 @@ def test_ranks_and_a_machine_that_was_given(tiny: Path) -> None:
 
 
 def test_weights_beyond_the_memory_limit_do_not_fit(tiny: Path) -> None:
-    outcome = onecopy("plan", str(tiny), "--memory-limit", "100000")
+    outcome = onecopy_here("plan", str(tiny), "--memory-limit", "100000")
     assert (outcome.status, outcome.stderr) == (0, "")
     assert "Does not fit: the weights need" in outcome.stdout
     assert "--memory-limit" in outcome.stdout
 
 
 def refused(*arguments: object) -> Outcome:
-    outcome = onecopy("plan", *map(str, arguments))
+    outcome = onecopy_here("plan", *map(str, arguments))
     assert len(outcome.stderr.splitlines()) == 1
     return outcome
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from allocator import RuntimeDir
-from server.admin.app import AdminClient
+from server.admin.client import AdminClient
 from tests.system.running_server import TIMEOUT_S, Server
 from tests.workers.model.ties import BF16_TIE_ULPS, ulps_below_the_best
 

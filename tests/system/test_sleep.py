@@ -10,18 +10,27 @@ import httpx
 import pytest
 
 from tests.system.running_server import TIMEOUT_S, Server
+from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
 PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its context holds a request that lasts."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_checkpoint(folder, "llama", max_position_embeddings=65536)
+    return write_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
 def server(
-    make_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory
+    make_server: Callable[..., Server], tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """With images of its own: others would wake what sleeps here instead of loading."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("ONECOPY_IMAGE_DIR", str(tmp_path_factory.mktemp("images")))
-        running = make_server("demo", "--instances", "2")
+        running = make_server(str(tiny), "--instances", "2")
     yield running
     running.remember()
     running.stop()
@@ -83,12 +92,12 @@ def test_it_sleeps_and_wakes_with_the_same_weights(server: Server, level: str, t
 
 def test_requests_that_run_are_answered_first(server: Server) -> None:
     with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(text_of, server, 200)
+        answer = threads.submit(text_of, server, 10_000)
         server.wait_instances(
             lambda instances: any(one["num_running"] for one in instances), "a running request"
         )
         assert server.onecopy("sleep").status == 0
-        assert len(answer.result(TIMEOUT_S)) > 100
+        assert len(answer.result(TIMEOUT_S)) > 1000
     assert server.onecopy("wake", server.model).status == 0
     server.remember()
 
@@ -97,7 +106,7 @@ def test_the_memory_is_drawn_for_people(server: Server) -> None:
     shown = server.onecopy("ps", "--memory", "--events", "3").stdout
     pids = sorted(one["pid"] for one in server.status()["instances"])
     assert f"{pids[0]}, {pids[1]}: once for all" in shown
-    assert re.search(r"^host: 2[67]\d\.\d MB of .* used; allocator pid \d+$", shown, re.MULTILINE)
+    assert re.search(r"^host: \d+\.\d MB of .* used; allocator pid \d+$", shown, re.MULTILINE)
     assert "instance i" in shown
 
 
@@ -140,6 +149,7 @@ def test_pins_and_names(server: Server) -> None:
 def test_an_image_outlives_everything(
     make_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That of a GGUF file, whose weights are converted."""
     monkeypatch.setenv("ONECOPY_IMAGE_DIR", str(tmp_path))
     first = make_server("demo", "--instances", "1")
     assert first.onecopy("sleep", "--level", "2").status == 0

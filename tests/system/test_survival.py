@@ -28,10 +28,15 @@ def server(make_server: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture
-def tiny_server(make_server: Callable[..., Server], tmp_path: Path) -> Server:
-    """For tests of signals alone: up sooner. Its context holds a stream that lasts."""
+def tiny(tmp_path: Path) -> Path:
+    """For tests of signals alone: served sooner. Its context holds a stream that lasts."""
     folder = write_checkpoint(tmp_path / "tiny", "llama", max_position_embeddings=65536)
-    return make_server(str(write_tokenizer(folder)), "--instances", "2")
+    return write_tokenizer(folder)
+
+
+@pytest.fixture
+def tiny_server(make_server: Callable[..., Server], tiny: Path) -> Server:
+    return make_server(str(tiny), "--instances", "2")
 
 
 class StreamingRequest:
@@ -121,8 +126,9 @@ def test_a_second_sigterm_ends_running_requests_with_an_error(tiny_server: Serve
 
 
 def test_killed_server_takes_its_instances_with_it_and_the_next_one_attaches(
-    server: Server, make_server: Callable[..., Server]
+    tiny_server: Server, make_server: Callable[..., Server], tiny: Path
 ) -> None:
+    server = tiny_server
     server.remember()
     owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
     assert owner is not None
@@ -135,24 +141,21 @@ def test_killed_server_takes_its_instances_with_it_and_the_next_one_attaches(
     for identity in dying:
         assert _ended(identity)
     assert owner.process.is_alive()
-    successor = make_server("demo", "--instances", "2", runtime_dir=server.runtime_dir)
+    successor = make_server(str(tiny), "--instances", "2", runtime_dir=server.runtime_dir)
     assert [one["loaded"] for one in successor.status()["instances"]] == [False, False]
     successor.identities |= server.identities
     successor.stop()
 
 
-def test_killed_allocator_does_not_stop_the_instances(server: Server) -> None:
-    status = server.remember()
+def test_killed_allocator_does_not_stop_the_instances(tiny_server: Server) -> None:
+    server = tiny_server
+    before = StreamingRequest(server, 40).run()
+    server.remember()
     directory = RuntimeDir.open(server.runtime_dir)
     first = directory.owner("allocator")
     assert first is not None
     os.kill(first.pid, signal.SIGKILL)
-    answer = httpx.post(
-        f"{server.url}/v1/completions",
-        json={"model": status["model"], "prompt": "The capital of France is", "temperature": 0},
-        timeout=TIMEOUT_S,
-    )
-    assert "Paris" in answer.json()["choices"][0]["text"]
+    assert StreamingRequest(server, 40).run().text == before.text
     # Another allocator takes its place, and serves an instance that starts later.
     assert server.onecopy("scale", "3").status == 0
     server.wait_instances(
@@ -239,8 +242,9 @@ def test_sigterm_while_another_allocator_starts_leaves_nothing(tiny_server: Serv
 
 
 def test_everything_killed_leaves_segments_that_the_next_start_removes(
-    server: Server, make_server: Callable[..., Server]
+    tiny_server: Server, make_server: Callable[..., Server], tiny: Path
 ) -> None:
+    server = tiny_server
     server.remember()
     owner = RuntimeDir.open(server.runtime_dir).owner("allocator")
     assert owner is not None
@@ -251,7 +255,7 @@ def test_everything_killed_leaves_segments_that_the_next_start_removes(
     for identity in server.identities:
         assert _ended(identity)
     assert leftovers(server.runtime_dir) != []
-    successor = make_server("demo", "--instances", "1", runtime_dir=server.runtime_dir)
+    successor = make_server(str(tiny), "--instances", "1", runtime_dir=server.runtime_dir)
     names = [name for name in leftovers(server.runtime_dir) if name.startswith("onecopy-")]
     # Its own and its file, and the file of the run that it cleared up after.
     assert sorted(name.endswith("-owner") for name in names) == [False, True, True]

@@ -14,6 +14,8 @@ from tests.daemon_process import TIMEOUT_S
 from tests.system.running_server import Server
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CALLED_LIKE = ("allocator", "json", "queue", "server", "torch", "transformers", "workers", "zmq")
 RUN = "raise SystemExit('a file of the working folder was run')"
 

@@ -19,6 +19,7 @@ from typing import Self
 
 from allocator import RuntimeDir
 from tests.daemon_process import ROOT, DaemonProcess
+from workers import checked
 from workers.client import Engines, Forkserver
 from workers.messages import Exited, InstanceSpec, Ready, Started, StartFailed
 
@@ -134,12 +135,16 @@ class Trials:
                 server_pid=os.getpid(),
                 model=str(model),
                 served_model_name="trial",
-                dtype=self._dtype,
-                max_model_len=None,
-                max_num_seqs=2,
-                token_budget=64,
-                num_threads=1,
                 requested_at=time.monotonic(),
+                settings=checked(
+                    {
+                        "dtype": self._dtype,
+                        "max_num_seqs": 2,
+                        "max_num_batched_tokens": 64,
+                        "threads": 1,
+                    }
+                ),
+                num_threads=1,
             )
         )
         started = await self._forkserver.receive()
@@ -156,7 +161,7 @@ class Trials:
                 problem = f"nothing heard within {DEADLINE_S:.0f} s"
                 break
         if not told.done():  # what it said last may come behind its end
-            await asyncio.wait([told], timeout=1.0)
+            await asyncio.wait([told], timeout=DEADLINE_S)
         message = told.result() if told.done() else ""
         told.cancel()
         if not exited.done() and not (message and message != "ready"):

@@ -1,5 +1,6 @@
 """The kernels for every instruction set that this machine can run, or emulate."""
 
+import fcntl
 import runpy
 import shutil
 import subprocess
@@ -30,17 +31,20 @@ AARCH64 = "portable, aarch64"
 
 
 @pytest.fixture(scope="session")
-def emulated_tiles(tmp_path_factory: pytest.TempPathFactory) -> library.Kernels:
+def emulated_tiles(common_folder: Path) -> library.Kernels:
+    """Compiled once for all processes of the tests."""
     if USABLE["avx512_bf16"]:
         pytest.skip(f"the vector part of the set amx: {USABLE['avx512_bf16']}")
-    compiler, file = shutil.which("c++"), tmp_path_factory.mktemp("emulated") / "decoder.so"
+    compiler, file = shutil.which("c++"), common_folder / "emulated_decoder.so"
     if compiler is None:
         pytest.skip("there is no compiler c++")
     flags = [flag for flag in kernel_flags("amx") if not flag.startswith("-mamx")]
     source = str(Path(library.__file__).with_name("decoder.cpp"))
-    subprocess.run(
-        [compiler, *flags, "-DEMULATE_AMX", "-fPIC", "-shared", source, "-o", str(file)], check=True
-    )
+    command = [compiler, *flags, "-DEMULATE_AMX", "-fPIC", "-shared", source, "-o", str(file)]
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            subprocess.run(command, check=True)
     return library.open_library("amx", file)
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from workers import EngineSettings
 from workers.client import Forkserver, ForkserverBusy, ForkserverEnded
 from workers.messages import InstanceSpec, decode_start
 
@@ -17,12 +18,9 @@ SPEC = InstanceSpec(
     server_pid=1,
     model="/models/x" * 100,
     served_model_name="x",
-    dtype="auto",
-    max_model_len=None,
-    max_num_seqs=1,
-    token_budget=1,
-    num_threads=1,
     requested_at=0.0,
+    settings=EngineSettings(),
+    num_threads=1,
 )
 
 

@@ -22,7 +22,7 @@ from tests.daemon_process import ROOT
 from tests.workers.checkpoint.checkpoint_files import assemble, entry, folder, tensors_of_every_kind
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, write_checkpoint
 from workers.checkpoint import attach, open_checkpoint
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -35,6 +35,7 @@ from workers.kv.layout import KVLayer, KVLayout
 from workers.kv.source import PoolSource
 from workers.messages import Estimate, Generate, SamplingParams, decode_estimate
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 
 def sealed_bytes(memory: Client, path: Path, dtype: str = "auto") -> int:
@@ -155,8 +156,8 @@ def most_kv_bytes(path: Path, dtype: torch.dtype, max_model_len: int, num_seqs: 
     """What `num_seqs` sequences hold together just before they end, as the engine says."""
     checkpoint = open_checkpoint(path)
     tensors = load_file(path / "model.safetensors")
-    model = build_model(json.loads(checkpoint.metadata()["config"]), tensors, dtype)
-    engine = Engine(model, max_model_len, num_seqs)
+    model = build_model(json.loads(checkpoint.metadata()["config"]), Resident(tensors), dtype)
+    engine = GenerationEngine(model, max_model_len, num_seqs)
     for index in range(num_seqs):
         sampling = SamplingParams(max_tokens=max_model_len, temperature=0.0, ignore_eos=True)
         engine.add(
@@ -224,13 +225,13 @@ def test_without_a_length_it_is_the_models_own(tmp_path: Path) -> None:
 def test_a_step_is_said_to_take_more_the_more_it_computes(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "llama", "llama")
     found = [
-        estimate_of(path, token_budget=budget, max_model_len=length).prefill_bytes
+        estimate_of(path, max_num_batched_tokens=budget, max_model_len=length).prefill_bytes
         for budget, length in ((8, 64), (64, 64), (64, 256))
     ]
     assert 0 < found[0] < found[1] < found[2]
     # No step has more prompt tokens than one sequence where only one can be so long.
-    beyond = estimate_of(path, token_budget=1000).prefill_bytes
-    assert beyond == estimate_of(path, token_budget=256).prefill_bytes
+    beyond = estimate_of(path, max_num_batched_tokens=1000).prefill_bytes
+    assert beyond == estimate_of(path, max_num_batched_tokens=256).prefill_bytes
 
 
 # --- tensor parallelism

@@ -7,7 +7,8 @@ from workers.checkpoint.attach import (
     attach_weights,
     metadata_of,
 )
-from workers.checkpoint.source import Checkpoint, open_checkpoint
+from workers.checkpoint.formats.checkpoint import Checkpoint
+from workers.checkpoint.open import open_checkpoint
 
 __all__ = [
     "AttachedWeights",

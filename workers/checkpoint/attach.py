@@ -26,9 +26,10 @@ from allocator import (
     file_handle,
     manifest_bytes,
 )
+from workers.checkpoint.formats.checkpoint import Checkpoint
 from workers.checkpoint.load import fill
+from workers.checkpoint.open import open_checkpoint
 from workers.checkpoint.plan import FORMAT_VERSION, make_plan
-from workers.checkpoint.source import Checkpoint, open_checkpoint
 from workers.errors import CheckpointChanged, CheckpointCorrupt
 
 OnProgress = Callable[[int, int, int], None]
@@ -58,6 +59,15 @@ class AttachedWeights:
     def num_bytes(self) -> int:
         """The segment's size, and that of files mapped beside it."""
         return self.reader.handle.num_bytes + sum(file.num_bytes for file in self.reader.files)
+
+    def identity(self, computed_by: str | None) -> str:
+        """What tells the keys and values of these weights from all others: the weights' bytes, as
+        far as they have digests, and who computes, since each rounds and orders them in its own
+        way."""
+        known = hashlib.sha256(f"{self.reader.key} {computed_by} ".encode())
+        for name, entry in sorted(self.reader.manifest.tensors.items()):
+            known.update(f"{name} {entry.digest} ".encode())
+        return known.hexdigest()
 
 
 def attach_weights(

@@ -16,8 +16,8 @@ from typing import Final
 import msgspec
 
 from allocator import Digest, Manifest, Mapping, WeightSetWriter
+from workers.checkpoint.formats.checkpoint import Checkpoint, OnCopied, StoredBytes
 from workers.checkpoint.plan import Plan
-from workers.checkpoint.source import Checkpoint, OnCopied, StoredBytes
 from workers.config.model_file import opened
 from workers.errors import CheckpointCorrupt
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from allocator import ALIGNMENT, Manifest, TensorEntry, manifest_bytes
-from workers.checkpoint.source import SourceTensor
+from workers.checkpoint.formats.checkpoint import SourceTensor
 
 FORMAT_VERSION = 2
 """Goes up whenever the same checkpoint would be laid out differently."""

@@ -19,8 +19,9 @@ import torch
 from workers.engine.device import Fault, no_fault, require_device
 from workers.engine.embed_batching import choose, fill
 from workers.engine.isolation import in_sound_groups
+from workers.engine.protocol import OTHER_TASK
 from workers.errors import InvalidEmbedding, for_the_wire, unexpected
-from workers.messages import MAX_FRAME_BYTES, Embed, Embedded, Output, StepOutput
+from workers.messages import MAX_FRAME_BYTES, Embed, Embedded, Generate, Output, StepOutput
 from workers.model.encoder import EmbeddingModel
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,11 @@ class EmbeddingEngine:
         """Requests of which none is."""
         return sum(len(one.pending) == len(one.vectors) for one in self._requests.values())
 
-    def add(self, request: Embed) -> None:
+    def add(self, request: Generate | Embed) -> None:
         """Take a request. It never raises: what can't be served is answered by the next `step`."""
+        if isinstance(request, Generate):
+            self.refuse(request.request_id, OTHER_TASK)
+            return
         if request.request_id in self._requests:
             # Two answers under one name can't be told apart, so neither may come.
             self.abort(request.request_id)
@@ -125,6 +129,15 @@ class EmbeddingEngine:
         """Forget a request and all its vectors now. Unknown ids are ignored."""
         self._requests.pop(request_id, None)
         self._answered = [one for one in self._answered if one.request_id != request_id]
+
+    def check(self) -> None:
+        """Raise `AssertionError` where a request waits for nothing. For tests and idle moments."""
+        for request in self._requests.values():
+            if not request.pending:
+                raise AssertionError(f"{request.message.request_id!r} has all, and no answer")
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def step(self) -> tuple[Embedded, ...]:
         """Compute one batch. Returns the requests that are complete, or can't be. Raises nothing

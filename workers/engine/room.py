@@ -1,14 +1,13 @@
 """Joins the scheduler's sequences with the blocks of their keys and values.
 
-Owns which cache is whose. Invariants: a cache lives exactly as long as its sequence runs; what is
-raised over one sequence's blocks is that one's failure. Knows nothing of models and of what a step
-computes.
+Invariants: a cache lives exactly as long as its sequence runs; what is raised over one sequence's
+blocks is that one's failure. Knows nothing of models and of what a step computes.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-from workers.engine.scheduler import GenerationSequence
+from workers.engine.sequence import GenerationSequence
 from workers.kv.cache import KVCache, SequenceCache
 
 logger = logging.getLogger(__name__)
@@ -19,30 +18,21 @@ class KVRoom:
 
     def __init__(self, kv: KVCache) -> None:
         self.kv = kv
-        self._caches: dict[GenerationSequence, SequenceCache] = {}
         self._failures: dict[GenerationSequence, Exception] = {}
-
-    def __getitem__(self, sequence: GenerationSequence) -> SequenceCache:
-        return self._caches[sequence]
-
-    def __iter__(self) -> Iterator[tuple[GenerationSequence, SequenceCache]]:
-        return iter(self._caches.items())
 
     def admit(self, sequence: GenerationSequence) -> None:
         """Begin with what is known of its tokens."""
         known = sequence.token_ids if sequence.may_skip else ()
         try:
-            cache = self.kv.open(known, sequence.cache_salt)
+            sequence.cache = self.kv.open(known, sequence.cache_salt)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this sequence's
             self._failures.setdefault(sequence, error)
-            cache = self.kv.open(())
-        self._caches[sequence] = cache
-        sequence.num_computed = cache.num_cached
+            sequence.cache = self.kv.open(())
 
     def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
         """Blocks for so many tokens of it in all; False where there is no room."""
         try:
-            return self.kv.grow(self._caches[sequence], num_tokens, sequence.since_ms)
+            return self.kv.grow(sequence.held, num_tokens, sequence.since_ms)
         except Exception as error:  # noqa: BLE001 - as above
             self._failures.setdefault(sequence, error)
             return False
@@ -55,19 +45,21 @@ class KVRoom:
     def give_up(self, sequence: GenerationSequence) -> None:
         """Its blocks are free; what it has computed can be found again while nobody needs the
         room."""
-        self._close(self._caches.pop(sequence), sequence.token_ids)
+        self._close(sequence, sequence.held, sequence.token_ids)
 
     def seal(self, sequence: GenerationSequence) -> bool:
         """See `KVCache.seal`."""
-        return self.kv.seal(self._caches[sequence], sequence.token_ids)
+        return self.kv.seal(sequence.held, sequence.token_ids)
 
     def end(self, sequence: GenerationSequence, *, keep: bool = True) -> None:
         """It has ended, or never begun. `keep` what it has computed for others to find."""
-        cache = self._caches.pop(sequence, None)
-        if cache is not None:
-            self._close(cache, sequence.token_ids if keep else None)
+        if sequence.cache is not None:
+            self._close(sequence, sequence.cache, sequence.token_ids if keep else None)
 
-    def _close(self, cache: SequenceCache, token_ids: Sequence[int] | None) -> None:
+    def _close(
+        self, sequence: GenerationSequence, cache: SequenceCache, token_ids: Sequence[int] | None
+    ) -> None:
+        sequence.cache = None
         if token_ids is not None:
             try:
                 self.kv.seal(cache, token_ids)
@@ -75,11 +67,9 @@ class KVRoom:
                 logger.exception("what a sequence computed can't be kept for others")
         self.kv.close(cache)
 
-    def check(self) -> None:
-        """Raise `AssertionError` unless caches and sequences match."""
+    def check(self, running: Iterable[GenerationSequence]) -> None:
+        """Raise `AssertionError` unless the caches are those of the sequences that run."""
         self.kv.check()
-        for sequence, cache in self:
-            computed, held = sequence.num_computed, cache.table.num_tokens
-            if computed != held:
-                name = sequence.request_id
-                raise AssertionError(f"{name!r} computed {computed} tokens, its blocks hold {held}")
+        held = {id(sequence.cache) for sequence in running}
+        if held != self.kv.open_caches():
+            raise AssertionError("there are caches that no sequence has, or the other way round")

@@ -15,66 +15,13 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Protocol
 
-from workers.messages import SamplingParams
+from workers.engine.sequence import GenerationSequence
 
 _RETRY_STEPS: Final = 8
 """Steps after which a sequence for which there was no room is tried again, if nobody left."""
-
-
-@dataclass(slots=True, eq=False)
-class GenerationSequence:
-    """One request on its way: all its tokens, and how many of them have been computed.
-
-    token_ids  |    prompt    | generated earlier | generated here |
-               0              ^ num_prompt                         ^ len(token_ids)
-    """
-
-    request_id: str
-    token_ids: list[int]
-    sampling: SamplingParams
-    num_generated: int
-    """Tokens at the end of `token_ids` that were generated, here or by an earlier instance."""
-    priority: int = 0
-    """The lower goes first."""
-    most_per_step: int | None = None
-    """The most tokens of it that one step may compute, where something limits that."""
-    may_skip: bool = True
-    """Whether tokens whose keys and values are known need not be computed again."""
-    cache_salt: str = ""
-    """Only sequences of the same salt share what was computed."""
-    num_computed: int = 0
-    """Tokens whose keys and values are in its cache."""
-    num_known: int = field(init=False)
-    """Tokens that it had when it last began: they are computed in chunks, later ones as they come.
-    """
-    draft: tuple[int, ...] = ()
-    """Tokens that may come next, to be computed along with the last one on trial."""
-    is_held: bool = False
-    """Something else has to come first, such as what its grammar allows: no step computes it."""
-    arrival: int = field(init=False, default=-1)
-    since_ms: int = 0
-    """When it came (CLOCK_MONOTONIC); 0 where it does not matter."""
-
-    def __post_init__(self) -> None:
-        self.num_known = len(self.token_ids)
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens that it came with, but for those generated before."""
-        return len(self.token_ids) - self.num_generated
-
-    @property
-    def num_pending(self) -> int:
-        """Tokens still to be computed before the next can be sampled. At least 1 while alive."""
-        return len(self.token_ids) - self.num_computed
-
-    @property
-    def is_decoding(self) -> bool:
-        """All that it began with is computed: it now needs one token a step."""
-        return self.num_computed >= self.num_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +48,13 @@ class Room(Protocol):
     """What the scheduler must know of memory."""
 
     def admit(self, sequence: GenerationSequence) -> None:
-        """It begins. May set `num_computed`: its first tokens are known already."""
+        """It begins, and has a cache from now on; its first tokens may be known already."""
 
     def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
         """Hold room for so many tokens of it in all; False where there is none."""
 
     def give_up(self, sequence: GenerationSequence) -> None:
-        """It gave way: its room is free again."""
+        """It gave way: its cache is gone, and its room free again."""
 
 
 class Scheduler:
@@ -181,9 +128,9 @@ class Scheduler:
         self._by_id[sequence.request_id] = sequence
 
     def schedule(self, room: Room) -> tuple[Chunk, ...]:
-        """The next step: all decodes, then prompts. Each chunk must be followed by `computed` or
-        `remove`. Nothing at all while sequences wait that are not held means that there is no room
-        for any."""
+        """The next step: all decodes, then prompts. Before the one after it, the tokens of a chunk
+        must be in its sequence's cache, or the sequence removed. Nothing at all while sequences
+        wait that are not held means that there is no room for any."""
         self._make_way(room)
         decodes, gave_way = self._decodes(room)
         chunks = (*decodes, *self._prefills(room, admitting=not gave_way))
@@ -194,23 +141,11 @@ class Scheduler:
             chunks = tuple(self._prefills(room, admitting=False))
         return chunks
 
-    def computed(self, chunk: Chunk) -> None:
-        """The keys and values of the chunk's own tokens are in the cache."""
-        sequence = chunk.sequence
-        if sequence.num_computed != chunk.start:
-            raise ValueError(
-                f"request {sequence.request_id!r} has {sequence.num_computed} tokens computed, "
-                f"the chunk starts at {chunk.start}"
-            )
-        sequence.num_computed = chunk.stop
-
     def preempt(self, sequence: GenerationSequence, room: Room) -> None:
         """Let a running sequence give up its room and wait at its place in the order."""
         self._running.remove(sequence)
         room.give_up(sequence)
-        sequence.num_computed = 0
-        sequence.num_known = len(sequence.token_ids)
-        sequence.draft = ()
+        sequence.begin_anew()
         bisect.insort(self._waiting, sequence, key=_order)
         self.num_preempted += 1
 
@@ -235,8 +170,9 @@ class Scheduler:
         held = [id(one) for one in (*self._running, *self._waiting)]
         _assert(len(held) == len(set(held)), "a sequence is in two places")
         _assert({id(one) for one in self} == set(held), "a sequence is lost")
-        for sequence in self._waiting:
-            _assert(sequence.num_computed == 0, "a waiting sequence holds memory")
+        holding = {id(one) for one in self if one.cache is not None}
+        running = {id(one) for one in self._running}
+        _assert(holding == running, "other sequences hold memory than run")
         for sequence in self:
             _assert(sequence.num_pending >= 1, "a sequence has nothing left to compute")
             _assert(
@@ -298,7 +234,6 @@ class Scheduler:
                     bisect.insort(self._running, sequence, key=_order)
             elif newcomer:
                 room.give_up(sequence)
-                sequence.num_computed = 0
                 self._num_until_retry = _RETRY_STEPS
         return chunks
 
@@ -353,11 +288,6 @@ class Scheduler:
         if len(self._running) == self._max_num_seqs or self._num_until_retry:
             self.preempt(self._running[-1], room)
             self._num_until_retry = 0
-
-
-def total_tokens(chunks: Sequence[Chunk]) -> int:
-    """How many tokens a step computes."""
-    return sum(chunk.num_tokens for chunk in chunks)
 
 
 def _order(sequence: GenerationSequence) -> tuple[int, int]:

@@ -6,7 +6,6 @@ told is kept with its sequences, and nowhere else. Does not know how cells begin
 
 import socket
 import time
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,10 +20,8 @@ from workers.grammar.follower import (
     ToCell,
     decode_from_cell,
 )
+from workers.grammar.grammar import Grammar
 from workers.messages import GrammarSpec
-
-if TYPE_CHECKING:
-    from workers.grammar.compiler import Grammar
 
 
 class Cell:
@@ -56,7 +53,7 @@ class Cell:
         """Whether `tell` has something to say."""
         return bool(self._untold)
 
-    def join(self, grammar: "Grammar") -> None:
+    def join(self, grammar: Grammar) -> None:
         """Somebody uses it. To be asked."""
         self.users[grammar.number] = grammar
         self.was_shared |= self.was_used

@@ -22,13 +22,13 @@ import msgspec
 
 from workers.grammar.cell import Cell
 from workers.grammar.follower import Compile, Position
+from workers.grammar.grammar import Grammar
 from workers.messages import GrammarSpec
 from workers.process import warden
 
 if TYPE_CHECKING:
     import subprocess
 
-    from workers.grammar.compiler import Grammar
 
 log = logging.getLogger("onecopy.instance")
 
@@ -71,7 +71,7 @@ class GrammarCells:
         self._queue: deque[Grammar] = deque()
         """Those for which there is no cell yet."""
 
-    def begin(self, grammar: "Grammar") -> None:
+    def begin(self, grammar: Grammar) -> None:
         """Let a cell follow this sequence, from all its tokens on. Answered by `receive`."""
         cell = None if grammar.alone else self._by_spec.get(grammar.spec)
         if cell is None:
@@ -92,14 +92,14 @@ class GrammarCells:
         cell.join(grammar)
         self._ask(cell, grammar)
 
-    def accept(self, grammar: "Grammar") -> None:
+    def accept(self, grammar: Grammar) -> None:
         """The sequence has gone on by a token. Answered by `receive`."""
         cell = self._cells.get(grammar.cell)
         # Else it has been lost, and whoever takes over is told all tokens.
         if cell is not None and grammar.number in cell.users:
             self._ask(cell, grammar)
 
-    def leave(self, grammar: "Grammar") -> None:
+    def leave(self, grammar: Grammar) -> None:
         """Nobody follows this sequence any more."""
         with contextlib.suppress(ValueError):
             self._queue.remove(grammar)
@@ -137,7 +137,7 @@ class GrammarCells:
 
     # --- talking to cells
 
-    def _ask(self, cell: Cell, grammar: "Grammar") -> None:
+    def _ask(self, cell: Cell, grammar: Grammar) -> None:
         cell.ask(grammar.number)
         self._tell(cell)
 
@@ -288,7 +288,7 @@ class GrammarCells:
                 self._lost(grammar)
         self._serve_queue()
 
-    def _blame(self, grammar: "Grammar", cell: Cell, message: str) -> None:
+    def _blame(self, grammar: Grammar, cell: Cell, message: str) -> None:
         """A sequence can't go on. Where others have used its cell, that may be their doing: then it
         is tried again in one of its own."""
         cell.drop(grammar.number)
@@ -300,7 +300,7 @@ class GrammarCells:
         else:
             grammar.failed(message)
 
-    def _lost(self, grammar: "Grammar") -> None:
+    def _lost(self, grammar: Grammar) -> None:
         grammar.num_losses += 1
         if grammar.num_losses > _MOST_LOSSES:
             problem = "the process that follows its grammar ended again and again"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from workers.errors import GrammarFailed, UnknownVocabulary
-from workers.grammar.source import shortened, started, tokens_of
+from workers.grammar.translation import shortened, started, tokens_of
 from workers.grammar.vocabulary import read_vocabulary
 from workers.messages import GrammarKind, GrammarSpec
 

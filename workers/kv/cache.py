@@ -202,6 +202,10 @@ class KVCache:
         """Blocks of all sequences."""
         return sum(len(cache.table.blocks) for cache in self._open.values())
 
+    def open_caches(self) -> set[int]:
+        """The identities (`id`) of those that were opened and not closed."""
+        return set(self._open)
+
     def statistics(self) -> CacheStatistics:
         """All in one picture."""
         return CacheStatistics(

@@ -1,8 +1,8 @@
 """Content addresses of blocks: equal digests mean equal keys and values.
 
 A block's digest is SHA-256 of its predecessor's digest and its own token ids, and the first one's
-predecessor names all else that keys and values depend on: the weights, the layout, the adapter and
-the tenant's salt. So equal digests mean equal tokens from the first on, under equal weights; nobody
+predecessor names all else that keys and values depend on: the weights, the layout and the
+tenant's salt. So equal digests mean equal tokens from the first on, under equal weights; nobody
 without the salt can make one up. (The chain of hashes is that of W. Kwon et al., "Efficient Memory
 Management for Large Language Model Serving with PagedAttention", SOSP 2023, as vLLM builds on it.)
 
@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from workers.kv.layout import KVLayout
 
 
-def root_digest(weights: str, layout: KVLayout, salt: str = "", adapter: str = "") -> bytes:
+def root_digest(weights: str, layout: KVLayout, salt: str = "") -> bytes:
     """The predecessor of a sequence's first block. `weights` identifies their bytes."""
     shape = [(layer.num_heads, layer.head_dim) for layer in layout.layers]
-    facts = (weights, str(layout.dtype), layout.block_size, shape, adapter, salt)
+    facts = (weights, str(layout.dtype), layout.block_size, shape, salt)
     return hashlib.sha256(repr(facts).encode()).digest()
 
 

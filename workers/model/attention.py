@@ -1,23 +1,21 @@
 """Attention of a ragged batch: each sequence's queries against that sequence's keys, exactly.
 
-Owns the function that transformers' models call under the name `onecopy`. Invariants: a sequence's
-queries meet its own keys only; what a call takes beyond its arguments and result, scores and copied
-keys included, stays within the workspace, however long the sequence (but at least one query meets
-one key at a time, whatever they take); for a sequence alone that fits the workspace the call is the
-one that transformers' own `sdpa` makes, so that the bits agree. Does not know weights, scheduling
-or sampling.
+Invariants: a sequence's queries meet its own keys only; what a call takes beyond its arguments and
+result, scores and copied keys included, stays within the workspace, however long the sequence (but
+at least one query meets one key at a time, whatever they take); for a sequence alone that fits the
+workspace the call is the one that transformers' own `sdpa` makes, so that the bits agree. Does not
+know weights, scheduling or sampling.
 """
 
 from typing import Any, Final
 
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from workers.errors import UnsupportedCheckpoint
-from workers.model.batch import Batch, Span
+from workers.kv.table import BlockTable
+from workers.model.batch import Batch, Part
 
-NAME: Final = "onecopy"
 DEFAULT_WORKSPACE_BYTES: Final = 256 << 20
 _FP32_BYTES: Final = 4
 _KEY_CHUNK: Final = 1024
@@ -53,22 +51,28 @@ def attend(
         raise UnsupportedCheckpoint(f"{type(module).__name__} biases its attention scores")
     layer: int = module.layer_idx  # type: ignore[assignment]
     results: list[torch.Tensor] = []
-    for span in batch.spans:
-        rows = slice(span.start, span.stop)
-        span.table.write(layer, key[:, :, rows], value[:, :, rows])
+    for part, rows in zip(batch.parts, batch.rows, strict=True):
+        part.table.write(layer, key[:, :, rows], value[:, :, rows])
         queries = query[:, :, rows]
         copies = _copies(queries, key)
         if (
             softcap is None
-            and copies * _copied_bytes(key, span, sliding_window) <= workspace_bytes // 2
+            and copies * _copied_bytes(key, part, sliding_window) <= workspace_bytes // 2
         ):
             results += _by_queries(
-                module, batch, span, layer, queries, scaling, sliding_window, workspace_bytes
+                module, batch, part.table, layer, queries, scaling, sliding_window, workspace_bytes
             )
         else:
             results.append(
                 _by_queries_and_keys(
-                    span, layer, queries, key, scaling, sliding_window, softcap, workspace_bytes
+                    part.table,
+                    layer,
+                    queries,
+                    key,
+                    scaling,
+                    sliding_window,
+                    softcap,
+                    workspace_bytes,
                 )
             )
     return (results[0] if len(results) == 1 else torch.cat(results, dim=1)), None
@@ -92,7 +96,7 @@ def causal_mask(
 def _by_queries(
     module: torch.nn.Module,
     batch: Batch,
-    span: Span,
+    table: BlockTable,
     layer: int,
     queries: torch.Tensor,
     scaling: float | None,
@@ -101,9 +105,9 @@ def _by_queries(
 ) -> list[torch.Tensor]:
     """Parts [1, some queries, num_heads, head_dim] of the result, in order."""
     _, num_heads, num_queries, _ = queries.shape
-    past = span.table.num_tokens
+    past = table.num_tokens
     seen_from = _first_key(past, window)
-    keys, values = span.table.read(layer, seen_from, past + num_queries)
+    keys, values = table.read(layer, seen_from, past + num_queries)
     # A score in fp32, the mask, and the mask as numbers, which is what a kernel makes of it.
     per_query = keys.shape[2] * (num_heads * _FP32_BYTES + 1 + queries.element_size())
     left = workspace_bytes - _copies(queries, keys) * (keys.nbytes + values.nbytes)
@@ -149,7 +153,7 @@ def _mask(
 
 
 def _by_queries_and_keys(
-    span: Span,
+    table: BlockTable,
     layer: int,
     queries: torch.Tensor,
     key: torch.Tensor,
@@ -169,7 +173,7 @@ def _by_queries_and_keys(
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
     scale = head_dim**-0.5 if scaling is None else scaling
-    past = span.table.num_tokens
+    past = table.num_tokens
     key_chunk, query_chunk = _chunks(num_heads, num_kv_heads, head_dim, workspace_bytes)
     out = queries.new_empty(1, num_queries, num_heads, head_dim)
     for start in range(0, num_queries, query_chunk):
@@ -182,7 +186,7 @@ def _by_queries_and_keys(
         end = past + stop
         for first in range(_first_key(past + start, window), end, key_chunk):
             last = min(first + key_chunk, end)
-            keys, values = span.table.read(layer, first, last)
+            keys, values = table.read(layer, first, last)
             scores = part @ keys[0].float().transpose(1, 2)
             if softcap is None:
                 scores.mul_(scale)
@@ -244,12 +248,9 @@ def _copies(queries: torch.Tensor, key: torch.Tensor) -> int:
     return 1 if group == 1 or queries.shape[2] == 1 else 1 + group
 
 
-def _copied_bytes(key: torch.Tensor, span: Span, window: int | None) -> int:
-    """Bytes of all keys and values that the queries of this span see."""
-    past = span.table.num_tokens
-    num_keys = past + span.stop - span.start - _first_key(past, window)
+def _copied_bytes(key: torch.Tensor, part: Part, window: int | None) -> int:
+    """Bytes of all keys and values that the queries of this part see."""
+    past = part.table.num_tokens
+    num_keys = past + len(part.token_ids) - _first_key(past, window)
     _, num_kv_heads, _, head_dim = key.shape
     return 2 * num_keys * num_kv_heads * head_dim * key.element_size()
-
-
-AttentionInterface.register(NAME, attend)

@@ -1,28 +1,26 @@
 """One pass through an architecture of `transformers`: the batch that its attention calls belong to.
 
-Owns the function that architectures call under the name `onecopy-pass`. The batch reaches it beside
-the architecture's own arguments, which not every architecture hands on. Invariant: what is computed
-is attention as `workers.model.attention` knows it, once for each layer, with the shapes and the
-sliding window that the model's geometry tells; an architecture that calls it otherwise (a window
+The batch reaches attention beside the architecture's own arguments, which not every architecture
+hands on. Invariant: what is computed is attention as `workers.model.attention` knows it, once for
+each layer of the pass, with the shapes and the sliding window that the model's geometry tells; an
+architecture that calls it otherwise (a window
 that only its mask knows, two calls for a layer, a bias, values of another size) is refused by name
 instead of computing something else. Does not know weights, scheduling or how attention is computed.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from transformers import AttentionInterface
 
 from workers.errors import UnsupportedCheckpoint
 from workers.kv.layout import KVLayout
 from workers.model.attention import attend
 from workers.model.batch import Batch
-
-NAME: Final = "onecopy-pass"
+from workers.skeleton.attention_hook import attention_by
 
 _WITHOUT_EFFECT: Final = frozenset(
     {
@@ -50,10 +48,8 @@ class _Pass:
     windows: Sequence[int | None]
     max_model_len: int
     workspace_bytes: int
+    layers: range
     seen: set[int] = field(default_factory=set)
-
-
-_current: ContextVar[_Pass] = ContextVar("current attention pass")
 
 
 @contextmanager
@@ -63,24 +59,25 @@ def attention_pass(
     windows: Sequence[int | None],
     max_model_len: int,
     workspace_bytes: int,
+    layers: range | None = None,
 ) -> Iterator[None]:
     """While it is a context, attention calls compute `batch`. `windows`: of each layer, how many of
-    the nearest keys a query sees, or all; one of `max_model_len` keys or more hides none.
+    the nearest keys a query sees, or all; one of `max_model_len` keys or more hides none. `layers`:
+    those that are computed, by default all.
 
-    Raises `UnsupportedCheckpoint` at the end where a layer has not called.
+    Raises `UnsupportedCheckpoint` at the end where one of them has not called.
     """
-    this = _Pass(batch, layout, windows, max_model_len, workspace_bytes)
-    token = _current.set(this)
-    try:
+    layers = range(len(layout.layers)) if layers is None else layers
+    this = _Pass(batch, layout, windows, max_model_len, workspace_bytes, layers)
+    with attention_by(functools.partial(_attend, this)):
         yield
-    finally:
-        _current.reset(token)
-    silent = sorted(set(range(len(layout.layers))) - this.seen)
+    silent = sorted(set(layers) - this.seen)
     if silent:
         raise UnsupportedCheckpoint(f"layer {silent[0]} does not call the attention function")
 
 
-def attend_in_pass(
+def _attend(
+    this: _Pass,
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, num_heads, num_tokens, head_dim]
     key: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
@@ -95,9 +92,6 @@ def attend_in_pass(
     """As `attend`, for the batch of the pass. Raises `UnsupportedCheckpoint` also for a call that
     is not what the geometry tells."""
     name = type(module).__name__
-    this = _current.get(None)
-    if this is None:
-        raise UnsupportedCheckpoint(f"{name} calls attention outside of a pass")
     layer: int = module.layer_idx  # type: ignore[assignment]
     problem = _problem(this, layer, key, value, sliding_window, is_causal)
     given = {key for key, argument in kwargs.items() if argument is not None}
@@ -132,7 +126,7 @@ def _problem(
     """Why a call would compute something else, if so."""
     if layer in this.seen:
         return f"attends twice in layer {layer}"
-    if not 0 <= layer < len(this.layout.layers):
+    if layer not in this.layers:
         return f"has a layer {layer} beyond the last one"
     expected = this.layout.layers[layer]
     shape = (1, expected.num_heads, this.batch.num_rows, expected.head_dim)
@@ -146,6 +140,3 @@ def _problem(
 def _effective(window: int | None, this: _Pass) -> int | None:
     """None for one that hides nothing."""
     return None if window is None or window >= this.max_model_len else window
-
-
-AttentionInterface.register(NAME, attend_in_pass)

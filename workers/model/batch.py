@@ -1,7 +1,6 @@
 """What one forward pass computes: tokens of several sequences, one after the other.
 
-    rows of the batch  | sequence 0: 5 tokens | 1: one | 2: 3 tokens |
-                       [start             stop)[   )    [         stop)
+    rows of the batch  | part 0: 5 tokens | 1: one | 2: 3 tokens |
 
 Plain numbers and references to each sequence's keys and values. Knows nothing of models.
 """
@@ -28,21 +27,13 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Rows [start, stop) of a batch: the tokens of one sequence that follow those in `table`."""
-
-    table: BlockTable
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of all parts. Made by `Batch.of`."""
 
     token_ids: Int32s  # [num_rows]
     positions: Int32s  # [num_rows]
-    spans: tuple[Span, ...]
+    parts: tuple[Part, ...]
+    rows: tuple[slice, ...]  # of each part
     logit_rows: Int32s  # [num_logit_rows], in the order of the parts
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
     """Masks already made in this pass: all layers of a kind share them."""
@@ -52,19 +43,20 @@ class Batch:
         """A table may occur once, and a part has at least one token."""
         token_ids: list[int] = []
         positions: list[int] = []
-        spans: list[Span] = []
+        rows: list[slice] = []
         logit_rows: list[int] = []
         for part in parts:
             start, past = len(token_ids), part.table.num_tokens
             token_ids.extend(part.token_ids)
             stop = len(token_ids)
             positions.extend(range(past, past + stop - start))
-            spans.append(Span(part.table, start, stop))
+            rows.append(slice(start, stop))
             logit_rows.extend(range(stop - part.num_logits, stop))
         return cls(
             token_ids=np.array(token_ids, dtype=np.int32),
             positions=np.array(positions, dtype=np.int32),
-            spans=tuple(spans),
+            parts=tuple(parts),
+            rows=tuple(rows),
             logit_rows=np.array(logit_rows, dtype=np.int32),
         )
 
@@ -76,14 +68,14 @@ class Batch:
     def tables(self) -> tuple[Int32s, npt.NDArray[np.int64]]:
         """Of each row its sequence's index [num_rows], and of each sequence the addresses of its
         blocks [num_sequences, the most blocks of any], 0 where it has fewer."""
-        counts = [span.stop - span.start for span in self.spans]
-        most = max(len(span.table.blocks) for span in self.spans)
-        addresses = np.zeros((len(self.spans), most), dtype=np.int64)
-        for row, span in zip(addresses, self.spans, strict=True):
-            row[: len(span.table.blocks)] = span.table.addresses
+        counts = [len(part.token_ids) for part in self.parts]
+        most = max(len(part.table.blocks) for part in self.parts)
+        addresses = np.zeros((len(self.parts), most), dtype=np.int64)
+        for row, part in zip(addresses, self.parts, strict=True):
+            row[: len(part.table.blocks)] = part.table.addresses
         return np.repeat(np.arange(len(counts), dtype=np.int32), counts), addresses
 
     def commit(self) -> None:
         """The pass has happened: its tokens belong to their sequences."""
-        for span in self.spans:
-            span.table.commit(span.stop - span.start)
+        for part in self.parts:
+            part.table.commit(len(part.token_ids))

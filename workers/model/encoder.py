@@ -6,14 +6,11 @@ of the given tensors or a part of one, never a copy and never written to. Does n
 shared memory, or which texts are computed together.
 """
 
-import copy
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -21,20 +18,18 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.initialization import no_init_weights
 
-from workers.config.architecture import architecture_errors, check_config
+from workers.config.architecture import architecture_errors
 from workers.config.encoder_settings import ENCODERS, EmbeddingSettings, read_settings
 from workers.errors import InvalidEmbedding, UnsupportedCheckpoint
 from workers.messages import ModelFacts
-from workers.model.binding import bind, compute_buffers, move_buffers
+from workers.model.binding import bind
 from workers.model.native import load
 from workers.model.native.architecture import NotNative
 from workers.model.native.decoder import supports
 from workers.model.native.embedder import NativeEmbedder
-
-_DECODERS: Final = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
-"""Model types that some embedders were made of. In each a token sees no padding behind it."""
+from workers.skeleton.buffers import move_buffers
+from workers.skeleton.encoder import skeleton
 
 
 class EmbeddingModel:
@@ -187,7 +182,7 @@ class EmbeddingModel:
 def preload(config: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Import and warm up all that `build_embedding_model` will need for `config`, so that processes
     forked from here need not. Raises `UnsupportedCheckpoint`."""
-    module = _skeleton(config, dtype)
+    module = skeleton(config, dtype)
     get_model_conversion_mapping(module)
 
 
@@ -200,36 +195,13 @@ def build_embedding_model(
     purposes are left out. Raises `UnsupportedCheckpoint` and `CheckpointMismatch`.
     """
     settings = read_settings(metadata)
-    module = _skeleton(json.loads(metadata["config"]), dtype)
+    module = skeleton(json.loads(metadata["config"]), dtype)
     with architecture_errors(f"{type(module).__name__} can't be computed by this config.json"):
         bind(module, _named_for(module, tensors), dtype)
-        move_buffers(module)
+        move_buffers(module, next(module.parameters()).device)
         module.requires_grad_(False)
         module.eval()
         return EmbeddingModel(module, settings)
-
-
-def _skeleton(raw_config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The architecture with its parameters on meta and its derived buffers computed."""
-    check_config(raw_config)
-    name = raw_config.get("model_type")
-    if name not in ENCODERS | _DECODERS:
-        raise UnsupportedCheckpoint(
-            f"model_type {name!r} is not one that embeds text here; known are "
-            f"{', '.join(sorted(ENCODERS | _DECODERS))}"
-        )
-    with architecture_errors(f"{name!r} can't be built by this config.json"):
-        config = CONFIG_MAPPING[name].from_dict(copy.deepcopy(dict(raw_config)))
-        model_class = MODEL_MAPPING[type(config)]
-        attention = "sdpa" if model_class._supports_sdpa else "eager"
-        takes = inspect.signature(model_class.__init__).parameters
-        options = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
-        with no_init_weights(), torch.device("meta"):
-            module = model_class._from_config(
-                config, dtype=dtype, attn_implementation=attention, **options
-            )
-        compute_buffers(module)
-    return module
 
 
 def _named_for(module: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

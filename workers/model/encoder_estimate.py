@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.plan import make_plan
-from workers.checkpoint.source import SourceTensor
 from workers.errors import InvalidSetting
 from workers.messages import Estimate
 from workers.model.encoder import EmbeddingModel, build_embedding_model
@@ -21,7 +21,7 @@ def embedding_estimate(
     tensors: Sequence[SourceTensor],
     dtype: torch.dtype,
     max_model_len: int | None,
-    token_budget: int,
+    max_num_batched_tokens: int,
 ) -> Estimate:
     """All figures; lengths in tokens, None being the model's own. Raises CheckpointError as loading
     it would, and InvalidSetting where the model is shorter than `max_model_len`."""
@@ -42,7 +42,9 @@ def embedding_estimate(
         segment_bytes=make_plan(tensors, metadata).segment_bytes,
         kv_bytes_per_token=0,
         kv_bytes_per_sequence=0,
-        prefill_bytes=_step_bytes(model, max(token_budget, max_model_len), max_model_len, dtype),
+        prefill_bytes=_step_bytes(
+            model, max(max_num_batched_tokens, max_model_len), max_model_len, dtype
+        ),
         logits_bytes_per_sequence=0,
         rank=None,
     )

@@ -8,14 +8,13 @@ every accepted request has ended. Does not know text.
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -40,7 +39,8 @@ from workers.checkpoint import (
 from workers.config.architecture import architecture_errors
 from workers.config.encoder_settings import task_of
 from workers.engine.embed import EmbeddingEngine
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
+from workers.engine.protocol import Engine
 from workers.errors import DeviceLost, InvalidSetting, WorkerError
 from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
@@ -66,14 +66,15 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
+from workers.placement.resident import Resident
 from workers.process import linux
 from workers.process.cores import SharedCores
+from workers.process.inbox import named
 from workers.process.outbox import frames
 from workers.process.pulse import Pulse
+from workers.weight_format import float_dtype
 
 log = logging.getLogger("onecopy.instance")
-
-AnyEngine = Engine | EmbeddingEngine
 
 _LINGER_MS: Final = 2000
 """How long the last outputs may take to leave at the end."""
@@ -106,6 +107,7 @@ def run(spec: InstanceSpec, pulse: Pulse) -> int:
 class _Instance:
     def __init__(self, spec: InstanceSpec, server: "zmq.Socket[bytes]", pulse: Pulse):
         self._spec = spec
+        self._settings = spec.settings
         self._server = server
         self._pulse = pulse
         self._draining = False
@@ -141,33 +143,34 @@ class _Instance:
     def _connect(self) -> Client:
         memory = connect(
             RuntimeDir.open(self._spec.runtime_dir, create=False),
-            device=self._spec.device,
+            device=self._settings.device,
             model=self._spec.served_model_name[:256],
             label=f"instance {self._spec.name}",
         )
         self._ended("connect")
         return memory
 
-    def _start(self, memory: Client) -> AnyEngine:
-        spec = self._spec
+    def _start(self, memory: Client) -> Engine:
+        spec, settings = self._spec, self._settings
         torch.set_num_threads(spec.num_threads)
         weights, eos_token_ids = self._attach(memory)
         dtype = weights.dtype or float_dtype(weights.tensors)
         self._ended("weights")
-        if spec.shares_cores:
+        if settings.threads is None:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
             self._cores = SharedCores(cores, os.getpid())
         if task_of(weights.metadata) == "embed":
             return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
-        model = build_model(config, weights.tensors, dtype, eos_token_ids)
+        model = build_model(config, Resident(weights.tensors), dtype, eos_token_ids)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
-        model.workspace_bytes = spec.attention_workspace_bytes
-        most_rows = spec.token_budget + spec.max_num_seqs * (1 + spec.num_speculative_tokens)
+        model.workspace_bytes = settings.attention_workspace
+        drafted = settings.max_num_seqs * (1 + settings.num_speculative_tokens)
+        most_rows = settings.max_num_batched_tokens + drafted
         self._check_kernels()
         most, now = self._threads()
-        reason = model.accelerate(most_rows, max_model_len, most, now, spec.cpu_kernels)
+        reason = model.accelerate(most_rows, max_model_len, most, now, settings.cpu_kernels)
         self._ended("model")
         if weights.loaded:  # who loads a model finds out whether it can be computed at all
             self._log_kernels(model.geometry.architecture, model.kernels, reason)
@@ -177,17 +180,17 @@ class _Instance:
         kv = KVCache(
             layout,
             PoolSource(memory, layout),
-            weights=_identity(weights, model.kernels),
+            weights=weights.identity(model.kernels),
             device=model.device,
-            prefix_caching=spec.prefix_caching,
+            prefix_caching=settings.prefix_caching,
         )
-        engine = Engine(
+        engine = GenerationEngine(
             model,
             max_model_len,
-            spec.max_num_seqs,
-            spec.token_budget,
+            settings.max_num_seqs,
+            settings.max_num_batched_tokens,
             kv,
-            spec.num_speculative_tokens,
+            settings.num_speculative_tokens,
             Path(spec.tokenizer) if spec.tokenizer else None,
             attention_span=model.geometry.attention_span,
             device_fault=functools.partial(device_fault, memory.device),
@@ -207,10 +210,14 @@ class _Instance:
                 return attach_served(memory, spec.weight_set, self._loading), spec.eos_token_ids
             except UnknownWeightSet:
                 log.info("%s is not in memory any more", spec.weight_set)
-        checkpoint = open_checkpoint(spec.model, spec.dtype)
+        checkpoint = open_checkpoint(spec.model, self._settings.dtype)
         ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
         weights = attach(
-            memory, checkpoint, self._loading, map_files=spec.map_files, only=spec.weight_set
+            memory,
+            checkpoint,
+            self._loading,
+            map_files=self._settings.map_files,
+            only=spec.weight_set,
         )
         return weights, ends
 
@@ -221,8 +228,8 @@ class _Instance:
         max_model_len = self._max_model_len(model.max_model_len, model.advised_max_model_len)
         self._check_kernels()
         most, now = self._threads()
-        most_rows = max(self._spec.token_budget, max_model_len)
-        reason = model.accelerate(most_rows, max_model_len, most, now, self._spec.cpu_kernels)
+        most_rows = max(self._settings.max_num_batched_tokens, max_model_len)
+        reason = model.accelerate(most_rows, max_model_len, most, now, self._settings.cpu_kernels)
         self._ended("model")
         if weights.loaded:
             self._log_kernels(type(model.module).__name__, model.kernels, reason)
@@ -232,7 +239,7 @@ class _Instance:
         engine = EmbeddingEngine(
             model,
             max_model_len,
-            self._spec.token_budget,
+            self._settings.max_num_batched_tokens,
             threads_now=threads_now,
             device_fault=functools.partial(device_fault, memory.device),
             works_on=self._pulse.works_on,
@@ -242,7 +249,7 @@ class _Instance:
 
     def _max_model_len(self, limit: int, default: int) -> int:
         """As it was asked for. Raises InvalidSetting beyond the model's `limit`."""
-        asked = self._spec.max_model_len or default
+        asked = self._settings.max_model_len or default
         if asked > limit:
             raise InvalidSetting(
                 f"--max-model-len is {asked}, but this model was made for {limit} tokens"
@@ -261,7 +268,7 @@ class _Instance:
 
     def _check_kernels(self) -> None:
         """Raises InvalidSetting where those asked for can't be used here."""
-        wanted = self._spec.cpu_kernels
+        wanted = self._settings.cpu_kernels
         try:
             if wanted != "auto":
                 load(wanted)
@@ -311,7 +318,7 @@ class _Instance:
 
     # --- serve
 
-    def _serve(self, engine: AnyEngine) -> None:
+    def _serve(self, engine: Engine) -> None:
         # A first pass touches every weight, so its length grows with the model: an instance that
         # attached is ready before it, and makes it only if no request is there to do so.
         if self._warm_up is not None and not self._server.poll(0):
@@ -330,10 +337,9 @@ class _Instance:
                 self._loop(engine, poller, wake_read)
             finally:
                 signal.set_wakeup_fd(-1)
-                if isinstance(engine, Engine):
-                    engine.close()
+                engine.close()
 
-    def _loop(self, engine: AnyEngine, poller: zmq.Poller, wake: socket.socket) -> None:
+    def _loop(self, engine: Engine, poller: zmq.Poller, wake: socket.socket) -> None:
         while engine.has_work or not self._draining:
             had_work = engine.has_work
             wait_ms = _STALLED_MS if engine.is_stalled else 0
@@ -353,15 +359,14 @@ class _Instance:
             elif had_work:  # the last was aborted: no step says so
                 self._report(engine, ())
 
-    def _report(self, engine: AnyEngine, outputs: tuple[Output | Embedded, ...]) -> None:
+    def _report(self, engine: Engine, outputs: tuple[Output | Embedded, ...]) -> None:
         for frame in frames(engine.report(outputs), engine.abort):
             self._server.send(frame)
         if not engine.has_work:
             if self._cores is not None:
                 self._cores.end()
             linux.trim_heap()
-            if isinstance(engine, Engine):
-                self._check(engine)
+            self._check(engine)
 
     def _check(self, engine: Engine) -> None:
         """An idle moment: see that what is held is what is used. A leak is for the log, not a
@@ -371,7 +376,7 @@ class _Instance:
         except AssertionError:
             log.exception("the engine's books do not add up")
 
-    def _read(self, engine: AnyEngine) -> None:
+    def _read(self, engine: Engine) -> None:
         while True:
             try:
                 frame = self._server.recv(zmq.NOBLOCK)
@@ -382,23 +387,18 @@ class _Instance:
                 message = decode_to_instance(frame)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 log.exception("a message is not one of the protocol's")
-                self._refuse(engine, _named(frame), f"it can't be read: {error}")
+                self._refuse(engine, named(frame), f"it can't be read: {error}")
                 continue
             match message:
-                case Generate() if isinstance(engine, Engine):
+                case Generate() | Embed():
                     self._pulse.begin([message.request_id])
                     engine.add(message)
-                case Embed() if isinstance(engine, EmbeddingEngine):
-                    self._pulse.begin([message.request_id])
-                    engine.add(message)
-                case Generate(request_id=request_id) | Embed(request_id=request_id):
-                    self._refuse(engine, request_id, "this model does not serve that kind")
                 case Abort(request_id=request_id):
                     engine.abort(request_id)
                 case Drain():
                     self._drain()
 
-    def _refuse(self, engine: AnyEngine, request_id: str, problem: str) -> None:
+    def _refuse(self, engine: Engine, request_id: str, problem: str) -> None:
         """Who sent it waits for an answer."""
         if request_id:
             engine.refuse(request_id, f"the instance can't take the request: {problem}")
@@ -408,31 +408,3 @@ class _Instance:
 
     def _send(self, message: FromInstance) -> None:
         self._server.send(encode(message))
-
-
-def _named(frame: bytes) -> str:
-    """The request that a message seems to be about; "" where it names none."""
-    try:
-        message = msgspec.msgpack.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""
-    name = message.get("request_id") if isinstance(message, dict) else None
-    return name if isinstance(name, str) else ""
-
-
-def _identity(weights: AttachedWeights, kernels: str | None) -> str:
-    """What tells the keys and values of these weights from all others: the weights' bytes, as far
-    as they have digests, and who computes, since each rounds and orders them in its own way."""
-    known = hashlib.sha256(f"{weights.reader.key} {kernels} ".encode())
-    for name, entry in sorted(weights.reader.manifest.tensors.items()):
-        known.update(f"{name} {entry.digest} ".encode())
-    return known.hexdigest()
-
-
-def float_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
-    """The dtype of most of the parameters, where the checkpoint does not say."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        if tensor.is_floating_point():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

@@ -150,7 +150,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who launched us decides when to stop
     _die_with_parent(int(sys.argv[2]))
     # Last: where the package is installed, it is found there.
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     tasks: Tasks = importlib.import_module(sys.argv[3])
     tasks.prepare(json.loads(sys.argv[4]))
     # Objects that stay leave the collector's lists: a collection in a cell copies no page of them.

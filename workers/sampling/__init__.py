@@ -11,14 +11,16 @@ sequence. Knows neither models nor when a sequence ends.
 """
 
 from workers.grammar.compiler import GrammarCompiler
-from workers.sampling.batch import Sampled, sample
+from workers.sampling.choice import Sampled, sample
 from workers.sampling.logprobs import prompt_logprobs
 from workers.sampling.state import SequenceSampler, invalid_params
+from workers.sampling.tokens import Tokens
 
 __all__ = [
     "GrammarCompiler",
     "Sampled",
     "SequenceSampler",
+    "Tokens",
     "invalid_params",
     "prompt_logprobs",
     "sample",

@@ -11,8 +11,8 @@ from typing import Final
 import torch
 
 from workers.messages import SamplingParams
-from workers.sampling.blocks import BLOCK, block_maxima, block_of, block_sums
 from workers.sampling.filters import allowed, is_filtered
+from workers.sampling.pieces import PIECE, piece_maxima, piece_of, piece_sums
 
 LEAST_TEMPERATURE: Final = 1e-5
 """Below that the choice is greedy, as in vLLM."""
@@ -40,7 +40,7 @@ def draw(
     if not filtered:
         return _pick_of_all(rows, _column(numbers)).tolist()
     tokens = [0] * len(params)
-    maxima = block_maxima(rows)
+    maxima = piece_maxima(rows)
     for index in filtered:
         row = rows[index]
         token_ids = allowed(row, maxima[index], params[index])
@@ -63,13 +63,13 @@ def _pick(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _pick_of_all(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """`_pick` over a vocabulary: by blocks, then within the block."""
-    cumulative = block_sums(weights).cumsum(1)
+    """`_pick` over a vocabulary: by pieces, then within the piece."""
+    cumulative = piece_sums(weights).cumsum(1)
     wanted = cumulative[:, -1:] * numbers
-    blocks = _passing(cumulative, wanted)
-    below = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, blocks[:, None])
-    within = block_of(weights, blocks, 0.0).double().cumsum(1)
-    return blocks * BLOCK + _passing(within, wanted - below)
+    pieces = _passing(cumulative, wanted)
+    below = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, pieces[:, None])
+    within = piece_of(weights, pieces, 0.0).double().cumsum(1)
+    return pieces * PIECE + _passing(within, wanted - below)
 
 
 def _passing(cumulative: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from workers.messages import SamplingParams
-from workers.sampling.blocks import at_least, block_sums, falling, largest_few, top
+from workers.sampling.pieces import at_least, falling, largest_few, piece_sums, top
 
 _FEW: Final = 128
 """Tokens among which `top_p` is sought before all are looked at."""
@@ -23,7 +23,7 @@ _BUCKET_SHIFT: Final = 19
 
 def allowed(weights: torch.Tensor, maxima: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """The tokens that may be drawn, by id. `weights` [vocab_size] float32, not all zero; `maxima`
-    those of its blocks."""
+    those of its pieces."""
     token_ids = None
     if params.min_p > 0:
         token_ids = at_least(weights, maxima, params.min_p * float(maxima.max()))
@@ -37,7 +37,7 @@ def allowed(weights: torch.Tensor, maxima: torch.Tensor, params: SamplingParams)
     if token_ids is not None:
         return token_ids[_nucleus(weights[token_ids], params.top_p)]
     few = min(_FEW, weights.numel())
-    enough = params.top_p * float(block_sums(weights[None]).sum())
+    enough = params.top_p * float(piece_sums(weights[None]).sum())
     heaviest, token_ids = largest_few(weights, few, maxima)
     needed = _num_needed(heaviest, 0.0, enough)
     if needed == few:

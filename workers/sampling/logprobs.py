@@ -11,7 +11,7 @@ import torch
 
 from workers.errors import InvalidLogits
 from workers.messages import TokenLogprobs
-from workers.sampling.blocks import block_maxima, falling, top
+from workers.sampling.pieces import falling, piece_maxima, top
 from workers.sampling.scratch import groups
 
 LEAST: Final = -9999.0
@@ -25,7 +25,7 @@ def token_logprobs(
     `logits` [n, vocab_size]. Raises `InvalidLogits` if a row has no finite maximum."""
     found: list[TokenLogprobs] = []
     for start, rows in groups(logits):
-        maxima = block_maxima(rows)
+        maxima = piece_maxima(rows)
         best = maxima.amax(dim=1)
         if not bool(best.isfinite().all()):
             raise InvalidLogits("the model's logits are not finite")
@@ -42,7 +42,7 @@ def token_logprobs(
         top_logits = [row[of_row] for row, of_row in zip(rows, top_ids, strict=True)]
         # The likeliest token's probability is exp(best - normalizer).
         torch.softmax(rows, dim=-1, out=rows)
-        normalizers = best - block_maxima(rows).amax(dim=1).log()
+        normalizers = best - piece_maxima(rows).amax(dim=1).log()
         own_logprobs = (own - normalizers).clamp(min=LEAST).tolist()
         found += (
             TokenLogprobs(

@@ -5,15 +5,17 @@ Invariant: it is a function of the parameters, the prompt and the generated toke
 instance can make it anew. Does not know logits.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 import torch
 
 from workers.grammar.bitmask import packed
-from workers.grammar.compiler import Grammar
+from workers.grammar.grammar import Grammar
 from workers.messages import SamplingParams
 from workers.sampling.counts import TokenCounts
+from workers.sampling.random_number import uniform
+from workers.sampling.tokens import Tokens
 
 
 class SequenceSampler:
@@ -22,16 +24,15 @@ class SequenceSampler:
     def __init__(
         self,
         params: SamplingParams,
-        prompt_token_ids: Sequence[int],
-        generated_token_ids: Sequence[int],
+        tokens: Tokens,
         vocab_size: int,
         eos_token_ids: Collection[int],
         grammar: Grammar | None = None,
     ) -> None:
         """`params` must be such that `invalid_params` finds nothing in them. `grammar` begins here,
-        with `generated_token_ids`."""
+        with those `tokens` that were generated. Only `accept` adds to them."""
         self.params = params
-        self.num_generated = len(generated_token_ids)
+        self.tokens = tokens
         self.grammar = grammar
         self.end_ids = end_token_ids(params, vocab_size, eos_token_ids)
         self._ends = frozenset({*eos_token_ids, *params.stop_token_ids})
@@ -39,7 +40,7 @@ class SequenceSampler:
             sorted(one for one in self._ends if one < vocab_size), dtype=np.int64
         )
         """What ends a text that a grammar says is complete, even if `ignore_eos` is set."""
-        self.counts = _counts(params, prompt_token_ids, generated_token_ids)
+        self.counts = _counts(params, tokens)
         self.bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self.bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         self.allowed = (
@@ -54,15 +55,19 @@ class SequenceSampler:
             or bool(params.logit_bias)
         )
         if grammar is not None:
-            grammar.begin(generated_token_ids, self._ends)
+            grammar.begin(tokens.generated, self._ends)
 
     def accept(self, token: int) -> None:
         """The sequence goes on with `token`."""
-        self.num_generated += 1
         if self.counts is not None:
             self.counts.add(token)
         if self.grammar is not None:
             self.grammar.accept(token, ends=token in self._ends)
+        self.tokens.ids.append(token)
+
+    def random_number(self) -> float:
+        """The next token's own."""
+        return uniform(self.params.seed, self.tokens.num_generated)
 
     def leave(self) -> None:
         """The sequence has ended."""
@@ -77,7 +82,7 @@ class SequenceSampler:
     @property
     def ends_too_early(self) -> bool:
         """Whether the next token may not be an end token yet."""
-        return self.num_generated < self.params.min_tokens and self.end_ids.numel() > 0
+        return self.tokens.num_generated < self.params.min_tokens and self.end_ids.numel() > 0
 
     @property
     def has_rules(self) -> bool:
@@ -102,13 +107,11 @@ def end_token_ids(
     return torch.tensor(sorted(one for one in ends if one < vocab_size), dtype=torch.int64)
 
 
-def _counts(
-    params: SamplingParams, prompt_token_ids: Sequence[int], generated_token_ids: Sequence[int]
-) -> TokenCounts | None:
+def _counts(params: SamplingParams, tokens: Tokens) -> TokenCounts | None:
     repetition = params.repetition_penalty != 1
     if not (repetition or params.presence_penalty or params.frequency_penalty):
         return None
-    counts = TokenCounts(prompt_token_ids if repetition else ())
-    for token in generated_token_ids:
+    counts = TokenCounts(tokens.prompt if repetition else ())
+    for token in tokens.generated:
         counts.add(token)
     return counts

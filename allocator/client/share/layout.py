@@ -29,7 +29,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Extent:
+class SpanGroup:
     """Spans that overlap, directly or through others, sorted by their start."""
 
     spans: tuple[Span, ...]
@@ -43,7 +43,7 @@ class Extent:
         return max(span.end for span in self.spans)
 
 
-def extents(spans: Iterable[Span]) -> list[Extent]:
+def grouped(spans: Iterable[Span]) -> list[SpanGroup]:
     """All spans, each in one extent, the extents sorted by their start. Spans that only touch are
     apart."""
     found: list[list[Span]] = []
@@ -54,10 +54,10 @@ def extents(spans: Iterable[Span]) -> list[Extent]:
             end = span.end
         found[-1].append(span)
         end = max(end, span.end)
-    return [Extent(tuple(group)) for group in found]
+    return [SpanGroup(tuple(group)) for group in found]
 
 
-def lay_out(ordered: Iterable[Extent]) -> tuple[list[int], int]:
+def lay_out(ordered: Iterable[SpanGroup]) -> tuple[list[int], int]:
     """The offset of each extent, in their order, and the number of bytes that hold them all.
 
     Offsets are multiples of `ALIGNMENT`, or at most 15 bytes behind one where spans of different
@@ -71,7 +71,7 @@ def lay_out(ordered: Iterable[Extent]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def _lead(extent: Extent) -> int:
+def _lead(extent: SpanGroup) -> int:
     for lead in range(LARGEST_ITEM_BYTES):
         if all((lead + s.start - extent.start) % s.itemsize == 0 for s in extent.spans):
             return lead

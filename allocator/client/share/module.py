@@ -13,13 +13,12 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from allocator.client.client import Client
-from allocator.client.share.layout import LARGEST_ITEM_BYTES, Extent, Span, extents, lay_out
+from allocator.client.share.layout import LARGEST_ITEM_BYTES, Span, SpanGroup, grouped, lay_out
 from allocator.client.share.manifest import (
     LAYOUT_VERSION,
     Form,
@@ -28,14 +27,23 @@ from allocator.client.share.manifest import (
     groups_of,
     make_manifest,
 )
-from allocator.client.tensor import dtype_by_name, dtype_name
-from allocator.client.weights import WeightSetReader, WeightSetWriter
+from allocator.client.weights.tensor import dtype_by_name, dtype_name
+from allocator.client.weights.weight_set import WeightSetReader, WeightSetWriter
 from allocator.errors import AllocatorGone, FingerprintMismatch, InvalidMessage, UnknownWeightSet
 from allocator.messages import Manifest, TensorEntry, manifest_bytes
 
 _PIECE_BYTES: Final = 64 << 20
 _PROGRESS_STEP: Final = 32
 """Progress is reported at most this many times, so that messages do not grow with the module."""
+
+
+class OpensWeightSets(Protocol):
+    """As much of a client as sharing needs."""
+
+    def open_weight_set(
+        self, key: str, fingerprint: Mapping[str, str] | None, *, timeout_s: float
+    ) -> WeightSetReader | WeightSetWriter:
+        """See `Client.open_weight_set`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class SharedModule:
 
 
 def share(
-    client: Client,
+    client: OpensWeightSets,
     module: torch.nn.Module,
     key: str,
     *,
@@ -212,7 +220,7 @@ def _plan(places: Mapping[str, _Place]) -> _Plan:
     spans = {name: _span(name, p.tensor) for name, p in places.items() if p.tensor.numel()}
     order = {name: index for index, name in enumerate(places)}
     found = sorted(
-        extents(spans.values()), key=lambda extent: min(order[span.name] for span in extent.spans)
+        grouped(spans.values()), key=lambda extent: min(order[span.name] for span in extent.spans)
     )
     starts, num_bytes = lay_out(found)
     offsets: dict[str, int] = {}
@@ -243,7 +251,7 @@ def _span(name: str, tensor: torch.Tensor) -> Span:
 
 
 def _pieces(
-    extent: Extent, places: Mapping[str, _Place], offset: int
+    extent: SpanGroup, places: Mapping[str, _Place], offset: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The extent's bytes, each once; a tensor's own storage gives those that it reaches."""
     done = extent.start
@@ -346,7 +354,7 @@ def _views(reader: WeightSetReader) -> dict[str, torch.Tensor]:
         for name, e in entries.items()
         if e.num_bytes
     ]
-    for extent in extents(spans):
+    for extent in grouped(spans):
         start = extent.start // LARGEST_ITEM_BYTES * LARGEST_ITEM_BYTES
         segment = checked[extent.spans[0].name].untyped_storage()
         data = _bytes_of(segment, start, extent.end - start)

@@ -1,1 +1,1 @@
-"""What outlives the daemon: a file of records, and their adoption by the next one."""
+"""What is written down: records, for the next daemon to adopt, and events, for people."""

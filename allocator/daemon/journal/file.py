@@ -23,6 +23,7 @@ from typing import BinaryIO, Final, NamedTuple
 
 import xxhash
 
+from allocator.durable import sync_folder
 from allocator.errors import JournalError
 
 log = logging.getLogger("onecopy.allocator")
@@ -63,7 +64,7 @@ class Journal:
         there, or, where only the folder could not be synced, the new journal."""
         journal = cls(path, _write_anew(path, records))
         try:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             journal.close()
             raise _failed("be written", path, error) from error
@@ -79,7 +80,7 @@ class Journal:
         self.close()
         self._adopt(written)
         try:
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         except OSError as error:
             raise _failed("be written", self._path, error) from error
 
@@ -245,14 +246,6 @@ def _write_all(fd: int, data: bytes) -> int:
     while written < len(data):
         written += os.write(fd, data[written:])
     return written
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _failed(what: str, path: Path, error: OSError) -> JournalError:

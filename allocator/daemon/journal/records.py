@@ -1,18 +1,68 @@
-"""What the journal holds: each record is one change, and all of them together are the state.
+"""What the journal holds: records, and what they say together.
 
-Owns the records' types and their encoding. Invariant: reading the records in order gives what the
-daemon held when it wrote the last one. Knows nothing of files, nor of what becomes of them.
+    what a thing is       SessionBegan, SetKept, PoolMade, BlocksKept, QuotaKept
+    that it is no more    SessionEnded, SetGone, BlockGone
+    what a session holds  SessionChanged: of sets and pool alike, by the changes of its books
+
+Owns the records, their encoding, and what each does to `Kept`, beside its fields. Invariant:
+entering the records in order gives what the daemon held when it wrote the last one. A daemon writes
+its state and reads its predecessor's by these types alone. Knows nothing of files, nor of what is
+still true.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from allocator.books import Books, Change, LeasesSealed, PinsChanged, SessionId
 from allocator.daemon.weights.state import Copy
 from allocator.messages import Extent, Handle, Message, Tier
 
-JOURNAL_VERSION: Final = 1
+log = logging.getLogger("onecopy.allocator")
+
+JOURNAL_VERSION: Final = 2
+
+
+@dataclass
+class KeptDevice:
+    """What the journal says of one device, but for what sessions hold of it."""
+
+    sets: dict[str, "SetKept"] = field(default_factory=dict)
+    quotas: dict[tuple[str, str], int] = field(default_factory=dict)
+    pool: "PoolMade | None" = None
+    blocks: dict[bytes, Extent] = field(default_factory=dict)
+    """The index, those that were used last at the end."""
+
+    def used(self, digests: Iterable[bytes]) -> None:
+        """Raises KeyError for a block that is not in the index."""
+        for digest in digests:
+            self.blocks[digest] = self.blocks.pop(digest)
+
+
+@dataclass
+class Kept:
+    """What the journal says."""
+
+    sessions: dict[SessionId, "SessionBegan"] = field(default_factory=dict)
+    books: dict[SessionId, Books] = field(default_factory=dict)
+    devices: dict[str, KeptDevice] = field(default_factory=dict)
+
+    def device(self, name: str) -> KeptDevice:
+        """That of one device; empty where it is not mentioned."""
+        return self.devices.setdefault(name, KeptDevice())
+
+    def segments(self) -> set[str]:
+        """The names of all that it mentions in shared memory."""
+        handles = [device.pool.handle for device in self.devices.values() if device.pool]
+        for device in self.devices.values():
+            for one in device.sets.values():
+                handles += [copy.handle for copy in one.copies.values()]
+                handles += [one.target] if one.target is not None else []
+        return {handle.segment for handle in handles if handle.backend != "file"}
 
 
 class RunBegan(Message, tag="run_began", frozen=True):
@@ -20,6 +70,9 @@ class RunBegan(Message, tag="run_began", frozen=True):
 
     version: int
     boot_id: str
+
+    def enter(self, kept: Kept) -> None:
+        """It says nothing of what is held."""
 
 
 class SessionBegan(Message, tag="session_began", frozen=True):
@@ -34,15 +87,45 @@ class SessionBegan(Message, tag="session_began", frozen=True):
     user: str
     label: str
 
+    def enter(self, kept: Kept) -> None:
+        kept.sessions[self.number] = self
+        kept.books[self.number] = Books()
+
+
+class SessionChanged(Message, tag="session_changed", frozen=True):
+    """What a session holds has changed, by one request or as it is written anew."""
+
+    session: int
+    changes: tuple[Change, ...]
+
+    def enter(self, kept: Kept) -> None:
+        books = kept.books[self.session]
+        device = kept.device(kept.sessions[self.session].device)
+        for change in self.changes:
+            if not change.fits(books):
+                raise LookupError(f"session {self.session}: {change}")
+            if isinstance(change, LeasesSealed):
+                for block in change.blocks:
+                    num_bytes = books.leases[block.offset, block.generation]
+                    device.blocks[block.digest] = Extent(offset=block.offset, num_bytes=num_bytes)
+            elif isinstance(change, PinsChanged):
+                device.used(change.digests)
+            change.enter(books)
+
 
 class SessionEnded(Message, tag="session_ended", frozen=True):
     """All that it held is free."""
 
     number: int
 
+    def enter(self, kept: Kept) -> None:
+        session, books = kept.sessions.pop(self.number), kept.books.pop(self.number)
+        kept.device(session.device).used(books.pins)
+
 
 class SetKept(Message, tag="set_kept", frozen=True):
-    """A weight set as it now is. `identities` are its segments', as the backend tells them."""
+    """A weight set as it now is, but for its readers. `identities` are its segments', as the
+    backend tells them."""
 
     device: str
     key: str
@@ -55,17 +138,10 @@ class SetKept(Message, tag="set_kept", frozen=True):
     target_tier: Tier
     target: Handle | None
     identities: dict[str, str]
-    readers: dict[int, int]
     pinned: bool
 
-
-class ReadersChanged(Message, tag="readers_changed", frozen=True):
-    """A session reads the set once more, or once less."""
-
-    device: str
-    key: str
-    session: int
-    delta: int
+    def enter(self, kept: Kept) -> None:
+        kept.device(self.device).sets[self.key] = self
 
 
 class SetGone(Message, tag="set_gone", frozen=True):
@@ -73,6 +149,9 @@ class SetGone(Message, tag="set_gone", frozen=True):
 
     device: str
     key: str
+
+    def enter(self, kept: Kept) -> None:
+        kept.device(self.device).sets.pop(self.key, None)
 
 
 class PoolMade(Message, tag="pool_made", frozen=True):
@@ -82,39 +161,18 @@ class PoolMade(Message, tag="pool_made", frozen=True):
     handle: Handle
     identity: str
 
-
-class LeasesMade(Message, tag="leases_made", frozen=True):
-    """Extents went to a session."""
-
-    device: str
-    session: int
-    generation: int
-    extents: tuple[Extent, ...]
-
-
-class LeasesEnded(Message, tag="leases_ended", frozen=True):
-    """A session returned them."""
-
-    device: str
-    session: int
-    offsets: tuple[int, ...]
+    def enter(self, kept: Kept) -> None:
+        kept.device(self.device).pool = self
 
 
 class BlocksKept(Message, tag="blocks_kept", frozen=True):
-    """Extents went to the index. `session` leased them until then and pins them now; 0: neither."""
+    """Blocks are in the index, as it is written anew: who put them there is told by a change."""
 
     device: str
-    session: int
     blocks: tuple[tuple[bytes, Extent], ...]
 
-
-class PinsChanged(Message, tag="pins_changed", frozen=True):
-    """Each of these blocks has one pin of the session more, or one less."""
-
-    device: str
-    session: int
-    digests: tuple[bytes, ...]
-    pinned: bool
+    def enter(self, kept: Kept) -> None:
+        kept.device(self.device).blocks.update(self.blocks)
 
 
 class BlockGone(Message, tag="block_gone", frozen=True):
@@ -122,6 +180,9 @@ class BlockGone(Message, tag="block_gone", frozen=True):
 
     device: str
     digest: bytes
+
+    def enter(self, kept: Kept) -> None:
+        del kept.device(self.device).blocks[self.digest]
 
 
 class QuotaKept(Message, tag="quota_kept", frozen=True):
@@ -132,22 +193,28 @@ class QuotaKept(Message, tag="quota_kept", frozen=True):
     name: str
     num_bytes: int | None
 
+    def enter(self, kept: Kept) -> None:
+        quotas = kept.device(self.device).quotas
+        if self.num_bytes is None:
+            quotas.pop((self.kind, self.name), None)
+        else:
+            quotas[self.kind, self.name] = self.num_bytes
+
 
 Record = (
     RunBegan
     | SessionBegan
+    | SessionChanged
     | SessionEnded
     | SetKept
-    | ReadersChanged
     | SetGone
     | PoolMade
-    | LeasesMade
-    | LeasesEnded
     | BlocksKept
-    | PinsChanged
     | BlockGone
     | QuotaKept
 )
+"""`enter` makes it part of what is kept. Raises LookupError where it contradicts what was told
+before."""
 
 Note = Callable[..., None]
 """Append a record to the journal: `note(record, sync=False)`."""
@@ -158,3 +225,35 @@ _decoder: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
 def decode_record(payload: bytes) -> Record:
     """Raises `msgspec.DecodeError`."""
     return _decoder.decode(payload)
+
+
+def boot_id() -> str:
+    """Of the running kernel: memory of another boot is gone (random(4), proc(5))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def read_records(payloads: Iterable[bytes]) -> Kept:
+    """What a journal says; nothing where it is of another boot or version, or contradicts
+    itself."""
+    try:
+        records = [decode_record(payload) for payload in payloads]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        log.warning("the journal can't be read, nothing is adopted: %s", error)
+        return Kept()
+    if not records:
+        return Kept()
+    first = records[0]
+    if not isinstance(first, RunBegan) or first.version != JOURNAL_VERSION:
+        log.warning("the journal is another version's, nothing is adopted")
+        return Kept()
+    if first.boot_id != boot_id():
+        log.info("the journal is of an earlier boot: its memory is gone")
+        return Kept()
+    kept = Kept()
+    try:
+        for record in records:
+            record.enter(kept)
+    except LookupError as error:
+        log.error("the journal contradicts itself, nothing is adopted: %r", error)  # noqa: TRY400
+        return Kept()
+    return kept

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from allocator.daemon.events import History
+from allocator.daemon.journal.events import History
 from allocator.daemon.journal.file import Journal
 from allocator.errors import JournalError
 from allocator.messages import Message, encode

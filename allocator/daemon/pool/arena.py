@@ -20,7 +20,7 @@ _SECOND_LEVEL_BITS: Final = 4
 _SECOND_LEVEL: Final = 1 << _SECOND_LEVEL_BITS
 
 
-class _Block:
+class _Chunk:
     """An extent of granules [start, start + size), leased or free, and its links."""
 
     __slots__ = ("after", "before", "bin_next", "bin_previous", "free", "size", "start")
@@ -29,10 +29,10 @@ class _Block:
         self.start = start
         self.size = size
         self.free = False
-        self.before: _Block | None = None  # the neighbour at the lower offset
-        self.after: _Block | None = None
-        self.bin_previous: _Block | None = None
-        self.bin_next: _Block | None = None
+        self.before: _Chunk | None = None  # the neighbour at the lower offset
+        self.after: _Chunk | None = None
+        self.bin_previous: _Chunk | None = None
+        self.bin_next: _Chunk | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Arena:
         if self._total < 1:
             raise ValueError(f"{num_bytes} bytes do not hold one extent of {alignment}")
         self._free = 0
-        self._leased: dict[int, _Block] = {}  # by start, in granules
+        self._leased: dict[int, _Chunk] = {}  # by start, in granules
         self._first_level_map = 0
         self._second_level_maps = [0] * (self._total.bit_length() + 1)
-        self._bins: list[_Block | None] = [None] * (_SECOND_LEVEL * len(self._second_level_maps))
-        self._first = _Block(0, self._total)
+        self._bins: list[_Chunk | None] = [None] * (_SECOND_LEVEL * len(self._second_level_maps))
+        self._first = _Chunk(0, self._total)
         self._put(self._first)
 
     def allocate(self, num_bytes: int) -> int | None:
@@ -158,11 +158,6 @@ class Arena:
         """Leased."""
         return (self._total - self._free) << self._shift
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is leased."""
-        return not self._leased
-
     def statistics(self) -> ArenaStatistics:
         """Looks through one bin for the largest free extent; the rest is known."""
         return ArenaStatistics(
@@ -175,7 +170,7 @@ class Arena:
 
     def extents(self) -> Iterator[tuple[int, int, bool]]:
         """(offset, bytes, whether it is free) of all extents, by offset."""
-        block: _Block | None = self._first
+        block: _Chunk | None = self._first
         while block is not None:
             yield block.start << self._shift, block.size << self._shift, block.free
             block = block.after
@@ -183,8 +178,8 @@ class Arena:
     def check(self) -> None:
         """Raise AssertionError where an invariant does not hold. For tests and idle moments."""
         end = free = 0
-        previous: _Block | None = None
-        block: _Block | None = self._first
+        previous: _Chunk | None = None
+        block: _Chunk | None = self._first
         while block is not None:
             _assert(block.start == end and block.before is previous, "the chain is broken")
             _assert(not (block.free and previous and previous.free), "free neighbours")
@@ -208,7 +203,7 @@ class Arena:
 
     # --- bins
 
-    def _find(self, size: int) -> _Block | None:
+    def _find(self, size: int) -> _Chunk | None:
         # The first bin all of whose extents fit; of the bin that `size` itself belongs to, only the
         # head is looked at, which keeps the time constant and finds what just came back.
         level, second = _bin_of(size)
@@ -227,14 +222,14 @@ class Arena:
             bits = self._second_level_maps[level]
         return self._bins[level * _SECOND_LEVEL + (bits & -bits).bit_length() - 1]
 
-    def _last_resort(self, level: int, second: int, size: int) -> _Block | None:
+    def _last_resort(self, level: int, second: int, size: int) -> _Chunk | None:
         """Before memory is called short, the whole bin that `size` belongs to is looked through."""
         block = self._bins[level * _SECOND_LEVEL + second]
         while block is not None and block.size < size:
             block = block.bin_next
         return block
 
-    def _put(self, block: _Block) -> None:
+    def _put(self, block: _Chunk) -> None:
         level, second = _bin_of(block.size)
         index = level * _SECOND_LEVEL + second
         head = self._bins[index]
@@ -248,7 +243,7 @@ class Arena:
         self._first_level_map |= 1 << level
         self._free += block.size
 
-    def _take(self, block: _Block) -> None:
+    def _take(self, block: _Chunk) -> None:
         previous, following = block.bin_previous, block.bin_next
         if following is not None:
             following.bin_previous = previous
@@ -264,9 +259,9 @@ class Arena:
         block.free = False
         self._free -= block.size
 
-    def _split(self, block: _Block, size: int) -> _Block:
+    def _split(self, block: _Chunk, size: int) -> _Chunk:
         """Cut `block`, which is in no bin, to `size` granules; the rest is returned, in no bin."""
-        rest = _Block(block.start + size, block.size - size)
+        rest = _Chunk(block.start + size, block.size - size)
         block.size = size
         rest.before, rest.after = block, block.after
         if block.after is not None:
@@ -274,7 +269,7 @@ class Arena:
         block.after = rest
         return rest
 
-    def _absorb(self, block: _Block, after: _Block) -> None:
+    def _absorb(self, block: _Chunk, after: _Chunk) -> None:
         block.size += after.size
         block.after = after.after
         if after.after is not None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from allocator.daemon.weights.state import SessionId
+from allocator.books import SessionId
 
 PATIENCE_S: Final = 1.0
 """A session that was refused and has not asked again for so long wants nothing any more."""

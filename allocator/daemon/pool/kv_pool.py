@@ -5,23 +5,24 @@
       ▲         │
       └─────────┘ return, or the session's end
 
-Owns which extent is whose. A block is content-addressed: its digest names the bytes, so that who
-looks it up maps what another computed. Pure: no memory, no I/O, no clock of its own. Invariants:
+Owns which extent is whose; the blocks themselves are `pool.block_index`'s. A block is
+content-addressed: its digest names the bytes, so that who looks it up maps what another computed.
+Pure: no memory, no I/O, no clock of its own. Invariants:
   - leased + cached + free = total, and no two extents overlap;
   - a block is evicted only while no session pins it;
   - a session's end gives back its leases and its pins.
 Knows nothing of models or tokens.
 """
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from allocator.books import SessionId
 from allocator.daemon.pool.arena import Arena
+from allocator.daemon.pool.block_index import BlockIndex
 from allocator.errors import DoubleFree, ForeignExtent, StaleGeneration
 from allocator.messages import BlockToPut, Extent, LeaseId, PoolStatistics, Region
-
-SessionId = int
 
 
 @dataclass(slots=True)
@@ -29,14 +30,6 @@ class _Lease:
     session: SessionId
     generation: int
     num_bytes: int
-
-
-@dataclass(slots=True)
-class _Block:
-    offset: int
-    num_bytes: int
-    num_pins: int
-    last_used: float
 
 
 class KVPool:
@@ -48,15 +41,8 @@ class KVPool:
         self._leases: dict[int, _Lease] = {}  # by offset
         self._held: defaultdict[SessionId, set[int]] = defaultdict(set)  # offsets
         self._held_bytes: Counter[SessionId] = Counter()
-        self._pinned_bytes: Counter[SessionId] = Counter()
-        self._blocks: dict[bytes, _Block] = {}
-        self._pins: defaultdict[SessionId, Counter[bytes]] = defaultdict(Counter)
-        self._unpinned: OrderedDict[bytes, None] = OrderedDict()  # least recently used first
-        self._cached_bytes = 0
-        self._evictable_bytes = 0
-        self._num_lookups = self._num_hits = self._num_evictions = 0
-        self._restored: dict[int, int] | None = None
-        """While an earlier daemon's journal is replayed: offset → bytes of what is not free."""
+        self._index = BlockIndex()
+        self._num_lookups = self._num_hits = 0
 
     @property
     def total_bytes(self) -> int:
@@ -66,17 +52,17 @@ class KVPool:
     @property
     def leased_bytes(self) -> int:
         """Of all sessions together."""
-        return self._arena.used_bytes - self._cached_bytes
+        return self._arena.used_bytes - self._index.cached_bytes
 
     @property
     def cached_bytes(self) -> int:
         """Of all blocks of the index."""
-        return self._cached_bytes
+        return self._index.cached_bytes
 
     @property
     def evictable_bytes(self) -> int:
         """Of the blocks that nobody pins."""
-        return self._evictable_bytes
+        return self._index.evictable_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -108,7 +94,7 @@ class KVPool:
     def most_leases(self, num_bytes: int) -> int:
         """How many extents of that size there could be once every block that nobody pins is gone.
         Looks through all extents."""
-        evictable = {self._blocks[digest].offset for digest in self._unpinned}
+        evictable = self._index.unpinned_offsets()
         rounded, found, run = self._arena.rounded(num_bytes), 0, 0
         for offset, length, free in self._arena.extents():
             if free or offset in evictable:
@@ -149,87 +135,67 @@ class KVPool:
             self._check_lease(session, block.offset, block.generation)
         stored: list[bool] = []
         for block in blocks:
-            stored.append(block.digest not in self._blocks)
+            stored.append(block.digest not in self._index)
             if stored[-1]:
                 extent = self._let_go(block.offset, free=False)
-                self._keep(block.digest, extent, now)
-                self._pin(session, block.digest, now)
+                self._index.keep(block.digest, extent, now)
+                self._index.pin(session, block.digest, now)
         return stored
 
     def look_up(self, session: SessionId, digests: Sequence[bytes], now: float) -> list[Extent]:
         """The blocks from the first up to the first that is missing, each pinned once more."""
         found: list[Extent] = []
         for digest in digests:
-            block = self._blocks.get(digest)
-            if block is None:
+            extent = self._index.extent(digest)
+            if extent is None:
                 break
-            self._pin(session, digest, now)
-            found.append(Extent(offset=block.offset, num_bytes=block.num_bytes))
+            self._index.pin(session, digest, now)
+            found.append(extent)
         self._num_lookups += len(digests)
         self._num_hits += len(found)
         return found
-
-    def block(self, digest: bytes) -> Extent:
-        """Where a block of the index lies. Raises KeyError."""
-        block = self._blocks[digest]
-        return Extent(offset=block.offset, num_bytes=block.num_bytes)
 
     def unpin(self, session: SessionId, digests: Sequence[bytes], now: float) -> None:
         """One pin less on each. Raises ForeignExtent, and unpins nothing, where this session does
         not pin one of them so often."""
         for digest, count in Counter(digests).items():
-            if self._pins[session][digest] < count:
+            if self._index.num_pins(session, digest) < count:
                 raise ForeignExtent(f"this session does not pin the block {digest.hex()}")
         for digest in digests:
-            self._unpin(session, digest, now)
+            self._index.unpin(session, digest, now)
 
     def oldest_block(self) -> float | None:
         """When the block that would be evicted next was used last; None where there is none."""
-        digest = next(iter(self._unpinned), None)
-        return None if digest is None else self._blocks[digest].last_used
+        return self._index.oldest()
 
     def evict_block(self) -> tuple[bytes, Extent] | None:
         """Free the least recently used block that nobody pins."""
-        digest = next(iter(self._unpinned), None)
-        if digest is None:
-            return None
-        self._num_evictions += 1
-        return digest, self.drop_block(digest)
-
-    def drop_block(self, digest: bytes) -> Extent:
-        """Free this unpinned block."""
-        block = self._blocks.pop(digest)
-        del self._unpinned[digest]
-        self._cached_bytes -= block.num_bytes
-        self._evictable_bytes -= block.num_bytes
-        self._free(block.offset)
-        return Extent(offset=block.offset, num_bytes=block.num_bytes)
+        evicted = self._index.evict()
+        if evicted is not None:
+            self._arena.free(evicted[1].offset)
+        return evicted
 
     # --- sessions
 
     def end_session(self, session: SessionId, now: float) -> list[Extent]:
         """Its leases are freed, its pins dropped."""
-        for digest, count in list(self._pins[session].items()):
-            for _ in range(count):
-                self._unpin(session, digest, now)
+        self._index.end_session(session, now)
         freed = [self._let_go(offset, free=True) for offset in sorted(self._held[session])]
-        del self._pins[session], self._held[session]
+        del self._held[session]
         self._held_bytes.pop(session, None)
-        self._pinned_bytes.pop(session, None)
         return freed
 
     def held(self, session: SessionId) -> tuple[int, int, int]:
         """(leased bytes, leases, pins) of a session."""
-        pins = self._pins.get(session)
         return (
             self._held_bytes[session],
             len(self._held.get(session, ())),
-            sum(pins.values()) if pins else 0,
+            sum(count for _, count in self._index.pins_of(session)),
         )
 
     def held_by_session(self) -> Counter[SessionId]:
         """Bytes that each session leases or pins; a block that several pin counts for each."""
-        return self._held_bytes + self._pinned_bytes
+        return self._held_bytes + self._index.pinned_bytes
 
     def leases_of(self, session: SessionId) -> list[LeaseId]:
         """By offset."""
@@ -240,7 +206,7 @@ class KVPool:
 
     def pins_of(self, session: SessionId) -> list[tuple[bytes, int]]:
         """(digest, how often)."""
-        return list(self._pins.get(session, Counter()).items())
+        return self._index.pins_of(session)
 
     # --- taking over what an earlier daemon left
 
@@ -255,50 +221,33 @@ class KVPool:
 
     def blocks(self) -> Iterator[tuple[bytes, Extent]]:
         """Every block of the index, those that were used last at the end."""
-        order = [*self._unpinned, *(d for d in self._blocks if d not in self._unpinned)]
-        for digest in order:
-            block = self._blocks[digest]
-            yield digest, Extent(offset=block.offset, num_bytes=block.num_bytes)
+        return iter(self._index)
 
     def pins(self) -> Iterator[tuple[SessionId, bytes, int]]:
         """(session, digest, how often)."""
-        for session, digests in self._pins.items():
-            for digest, count in digests.items():
-                yield session, digest, count
+        return self._index.pins()
 
-    def begin_restoring(self) -> None:
-        """From now on what happened is told again, until `end_restoring`: where extents lie is
-        known, and what is free between them matters at the end only."""
-        self._restored = {}
-
-    def end_restoring(self) -> None:
-        """Go on from here. Raises ForeignExtent where extents overlap, or do not fit."""
-        if self._restored is not None:
-            self._arena.restore(self._restored.items())
-        self._restored = None
-
-    def restore_lease(self, session: SessionId, generation: int, extent: Extent) -> None:
-        """Raises ForeignExtent where the extent is not free."""
-        self._restore(extent)
-        self._hold(session, extent, generation)
-        self._generation = max(self._generation, generation)
-
-    def end_leases(self, session: SessionId, offsets: Iterable[int]) -> None:
-        """Free extents that the session was noted to have given up."""
-        for offset in offsets:
-            if self._leases[offset].session == session:
-                self._let_go(offset, free=True)
-
-    def restore_block(self, digest: bytes, extent: Extent, now: float) -> None:
-        """Raises ForeignExtent where the extent is not free."""
-        self._restore(extent)
-        self._keep(digest, extent, now)
-
-    def restore_pins(self, session: SessionId, digests: Iterable[bytes], now: float) -> None:
-        """Pin what is in the index."""
-        for digest in digests:
-            if digest in self._blocks:
-                self._pin(session, digest, now)
+    def restore(
+        self,
+        leases: Iterable[tuple[SessionId, int, Extent]],
+        blocks: Iterable[tuple[bytes, Extent]],
+        pins: Iterable[tuple[SessionId, bytes, int]],
+        now: float,
+    ) -> None:
+        """Hold exactly this, as `leases`, `blocks` and `pins` tell it; nothing is held yet. Raises
+        ForeignExtent where extents overlap or do not fit, KeyError for a pin of no block; the pool
+        is of no use then."""
+        leases, blocks = list(leases), list(blocks)
+        extents = [extent for _, _, extent in leases] + [extent for _, extent in blocks]
+        self._arena.restore((extent.offset, extent.num_bytes) for extent in extents)
+        for session, generation, extent in leases:
+            self._hold(session, extent, generation)
+            self._generation = max(self._generation, generation)
+        for digest, extent in blocks:
+            self._index.keep(digest, extent, now)
+        for session, digest, count in pins:
+            for _ in range(count):
+                self._index.pin(session, digest, now)
 
     # --- looking
 
@@ -307,21 +256,21 @@ class KVPool:
         arena = self._arena.statistics()
         return PoolStatistics(
             total_bytes=arena.total_bytes,
-            leased_bytes=arena.used_bytes - self._cached_bytes,
-            cached_bytes=self._cached_bytes,
-            evictable_bytes=self._evictable_bytes,
+            leased_bytes=arena.used_bytes - self._index.cached_bytes,
+            cached_bytes=self._index.cached_bytes,
+            evictable_bytes=self._index.evictable_bytes,
             largest_free_bytes=arena.largest_free_bytes,
             fragmentation=arena.fragmentation,
             num_leases=len(self._leases),
-            num_blocks=len(self._blocks),
+            num_blocks=len(self._index),
             num_lookups=self._num_lookups,
             num_hits=self._num_hits,
-            num_block_evictions=self._num_evictions,
+            num_block_evictions=self._index.num_evictions,
         )
 
     def regions(self) -> Iterator[Region]:
         """The whole pool by offset, neighbours of one kind and holder merged."""
-        cached = {block.offset for block in self._blocks.values()}
+        cached = self._index.offsets()
         last: Region | None = None
         for offset, num_bytes, free in self._arena.extents():
             if free:
@@ -344,29 +293,16 @@ class KVPool:
         self._arena.check()
         taken = {offset: num_bytes for offset, num_bytes, free in self._arena.extents() if not free}
         ours = {offset: lease.num_bytes for offset, lease in self._leases.items()}
-        for block in self._blocks.values():
-            _assert(block.offset not in ours, "an extent is leased and cached")
-            ours[block.offset] = block.num_bytes
+        for _, extent in self._index:
+            _assert(extent.offset not in ours, "an extent is leased and cached")
+            ours[extent.offset] = extent.num_bytes
         _assert(ours == taken, "leases and blocks are not what the arena has given out")
         held = {offset for offsets in self._held.values() for offset in offsets}
         _assert(held == self._leases.keys(), "a lease belongs to no session")
         for session, offsets in self._held.items():
             num_bytes = sum(self._leases[offset].num_bytes for offset in offsets)
             _assert(num_bytes == self._held_bytes[session], "a session's bytes do not add up")
-        pins: Counter[bytes] = Counter()
-        for counts in self._pins.values():
-            pins.update(counts)
-        for digest, block in self._blocks.items():
-            _assert(block.num_pins == pins[digest], "a block's pins do not add up")
-            _assert((digest in self._unpinned) == (block.num_pins == 0), "an unpinned block hides")
-        _assert(pins.keys() <= self._blocks.keys(), "a block that is gone is pinned")
-        for session, counts in self._pins.items():
-            num_bytes = sum(self._blocks[digest].num_bytes for digest in counts)
-            _assert(num_bytes == self._pinned_bytes[session], "pinned bytes do not add up")
-        cached = sum(block.num_bytes for block in self._blocks.values())
-        _assert(cached == self._cached_bytes, "cached bytes do not add up")
-        evictable = sum(self._blocks[digest].num_bytes for digest in self._unpinned)
-        _assert(evictable == self._evictable_bytes, "evictable bytes do not add up")
+        self._index.check()
 
     # --- steps
 
@@ -393,48 +329,8 @@ class KVPool:
         self._held[lease.session].discard(offset)
         self._held_bytes[lease.session] -= lease.num_bytes
         if free:
-            self._free(offset)
-        return Extent(offset=offset, num_bytes=lease.num_bytes)
-
-    def _restore(self, extent: Extent) -> None:
-        if self._restored is None or extent.offset in self._restored:
-            raise ForeignExtent(f"the extent at offset {extent.offset} is not free")
-        self._restored[extent.offset] = extent.num_bytes
-
-    def _free(self, offset: int) -> None:
-        if self._restored is None:
             self._arena.free(offset)
-        else:
-            del self._restored[offset]
-
-    def _keep(self, digest: bytes, extent: Extent, now: float) -> None:
-        self._blocks[digest] = _Block(extent.offset, extent.num_bytes, 0, now)
-        self._unpinned[digest] = None
-        self._cached_bytes += extent.num_bytes
-        self._evictable_bytes += extent.num_bytes
-
-    def _pin(self, session: SessionId, digest: bytes, now: float) -> None:
-        block = self._blocks[digest]
-        if block.num_pins == 0:
-            del self._unpinned[digest]
-            self._evictable_bytes -= block.num_bytes
-        block.num_pins += 1
-        block.last_used = now
-        if not self._pins[session][digest]:
-            self._pinned_bytes[session] += block.num_bytes
-        self._pins[session][digest] += 1
-
-    def _unpin(self, session: SessionId, digest: bytes, now: float) -> None:
-        block = self._blocks[digest]
-        block.num_pins -= 1
-        block.last_used = now
-        if block.num_pins == 0:
-            self._unpinned[digest] = None
-            self._evictable_bytes += block.num_bytes
-        self._pins[session][digest] -= 1
-        if not self._pins[session][digest]:
-            del self._pins[session][digest]
-            self._pinned_bytes[session] -= block.num_bytes
+        return Extent(offset=offset, num_bytes=lease.num_bytes)
 
 
 def _assert(holds: object, message: str) -> None:

@@ -1,7 +1,8 @@
 """One weight set: its copies, who writes and reads it, and who waits for it.
 
-Owns the derivation of its state. Invariant: the state follows from writer, copies and readers, and
-is never stored. Knows nothing of how one state becomes another.
+Owns the derivation of its state, and the single steps that change it. Invariant: the state follows
+from writer, copies and readers, and is never stored. Which steps a request takes, and when they are
+allowed, is said in `weights.sets`.
 """
 
 from collections import Counter, deque
@@ -11,22 +12,27 @@ from typing import Final
 
 import msgspec
 
+from allocator.books import SessionId
 from allocator.messages import (
     Elected,
     Extent,
     Handle,
+    LowerTier,
+    Open,
     Sealed,
+    Sleep,
+    Source,
     StillLoading,
     Tier,
     WeightSetState,
 )
 
-SessionId = int
 ReplyTo = tuple[bytes, bytes]
 """ZeroMQ identity and request id; opaque here."""
 
 TIERS: Final[tuple[Tier, ...]] = ("device", "host", "disk")
 """From the highest down."""
+_LOWER_TIERS: Final[tuple[LowerTier, ...]] = ("host", "disk")
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Waiter:
     session: SessionId
     reply_to: ReplyTo
     deadline: float
-    opens: bool = True
+    request: Open | Sleep
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,64 @@ class WeightSet:
         sealed = copy.owned_bytes if copy is not None else 0
         return sealed + (self.target.num_bytes if self.target and self.is_for_device else 0)
 
+    def mapped(self) -> list[Handle]:
+        """All that clients may map of it: its copies, what is mapped beside them, and what is being
+        written."""
+        handles = [one for copy in self.copies.values() for one in (copy.handle, *copy.files)]
+        return [*handles, self.target] if self.target is not None else handles
+
     @property
     def is_for_device(self) -> bool:
         """Where what is being written is to lie."""
         return self.target_tier == "device"
+
+    # --- steps
+
+    def elect(self, session: SessionId, tier: Tier, generation: int) -> Elected:
+        """This session writes the copy on `tier`, from the highest of those on lower tiers."""
+        self.generation = generation
+        self.writer = session
+        self.target_tier = tier
+        self.written_bytes = 0
+        source = None
+        for lower in _LOWER_TIERS:
+            copy = self.copies.get(lower)
+            if copy is not None:
+                source = Source(tier=lower, handle=copy.handle, manifest=copy.manifest)
+                break
+        return Elected(generation=generation, source=source)
+
+    def end_writing(self) -> None:
+        """It is done, or given up."""
+        self.writer = None
+        self.target = None
+        self.target_tier = "device"
+
+    def admit(self, session: SessionId) -> Sealed:
+        """This session reads the copy on the device."""
+        copy = self.copies["device"]
+        assert copy.manifest is not None  # noqa: S101 - sealed implies a manifest
+        self.readers[session] += 1
+        # A move that failed has left the copy as it was, but under a new generation.
+        handle = msgspec.structs.replace(copy.handle, generation=self.generation)
+        return Sealed(handle=handle, manifest=copy.manifest, files=copy.files)
+
+    def drop_reader(self, session: SessionId, count: int, now: float) -> None:
+        """It reads the set so often less."""
+        self.readers[session] -= count
+        self.readers += Counter()  # drops zero counts
+        if not self.readers:
+            self.idle_since = now
+
+    def drop(self, tier: Tier) -> list[Effect]:
+        """The copy there is given up, if there is one."""
+        copy = self.copies.pop(tier, None)
+        if copy is None:
+            return []
+        return [Discard(copy.handle) if tier == "disk" else Free(copy.handle)]
+
+    @property
+    def busy(self) -> str:
+        """What who wants it otherwise is told."""
+        by = "readers" if self.readers else "writer"
+        return f"the weight set {self.key!r} is {self.state}: stop its {by} first"

@@ -40,7 +40,7 @@ _CONFIG = {
 }
 _FORKED = """
 import os, sys
-from workers import forkserver
+from workers.process import forkserver
 forkserver._preload(sys.argv[2], "auto", None)
 if "transformers.models.llama.modeling_llama" not in sys.modules:
     sys.exit("the architecture was not preloaded")

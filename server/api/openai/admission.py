@@ -6,19 +6,20 @@ nor what becomes of the answer.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
 from fastapi import Request
 
-from server.api.cells import Cells
-from server.api.grammar_checks import GrammarChecks
+from server.api.openai.cells import Cells
+from server.api.openai.grammar_checks import GrammarChecks
 from server.api.openai.schemas import GenerationRequest
 from server.api.openai.sequence import TextSequence
 from server.cache_salt import CacheSalts
-from server.errors import InvalidRequest, UnknownModel
-from server.generation import NO_ADVICE, Generator, RequestOptions, SamplingDefaults
+from server.errors import InvalidRequest, NotReady, UnknownModel
+from server.generation import RequestOptions
+from server.models.serving import Serving
 from server.text.incremental import Detokenizer
 from server.text.text import Text
 from workers.messages import SamplingParams, Task
@@ -30,19 +31,51 @@ _OTHER_TASK: Final[Mapping[Task, str]] = {
 """By what the model is for."""
 
 
-@dataclass(frozen=True)
-class Serving:
-    """All that the HTTP side needs: the one model that is served, and how. A request keeps to the
-    one that it began with, also where another is served meanwhile."""
+Current = Callable[[], Mapping[str, Serving]]
+"""What is served now, by name."""
 
-    generator: Generator
-    text: Text
-    model_name: str
-    created: int  # when the server began to serve it, in seconds since 1970
+
+@dataclass(frozen=True)
+class Front:
+    """What the endpoints have in common, whichever models they are for."""
+
+    current: Current
     cells: Cells
     grammars: GrammarChecks
-    sampling_defaults: SamplingDefaults = NO_ADVICE
-    salts: CacheSalts = field(default_factory=CacheSalts)
+    salts: CacheSalts
+
+    def named(self, name: str) -> Serving:
+        """As it is now: a request keeps to what it got here. Raises `UnknownModel`."""
+        served = self.current()
+        if name not in served:
+            raise UnknownModel.among(served, name)
+        return served[name]
+
+    def max_model_len(self) -> int:
+        """Of the model that takes the most: which one a request names is known once it is read.
+        Raises `NotReady` where none is ready."""
+        known: list[int] = []
+        problem = NotReady("no model is served yet")
+        for one in self.current().values():
+            try:
+                known.append(one.generator.facts.max_model_len)
+            except NotReady as error:
+                problem = error
+        if not known:
+            raise problem
+        return max(known)
+
+    def max_chars(self, context_tokens: int) -> int:
+        """As `Text.max_chars`, of the model of which it is most."""
+        return max(one.text.max_chars(context_tokens) for one in self.current().values())
+
+    def generating(self, body: GenerationRequest) -> Serving:
+        """The model that is to generate the answer. Raises `UnknownModel`, `InvalidRequest` or
+        `NotReady`."""
+        serving = self.named(body.model)
+        body.check_supported()
+        check_task(serving, "generate")
+        return serving
 
     def options(self, body: GenerationRequest, request: Request) -> RequestOptions:
         """What the request says of itself."""
@@ -60,19 +93,8 @@ class Start:
     detokenizer: Detokenizer
 
 
-Current = Callable[[], Serving]
-"""What is served now."""
-
-
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid4().hex}"
-
-
-def check_request(serving: Serving, request: GenerationRequest) -> None:
-    """Raises `UnknownModel`, `InvalidRequest` or `NotReady`."""
-    check_model(serving, request.model)
-    request.check_supported()
-    check_task(serving, "generate")
 
 
 def check_task(serving: Serving, task: Task) -> None:
@@ -80,15 +102,6 @@ def check_task(serving: Serving, task: Task) -> None:
     own = serving.generator.facts.task
     if own != task:
         raise InvalidRequest(_OTHER_TASK[own].format(serving.model_name), param="model")
-
-
-def check_model(serving: Serving, name: str) -> None:
-    """Raises `UnknownModel`."""
-    if name != serving.model_name:
-        raise UnknownModel(
-            f"The model {name[:200]!r} isn't served here. Served is {serving.model_name!r}.",
-            param="model",
-        )
 
 
 def end_tokens(body: GenerationRequest, text: Text) -> list[int]:

@@ -17,9 +17,9 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from server.api.cells import Lane, TooMuch
-from server.api.openai.admission import Current
+from server.api.openai.admission import Front
 from server.api.openai.bodies import cell_options, parsed, received
+from server.api.openai.cells import Lane, TooMuch
 from server.api.openai.schemas import Body
 from server.errors import BodyTooLarge, Overloaded, UnsupportedMediaType
 from workers import Grant
@@ -128,8 +128,8 @@ class _Arriving:
 class BodyReader:
     """Reads the bodies of a server's requests."""
 
-    def __init__(self, current: Current, max_bytes: int) -> None:
-        self._current = current
+    def __init__(self, front: Front, max_bytes: int) -> None:
+        self._front = front
         self._max_bytes = max_bytes
         self._on_the_way = _OnTheWay()
         self._lane = Lane("large bodies of requests", _AT_ONCE, _WAITING)
@@ -141,8 +141,7 @@ class BodyReader:
         declared = request.headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > self._max_bytes:
             raise self._too_large()
-        serving = self._current()
-        max_tokens = serving.generator.facts.max_model_len
+        max_tokens = self._front.max_model_len()
         most_values = schema.most_values(max_tokens) + _OTHER_VALUES
         with _Arriving(self._on_the_way) as arriving:
             async for piece in request.stream():
@@ -156,9 +155,9 @@ class BodyReader:
                     )
             if arriving.file is None:
                 return parsed(schema, arriving.content())
-            options = cell_options(schema, max_tokens, serving.text.max_chars(max_tokens))
+            options = cell_options(schema, max_tokens, self._front.max_chars(max_tokens))
             try:
-                answer = await serving.cells.run(
+                answer = await self._front.cells.run(
                     "body", arriving.file, options, _GRANT, _WALL_S, self._lane
                 )
             except TooMuch as excess:

@@ -7,14 +7,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.openai.admission import (
-    Current,
-    Start,
-    check_request,
-    end_tokens,
-    new_id,
-    submit_all,
-)
+from server.api.openai.admission import Front, Start, end_tokens, new_id, submit_all
 from server.api.openai.answer import EventStream, collect
 from server.api.openai.body_reader import BodyReader
 from server.api.openai.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
@@ -36,16 +29,15 @@ from server.text.chat_template import Chat
 from server.text.token_texts import TokenTexts
 
 
-def routes(current: Current, bodies: BodyReader) -> APIRouter:
+def routes(front: Front, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        serving = current()
-        check_request(serving, body)
+        serving = front.generating(body)
         facts = serving.generator.facts
-        grammar = await grammar_for(serving.grammars, body)
-        ids = await serving.text.encode_chat_async(
+        grammar = await grammar_for(front.grammars, body)
+        ids = await serving.text.encode_chat(
             _chat(body),
             context_tokens=facts.max_model_len,
             add_special_tokens=bool(body.add_special_tokens),
@@ -67,7 +59,7 @@ def routes(current: Current, bodies: BodyReader) -> APIRouter:
             )
         ]
         chat_id, created = new_id("chatcmpl"), int(time.time())
-        sequences = await submit_all(serving, body, serving.options(body, request), chat_id, starts)
+        sequences = await submit_all(serving, body, front.options(body, request), chat_id, starts)
         tokens = serving.text.tokens
         if body.stream:
             template = ChatChunk(id=chat_id, created=created, model=serving.model_name, choices=[])

@@ -10,15 +10,7 @@ from typing import Final
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.openai.admission import (
-    Current,
-    Serving,
-    Start,
-    check_request,
-    end_tokens,
-    new_id,
-    submit_all,
-)
+from server.api.openai.admission import Front, Start, end_tokens, new_id, submit_all
 from server.api.openai.answer import EventStream, collect
 from server.api.openai.body_reader import BodyReader
 from server.api.openai.logprobs import TextOffsets, completion_logprobs, prompt_logprobs
@@ -29,6 +21,7 @@ from server.api.openai.schemas import MAX_PROMPTS, CompletionRequest, texts_or_i
 from server.api.openai.sequence import Answer, Delta, TextSequence, merged
 from server.api.openai.structured import grammar_for
 from server.errors import InvalidRequest
+from server.models.serving import Serving
 from server.text.incremental import Detokenizer, num_unfinished
 from server.text.text import Text
 from workers.messages import GrammarSpec, SamplingParams, TokenLogprobs
@@ -57,14 +50,13 @@ class _Prompt:
         return shown[: len(shown) - num_unfinished(shown)]
 
 
-def routes(current: Current, bodies: BodyReader) -> APIRouter:
+def routes(front: Front, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        serving = current()
-        check_request(serving, body)
-        grammar = await grammar_for(serving.grammars, body)
+        serving = front.generating(body)
+        grammar = await grammar_for(front.grammars, body)
         prompts = await _prompts(serving, body)
         if len(prompts) * body.num_choices > MAX_PROMPTS:
             raise InvalidRequest(
@@ -83,7 +75,7 @@ def routes(current: Current, bodies: BodyReader) -> APIRouter:
             id=new_id("cmpl"), created=int(time.time()), model=serving.model_name, choices=[]
         )
         sequences = await submit_all(
-            serving, body, serving.options(body, request), template.id, starts
+            serving, body, front.options(body, request), template.id, starts
         )
         choices = [
             _Choice(serving.text, body, index, prompts[index // body.num_choices])
@@ -159,7 +151,7 @@ async def _prompts(serving: Serving, body: CompletionRequest) -> list[_Prompt]:
     prompts: list[_Prompt] = []
     for part in texts_or_ids(body.prompt):
         if isinstance(part, str):
-            ids = await serving.text.encode_async(
+            ids = await serving.text.encode(
                 part,
                 context_tokens=facts.max_model_len,
                 add_special_tokens=body.add_special_tokens is not False,

@@ -9,23 +9,23 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.openai.admission import Current, Serving, check_model, check_task, new_id
+from server.api.openai.admission import Front, check_task, new_id
 from server.api.openai.answer import while_connected
 from server.api.openai.body_reader import BodyReader
 from server.api.openai.embedding_schemas import EmbeddingList, EmbeddingRequest
 from server.api.openai.sampling import check_token_ids
 from server.api.openai.schemas import texts_or_ids
 from server.errors import ContextLengthExceeded, InvalidRequest
+from server.models.serving import Serving
 from workers.messages import ModelFacts
 
 
-def routes(current: Current, bodies: BodyReader) -> APIRouter:
+def routes(front: Front, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
 
     @router.post("/v1/embeddings", response_model=EmbeddingList)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        serving = current()
-        check_model(serving, body.model)
+        serving = front.named(body.model)
         check_task(serving, "embed")
         body.check_supported()
         facts = serving.generator.facts
@@ -77,7 +77,7 @@ async def _input_ids(
         check_token_ids(ids, facts, param="input")
     inputs = [ids[:truncate_to] for ids in inputs]
     if texts:
-        inputs = await serving.text.encode_inputs_async(
+        inputs = await serving.text.encode_inputs(
             texts, context_tokens=limit, truncate_to=truncate_to
         )
     for index, ids in enumerate(inputs):

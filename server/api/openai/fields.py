@@ -2,11 +2,10 @@
 
 Owns the table. Invariant: a field is *used*, or it can't change the answer and is *ignored*, or it
 is *refused* by name unless its value asks for nothing; what is in no table is refused likewise.
-Schemas say what used ones may hold. docs/api.md shows the table as `as_markdown` writes it.
+Schemas say what used ones may hold. docs/api.md shows the table.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -211,20 +210,3 @@ def check_unused(given: Mapping[str, Any], place: Place, where: str = "") -> Non
         raise InvalidRequest(
             f"{shown!r}{allowed} isn't supported here. {known.instead}", param=shown
         )
-
-
-def as_markdown(used: Mapping[Place, Iterable[str]]) -> str:
-    """The table, as docs/api.md has it. `used`: the fields of schemas."""
-    lines = ["| field | of | from | here |", "|---|---|---|---|"]
-    for place, names in used.items():
-        listed = ", ".join(f"`{name}`" for name in sorted(names))
-        lines.append(f"| {listed} | {place} | | used |")
-    for field in UNUSED:
-        if field.neutral is None:
-            here = f"ignored: {field.instead}"
-        else:
-            allowed = " or ".join(f"`{json.dumps(value)}`" for value in field.neutral)
-            here = f"refused{f', but for {allowed}' * bool(allowed)}"
-            here += f": {field.instead}" * (field.instead != "Omit it.")
-        lines.append(f"| `{field.name}` | {', '.join(field.places)} | {field.owners} | {here} |")
-    return "\n".join(lines) + "\n"

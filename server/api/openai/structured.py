@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from server.api.grammar_checks import GrammarChecks
+from server.api.openai.grammar_checks import GrammarChecks
 from server.api.openai.schemas import GenerationRequest
 from server.errors import GrammarTooComplex, InvalidRequest
 from workers.messages import MAX_GRAMMAR_BYTES, GrammarKind, GrammarSpec

@@ -56,7 +56,7 @@ def map_extent(
     with exported(backend, pool.segment, extent) as descriptor:
         if isinstance(window, Peer):
             place = (extent.offset, extent.num_bytes)
-            window.call("map_extent", *place, writable, descriptor=descriptor)
+            window.given(descriptor).map_extent(*place, writable)
         else:
             window.map(extent, writable=writable, descriptor=descriptor)
 
@@ -203,8 +203,8 @@ class BackendContract:
     ) -> None:
         peer = start_peer()
         with exported(backend, sealed.segment) as descriptor:
-            peer.call("map", sealed, False, descriptor=descriptor)
-        assert bytes.fromhex(peer.call("read", 0, SIZE)) == PATTERN
+            peer.given(descriptor).map(sealed, False)
+        assert bytes.fromhex(peer.do.read(0, SIZE)) == PATTERN
         assert peer.peek(300, 7) == PATTERN[300:307]
 
     def test_two_processes_share_one_memory(
@@ -213,7 +213,7 @@ class BackendContract:
         peer = start_peer()
         with contextlib.closing(mapped(backend, handle, writable=True)) as mapping:
             with exported(backend, handle.segment) as descriptor:
-                peer.call("map", handle, True, descriptor=descriptor)
+                peer.given(descriptor).map(handle, True)
             mapping.write(0, b"xyz")
             assert peer.peek(0, 3) == b"xyz"
             peer.poke(3, b"abc")
@@ -329,7 +329,7 @@ class BackendContract:
     ) -> None:
         peers = [start_peer(), start_peer()]
         for peer, extent, text in zip(peers, extents[:2], (b"one", b"two"), strict=True):
-            peer.call("open_pool", pool)
+            peer.do.open_pool(pool)
             map_extent(backend, pool, peer, extent, writable=True)
             peer.poke(extent.offset, text)
         assert peers[0].peek(extents[0].offset, 3) == b"one"
@@ -350,7 +350,7 @@ class BackendContract:
         start_peer: Callable[[], Peer],
     ) -> None:
         peer = start_peer()
-        peer.call("open_pool", pool)
+        peer.do.open_pool(pool)
         map_extent(backend, pool, peer, extents[0], writable=True)
         peer.poke(extents[0].offset, b"abc")
         map_extent(backend, pool, peer, extents[0], writable=False)
@@ -368,11 +368,11 @@ class BackendContract:
         discard: bool,
     ) -> None:
         peer = start_peer()
-        peer.call("open_pool", pool)
+        peer.do.open_pool(pool)
         for extent in extents[:2]:
             map_extent(backend, pool, peer, extent, writable=True)
             peer.poke(extent.offset, b"abc")
-        peer.call("unmap_extent", extents[0].offset, extents[0].num_bytes, discard)
+        peer.do.unmap_extent(extents[0].offset, extents[0].num_bytes, discard)
         assert peer.peek(extents[1].offset, 3) == b"abc"
         with self.faults():
             peer.peek(extents[0].offset, 3)

@@ -8,6 +8,8 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,9 +18,10 @@ from allocator.backends import Mapping, PoolWindow, for_handle
 from allocator.backends.cuda_driver import call, current
 from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
 from allocator.messages import Extent, Handle, encode
-from tests.allocator.client.obedient import Obedient
+from tests.allocator.backends.obedient import Obedient
 from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT, TIMEOUT_S
+from tests.remote import remote
 
 
 class Died(Exception):
@@ -51,7 +54,8 @@ def poke(memory: Mapping | PoolWindow, offset: int, data: bytes) -> None:
 
 
 class Peer:
-    """The process, as tests see it. As a context it is stopped at the end."""
+    """The process, as tests see it: `do` runs a method of its program there and returns what that
+    returned, or raises Refused or Died. As a context it is stopped at the end."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -68,9 +72,22 @@ class Peer:
                 cwd=ROOT,
             )
 
-    def call(self, command: str, *arguments: Any, descriptor: int | None = None) -> Any:
-        """One command of `Program` and its answer. Raises Refused, Died."""
-        request = json.dumps([command, *arguments], default=encoded).encode()
+    @property
+    def do(self) -> "PeerProgram":
+        return self.given(None)
+
+    def given(self, descriptor: int | None) -> "PeerProgram":
+        """As `do`; the descriptor goes along."""
+        return remote(PeerProgram, partial(self._run, descriptor))
+
+    def _run(
+        self,
+        descriptor: int | None,
+        method: str,
+        given: Sequence[Any],
+        named: dict[str, Any],
+    ) -> Any:
+        request = json.dumps([method, given, named], default=encoded).encode()
         socket.send_fds(self._socket, [request], [] if descriptor is None else [descriptor])
         try:
             reply = self._socket.recv(1 << 20)
@@ -85,11 +102,11 @@ class Peer:
 
     def peek(self, offset: int, num_bytes: int) -> bytes:
         """These bytes, as the peer sees them."""
-        return bytes.fromhex(self.call("peek", offset, num_bytes))
+        return bytes.fromhex(self.do.peek(offset, num_bytes))
 
     def poke(self, offset: int, data: bytes) -> None:
         """Let the peer write them."""
-        self.call("poke", offset, data)
+        self.do.poke(offset, data)
 
     def stop(self) -> None:
         """Its socket's end ends it. Idempotent."""
@@ -112,8 +129,8 @@ def encoded(value: Any) -> str:
     return (encode(value) if isinstance(value, Handle) else value).hex()
 
 
-class Program(Obedient):
-    """The commands: one method each, over one mapping or one window at a time."""
+class PeerProgram(Obedient):
+    """What it can be told to do: one method each, over one mapping or one window at a time."""
 
     def __init__(self) -> None:
         self.mapping: Mapping | None = None
@@ -164,4 +181,4 @@ class Program(Obedient):
 
 
 if __name__ == "__main__":
-    Program().obey(int(sys.argv[1]))
+    PeerProgram().obey(int(sys.argv[1]))

@@ -18,10 +18,14 @@ from tests.allocator.client import client_program
 from tests.allocator.client.client_program import MANIFEST_BYTES
 from tests.allocator.processes import ClientProcess
 from tests.daemon_process import ROOT
+from tests.remote import remote
 
 
 class DeviceClient(ClientProcess):
-    """The process, as tests see it; commands are those of `DeviceProgram`."""
+    """The process, as tests see it; it runs a `DeviceProgram`."""
+
+    do: "DeviceProgram"
+    begin: "DeviceProgram"
 
     def __init__(
         self, runtime_dir: RuntimeDir, environment: dict[str, str] | None = None, **options: str
@@ -35,9 +39,11 @@ class DeviceClient(ClientProcess):
             env=environment,
         )
         self._text = b""
+        self.do = remote(DeviceProgram, self._run)
+        self.begin = remote(DeviceProgram, self._send)
 
 
-class DeviceProgram(client_program.Program):
+class DeviceProgram(client_program.ClientProgram):
     """One method a command."""
 
     def __init__(self, runtime_dir: str, options: dict[str, str]):

@@ -21,7 +21,7 @@ import torch
 from allocator import NotWriter, OutOfDeviceMemory, StaleGeneration
 from allocator.backends import Backend, PoolWindow, for_handle, open_device
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.client.tensor import as_bytes
+from allocator.client.weights.tensor import as_bytes
 from allocator.errors import InvalidMessage, InvalidSetting
 from allocator.messages import Extent, Handle
 from tests.allocator.backends.backend_contract import PATTERN, SIZE, BackendContract, bytes_of

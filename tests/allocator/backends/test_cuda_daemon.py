@@ -67,62 +67,62 @@ def used_bytes(daemon: DaemonProcess, device: str = "") -> int:
 
 def test_one_writes_and_all_read_one_copy(daemon: DaemonProcess, start: Start) -> None:
     clients = [start(), start(), start()]
-    assert [client.call("device") for client in clients] == [UUIDS[0]] * 3
-    assert [client.call("load", "set", SIZE, 7) for client in clients] == [
+    assert [client.do.device() for client in clients] == [UUIDS[0]] * 3
+    assert [client.do.load("set", SIZE, 7) for client in clients] == [
         "writer",
         "reader",
         "reader",
     ]
-    assert {client.call("digest") for client in clients} == {digest_of(7)}
+    assert {client.do.digest() for client in clients} == {digest_of(7)}
     assert SIZE <= used_bytes(daemon) < SIZE + GRANULARITY
     clients[0].kill()
-    assert clients[1].call("digest") == digest_of(7)
+    assert clients[1].do.digest() == digest_of(7)
 
 
 def test_devices_are_told_apart(daemon: DaemonProcess, start: Start) -> None:
     first, second, on_host = start(), start(device=UUIDS[1]), start(device="host")
-    assert [c.call("device") for c in (first, second, on_host)] == [*UUIDS, "host"]
-    assert first.call("load", "set", SIZE, 1) == "writer"
-    assert second.call("load", "set", SIZE, 2) == "writer"
-    assert on_host.call("load", "set", SIZE, 3) == "writer"
-    assert [c.call("digest") for c in (first, second, on_host)] == [
+    assert [c.do.device() for c in (first, second, on_host)] == [*UUIDS, "host"]
+    assert first.do.load("set", SIZE, 1) == "writer"
+    assert second.do.load("set", SIZE, 2) == "writer"
+    assert on_host.do.load("set", SIZE, 3) == "writer"
+    assert [c.do.digest() for c in (first, second, on_host)] == [
         digest_of(value) for value in (1, 2, 3)
     ]
 
 
 def test_a_set_sleeps_and_wakes(daemon: DaemonProcess, start: Start) -> None:
     client = start()
-    client.call("load", "set", SIZE, 5)
-    client.call("release")
+    client.do.load("set", SIZE, 5)
+    client.do.release()
     for level in (1, 2):
-        client.call("sleep", "set", level)
+        client.do.sleep("set", level)
         assert used_bytes(daemon) == 0
-        assert client.call("open", "set", {}) == "reader"
-        assert client.call("digest") == digest_of(5)
-        client.call("release")
+        assert client.do.open("set", {}) == "reader"
+        assert client.do.digest() == digest_of(5)
+        client.do.release()
 
 
 def test_the_next_writer_is_elected_when_one_dies(daemon: DaemonProcess, start: Start) -> None:
     clients = [start(), start()]
-    assert clients[0].call("open", "set", {}) == "writer"
-    clients[0].call("reserve", SIZE)
-    clients[1].send("load", "set", SIZE, 9)
+    assert clients[0].do.open("set", {}) == "writer"
+    clients[0].do.reserve(SIZE)
+    clients[1].begin.load("set", SIZE, 9)
     clients[0].kill()
     assert clients[1].receive() == "writer"
-    assert clients[1].call("digest") == digest_of(9)
+    assert clients[1].do.digest() == digest_of(9)
     wait_until(lambda: used_bytes(daemon) < SIZE + GRANULARITY, "the dead writer's segment freed")
 
 
 def test_a_full_device_evicts_what_is_idle(daemon: DaemonProcess, start: Start) -> None:
     client = start()
     for number in range(3):
-        client.call("load", f"set{number}", 100 << 20, number)
-        client.call("release")
+        client.do.load(f"set{number}", 100 << 20, number)
+        client.do.release()
     with daemon.connect() as looking:
         kept = [s.key for s in looking.statistics().weight_sets if s.tier == "device"]
     assert kept == ["set1", "set2"]
     with pytest.raises(Refused) as refused:
-        client.call("load", "too large", 300 << 20, 1)
+        client.do.load("too large", 300 << 20, 1)
     assert refused.value.name == "OutOfDeviceMemory"
 
 
@@ -139,9 +139,9 @@ def test_part_of_a_device_stays_free_for_those_that_compute(
 
     assert limit(first) == 128 << 20
     with DeviceClient(runtime_dir) as client:
-        client.call("load", "set", 100 << 20, 1)
+        client.do.load("set", 100 << 20, 1)
         with pytest.raises(Refused, match=r"the limit is 134.2 MB, and 104.9 MB of it are in use"):
-            client.call("load", "other", 40 << 20, 1)
+            client.do.load("other", 40 << 20, 1)
         first.kill()
         second = start_daemon("--device", "cuda:0")
         assert limit(second) == 128 << 20
@@ -151,38 +151,38 @@ def test_part_of_a_device_stays_free_for_those_that_compute(
 
 def test_leases_come_with_memory_of_their_own(daemon: DaemonProcess, start: Start) -> None:
     client = start()
-    offsets = client.call("lease", GRANULARITY, 20)
+    offsets = client.do.lease(GRANULARITY, 20)
     assert len(set(offsets)) == 20
     assert used_bytes(daemon) == 20 * GRANULARITY
-    client.call("release_leases", offsets[:5])
+    client.do.release_leases(offsets[:5])
     assert used_bytes(daemon) == 15 * GRANULARITY
     other = start()
     with pytest.raises(Refused, match="RoomTaken"):
-        other.call("lease", GRANULARITY, 120)
-    other.call("lease", GRANULARITY, 100)
+        other.do.lease(GRANULARITY, 120)
+    other.do.lease(GRANULARITY, 100)
     client.kill()
     wait_until(lambda: used_bytes(daemon) == 100 * GRANULARITY, "the dead client's leases")
-    assert len(other.call("lease", GRANULARITY, 20)) == 20
+    assert len(other.do.lease(GRANULARITY, 20)) == 20
 
 
 def test_a_block_is_mapped_by_who_looks_it_up(daemon: DaemonProcess, start: Start) -> None:
     first, second = start(), start()
-    (offset,) = first.call("lease", GRANULARITY)
+    (offset,) = first.do.lease(GRANULARITY)
     digest = "ab" * 16
-    assert first.call("put", [(digest, offset)]) == [True]
-    assert second.call("look_up", [digest, "cd" * 16]) == [offset]
+    assert first.do.put([(digest, offset)]) == [True]
+    assert second.do.look_up([digest, "cd" * 16]) == [offset]
     assert used_bytes(daemon) == GRANULARITY
     for client in (first, second):
-        client.call("release_blocks", [digest])
+        client.do.release_blocks([digest])
 
 
 def test_what_a_block_holds_is_there_before_others_may_read_it(
     daemon: DaemonProcess, start: Start
 ) -> None:
     client = start()
-    offsets = client.call("lease", GRANULARITY, 2)
+    offsets = client.do.lease(GRANULARITY, 2)
     blocks = [(digest * 16, offset) for digest, offset in zip(("ab", "cd"), offsets, strict=True)]
-    assert client.call("put_unwritten", blocks) == 0
+    assert client.do.put_unwritten(blocks) == 0
 
 
 def test_many_leases_at_once_do_not_run_out_of_descriptors(
@@ -192,8 +192,8 @@ def test_many_leases_at_once_do_not_run_out_of_descriptors(
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (256, limits[1]))
     before = len(os.listdir(f"/proc/{daemon.pid}/fd"))  # noqa: PTH208 - the names are numbers
     client = start()
-    offsets = client.call("lease", GRANULARITY, 100)
-    client.call("release_leases", offsets)
+    offsets = client.do.lease(GRANULARITY, 100)
+    client.do.release_leases(offsets)
     wait_until(
         lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) <= before + 3,  # noqa: PTH208
         "the daemon's descriptors back",
@@ -204,12 +204,12 @@ def test_clients_go_on_when_the_daemon_is_killed(
     daemon: DaemonProcess, start: Start, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
     client = start()
-    client.call("load", "set", SIZE, 7)
+    client.do.load("set", SIZE, 7)
     daemon.kill()
-    assert client.call("digest") == digest_of(7)
+    assert client.do.digest() == digest_of(7)
     successor = start_daemon("--device", "cuda:0")
     # What it did not make, it can't export: the next one loads anew, beside the old copy.
     assert used_bytes(successor) == 0
     other = start()
-    assert other.call("load", "set", SIZE, 7) == "writer"
-    assert client.call("digest") == other.call("digest") == digest_of(7)
+    assert other.do.load("set", SIZE, 7) == "writer"
+    assert client.do.digest() == other.do.digest() == digest_of(7)

@@ -24,6 +24,8 @@ from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT
 from tests.leaks import Leaks
 
+pytestmark = pytest.mark.slow
+
 SIZE = 11 * (1 << 20) + 5  # three staging buffers and a bit
 ROUNDED = 6 * GRANULARITY
 UUIDS = [f"cuda:GPU-{c * 4}-{c * 2}-{c * 2}-{c * 2}-{c * 6}" for c in ("d0", "d1")]
@@ -51,7 +53,7 @@ def start(library: Path, tmp_path: Path, no_leaks: Leaks) -> Iterator[Start]:
 def daemon(start: Start) -> Process:
     """The allocator's side, of the first device."""
     process = start()
-    assert process.call("own", "cuda:0") == [UUIDS[0], GRANULARITY, 256 << 20]
+    assert process.do.own("cuda:0") == [UUIDS[0], GRANULARITY, 256 << 20]
     return process
 
 
@@ -66,7 +68,7 @@ def map_segment(
     named = named or handle()
     descriptor = daemon.export(named.segment)
     try:
-        client.call("map", named, writable, descriptor=descriptor)
+        client.given(descriptor).map(named, writable)
     finally:
         os.close(descriptor)
 
@@ -77,19 +79,19 @@ def map_extent(
     descriptor = daemon.export(pool, extent)
     try:
         place = (extent.offset, extent.num_bytes)
-        client.call("map_extent", *place, writable, descriptor=descriptor)
+        client.given(descriptor).map_extent(*place, writable)
     finally:
         os.close(descriptor)
 
 
 def open_pool(daemon: Process, *clients: Process, num_extents: int = 8) -> list[Extent]:
     """A pool, and three reserved extents of it, of which the first two are neighbours."""
-    daemon.call("reserve_pool", "pool", num_extents * GRANULARITY)
+    daemon.do.reserve_pool("pool", num_extents * GRANULARITY)
     extents = [Extent(offset=i * GRANULARITY, num_bytes=GRANULARITY) for i in (2, 3, 6)]
     for extent in extents:
-        daemon.call("reserve_extent", "pool", extent.offset, extent.num_bytes)
+        daemon.do.reserve_extent("pool", extent.offset, extent.num_bytes)
     for client in clients:
-        client.call("open_pool", handle(num_extents * GRANULARITY, "pool"))
+        client.do.open_pool(handle(num_extents * GRANULARITY, "pool"))
     return extents
 
 
@@ -111,18 +113,18 @@ def test_what_one_process_writes_others_read_from_the_same_memory(
     daemon: Process, start: Start
 ) -> None:
     writer, readers = start(), [start(), start()]
-    daemon.call("reserve", "a", SIZE)
-    assert daemon.call("committed_bytes", "a") == ROUNDED
+    daemon.do.reserve("a", SIZE)
+    assert daemon.do.committed_bytes("a") == ROUNDED
     map_segment(daemon, writer, writable=True)
-    writer.call("fill", SIZE, 1, SIZE, 1)
-    writer.call("close")
+    writer.do.fill(SIZE, 1, SIZE, 1)
+    writer.do.close()
     for reader in readers:
         map_segment(daemon, reader)
-        assert reader.call("digest", 0, SIZE) == digest(SIZE, 1)
-        assert reader.call("digest", 7, 5 << 20) == digest_of_part(7, 5 << 20)
+        assert reader.do.digest(0, SIZE) == digest(SIZE, 1)
+        assert reader.do.digest(7, 5 << 20) == digest_of_part(7, 5 << 20)
         assert reader.peek(SIZE - 5, 5) == content(SIZE, 1)[-5:]
     # A device of exactly two such segments: had anybody a copy, there would be no room for this.
-    daemon.call("reserve", "b", (256 << 20) - ROUNDED)
+    daemon.do.reserve("b", (256 << 20) - ROUNDED)
     assert daemon.counts()["contexts"] == 0
     assert daemon.counts()["ranges"] == daemon.counts()["mappings"] == 0
     # Nobody but the daemon keeps a handle.
@@ -135,45 +137,45 @@ def digest_of_part(start: int, num_bytes: int) -> str:
 
 def test_threads_write_at_once(daemon: Process, start: Start) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, client, writable=True)
-    client.call("fill", SIZE, 2, 1 << 20, 4)
-    assert client.call("digest", 0, SIZE) == digest(SIZE, 2)
+    client.do.fill(SIZE, 2, 1 << 20, 4)
+    assert client.do.digest(0, SIZE) == digest(SIZE, 2)
     assert 2 <= client.counts()["pinned"] <= 8  # two a thread
     assert client.counts()["pinned"] == client.counts()["streams"]
-    client.call("close")
+    client.do.close()
     assert held(client) == NOTHING
 
 
 def test_a_write_to_what_is_read_only_ends_the_writer_alone(daemon: Process, start: Start) -> None:
     readers = [start(), start(), start()]
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     writer = start()
     map_segment(daemon, writer, writable=True)
-    writer.call("fill", SIZE, 1, SIZE, 1)
-    writer.call("close")
+    writer.do.fill(SIZE, 1, SIZE, 1)
+    writer.do.close()
     for reader in readers:
         map_segment(daemon, reader)
     with pytest.raises(Refused, match="TypeError: the mapping is read-only"):
-        readers[0].call("write", 0, "00")
-    assert readers[0].call("is_well")
+        readers[0].do.write(0, "00")
+    assert readers[0].do.is_well()
     illegal = "CUDA_ERROR_ILLEGAL_ADDRESS"
-    assert readers[0].call("write_as_a_kernel_would", 0) == [illegal, illegal]
-    assert not readers[0].call("is_well")
+    assert readers[0].do.write_as_a_kernel_would(0) == [illegal, illegal]
+    assert not readers[0].do.is_well()
     with pytest.raises(Refused, match=f"DriverError.*{illegal}"):
-        readers[0].call("digest", 0, 3)
-    assert readers[0].call("fault", UUIDS[0]) == f"cuCtxSynchronize: {illegal}"
-    assert readers[1].call("fault", UUIDS[0]) is None
+        readers[0].do.digest(0, 3)
+    assert readers[0].do.fault(UUIDS[0]) == f"cuCtxSynchronize: {illegal}"
+    assert readers[1].do.fault(UUIDS[0]) is None
     with pytest.raises(Died) as died:
         readers[1].poke(0, b"x")
     assert died.value.signal == 11
-    assert readers[2].call("digest", 0, SIZE) == digest(SIZE, 1)
+    assert readers[2].do.digest(0, SIZE) == digest(SIZE, 1)
 
 
 @pytest.mark.parametrize("device", ["host", "cuda:7", "cuda:0"])
 def test_a_device_that_can_not_be_used_says_why(start: Start, device: str) -> None:
     """One that can has nothing to say, nor has host memory."""
-    said = start().call("fault", device)
+    said = start().do.fault(device)
     assert said is None if device != "cuda:7" else said.startswith("there is no device 'cuda:7'")
 
 
@@ -183,11 +185,11 @@ def test_a_window_closes_though_its_context_is_spoilt(daemon: Process, start: St
     for extent in extents:
         map_extent(daemon, client, extent, writable=True)
     map_extent(daemon, client, extents[0], writable=False)
-    assert client.call("write_as_a_kernel_would", extents[0].offset)[0] != "CUDA_SUCCESS"
-    assert client.call("fault", UUIDS[0]) is not None
-    client.call("close")
+    assert client.do.write_as_a_kernel_would(extents[0].offset)[0] != "CUDA_SUCCESS"
+    assert client.do.fault(UUIDS[0]) is not None
+    client.do.close()
     with pytest.raises(Refused, match="AssertionError"):
-        client.call("peek", 0, 1)
+        client.do.peek(0, 1)
 
 
 # --- lifetimes
@@ -196,61 +198,61 @@ def test_a_window_closes_though_its_context_is_spoilt(daemon: Process, start: St
 @pytest.mark.parametrize("how", ["close", "forget"])
 def test_teardown_leaves_nothing(daemon: Process, start: Start, how: str) -> None:
     client = start()
-    client.call("devices")
-    before = [daemon.call("num_descriptors"), client.call("num_descriptors")]
-    daemon.call("reserve", "a", SIZE)
+    client.do.devices()
+    before = [daemon.do.num_descriptors(), client.do.num_descriptors()]
+    daemon.do.reserve("a", SIZE)
     extents = open_pool(daemon, client)
     for extent in extents:
         map_extent(daemon, client, extent, writable=True)
     client.call(how)
     map_segment(daemon, client, writable=True)
-    client.call("fill", SIZE, 1, SIZE, 1)
+    client.do.fill(SIZE, 1, SIZE, 1)
     client.call(how)
     assert held(client) == {**NOTHING, "streams": 1}  # the one that erases, for the next lease
     for extent in extents:
-        daemon.call("free_extent", "pool", extent.offset, extent.num_bytes)
+        daemon.do.free_extent("pool", extent.offset, extent.num_bytes)
     for segment in ("a", "pool", "a", "never"):
-        daemon.call("free", segment)
+        daemon.do.free(segment)
     assert held(daemon) == NOTHING
-    assert [daemon.call("num_descriptors"), client.call("num_descriptors")] == before
+    assert [daemon.do.num_descriptors(), client.do.num_descriptors()] == before
 
 
 def fits(daemon: Process, num_bytes: int) -> bool:
     """Whether the device has this much left."""
     try:
-        daemon.call("reserve", "probe", num_bytes)
+        daemon.do.reserve("probe", num_bytes)
     except Refused as refused:
         if refused.name != "OutOfDeviceMemory":
             raise
         return False
-    daemon.call("free", "probe")
+    daemon.do.free("probe")
     return True
 
 
 def test_freed_memory_is_back_when_its_last_client_unmaps_it(daemon: Process, start: Start) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, client, writable=True)
-    client.call("fill", SIZE, 1, SIZE, 1)
-    daemon.call("free", "a")
-    assert client.call("digest", 0, SIZE) == digest(SIZE, 1)
+    client.do.fill(SIZE, 1, SIZE, 1)
+    daemon.do.free("a")
+    assert client.do.digest(0, SIZE) == digest(SIZE, 1)
     assert not fits(daemon, 256 << 20)
-    client.call("close")
+    client.do.close()
     assert fits(daemon, 256 << 20)
 
 
 def test_memory_outlives_its_clients_until_it_is_freed(daemon: Process, start: Start) -> None:
     clients = [start(), start()]
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, clients[0], writable=True)
-    clients[0].call("fill", SIZE, 1, SIZE, 1)
-    clients[0].call("close")
+    clients[0].do.fill(SIZE, 1, SIZE, 1)
+    clients[0].do.close()
     clients[0].kill()
     map_segment(daemon, clients[1])
-    assert clients[1].call("digest", 0, SIZE) == digest(SIZE, 1)
+    assert clients[1].do.digest(0, SIZE) == digest(SIZE, 1)
     clients[1].kill()
     assert not fits(daemon, 256 << 20)
-    daemon.call("free", "a")
+    daemon.do.free("a")
     assert fits(daemon, 256 << 20)
 
 
@@ -258,13 +260,13 @@ def test_clients_keep_what_they_map_when_the_daemon_is_killed(
     daemon: Process, start: Start
 ) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, client, writable=True)
-    client.call("fill", SIZE, 1, SIZE, 1)
+    client.do.fill(SIZE, 1, SIZE, 1)
     daemon.kill()
-    assert client.call("digest", 0, SIZE) == digest(SIZE, 1)
+    assert client.do.digest(0, SIZE) == digest(SIZE, 1)
     successor = start()
-    successor.call("own", "cuda:0")
+    successor.do.own("cuda:0")
     assert not fits(successor, 256 << 20)
     client.kill()
     assert fits(successor, 256 << 20)
@@ -272,43 +274,43 @@ def test_clients_keep_what_they_map_when_the_daemon_is_killed(
 
 def test_unmapping_waits_for_the_device(daemon: Process, start: Start) -> None:
     client, other = start(), start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, other)
     map_segment(daemon, client, writable=True)
-    client.call("begin_copy", 100)
+    client.do.begin_copy(100)
     assert client.counts()["pending"] == 1
     assert other.peek(100, 4) == GARBAGE * 4
-    client.call("close_keeping_a_view")  # what was begun is there for others from now on
+    client.do.close_keeping_a_view()  # what was begun is there for others from now on
     assert client.counts()["mappings"] == 1
     assert other.peek(100, 4) == b"late"
     extent, *_ = open_pool(daemon, client)
     map_extent(daemon, client, extent, writable=True)
-    client.call("begin_copy", extent.offset)
-    client.call("unmap_extent", extent.offset, extent.num_bytes, False)
-    assert client.call("is_well")
+    client.do.begin_copy(extent.offset)
+    client.do.unmap_extent(extent.offset, extent.num_bytes, False)
+    assert client.do.is_well()
     map_extent(daemon, client, extent, writable=False)
     assert client.peek(extent.offset, 4) == b"late"
-    client.call("map_extent", extent.offset, extent.num_bytes, True)
-    client.call("begin_copy", extent.offset + 8)
-    client.call("forget")
+    client.do.map_extent(extent.offset, extent.num_bytes, True)
+    client.do.begin_copy(extent.offset + 8)
+    client.do.forget()
     assert client.counts()["mappings"] == client.counts()["ranges"] == 1  # the view's
-    assert client.call("is_well")
+    assert client.do.is_well()
 
 
 def test_reading_waits_for_the_device(daemon: Process, start: Start) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, client, writable=True)
-    client.call("begin_copy", 100)
-    assert bytes.fromhex(client.call("read", 99, 6)) == GARBAGE + b"late" + GARBAGE
+    client.do.begin_copy(100)
+    assert bytes.fromhex(client.do.read(99, 6)) == GARBAGE + b"late" + GARBAGE
 
 
 def test_a_tensor_keeps_the_addresses_of_a_closed_mapping(daemon: Process, start: Start) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, client, writable=True)
-    client.call("write", 0, b"abcd".hex())
-    with_tensor, seen, without = client.call("tensor_keeps_the_range", SIZE)
+    client.do.write(0, b"abcd".hex())
+    with_tensor, seen, without = client.do.tensor_keeps_the_range(SIZE)
     assert bytes.fromhex(seen) == b"bcd"
     assert with_tensor[:5] == [0, 1, 1, 0, 0]
     assert without[:5] == [0, 0, 0, 0, 0]
@@ -316,22 +318,22 @@ def test_a_tensor_keeps_the_addresses_of_a_closed_mapping(daemon: Process, start
 
 def test_a_forked_child_leaves_its_parents_mapping_alone(daemon: Process, start: Start) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, client, writable=True)
-    client.call("fill", SIZE, 1, SIZE, 1)
+    client.do.fill(SIZE, 1, SIZE, 1)
     before = client.counts()
-    answer = client.call("child_after_fork", "cuda:0")
+    answer = client.do.child_after_fork("cuda:0")
     assert answer.startswith("InvalidSetting: CUDA was used before this process was forked")
     assert client.counts() == before
-    assert client.call("digest", 0, SIZE) == digest(SIZE, 1)
+    assert client.do.digest(0, SIZE) == digest(SIZE, 1)
 
 
 def test_the_threads_own_context_is_left_alone(daemon: Process, start: Start) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     map_segment(daemon, client, writable=True)
-    client.call("fill", SIZE, 1, SIZE, 1)
-    assert client.call("context_of_thread") == 0
+    client.do.fill(SIZE, 1, SIZE, 1)
+    assert client.do.context_of_thread() == 0
     assert client.counts()["contexts"] == 1
 
 
@@ -339,9 +341,9 @@ def test_the_threads_own_context_is_left_alone(daemon: Process, start: Start) ->
 
 
 def test_exhaustion_names_who_could_free(daemon: Process, start: Start) -> None:
-    daemon.call("reserve", "a", 200 << 20)
+    daemon.do.reserve("a", 200 << 20)
     with pytest.raises(Refused) as refused:
-        daemon.call("reserve", "b", 60 << 20)
+        daemon.do.reserve("b", 60 << 20)
     assert refused.value.name == "OutOfDeviceMemory"
     assert "Simulated device 0" in refused.value.message
     assert "holds 268.4 MB in all, of which 209.7 MB are this allocator's" in refused.value.message
@@ -351,23 +353,23 @@ def test_exhaustion_names_who_could_free(daemon: Process, start: Start) -> None:
         daemon.export("b")
     # Another program's memory counts as well.
     other = start()
-    other.call("own", UUIDS[0])
-    other.call("reserve", "theirs", 50 << 20)
+    other.do.own(UUIDS[0])
+    other.do.reserve("theirs", 50 << 20)
     assert not fits(daemon, 8 << 20)
     other.kill()
-    daemon.call("reserve", "b", 50 << 20)
+    daemon.do.reserve("b", 50 << 20)
 
 
 def test_extents_take_memory_one_by_one(daemon: Process, start: Start) -> None:
     num_extents = 128  # exactly the device
     extents = open_pool(daemon, num_extents=num_extents + 2)
-    assert daemon.call("committed_bytes", "pool") == 3 * GRANULARITY
-    daemon.call("reserve", "a", (num_extents - 4) * GRANULARITY)
-    daemon.call("reserve_extent", "pool", 0, GRANULARITY)
+    assert daemon.do.committed_bytes("pool") == 3 * GRANULARITY
+    daemon.do.reserve("a", (num_extents - 4) * GRANULARITY)
+    daemon.do.reserve_extent("pool", 0, GRANULARITY)
     with pytest.raises(Refused, match=r"OutOfDeviceMemory: 2\.1 MB"):
-        daemon.call("reserve_extent", "pool", 4 * GRANULARITY, GRANULARITY)
-    daemon.call("free_extent", "pool", extents[0].offset, extents[0].num_bytes)
-    daemon.call("reserve_extent", "pool", 4 * GRANULARITY, GRANULARITY)
+        daemon.do.reserve_extent("pool", 4 * GRANULARITY, GRANULARITY)
+    daemon.do.free_extent("pool", extents[0].offset, extents[0].num_bytes)
+    daemon.do.reserve_extent("pool", 4 * GRANULARITY, GRANULARITY)
     with pytest.raises(Refused, match="StaleGeneration: the extent at 4194304 of pool is gone"):
         daemon.export("pool", extents[0])
     assert daemon.counts()["contexts"] == 0
@@ -415,13 +417,13 @@ def test_access_changes_without_a_descriptor(daemon: Process, start: Start) -> N
     extent, other, _ = open_pool(daemon, client)
     map_extent(daemon, client, extent, writable=True)
     client.poke(extent.offset, b"abc")
-    client.call("map_extent", extent.offset, extent.num_bytes, False)
+    client.do.map_extent(extent.offset, extent.num_bytes, False)
     assert client.peek(extent.offset, 3) == b"abc"
-    client.call("map_extent", extent.offset, extent.num_bytes, True)
+    client.do.map_extent(extent.offset, extent.num_bytes, True)
     client.poke(extent.offset, b"xyz")
     with pytest.raises(Refused, match=r"InvalidMessage: .* takes its descriptor"):
-        client.call("map_extent", other.offset, other.num_bytes, True)
-    client.call("map_extent", extent.offset, extent.num_bytes, False)
+        client.do.map_extent(other.offset, other.num_bytes, True)
+    client.do.map_extent(extent.offset, extent.num_bytes, False)
     with pytest.raises(Died):
         client.poke(extent.offset, b"bad")
 
@@ -433,16 +435,16 @@ def test_a_new_lease_of_an_offset_is_new_memory(daemon: Process, start: Start) -
         map_extent(daemon, stale, each, writable=True)
         stale.poke(each.offset, b"old")
     for each in (extent, neighbour):
-        daemon.call("free_extent", "pool", each.offset, each.num_bytes)
+        daemon.do.free_extent("pool", each.offset, each.num_bytes)
     whole = Extent(offset=extent.offset, num_bytes=2 * GRANULARITY)
-    daemon.call("reserve_extent", "pool", whole.offset, whole.num_bytes)
+    daemon.do.reserve_extent("pool", whole.offset, whole.num_bytes)
     map_extent(daemon, fresh, whole, writable=True)
     fresh.poke(whole.offset, b"new")
     assert stale.peek(extent.offset, 3) == b"old"  # and no other client's bytes
     map_extent(daemon, stale, whole, writable=False)
     assert stale.peek(whole.offset, 3) == b"new"
     assert held(stale)["mappings"] == 1
-    stale.call("unmap_extent", extent.offset, extent.num_bytes, False)
+    stale.do.unmap_extent(extent.offset, extent.num_bytes, False)
     assert held(stale)["mappings"] == 0
 
 
@@ -451,37 +453,37 @@ def test_a_new_lease_of_an_offset_is_new_memory(daemon: Process, start: Start) -
 
 def test_a_device_is_found_by_its_uuid(start: Start) -> None:
     daemon = start()
-    assert daemon.call("devices") == UUIDS
-    assert daemon.call("own", "cuda:1")[0] == UUIDS[1]
-    daemon.call("reserve", "a", SIZE)
+    assert daemon.do.devices() == UUIDS
+    assert daemon.do.own("cuda:1")[0] == UUIDS[1]
+    daemon.do.reserve("a", SIZE)
     client, everywhere = start(CUDA_VISIBLE_DEVICES="1"), start(CUDA_VISIBLE_DEVICES="1,0")
     named = handle(device=UUIDS[1])
     map_segment(daemon, client, named, writable=True)
-    client.call("fill", SIZE, 1, SIZE, 1)
+    client.do.fill(SIZE, 1, SIZE, 1)
     map_segment(daemon, everywhere, named)
-    assert everywhere.call("digest", 0, SIZE) == digest(SIZE, 1)
-    assert client.call("ordinal") == everywhere.call("ordinal") == 0
-    assert everywhere.call("devices") == UUIDS[::-1]
+    assert everywhere.do.digest(0, SIZE) == digest(SIZE, 1)
+    assert client.do.ordinal() == everywhere.do.ordinal() == 0
+    assert everywhere.do.devices() == UUIDS[::-1]
 
 
 def test_a_device_that_is_not_visible_is_named(start: Start) -> None:
     blind = start(CUDA_VISIBLE_DEVICES="0")
     with pytest.raises(Refused) as refused:
-        blind.call("open_named", UUIDS[1])
+        blind.do.open_named(UUIDS[1])
     assert refused.value.name == "InvalidSetting"
     assert UUIDS[1] in refused.value.message
     assert "CUDA_VISIBLE_DEVICES='0' may hide it" in refused.value.message
     with pytest.raises(Refused, match="InvalidSetting: there is no device 'cuda:1', only cuda:GPU"):
-        blind.call("open_named", "cuda:1")
+        blind.do.open_named("cuda:1")
     hidden = start(CUDA_VISIBLE_DEVICES="")
     with pytest.raises(Refused, match=r"InvalidSetting: .*finds no GPU.*CUDA_VISIBLE_DEVICES=''"):
-        hidden.call("open_named", "cuda:0")
+        hidden.do.open_named("cuda:0")
 
 
 @pytest.mark.parametrize("name", ["cuda:", "cuda:-1", "cuda:2", "cuda:GPU-", "cuda:x", "cudax"])
 def test_what_is_no_device_is_refused(start: Start, name: str) -> None:
     with pytest.raises(Refused, match="InvalidSetting: there is no device"):
-        start().call("own", name)
+        start().do.own(name)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +493,7 @@ def test_a_device_that_can_not_share_memory_is_refused(
     start: Start, lacks: str, words: str
 ) -> None:
     with pytest.raises(Refused) as refused:
-        start(SIMULATED_DRIVER_LACKS=lacks).call("own", "cuda:0")
+        start(SIMULATED_DRIVER_LACKS=lacks).do.own("cuda:0")
     assert refused.value.name == "InvalidSetting"
     assert words in refused.value.message
     assert "use the device host" in refused.value.message
@@ -500,11 +502,11 @@ def test_a_device_that_can_not_share_memory_is_refused(
 def test_a_device_that_another_process_has_to_itself_is_told_so(start: Start) -> None:
     """The allocator makes no context, so it does not notice; who maps does."""
     owner, reader = start(), start(SIMULATED_DRIVER_LACKS="context")
-    owner.call("own", "cuda:0")
-    owner.call("reserve", "a", SIZE)
+    owner.do.own("cuda:0")
+    owner.do.reserve("a", SIZE)
     descriptor = owner.export("a")
     with pytest.raises(Refused, match=r"InvalidSetting: .*exclusive.*nvidia-smi -c DEFAULT"):
-        reader.call("map", handle(), False, descriptor=descriptor)
+        reader.given(descriptor).map(handle(), False)
     os.close(descriptor)
 
 
@@ -551,7 +553,7 @@ def test_a_descriptor_of_something_else_is_stale(
     daemon: Process, start: Start, named: Handle
 ) -> None:
     client = start()
-    daemon.call("reserve", "a", SIZE)
+    daemon.do.reserve("a", SIZE)
     with pytest.raises(Refused, match="StaleGeneration: the descriptor is not that of"):
         map_segment(daemon, client, named)
     assert held(client) == NOTHING
@@ -560,9 +562,9 @@ def test_a_descriptor_of_something_else_is_stale(
 def test_what_is_no_device_memory_can_not_be_mapped(start: Start, tmp_path: Path) -> None:
     client = start()
     with pytest.raises(Refused, match="InvalidMessage: to map a takes its descriptor"):
-        client.call("map", handle(), False)
+        client.do.map(handle(), False)
     with (tmp_path / "file").open("wb") as file, pytest.raises(Refused, match="StaleGeneration"):
-        client.call("map", handle(), False, descriptor=file.fileno())
+        client.given(file.fileno()).map(handle(), False)
     assert held(client) == NOTHING
 
 
@@ -578,7 +580,7 @@ def test_what_is_no_device_memory_can_not_be_mapped(start: Start, tmp_path: Path
     ],
 )
 def test_the_daemon_refuses_what_can_not_be(daemon: Process, command: tuple[Any, ...]) -> None:
-    daemon.call("reserve", "a", GRANULARITY)
+    daemon.do.reserve("a", GRANULARITY)
     open_pool(daemon)
     with pytest.raises(Refused, match="InvalidMessage"):
         daemon.call(*command)

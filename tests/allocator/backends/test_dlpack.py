@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from allocator.backends import dlpack
-from allocator.client.tensor import as_bytes
+from allocator.client.weights.tensor import as_bytes
 
 SIZE = 4096
 

@@ -15,7 +15,7 @@ import pytest
 from allocator import NotWriter, StaleGeneration
 from allocator.backends import for_handle
 from allocator.backends.file import FileBackend
-from allocator.client.tensor import as_bytes
+from allocator.client.weights.tensor import as_bytes
 from allocator.errors import InvalidMessage
 from allocator.messages import Extent, Handle
 from tests.allocator.processes import in_fork

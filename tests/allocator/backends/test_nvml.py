@@ -38,47 +38,47 @@ def start(library: Path, tmp_path: Path) -> Iterator[Start]:
 
 def test_memory_that_two_processes_hold_is_in_use_once(start: Start) -> None:
     owner, reader = start(), start()
-    owner.call("own", "cuda:0")
-    before = reader.call("usage", DEVICE)
-    owner.call("reserve", "a", SIZE)
+    owner.do.own("cuda:0")
+    before = reader.do.usage(DEVICE)
+    owner.do.reserve("a", SIZE)
     descriptor = owner.export("a")
     named = Handle(backend="cuda", device=DEVICE, segment="a", num_bytes=SIZE, generation=1)
-    reader.call("map", named, False, descriptor=descriptor)
+    reader.given(descriptor).map(named, False)
     os.close(descriptor)
-    usage = reader.call("usage", DEVICE)
+    usage = reader.do.usage(DEVICE)
     assert usage["used_bytes"] - before["used_bytes"] == SIZE
     assert sorted(usage["processes"].values()) == [SIZE, SIZE]
-    assert usage["total_bytes"] - usage["used_bytes"] == reader.call("free_bytes")
+    assert usage["total_bytes"] - usage["used_bytes"] == reader.do.free_bytes()
     assert (usage["model"], usage["compute_mode"], usage["mig"]) == (
         "Simulated device 0",
         "default",
         False,
     )
     owner.kill()
-    assert reader.call("usage", DEVICE)["used_bytes"] == SIZE
+    assert reader.do.usage(DEVICE)["used_bytes"] == SIZE
 
 
 @pytest.mark.parametrize(
     ("mode", "name"), [("0", "default"), ("2", "prohibited"), ("3", "exclusive"), ("9", "unknown")]
 )
 def test_the_compute_mode_has_a_name(start: Start, mode: str, name: str) -> None:
-    assert start(SIMULATED_NVML_MODE=mode).call("usage", DEVICE)["compute_mode"] == name
+    assert start(SIMULATED_NVML_MODE=mode).do.usage(DEVICE)["compute_mode"] == name
 
 
 def test_what_a_driver_does_not_tell_is_no_error_where_it_can_be_missed(start: Start) -> None:
-    assert start(SIMULATED_NVML_LACKS="mode").call("usage", DEVICE)["compute_mode"] == "unknown"
+    assert start(SIMULATED_NVML_LACKS="mode").do.usage(DEVICE)["compute_mode"] == "unknown"
     with pytest.raises(Refused, match=r"InvalidSetting: .* does not tell: "):
-        start(SIMULATED_NVML_LACKS="processes").call("usage", DEVICE)
+        start(SIMULATED_NVML_LACKS="processes").do.usage(DEVICE)
 
 
 def test_all_devices_are_told(start: Start) -> None:
-    usages = start(SIMULATED_DRIVER_DEVICES="2").call("usages")
+    usages = start(SIMULATED_DRIVER_DEVICES="2").do.usages()
     assert [f"cuda:{one['name']}" for one in usages] == [DEVICE, DEVICE.replace("d0", "d1")]
 
 
 def test_a_device_that_is_not_there_is_named(start: Start) -> None:
     with pytest.raises(Refused, match="NVML knows no device cuda:GPU-0"):
-        start().call("usage", "cuda:GPU-00000000-0000-0000-0000-000000000000")
+        start().do.usage("cuda:GPU-00000000-0000-0000-0000-000000000000")
 
 
 def test_a_machine_without_nvml_is_told_what_to_do() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from allocator import RuntimeDir, StaleGeneration, abandoned_runs, connect, remove_abandoned
-from allocator.backends import segments
+from allocator.backends import runs, segments
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.backends.segments import RunLock, RunOwner
+from allocator.backends.runs import RunLock, RunOwner
 from allocator.errors import InvalidMessage, NameTaken, NotWriter
 from tests.allocator.backends.small_shm import handle_of, load
 from tests.allocator.processes import ClientProcess, in_fork
@@ -31,7 +31,7 @@ StartDaemon = Callable[..., DaemonProcess]
 @pytest.fixture
 def run(runtime_dir: RuntimeDir) -> Iterator[str]:
     """A run's name; what is left of it is removed."""
-    name = segments.new_run(runtime_dir.segment_prefix)
+    name = runs.new_run(runtime_dir.segment_prefix)
     yield name
     for left in shared_files(name):
         (SHM_ROOT / left).unlink()
@@ -62,7 +62,7 @@ def owned(run: str, directory: Path) -> None:
     RunLock.take(run, RunOwner.of(directory)).leave()
 
 
-def found(run: str) -> segments.AbandonedRun | None:
+def found(run: str) -> runs.AbandonedRun | None:
     return next((one for one in abandoned_runs() if one.run == run), None)
 
 
@@ -154,10 +154,10 @@ def killed_in(elsewhere: RuntimeDir) -> str:
     """A daemon that had loaded a set, and was killed with all its clients. Its run."""
     daemon = DaemonProcess(elsewhere)
     with ClientProcess(elsewhere) as client:
-        client.call("load", "k", MIB, 7)
+        client.do.load("k", MIB, 7)
         daemon.kill()
         client.kill()
-    [run] = segments.runs_of(elsewhere.segment_prefix)
+    [run] = runs.runs_of(elsewhere.segment_prefix)
     assert len(shared_files(run)) == 2
     return run
 
@@ -178,9 +178,9 @@ def test_the_next_allocator_removes_what_is_left_of_a_directory_that_is_gone(
 def test_what_a_process_still_maps_stays(elsewhere: RuntimeDir, start_daemon: StartDaemon) -> None:
     daemon = DaemonProcess(elsewhere)
     with ClientProcess(elsewhere) as client:
-        client.call("load", "k", MIB, 7)
+        client.do.load("k", MIB, 7)
         daemon.kill()
-        run = segments.runs_of(elsewhere.segment_prefix)[0]
+        run = runs.runs_of(elsewhere.segment_prefix)[0]
         shutil.rmtree(elsewhere.path)
         start_daemon()
         assert len(shared_files(run)) == 2
@@ -196,7 +196,7 @@ def test_an_allocator_that_lives_keeps_what_it_has_though_its_directory_was_remo
     other = DaemonProcess(elsewhere)
     with connect(elsewhere) as memory:
         assert load(memory, "k", MIB) == "loaded"
-    run = segments.runs_of(elsewhere.segment_prefix)[0]
+    run = runs.runs_of(elsewhere.segment_prefix)[0]
     shutil.rmtree(elsewhere.path)
     start_daemon()
     assert len(shared_files(run)) == 2
@@ -214,7 +214,7 @@ def test_where_the_directory_is_still_there_its_own_next_allocator_takes_over(
     with connect(elsewhere) as memory:
         assert [one.state for one in memory.statistics().weight_sets] == ["idle"]
     assert found(run) is None  # it answers for it now
-    assert len(segments.runs_of(elsewhere.segment_prefix)) == 2
+    assert len(runs.runs_of(elsewhere.segment_prefix)) == 2
     successor.stop()
     assert shared_files(elsewhere.segment_prefix) == []
 

@@ -1,6 +1,7 @@
 """One client in a process of its own, told what to do line by line. Run by `ClientProcess`.
 
-Reads `["command", argument, …]` from stdin, answers `{"value": …}` or `{"error": …, "message": …}`.
+Reads `["method", [argument, …], {"name": argument, …}]` from stdin, answers `{"value": …}` or
+`{"error": …, "message": …}`.
 """
 
 import hashlib
@@ -22,8 +23,8 @@ from allocator import (
 MANIFEST_BYTES = 4096
 
 
-class Program:
-    """The commands: one method each, over at most one weight set at a time."""
+class ClientProgram:
+    """What it can be told to do: one method each, over at most one weight set at a time."""
 
     def __init__(self, runtime_dir: str, options: dict[str, str]):
         self.memory = connect(runtime_dir, **options)
@@ -170,14 +171,14 @@ class Program:
         return self.memory.is_alive()
 
 
-def main(kind: type[Program] = Program) -> None:
+def main(kind: type[ClientProgram] = ClientProgram) -> None:
     """Obey until stdin ends."""
     program = kind(sys.argv[1], json.loads(sys.argv[2]))
     print(json.dumps({"value": "connected"}), flush=True)
     for line in sys.stdin:
-        command, *arguments = json.loads(line)
+        method, given, named = json.loads(line)
         try:
-            answer = {"value": getattr(program, command)(*arguments)}
+            answer = {"value": getattr(program, method)(*given, **named)}
         except Exception as error:  # noqa: BLE001 - whatever it is, the test wants to see it
             answer = {"error": type(error).__name__, "message": str(error)}
         print(json.dumps(answer), flush=True)

@@ -131,7 +131,9 @@ def test_a_fork_while_a_thread_waits_does_not_hang_the_child(
         waiting = threading.Event()
         opened = pool.submit(memory.open_weight_set, "k", {}, on_wait=lambda *_: waiting.set())
         assert waiting.wait(60.0)
-        wait_until(lambda: _locked(memory._connection._lock), "the thread is inside a request")
+        wait_until(
+            lambda: _locked(memory._connection._turns._lock), "the thread is inside a request"
+        )
 
         def child() -> str:
             return str(memory.statistics())
@@ -206,16 +208,18 @@ def test_who_asks_again_comes_after_who_waited(memory: Client) -> None:
     order: list[str] = []
 
     def ask() -> None:
-        with memory._connection._exclusive():
+        with memory._connection._turns.taken():
             order.append("second")
 
     with ThreadPoolExecutor(1) as pool:
         for _ in range(50):
-            with memory._connection._exclusive():
+            with memory._connection._turns.taken():
                 order.append("first")
                 asked = pool.submit(ask)
-                wait_until(lambda: _locked(memory._connection._next_turn), "the second is in line")
-            with memory._connection._exclusive():
+                wait_until(
+                    lambda: _locked(memory._connection._turns._next), "the second is in line"
+                )
+            with memory._connection._turns.taken():
                 order.append("third")
             asked.result(60.0)
     assert order == ["first", "second", "third"] * 50

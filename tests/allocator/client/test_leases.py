@@ -141,20 +141,20 @@ def test_many_leases_in_one_request(memory: Client, runtime_dir: RuntimeDir) -> 
 
 def test_sessions_do_not_see_each_others_leases(start: Start) -> None:
     clients = [start(), start(), start()]
-    offsets = [client.call("lease", 1 * MIB, 2) for client in clients]
+    offsets = [client.do.lease(1 * MIB, 2) for client in clients]
     for value, (client, mine) in enumerate(zip(clients, offsets, strict=True)):
-        client.call("fill_leases", [[offset, 10 + value] for offset in mine])
+        client.do.fill_leases([[offset, 10 + value] for offset in mine])
     for value, (client, mine) in enumerate(zip(clients, offsets, strict=True)):
         expected = hashlib.sha256(bytes([10 + value]) * MIB).hexdigest()
-        assert [client.call("lease_digest", offset) for offset in mine] == [expected] * 2
+        assert [client.do.lease_digest(offset) for offset in mine] == [expected] * 2
     assert len({offset for mine in offsets for offset in mine}) == 6
-    clients[0].call("release_leases", offsets[0])
-    again = clients[1].call("lease", 1 * MIB, 2)
+    clients[0].do.release_leases(offsets[0])
+    again = clients[1].do.lease(1 * MIB, 2)
     assert set(again) == set(offsets[0])  # of another session, and nothing of it is left
     zeros = hashlib.sha256(bytes(MIB)).hexdigest()
-    assert [clients[1].call("lease_digest", offset) for offset in again] == [zeros] * 2
+    assert [clients[1].do.lease_digest(offset) for offset in again] == [zeros] * 2
     with pytest.raises(Refused, match="DoubleFree"):
-        clients[0].call("release_leases", offsets[0])
+        clients[0].do.release_leases(offsets[0])
 
 
 @pytest.mark.parametrize("whose", ["one's own", "another's", "one's own, released"])
@@ -162,8 +162,8 @@ def test_only_what_one_leases_is_within_reach(
     daemon: DaemonProcess, start: Start, whose: str
 ) -> None:
     other = start()
-    [theirs] = other.call("lease", GRANULE)
-    other.call("fill_leases", [[theirs, 9]])
+    [theirs] = other.do.lease(GRANULE)
+    other.do.fill_leases([[theirs, 9]])
 
     def child() -> str:
         with daemon.connect() as own:
@@ -179,7 +179,7 @@ def test_only_what_one_leases_is_within_reach(
         assert (ended.signal, ended.text) == (0, "5")
     else:
         assert ended.signal == signal.SIGSEGV
-    assert other.call("lease_digest", theirs) == hashlib.sha256(b"\t" * GRANULE).hexdigest()
+    assert other.do.lease_digest(theirs) == hashlib.sha256(b"\t" * GRANULE).hexdigest()
 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
@@ -187,14 +187,14 @@ def test_of_what_a_process_left_the_next_one_sees_nothing(
     start: Start, memory: Client, how: str
 ) -> None:
     first = start()
-    offsets = first.call("lease", GRANULE, 8)
-    first.call("fill_leases", [[offset, 255] for offset in offsets])
+    offsets = first.do.lease(GRANULE, 8)
+    first.do.fill_leases([[offset, 255] for offset in offsets])
     first.stop() if how == "closed" else first.kill()
     wait_until(lambda: not memory.statistics().pool.num_leases, "its leases have ended")
     second = start()
-    assert sorted(second.call("lease", GRANULE, 8)) == sorted(offsets)  # the very same memory
+    assert sorted(second.do.lease(GRANULE, 8)) == sorted(offsets)  # the very same memory
     zeros = hashlib.sha256(bytes(GRANULE)).hexdigest()
-    assert {second.call("lease_digest", offset) for offset in offsets} == {zeros}
+    assert {second.do.lease_digest(offset) for offset in offsets} == {zeros}
 
 
 def test_a_lease_of_another_generation_is_none(daemon: DaemonProcess, memory: Client) -> None:
@@ -348,16 +348,16 @@ def test_a_block_is_mapped_by_who_looks_it_up_and_never_copied(
     start: Start, memory: Client, runtime_dir: RuntimeDir
 ) -> None:
     maker, user = start(), start()
-    offsets = maker.call("lease", MIB, 2)
-    maker.call("fill_leases", [[offsets[0], 1], [offsets[1], 2]])
+    offsets = maker.do.lease(MIB, 2)
+    maker.do.fill_leases([[offsets[0], 1], [offsets[1], 2]])
     named = [digest(1).hex(), digest(2).hex()]
-    assert maker.call("put", list(zip(named, offsets, strict=True))) == [True, True]
-    assert user.call("look_up", [*named, digest(3).hex()]) == offsets
+    assert maker.do.put(list(zip(named, offsets, strict=True))) == [True, True]
+    assert user.do.look_up([*named, digest(3).hex()]) == offsets
     for client in (maker, user):
-        contents = [client.call("block_digest", one) for one in named]
+        contents = [client.do.block_digest(one) for one in named]
         assert contents == [hashlib.sha256(bytes([n]) * MIB).hexdigest() for n in (1, 2)]
         # In both of them the same memory, and in neither of them to be written.
-        assert {how for how, _ in client.call("mappings")} == {"r--s"}
+        assert {how for how, _ in client.do.mappings()} == {"r--s"}
     assert pool_bytes(runtime_dir) == 2 * MIB
     pool = memory.statistics().pool
     assert (pool.leased_bytes, pool.cached_bytes, pool.evictable_bytes) == (0, 2 * MIB, 0)
@@ -368,18 +368,18 @@ def test_whoever_writes_to_a_block_ends_and_harms_nobody(
     start: Start, memory: Client, who: str
 ) -> None:
     maker, user = start(), start()
-    [offset] = maker.call("lease", MIB)
-    maker.call("fill_leases", [[offset, 1]])
+    [offset] = maker.do.lease(MIB)
+    maker.do.fill_leases([[offset, 1]])
     name = digest(1).hex()
-    maker.call("put", [[name, offset]])
-    user.call("look_up", [name])
+    maker.do.put([[name, offset]])
+    user.do.look_up([name])
     guilty, other = (maker, user) if who == "maker" else (user, maker)
-    guilty.send("write_to_block", name)
+    guilty.begin.write_to_block(name)
     assert guilty.ended_by == signal.SIGSEGV
-    assert other.call("block_digest", name) == hashlib.sha256(b"\1" * MIB).hexdigest()
+    assert other.do.block_digest(name) == hashlib.sha256(b"\1" * MIB).hexdigest()
     wait_until(lambda: memory.statistics().num_sessions == 2, "its session has ended")
     assert memory.statistics().pool.evictable_bytes == 0  # the other one still pins it
-    other.call("release_blocks", [name])
+    other.do.release_blocks([name])
     assert memory.statistics().pool.evictable_bytes == MIB
 
 
@@ -443,10 +443,10 @@ def test_within_a_second_of_their_death_clients_hold_nothing(
     clients = [start(), start(), start()]
     cached(memory, 7)
     for client in clients:
-        offsets = client.call("lease", MIB, 4)
-        client.call("fill_leases", [[offset, 1] for offset in offsets])
-        client.call("put", [[digest(client.pid).hex(), offsets[0]]])
-        client.call("look_up", [digest(7).hex()])
+        offsets = client.do.lease(MIB, 4)
+        client.do.fill_leases([[offset, 1] for offset in offsets])
+        client.do.put([[digest(client.pid).hex(), offsets[0]]])
+        client.do.look_up([digest(7).hex()])
     assert pool_bytes(runtime_dir) == GRANULE + 12 * MIB
     assert memory.statistics().pool.evictable_bytes == 0
     for client in clients:
@@ -643,24 +643,24 @@ def test_a_quota_is_for_all_sessions_of_a_model(start_daemon: StartDaemon) -> No
         ClientProcess(daemon.runtime_dir, model="m", user="b") as second,
         daemon.connect(model="n", user="b") as third,
     ):
-        offsets = first.call("lease", 512 * KIB)
-        second.call("lease", 256 * KIB)
+        offsets = first.do.lease(512 * KIB)
+        second.do.lease(256 * KIB)
         told = r"QuotaExceeded: 0\.3 MB more are asked for, but the model 'm' may hold 1\.0 MB"
         with pytest.raises(Refused, match=told):
-            second.call("lease", 256 * KIB + 1)
+            second.do.lease(256 * KIB + 1)
         third.lease(4 * MIB)
-        first.call("release_leases", offsets)
-        second.call("lease", 512 * KIB)
+        first.do.release_leases(offsets)
+        second.do.lease(512 * KIB)
         quotas = {(q.kind, q.name): q for q in third.statistics().quotas}
         assert quotas["model", "m"].used_bytes == 768 * KIB
         assert quotas["user", "u"].used_bytes == 0
         # Weight sets count as well, and who dies gives back.
         with pytest.raises(Refused, match="QuotaExceeded"):
-            first.call("load", "k", 512 * KIB, 1)
-        first.call("abandon")
+            first.do.load("k", 512 * KIB, 1)
+        first.do.abandon()
         second.kill()
         wait_until(lambda: third.statistics().num_sessions == 2, "its session has ended")
-        first.call("load", "k", 512 * KIB, 1)
+        first.do.load("k", 512 * KIB, 1)
         quotas = {(q.kind, q.name): q for q in third.statistics().quotas}
         assert quotas["model", "m"].used_bytes == 512 * KIB + 4096
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from allocator import AllocatorError, AllocatorGone, Client, WaitTimeout, WeightSetWriter
-from allocator.client.silence import Silence
+from allocator.client.session.silence import Silence
 from allocator.errors import AllocatorSilent
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import DaemonProcess
@@ -147,7 +147,7 @@ def test_a_stopped_writer_is_given_up_for_who_waits(
     daemon: DaemonProcess, memory: Client, connect: Callable[..., Client]
 ) -> None:
     with ClientProcess(daemon.runtime_dir) as writer:
-        assert writer.call("open", "k", {}) == "writer"
+        assert writer.do.open("k", {}) == "writer"
         os.kill(writer.pid, signal.SIGSTOP)
         told: list[int] = []
         opened = memory.open_weight_set("k", {}, on_wait=lambda _1, _2, pid: told.append(pid))
@@ -155,7 +155,7 @@ def test_a_stopped_writer_is_given_up_for_who_waits(
         assert set(told) == {writer.pid}
         os.kill(writer.pid, signal.SIGCONT)
         with pytest.raises(Refused) as refused:
-            writer.call("reserve", 4096)
+            writer.do.reserve(4096)
         assert refused.value.name in ("AllocatorGone", "NotWriter", "StaleGeneration")
         opened.abandon()
     assert any(event.kind == "given up" for event in memory.events())

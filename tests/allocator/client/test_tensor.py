@@ -10,7 +10,7 @@ import torch
 from allocator import InvalidMessage, TensorEntry
 from allocator.backends.host_mapping import HostMapping
 from allocator.backends.numa import Placement
-from allocator.client.tensor import dtype_by_name, dtype_name, tensors
+from allocator.client.weights.tensor import dtype_by_name, dtype_name, tensors
 
 SIZE = 4096
 DTYPES = [

@@ -37,7 +37,11 @@ from allocator.messages import (
     Sleep,
     WeightSetStatistics,
 )
-from tests.allocator.client.tiers_on_small_disk import on_small_disk
+from tests.allocator.client.tiers_on_small_disk import (
+    on_small_disk,
+    sleep_on_a_full_disk,
+    use_a_read_only_disk,
+)
 from tests.allocator.daemon.raw_session import RawSession
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import DaemonProcess
@@ -197,15 +201,15 @@ def test_lower_and_lower(memory: Client, image_folder: Path) -> None:
 @pytest.mark.parametrize("level", [1, 2])
 def test_many_who_wait_wake_a_set_once(start: Start, memory: Client, level: int) -> None:
     loader, others = start(), [start() for _ in range(4)]
-    assert loader.call("load", "k", 8 * MIB, 7) == "writer"
-    digest = loader.call("digest")
-    loader.call("release")
+    assert loader.do.load("k", 8 * MIB, 7) == "writer"
+    digest = loader.do.digest()
+    loader.do.release()
     memory.sleep("k", level=level)
     for client in others:
-        client.send("open", "k", {})
+        client.begin.open("k", {})
     assert [client.receive() for client in others] == ["reader"] * 4
-    assert {client.call("digest") for client in others} == {digest}
-    assert all(client.call("damaged") == [] for client in others)
+    assert {client.do.digest() for client in others} == {digest}
+    assert all(client.do.damaged() == [] for client in others)
     assert events(memory, "woken") == 1
     one = found(memory)
     assert one is not None
@@ -219,7 +223,7 @@ def test_two_who_ask_at_once_put_it_to_sleep_once(
     content = idle(memory, num_bytes=16 * MIB)
     clients = [start(), start(), start()]
     for client in clients:
-        client.send("sleep", "k", level)
+        client.begin.sleep("k", level)
     for client in clients:
         client.receive()
     assert where(memory) == ("asleep", "host" if level == 1 else "disk")
@@ -383,7 +387,7 @@ def test_what_is_pinned_or_asleep_gives_way_to_nobody(start_daemon: StartDaemon)
 
 
 def test_a_full_disk_leaves_the_set_where_it_was(runtime_dir: RuntimeDir) -> None:
-    outcome = on_small_disk("full", runtime_dir)
+    outcome = on_small_disk(sleep_on_a_full_disk, runtime_dir)
     assert "an image of 4.2 MB can't be written" in outcome["too_large"]
     assert "delete images or other files there" in outcome["too_large"]
     assert outcome["state_then"] == ["idle", "device"]
@@ -397,7 +401,7 @@ def test_a_disk_that_can_not_be_written_is_an_error_of_who_needs_it(
     runtime_dir: RuntimeDir,
 ) -> None:
     """The image can be read all the same, and nobody loses anything."""
-    outcome = on_small_disk("read_only", runtime_dir)
+    outcome = on_small_disk(use_a_read_only_disk, runtime_dir)
     assert "can't be deleted: Read-only file system" in outcome["evict"]
     assert outcome["state_then"] == ["asleep", "disk"]
     assert outcome["damaged"] == []
@@ -452,19 +456,19 @@ def test_a_mover_that_is_killed_leaves_the_set_where_it_was(
     """In the middle of the image, while another process waits to open the set."""
     content = idle(memory, num_bytes=64 * MIB)
     mover, waiter = start(), start()
-    mover.send("sleep", "k", 2)
+    mover.begin.sleep("k", 2)
     wait_until(lambda: images(image_folder), "the image is begun")
     mover.pause()
     assert where(memory) == ("moving", "device")
     assert not images(image_folder)[0].name.endswith(".weights")
-    waiter.send("open", "k", {"made": "here"})
+    waiter.begin.open("k", {"made": "here"})
     mover.kill()
     assert waiter.receive() == "reader"
     wait_until(lambda: not images(image_folder), "nothing is left of the image")
     one = found(memory)
     assert one is not None
     assert (one.state, one.reader_pids) == ("sealed", (waiter.pid,))
-    waiter.call("release")
+    waiter.do.release()
     assert where(memory) == ("idle", "device")
     memory.sleep("k", level=2)
     check(memory, content)
@@ -621,14 +625,14 @@ def test_one_who_waits_loads_what_could_not_be_woken(
     raw = RawSession(daemon.runtime_dir)
     assert isinstance(raw.ask(Open(key="k", fingerprint=None, wait_ms=0)), Elected)
     waiter = start()
-    waiter.send("open", "k", {"made": "here"})
+    waiter.begin.open("k", {"made": "here"})
     damage(images(image_folder)[0], 9, unnoticed=True)
     raw.close()  # now the one who waits is to wake it, and finds what has become of it
     assert waiter.receive() == "writer"
-    waiter.call("reserve", MIB)
-    waiter.call("fill", 3)
-    waiter.call("seal")
-    assert waiter.call("damaged") == []
+    waiter.do.reserve(MIB)
+    waiter.do.fill(3)
+    waiter.do.seal()
+    assert waiter.do.damaged() == []
     assert events(memory, "discarded") == 1
     assert images(image_folder) == []
 
@@ -636,15 +640,15 @@ def test_one_who_waits_loads_what_could_not_be_woken(
 def test_a_client_process_says_by_name_why_a_set_cannot_sleep(start: Start) -> None:
     client = start()
     with pytest.raises(Refused, match="UnknownWeightSet"):
-        client.call("sleep", "k", 2)
-    assert client.call("load", "k", MIB, 1) == "writer"
+        client.do.sleep("k", 2)
+    assert client.do.load("k", MIB, 1) == "writer"
     with pytest.raises(Refused, match="WeightSetBusy"):
-        client.call("sleep", "k", 2)
-    client.call("release")
-    client.call("sleep", "k", 2)
-    client.call("wake", "k")
-    assert client.call("load", "k", MIB, 2) == "reader"
-    assert client.call("damaged") == []
+        client.do.sleep("k", 2)
+    client.do.release()
+    client.do.sleep("k", 2)
+    client.do.wake("k")
+    assert client.do.load("k", MIB, 2) == "reader"
+    assert client.do.damaged() == []
 
 
 def test_shared_memory_of_a_sleeping_set_is_free(memory: Client, runtime_dir: RuntimeDir) -> None:

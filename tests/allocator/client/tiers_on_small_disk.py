@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,14 @@ MIB = 1 << 20
 FILLER = "another program's"
 
 
-def on_small_disk(part: str, runtime_dir: RuntimeDir) -> dict[str, Any]:
-    """What a part found with such a disk."""
+Part = Callable[[Client, Path, RuntimeDir], dict[str, Any]]
+
+
+def on_small_disk(part: Part, runtime_dir: RuntimeDir) -> dict[str, Any]:
+    """What a part of this module found with such a disk."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_on_tmpfs("size=8m", folder, MODULE, part, folder, str(runtime_dir.path))
+        path = str(runtime_dir.path)
+        return run_on_tmpfs("size=8m", folder, MODULE, part.__name__, folder, path)
 
 
 def state(memory: Client) -> list[str]:
@@ -74,7 +79,7 @@ def sleep_on_a_full_disk(memory: Client, folder: Path, _: RuntimeDir) -> dict[st
     return found
 
 
-def read_only(memory: Client, folder: Path, runtime_dir: RuntimeDir) -> dict[str, Any]:
+def use_a_read_only_disk(memory: Client, folder: Path, runtime_dir: RuntimeDir) -> dict[str, Any]:
     """The disk can't be written any more once there is an image."""
     load(memory)
     memory.sleep("k", level=2)
@@ -112,11 +117,12 @@ def read_only(memory: Client, folder: Path, runtime_dir: RuntimeDir) -> dict[str
 
 
 def main() -> None:
-    """Arguments: the part, the folder, the runtime directory."""
+    """Arguments: the name of the part, the folder, the runtime directory."""
     folder = Path(sys.argv[2])
     runtime_dir = RuntimeDir.open(sys.argv[3])
     daemon = DaemonProcess(runtime_dir, "--image-dir", str(folder))
-    part = {"full": sleep_on_a_full_disk, "read_only": read_only}[sys.argv[1]]
+    parts: tuple[Part, ...] = (sleep_on_a_full_disk, use_a_read_only_disk)
+    [part] = (one for one in parts if one.__name__ == sys.argv[1])
     try:
         with daemon.connect() as memory:
             found = part(memory, folder, runtime_dir) | {

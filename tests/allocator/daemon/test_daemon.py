@@ -20,7 +20,7 @@ import pytest
 from allocator import Client, RuntimeDir, StaleGeneration, connect
 from allocator.backends import open_device
 from allocator.backends.host import SHM_ROOT
-from allocator.daemon.daemon import run
+from allocator.daemon.command import run
 from allocator.messages import Handle, WeightSetStatistics
 from tests.allocator.processes import ClientProcess, Refused
 from tests.daemon_process import ROOT, TIMEOUT_S, DaemonProcess
@@ -47,7 +47,7 @@ def digest_of(value: int, num_bytes: int) -> str:
 
 
 def loaded(client: ClientProcess, key: str = "k", num_bytes: int = MIB, value: int = 1) -> None:
-    assert client.call("load", key, num_bytes, value) == "writer"
+    assert client.do.load(key, num_bytes, value) == "writer"
 
 
 # --- sharing
@@ -56,12 +56,12 @@ def loaded(client: ClientProcess, key: str = "k", num_bytes: int = MIB, value: i
 def test_many_at_once_make_one_copy(start: Start, memory: Client) -> None:
     clients = [start() for _ in range(6)]
     for value, client in enumerate(clients):
-        client.send("load", "k", MIB, value)
+        client.begin.load("k", MIB, value)
     roles = [client.receive() for client in clients]
     assert sorted(roles) == ["reader"] * 5 + ["writer"]
     # Each would have written its own value: all see the writer's, in the same physical memory.
-    assert {c.call("digest") for c in clients} == {digest_of(roles.index("writer"), MIB)}
-    [inode] = {inode for client in clients for _, inode in client.call("mappings")}
+    assert {c.do.digest() for c in clients} == {digest_of(roles.index("writer"), MIB)}
+    [inode] = {inode for client in clients for _, inode in client.do.mappings()}
     found = weight_set(memory)
     assert found is not None
     assert (SHM_ROOT / found.segment.lstrip("/")).stat().st_ino == int(inode)
@@ -72,21 +72,21 @@ def test_many_at_once_make_one_copy(start: Start, memory: Client) -> None:
 def test_after_the_seal_not_even_the_writer_can_write(start: Start) -> None:
     client = start()
     loaded(client)
-    assert [permissions for permissions, _ in client.call("mappings")] == ["r--s"]
+    assert [permissions for permissions, _ in client.do.mappings()] == ["r--s"]
 
 
 def test_who_waits_sees_progress_and_whom_it_waits_for(start: Start, memory: Client) -> None:
     writer, waiter = start(), start()
-    assert writer.call("open", "k", {}) == "writer"
-    writer.call("reserve", MIB)
-    writer.call("progress", MIB // 2)
+    assert writer.do.open("k", {}) == "writer"
+    writer.do.reserve(MIB)
+    writer.do.progress(MIB // 2)
     with pytest.raises(Refused, match=f"WaitTimeout: process {writer.pid} has been loading 'k'"):
-        waiter.call("open", "k", {}, 0.05)
-    [wait] = {tuple(wait) for wait in waiter.call("seen_waits")}
+        waiter.do.open("k", {}, 0.05)
+    [wait] = {tuple(wait) for wait in waiter.do.seen_waits()}
     assert wait == (MIB // 2, MIB + 4096)
     # Having given up it is no longer in the queue: it is not made a reader behind its back.
-    writer.call("fill", 1)
-    writer.call("seal")
+    writer.do.fill(1)
+    writer.do.seal()
     found = weight_set(memory)
     assert found is not None
     assert found.reader_pids == (writer.pid,)
@@ -94,34 +94,34 @@ def test_who_waits_sees_progress_and_whom_it_waits_for(start: Start, memory: Cli
 
 def test_another_fingerprint_is_refused(start: Start) -> None:
     first, second = start(), start()
-    assert first.call("open", "k", {"dtype": "bfloat16"}) == "writer"
+    assert first.do.open("k", {"dtype": "bfloat16"}) == "writer"
     with pytest.raises(Refused, match=r"FingerprintMismatch: .*dtype was 'bfloat16' and is now"):
-        second.call("open", "k", {"dtype": "float32"})
+        second.do.open("k", {"dtype": "float32"})
 
 
 def test_a_released_set_stays_and_is_found_again(start: Start, memory: Client) -> None:
     client = start()
     loaded(client)
     with pytest.raises(Refused, match=r"WeightSetBusy: .* is sealed: stop its readers"):
-        client.call("evict", "k")
-    client.call("release")
-    assert client.call("mappings") == []
+        client.do.evict("k")
+    client.do.release()
+    assert client.do.mappings() == []
     idle = weight_set(memory)
     assert idle is not None
     assert (idle.state, idle.reader_pids) == ("idle", ())
-    assert client.call("open", "k", {}) == "reader"
-    assert client.call("digest") == digest_of(1, MIB)
+    assert client.do.open("k", {}) == "reader"
+    assert client.do.digest() == digest_of(1, MIB)
 
 
 def test_an_evicted_set_is_gone(start: Start, daemon: DaemonProcess, memory: Client) -> None:
     client = start()
     loaded(client)
-    client.call("release")
-    client.call("evict", "k")
+    client.do.release()
+    client.do.evict("k")
     assert segments(daemon.runtime_dir.segment_prefix) == []
     assert memory.statistics().used_bytes == 0
     with pytest.raises(Refused, match="UnknownWeightSet"):
-        client.call("evict", "k")
+        client.do.evict("k")
 
 
 def test_the_daemon_is_small(start: Start, daemon: DaemonProcess) -> None:
@@ -138,17 +138,17 @@ def test_a_writer_killed_while_loading_is_followed_by_one_who_waits(
     start: Start, daemon: DaemonProcess, memory: Client
 ) -> None:
     first, *others = start(), start(), start()
-    assert first.call("open", "k", {}) == "writer"
-    first.call("reserve", MIB)
-    first.call("fill", 66)
+    assert first.do.open("k", {}) == "writer"
+    first.do.reserve(MIB)
+    first.do.fill(66)
     before = weight_set(memory)
     assert before is not None
     for value, client in enumerate(others):
-        client.send("load", "k", 2 * MIB, value)
+        client.begin.load("k", 2 * MIB, value)
     first.kill()
     roles = [client.receive() for client in others]
     assert sorted(roles) == ["reader", "writer"]
-    assert {c.call("digest") for c in others} == {digest_of(roles.index("writer"), 2 * MIB)}
+    assert {c.do.digest() for c in others} == {digest_of(roles.index("writer"), 2 * MIB)}
     after = weight_set(memory)
     assert after is not None
     assert after.generation > before.generation
@@ -158,10 +158,10 @@ def test_a_writer_killed_while_loading_is_followed_by_one_who_waits(
 
 def test_a_writer_that_abandons_is_followed_at_once(start: Start) -> None:
     first, second = start(), start()
-    assert first.call("open", "k", {}) == "writer"
-    first.call("reserve", MIB)
-    second.send("open", "k", {})
-    first.call("abandon")
+    assert first.do.open("k", {}) == "writer"
+    first.do.reserve(MIB)
+    second.begin.open("k", {})
+    first.do.abandon()
     assert second.receive() == "writer"
 
 
@@ -169,8 +169,8 @@ def test_a_writer_killed_alone_leaves_the_set_absent(
     start: Start, daemon: DaemonProcess, memory: Client
 ) -> None:
     client = start()
-    assert client.call("open", "k", {}) == "writer"
-    client.call("reserve", MIB)
+    assert client.do.open("k", {}) == "writer"
+    client.do.reserve(MIB)
     client.kill()
     wait_until(lambda: weight_set(memory) is None, "the set is absent")
     assert segments(daemon.runtime_dir.segment_prefix) == []
@@ -180,7 +180,7 @@ def test_a_writer_killed_alone_leaves_the_set_absent(
 def test_a_killed_reader_stops_counting_within_a_second(start: Start, memory: Client) -> None:
     reader, other = start(), start()
     loaded(reader)
-    assert other.call("load", "k", MIB, 2) == "reader"
+    assert other.do.load("k", MIB, 2) == "reader"
     assert memory.statistics().num_sessions == 3
     reader.kill()
 
@@ -190,14 +190,14 @@ def test_a_killed_reader_stops_counting_within_a_second(start: Start, memory: Cl
 
     wait_until(only_the_other, "only the other reads")
     assert memory.statistics().num_sessions == 2
-    assert other.call("digest") == digest_of(1, MIB)
+    assert other.do.digest() == digest_of(1, MIB)
 
 
 def test_a_dead_waiter_is_passed_over(start: Start) -> None:
     writer, dead, alive = start(), start(), start()
-    assert writer.call("open", "k", {}) == "writer"
+    assert writer.do.open("k", {}) == "writer"
     for client in (dead, alive):
-        client.send("open", "k", {})
+        client.begin.open("k", {})
     dead.kill()
     writer.kill()
     assert alive.receive() == "writer"
@@ -209,11 +209,11 @@ def test_after_the_daemon_is_killed_mapped_memory_stays_readable(
     client = start()
     loaded(client)
     daemon.kill()
-    assert client.call("is_alive") is False
+    assert client.do.is_alive() is False
     for _ in range(2):  # it says so every time
         with pytest.raises(Refused, match=r"AllocatorGone: .*ask again once a new allocator runs"):
-            client.call("open", "other", {})
-    assert client.call("digest") == digest_of(1, MIB)
+            client.do.open("other", {})
+    assert client.do.digest() == digest_of(1, MIB)
     # The next daemon goes on with what it finds, and the client with it.
     names = segments(runtime_dir.segment_prefix)
     assert len(names) == 1
@@ -222,13 +222,13 @@ def test_after_the_daemon_is_killed_mapped_memory_stays_readable(
     with successor.connect() as memory:
         assert memory.statistics().num_adopted_sets == 1
         assert [s.adopted for s in memory.statistics().sessions if s.pid == client.pid] == [True]
-        assert client.call("open", "other", {}) == "writer"
+        assert client.do.open("other", {}) == "writer"
         assert [s.adopted for s in memory.statistics().sessions if s.pid == client.pid] == [False]
         found = weight_set(memory)
         assert found is not None
         assert (found.state, found.reader_pids) == ("sealed", (client.pid,))
-    assert client.call("digest") == digest_of(1, MIB)
-    client.call("release")
+    assert client.do.digest() == digest_of(1, MIB)
+    client.do.release()
 
 
 def test_what_is_left_of_a_killed_daemon_and_its_clients_is_removed(
@@ -236,8 +236,8 @@ def test_what_is_left_of_a_killed_daemon_and_its_clients_is_removed(
 ) -> None:
     """A half-written set; its writer is gone too, so nobody can go on with it."""
     client = start()
-    assert client.call("open", "k", {}) == "writer"
-    client.call("reserve", MIB)
+    assert client.do.open("k", {}) == "writer"
+    client.do.reserve(MIB)
     daemon.kill()
     client.kill()
     assert len(segments(runtime_dir.segment_prefix)) == 1
@@ -254,8 +254,8 @@ def test_a_dead_daemons_handle_never_fits_a_new_daemons_segment(
     for _ in range(2):
         daemon = start_daemon()
         with ClientProcess(runtime_dir) as client:
-            assert client.call("open", "k", {}) == "writer"
-            names.append(client.call("reserve", MIB))
+            assert client.do.open("k", {}) == "writer"
+            names.append(client.do.reserve(MIB))
             if len(names) == 2:
                 stale = Handle(backend="host", segment=names[0], num_bytes=MIB + 4096, generation=1)
                 with pytest.raises(StaleGeneration):
@@ -311,7 +311,7 @@ def test_a_signal_leaves_nothing(
     assert daemon.process.wait(TIMEOUT_S) == 0
     assert segments(runtime_dir.segment_prefix) == []
     assert list(runtime_dir.path.iterdir()) == []
-    assert client.call("digest") == digest_of(1, MIB)
+    assert client.do.digest() == digest_of(1, MIB)
 
 
 def test_a_signal_just_after_a_client_has_left_is_not_missed(runtime_dir: RuntimeDir) -> None:
@@ -366,7 +366,7 @@ def keys(runtime_dir: RuntimeDir) -> set[str]:
 
 def idle(client: ClientProcess, key: str) -> None:
     loaded(client, key)
-    client.call("release")
+    client.do.release()
 
 
 def test_the_set_unused_for_longest_makes_room(
@@ -374,11 +374,11 @@ def test_the_set_unused_for_longest_makes_room(
 ) -> None:
     for key in "abc":
         idle(limited, key)
-    assert limited.call("load", "a", MIB, 1) == "reader"  # used again: now "b" is the oldest
-    limited.call("release")
+    assert limited.do.load("a", MIB, 1) == "reader"  # used again: now "b" is the oldest
+    limited.do.release()
     idle(limited, "d")
     assert keys(runtime_dir) == {"a", "c", "d"}
-    assert limited.call("load", "b", MIB, 9) == "writer"
+    assert limited.do.load("b", MIB, 9) == "writer"
 
 
 def test_what_is_read_is_not_evicted_and_the_error_names_it(
@@ -388,7 +388,7 @@ def test_what_is_read_is_not_evicted_and_the_error_names_it(
         loaded(reader, "held", 2 * MIB)
         idle(limited, "idle")
         with pytest.raises(Refused) as caught:
-            limited.call("load", "big", 3 * MIB, 1)
+            limited.do.load("big", 3 * MIB, 1)
         assert caught.value.name == "OutOfDeviceMemory"
         assert re.search(
             r"3\.1 MB are needed.* 4\.2 MB.* 2\.1 MB .*held \(sealed, 2\.1 MB\).* --memory-limit",
@@ -396,12 +396,12 @@ def test_what_is_read_is_not_evicted_and_the_error_names_it(
         )
         # In vain nothing is evicted, and the election can be given back and tried again.
         assert keys(runtime_dir) == {"held", "idle", "big"}
-        limited.call("abandon")
+        limited.do.abandon()
         assert keys(runtime_dir) == {"held", "idle"}
     wait_until(
         lambda: not any(s.reader_pids for s in _sets(runtime_dir)), "the reader's session has ended"
     )
-    assert limited.call("load", "big", 3 * MIB, 1) == "writer"
+    assert limited.do.load("big", 3 * MIB, 1) == "writer"
     assert keys(runtime_dir) == {"big"}
 
 

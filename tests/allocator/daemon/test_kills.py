@@ -105,12 +105,12 @@ def test_a_writer_that_is_killed_at_any_step_is_followed_by_who_waits(
     with Doomed(work) as writer, ClientProcess(runtime_dir) as waiter:
         while writer.read() != step:
             pass
-        waiter.send("load", "k", MIB, 7)
+        waiter.begin.load("k", MIB, 7)
         writer.kill()
         sealed = step >= 6
         assert waiter.receive() == ("reader" if sealed else "writer")
         expected = b"?" * SET_BYTES if sealed else b"\7" * MIB
-        assert waiter.call("digest") == hashlib.sha256(expected).hexdigest()
+        assert waiter.do.digest() == hashlib.sha256(expected).hexdigest()
         with daemon.connect() as memory:
             memory.check_integrity()
             [found] = memory.statistics().weight_sets
@@ -175,16 +175,14 @@ def test_the_memory_of_all_clients_that_are_killed_is_free_again(
         )
         clients = [stack.enter_context(ClientProcess(runtime_dir)) for _ in range(6)]
         for number, client in enumerate(clients):
-            client.call("lease", EXTENT, 16)
-            client.call("look_up", [(bytes([n]) * 16).hex() for n in range(2)])
+            client.do.lease(EXTENT, 16)
+            client.do.look_up([(bytes([n]) * 16).hex() for n in range(2)])
             if number % 2:
-                assert client.call("open", f"k{number}", {}) == "writer"
-                client.call("reserve", MIB)
-                client.call("fill", number)
+                assert client.do.open(f"k{number}", {}) == "writer"
+                client.do.reserve(MIB)
+                client.do.fill(number)
             else:
-                assert client.call("load", "shared", MIB, 1) == (
-                    "writer" if not number else "reader"
-                )
+                assert client.do.load("shared", MIB, 1) == ("writer" if not number else "reader")
         before = memory.statistics()
         assert before.pool.leased_bytes == 6 * 16 * EXTENT
         assert (

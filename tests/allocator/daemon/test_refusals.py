@@ -38,7 +38,7 @@ from allocator.messages import (
     encode,
 )
 from tests.allocator.daemon.raw_session import RawSession, commit
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import TIMEOUT_S, DaemonProcess
 from tests.leaks import segments, wait_until
 
 KIB = 1 << 10
@@ -173,7 +173,7 @@ def test_a_sealed_segment_that_somebody_removed_does_not_block_its_key(
         good.open_weight_set("k", {})
     for level in (1, 2):
         with contextlib.suppress(StaleGeneration):
-            good.sleep("k", level=level, timeout_s=5.0)
+            good.sleep("k", level=level, timeout_s=TIMEOUT_S)
         assert good.statistics().weight_sets[0].state in ("idle", "asleep")
     good.evict("k")
     load()

@@ -1,5 +1,6 @@
 """What a completion shows is what its prompt and its tokens are decoded to together."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,7 +86,7 @@ def joined(response: httpx.Response, stream: bool) -> tuple[str, dict[str, list[
 def test_text_goes_on_where_its_prompt_ended(
     http: httpx.Client, words: Text, prompt: str, echo: bool, stream: bool
 ) -> None:
-    ids = words.encode(prompt, context_tokens=256)
+    ids = asyncio.run(words.encode(prompt, context_tokens=256))
     assert ids[0] == BOS
     for given in (prompt, ids):
         response = complete(
@@ -118,8 +119,8 @@ def test_a_character_may_begin_in_the_prompt_and_end_in_the_answer(
     http: httpx.Client, words: Text, num_bytes: int, echo: bool
 ) -> None:
     """The model repeats what it is given: the rest of a character, a word, and its begin."""
-    byte_ids = words.encode("🎉", context_tokens=99)[-4:]
-    word = words.encode("the", context_tokens=99)[1:]
+    byte_ids = asyncio.run(words.encode("🎉", context_tokens=99))[-4:]
+    word = asyncio.run(words.encode("the", context_tokens=99))[1:]
     prompt = [*byte_ids[num_bytes:], *word, *byte_ids[:num_bytes]]
     response = complete(http, prompt=prompt, echo=echo, max_tokens=len(prompt), ignore_eos=True)
     text, _, _ = joined(response, False)
@@ -209,9 +210,13 @@ def test_special_tokens_are_added_as_asked_for(
 def test_stop_strings_may_name_special_tokens(
     http: httpx.Client, words: Text, stop: list[str], shown: str, reason: str, stream: bool
 ) -> None:
-    ids = words.encode("cat", context_tokens=9)[1:]
+    ids = asyncio.run(words.encode("cat", context_tokens=9))[1:]
     ids = [*ids, words.special_names[BREAK]]
-    ids += [token for word in ("sat", "mat") for token in words.encode(word, context_tokens=9)[1:]]
+    ids += [
+        token
+        for word in ("sat", "mat")
+        for token in asyncio.run(words.encode(word, context_tokens=9))[1:]
+    ]
     response = complete(
         http, prompt=ids, stop=stop, max_tokens=len(ids), ignore_eos=True, stream=stream
     )

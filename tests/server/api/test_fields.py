@@ -1,6 +1,8 @@
 """The table of fields: each is used, ignored or refused, as the documentation says."""
 
 import json
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from server.api.openai.bodies import parsed
 from server.api.openai.chat_messages import Message
 from server.api.openai.embedding_schemas import EmbeddingRequest
-from server.api.openai.fields import UNUSED, Place, UnusedField, as_markdown
+from server.api.openai.fields import UNUSED, Place, UnusedField
 from server.api.openai.schemas import Body, ChatRequest, CompletionRequest
 from server.errors import InvalidRequest
 
@@ -26,6 +28,23 @@ LEAST: dict[Place, dict[str, Any]] = {
 SOME: tuple[Any, ...] = ("something", 7, 0.5, True, False, [1], {"a": 1}, ["text", "audio"])
 CASES = [(field, place) for field in UNUSED for place in field.places]
 API = Path(__file__).parents[3] / "docs" / "api.md"
+
+
+def as_markdown(used: Mapping[Place, Iterable[str]]) -> str:
+    """The table, as docs/api.md has it."""
+    lines = ["| field | of | from | here |", "|---|---|---|---|"]
+    for place, names in used.items():
+        listed = ", ".join(f"`{name}`" for name in sorted(names))
+        lines.append(f"| {listed} | {place} | | used |")
+    for field in UNUSED:
+        if field.neutral is None:
+            here = f"ignored: {field.instead}"
+        else:
+            allowed = " or ".join(f"`{json.dumps(value)}`" for value in field.neutral)
+            here = f"refused{f', but for {allowed}' * bool(allowed)}"
+            here += f": {field.instead}" * (field.instead != "Omit it.")
+        lines.append(f"| `{field.name}` | {', '.join(field.places)} | {field.owners} | {here} |")
+    return "\n".join(lines) + "\n"
 
 
 def check(place: Place, fields: dict[str, Any]) -> None:
@@ -98,4 +117,9 @@ def test_a_field_is_one_thing_in_one_place() -> None:
 
 
 def test_the_documentation_shows_the_table() -> None:
+    """As `python -m tests.server.api.test_fields` prints it."""
     assert as_markdown(used()) in API.read_text()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown(used()))

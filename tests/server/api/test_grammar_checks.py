@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.api.cells import Cells, Lane
-from server.api.grammar_checks import GrammarChecks, Verdict
+from server.api.openai.cells import Cells, Lane
+from server.api.openai.grammar_checks import GrammarChecks, Verdict
 from server.errors import Overloaded
 from tests.grammar_corpus import CASES
 from tests.leaks import Leaks, children
 from workers import Grant
 from workers.messages import GrammarKind, GrammarSpec
+
+pytestmark = pytest.mark.slow
 
 T = TypeVar("T")
 
@@ -44,6 +46,13 @@ class _Counted(Cells):
     ) -> bytes:
         self.num_runs += 1
         return await super().run(kind, given, options, grant, wall_s, lane)
+
+
+@pytest.fixture
+def less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow ones are given up sooner, so that fewer seconds are computed in vain."""
+    less = Grant(0.5, 128 << 20, 8 << 20, nice=19)
+    monkeypatch.setattr(f"{GrammarChecks.__module__}._SLOW", less)
 
 
 def with_checks(use: Any) -> Any:
@@ -115,7 +124,7 @@ def test_a_grammar_is_looked_at_once_however_many_ask(no_leaks: Leaks) -> None:
     with_checks(use)
 
 
-def test_a_quick_one_passes_slow_ones(no_leaks: Leaks) -> None:
+def test_a_quick_one_passes_slow_ones(no_leaks: Leaks, less_time: None) -> None:
     async def use(checks: GrammarChecks, _: Cells) -> None:
         await checks.verdict(QUICK)
         ended: list[str] = []
@@ -140,7 +149,9 @@ def test_a_quick_one_passes_slow_ones(no_leaks: Leaks) -> None:
     with_checks(use)
 
 
-def test_too_many_slow_ones_are_turned_away_and_quick_ones_are_not(no_leaks: Leaks) -> None:
+def test_too_many_slow_ones_are_turned_away_and_quick_ones_are_not(
+    no_leaks: Leaks, less_time: None
+) -> None:
     async def use(checks: GrammarChecks, _: Cells) -> None:
         asked = [
             asyncio.create_task(
@@ -183,8 +194,8 @@ def _descendants(others: Container[int]) -> list[int]:
 def test_processes_that_end_or_stop_cost_time_only(
     no_leaks: Leaks, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.grammar_checks._WALL_S", 2.0)
-    monkeypatch.setattr("server.api.cells._PATIENCE_S", 0.3)
+    monkeypatch.setattr("server.api.openai.grammar_checks._WALL_S", 2.0)
+    monkeypatch.setattr("server.api.openai.cells._PATIENCE_S", 0.3)
     rng = random.Random(5)
     others = set(children())
 
@@ -256,7 +267,7 @@ def test_grammars_made_at_random_are_judged(no_leaks: Leaks) -> None:
     cells = Cells()
     checks = loop.run_until_complete(_made(cells))
 
-    @settings(deadline=None, max_examples=300)
+    @settings(deadline=None, max_examples=150)
     @given(kinds, snippets)
     def judge(kind: GrammarKind, source: str) -> None:
         verdict = loop.run_until_complete(checks.verdict(GrammarSpec(kind=kind, source=source)))

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.http_server import Patience, most_connections
+from server.api.connection import Patience
+from server.api.http_server import most_connections
 from server.text.text import Text
 from tests.leaks import wait_until
 from tests.server.echo_model import DEADLINE_S, NAME, EchoModel, complete, echo_server

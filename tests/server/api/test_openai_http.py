@@ -1,5 +1,6 @@
 """The REST API over a real HTTP server, as the `openai` client and bare HTTP see it."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -65,7 +66,7 @@ def client(address: str) -> Iterator[openai.OpenAI]:
 
 def test_a_completion(client: openai.OpenAI, text: Text) -> None:
     prompt = "Grüße, 東京! 🎉 ok"
-    ids = text.encode(prompt, context_tokens=256)
+    ids = asyncio.run(text.encode(prompt, context_tokens=256))
     answer = client.completions.create(model=NAME, prompt=prompt, max_tokens=99, temperature=0)
     assert answer.object == "text_completion"
     assert answer.model == NAME
@@ -113,7 +114,10 @@ def test_the_default_length_is_sixteen_tokens(http: httpx.Client) -> None:
 def test_prompts_of_all_forms_and_a_choice_for_each(
     http: httpx.Client, text: Text, stream: bool
 ) -> None:
-    one, two = (text.encode(p, context_tokens=256) for p in ("First one.", "And a second, longer."))
+    one, two = (
+        asyncio.run(text.encode(p, context_tokens=256))
+        for p in ("First one.", "And a second, longer.")
+    )
     for prompt, expected in (
         ("First one.", [one]),
         (["First one.", "And a second, longer."], [one, two]),
@@ -144,7 +148,7 @@ def test_several_prompts_run_at_once(http: httpx.Client, model: EchoModel) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_token_ids_come_back_if_asked_for(http: httpx.Client, text: Text, stream: bool) -> None:
-    ids = text.encode("🎉 One", context_tokens=256)
+    ids = asyncio.run(text.encode("🎉 One", context_tokens=256))
     response = complete(http, prompt="🎉 One", return_token_ids=True, stream=stream)
     if stream:
         choices = [event["choices"][0] for event in events(response)]
@@ -211,7 +215,7 @@ def test_a_stop_string_in_the_middle_of_a_chunk_ends_the_count_there(
 
 
 def test_a_stop_token_is_not_part_of_the_text(http: httpx.Client, text: Text) -> None:
-    ids = text.encode("One two three", context_tokens=256)
+    ids = asyncio.run(text.encode("One two three", context_tokens=256))
     body = complete(http, prompt=ids, stop_token_ids=[ids[2]]).json()
     assert body["choices"][0]["text"] == "One two"
     assert body["choices"][0]["finish_reason"] == "stop"

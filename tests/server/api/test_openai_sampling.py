@@ -1,5 +1,6 @@
 """Sampling parameters, several choices, log probabilities and the form of answers over HTTP."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -139,7 +140,7 @@ def test_each_choice_has_its_own_end(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities_of_completions(http: httpx.Client, text: Text, stream: bool) -> None:
-    ids = text.encode("One 🎉 two", context_tokens=256)
+    ids = asyncio.run(text.encode("One 🎉 two", context_tokens=256))
     pieces = choices_of(complete(http, prompt="One 🎉 two", logprobs=2, stream=stream), stream)
     found: dict[str, list[Any]] = {}
     for piece in pieces:
@@ -183,7 +184,7 @@ def test_an_echo_has_the_prompts_log_probabilities(
     http: httpx.Client, text: Text, stream: bool
 ) -> None:
     prompt = "One two three"
-    ids = text.encode(prompt, context_tokens=256)
+    ids = asyncio.run(text.encode(prompt, context_tokens=256))
     for given in (prompt, ids):
         for max_tokens, answer in ((0, []), (2, ids[:2])):
             response = complete(
@@ -202,7 +203,7 @@ def test_an_echo_has_the_prompts_log_probabilities(
 
 
 def test_log_probabilities_of_prompts(http: httpx.Client, text: Text) -> None:
-    ids = text.encode("One two", context_tokens=256)
+    ids = asyncio.run(text.encode("One two", context_tokens=256))
     body = complete(http, prompt="One two", prompt_logprobs=1, n=2).json()
     first, second = (choice["prompt_logprobs"] for choice in body["choices"])
     assert first == second

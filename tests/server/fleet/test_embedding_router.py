@@ -29,6 +29,7 @@ from tests.workers.model.tiny_embedders import (
     texts,
     write_checkpoint,
 )
+from workers import EngineSettings
 from workers.messages import MAX_EMBED_INPUTS
 
 TIMEOUT_S = 600.0
@@ -60,7 +61,8 @@ def serve(daemon: DaemonProcess, tmp_path: Path) -> Serve:
             served_model_name="tiny",
             runtime_dir=daemon.runtime_dir.path,
             num_instances=2,
-            token_budget=64,
+            hang_timeout_s=0,  # they are stopped here to hold them, and are not to be replaced
+            engine=EngineSettings(max_num_batched_tokens=64, threads=1),
         )
         router = Router(settings)
         fleet = Fleet(settings, daemon.runtime_dir, router.listeners, folder / "tokenizer.json")
@@ -113,7 +115,7 @@ def test_texts_are_spread_moved_and_forgotten(serve: Serve) -> None:
             # Both had parts of it; those of the one that ends go to the other.
             signalled(first, signal.SIGSTOP)
             moved = asyncio.create_task(router.embed("moved", MANY))
-            await until(lambda: first.requests and router.num_streams <= len(first.requests))
+            await until(lambda: 0 < router.num_streams <= router.num_requests(first))
             assert not moved.done()
             signalled(first, signal.SIGKILL)
             assert_same(await moved, whole)
@@ -122,12 +124,12 @@ def test_texts_are_spread_moved_and_forgotten(serve: Serve) -> None:
             # Nobody waits any more: nothing is left of it anywhere.
             signalled(second, signal.SIGSTOP)
             unwanted = asyncio.create_task(router.embed("unwanted", MANY))
-            await until(lambda: second.requests)
+            await until(lambda: router.num_requests(second))
             unwanted.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await unwanted
             assert router.num_streams == 0
-            assert not any(one.requests for one in fleet.instances)
+            assert not any(router.num_requests(one) for one in fleet.instances)
             signalled(second, signal.SIGCONT)
             assert_same(await router.embed("after", MANY), whole)
 

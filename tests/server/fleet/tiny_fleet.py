@@ -21,6 +21,7 @@ from server.generation import NO_OPTIONS, RequestOptions
 from server.processes.endings import Ending
 from server.settings import Settings
 from tests.workers.tiny_models import prompt
+from workers import EngineSettings
 from workers.messages import SamplingParams
 
 PROMPT = prompt(12)
@@ -45,7 +46,7 @@ class Served:
             self.ended_at = time.monotonic()
             told.lost(instance, ending)
 
-        listeners = Listeners(told.output, told.ready, on_ended)
+        listeners = Listeners(told.output, told.ready, on_ended, told.num_requests)
         self.fleet = Fleet(settings, runtime_dir, listeners, settings.model / "tokenizer.json")
         self.router.bind(self.fleet)
 
@@ -67,13 +68,21 @@ Serve = Callable[..., Any]
 
 @asynccontextmanager
 async def served(
-    runtime_dir: RuntimeDir, usual_model: Path, num_instances: int = 2, **changes: Any
+    runtime_dir: RuntimeDir,
+    usual_model: Path,
+    num_instances: int = 2,
+    max_num_seqs: int = 4,
+    **changes: Any,
 ) -> AsyncIterator[Served]:
     """Launched, and closed at the end. `changes` are those of the settings, the model included."""
     # Instances are stopped here to hold them, and must not be taken for hung.
-    given = {"max_num_seqs": 4, "hang_timeout_s": 0, "model": usual_model, **changes}
+    given = {"hang_timeout_s": 0, "model": usual_model, **changes}
     settings = Settings(
-        **given, served_model_name="tiny", runtime_dir=runtime_dir.path, num_instances=num_instances
+        **given,
+        served_model_name="tiny",
+        runtime_dir=runtime_dir.path,
+        num_instances=num_instances,
+        engine=EngineSettings(max_num_seqs=max_num_seqs, threads=1),
     )
     one = Served(settings, runtime_dir)
     one.fleet.launch()

@@ -1,6 +1,6 @@
 """An instance as far as memory goes, that can also copy the weights: by each way that there is.
 
-Run by `tests/server/machine/test_clones.py`, commanded as a `client_program` is.
+Run by `tests/server/machine/test_clones.py`, told what to do as a `ClientProgram` is.
 """
 
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from allocator import WeightSetReader
-from tests.allocator.client.client_program import Program, main
+from tests.allocator.client.client_program import ClientProgram, main
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.shmat.restype = ctypes.c_void_p
@@ -21,7 +21,7 @@ _MAP_HUGETLB = 0x40000
 _MFD_HUGETLB = 4
 
 
-class CloningProgram(Program):
+class CloningProgram(ClientProgram):
     """`attach`, and then perhaps `clone`."""
 
     def __init__(self, runtime_dir: str, options: dict[str, str]):

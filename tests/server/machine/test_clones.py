@@ -11,6 +11,7 @@ from server.machine.proof import NothingToProve, prove
 from server.machine.verify import Verdict
 from tests.allocator.processes import ClientProcess
 from tests.daemon_process import DaemonProcess
+from tests.server.machine.cloning_program import CloningProgram
 
 WEIGHTS_BYTES = 64 << 20
 OWN_BYTES = 40_000_000
@@ -19,9 +20,11 @@ are more than this."""
 
 
 class Instance(ClientProcess):
-    """tests/server/machine/cloning_program.py"""
+    """It can also copy the weights."""
 
-    program = "tests.server.machine.cloning_program"
+    program = CloningProgram
+    module = "tests.server.machine.cloning_program"
+    do: CloningProgram
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def start(runtime_dir: RuntimeDir, served: Client) -> Iterator[Callable[[], Inst
 
         def one() -> Instance:
             instance = stack.enter_context(Instance(runtime_dir))
-            instance.call("attach", "served")
+            instance.do.attach("served")
             return instance
 
         yield one
@@ -88,10 +91,10 @@ def test_instances_that_only_attach_hold_one_copy(
     verdict = judged(runtime_dir, one, other)
     assert (verdict.holds, verdict.problems) == (True, [])
     assert verdict.weights_pss_bytes <= verdict.weights_bytes + 3 * 4096
-    other.call("use_the_pool", WEIGHTS_BYTES)
-    other.call("work", 8 << 20)
-    other.call("log", str(tmp_path / "log"))
-    other.call("read_a_file", WEIGHTS_BYTES)
+    other.do.use_the_pool(WEIGHTS_BYTES)
+    other.do.work(8 << 20)
+    other.do.log(str(tmp_path / "log"))
+    other.do.read_a_file(WEIGHTS_BYTES)
     verdict = judged(runtime_dir, one, other)
     assert (verdict.holds, verdict.problems) == (True, [])
     assert [one.kv_bytes for one in verdict.instances] == [0, WEIGHTS_BYTES]
@@ -118,12 +121,12 @@ def test_a_file_that_was_handed_out_is_one_copy(
     writer.seal(manifest(segment=1), 0, [file_handle(file)]).release()
     with Instance(runtime_dir) as one, Instance(runtime_dir) as other:
         for instance in (one, other):
-            instance.call("attach", "served")
+            instance.do.attach("served")
         verdict = judged(runtime_dir, one, other)
         assert (verdict.holds, verdict.problems) == (True, [])
         assert verdict.segment == str(file)
         # The same bytes in another file, called as checkpoints are, were not handed out.
-        other.call("clone", "file", str(tmp_path / "copy.safetensors"))
+        other.do.clone("file", str(tmp_path / "copy.safetensors"))
         assert_caught(judged(runtime_dir, one, other))
 
 
@@ -167,7 +170,7 @@ def test_a_clone_is_caught_wherever_it_is_and_whatever_it_is_called(
     path = path.format(segment=segment, pid=cloning.pid, folder=tmp_path)
     assert judged(runtime_dir, honest, cloning).holds
     try:
-        cloning.call("clone", how, path)
+        cloning.do.clone(how, path)
         assert_caught(judged(runtime_dir, honest, cloning))
         # Two that share a clone do not make it the allocator's.
         assert judged(runtime_dir, honest).holds
@@ -183,7 +186,7 @@ def test_a_clone_that_all_share_is_one_copy_too_many(
     path = Path(f"/dev/shm/onecopy-test-{one.pid}")
     try:
         for instance in (one, other):
-            instance.call("clone", "file", str(path))
+            instance.do.clone("file", str(path))
         verdict = judged(runtime_dir, one, other)
         assert_caught(verdict)
         assert any("i0: holds" in problem for problem in verdict.problems)
@@ -199,7 +202,7 @@ def test_a_clone_in_huge_pages_is_caught(
     if free < WEIGHTS_BYTES // (2 << 20) + 1:
         pytest.skip("too few huge pages are reserved here (vm.nr_hugepages)")
     honest, cloning = start(), start()
-    cloning.call("clone", how)
+    cloning.do.clone(how)
     assert_caught(judged(runtime_dir, honest, cloning))
 
 
@@ -208,7 +211,7 @@ def test_pages_of_the_segment_that_were_written_are_caught(
 ) -> None:
     honest, cloning = start(), start()
     [segment] = [one.handle.segment for one in served.handed_out()]
-    cloning.call("clone", "written_pages", f"/dev/shm{segment}")
+    cloning.do.clone("written_pages", f"/dev/shm{segment}")
     verdict = judged(runtime_dir, honest, cloning)
     assert not verdict.holds
     assert "i1: its mapping is writable or private" in verdict.problems
@@ -219,10 +222,10 @@ def test_another_set_of_the_allocators_is_no_excuse(
 ) -> None:
     honest, cloning = start(), start()
     segment = load(served, "copy")
-    cloning.call("clone", "other_weight_set", f"/dev/shm{segment}")
+    cloning.do.clone("other_weight_set", f"/dev/shm{segment}")
     assert_caught(judged(runtime_dir, honest, cloning))
     reading = start()
-    reading.call("attach", "copy")
+    reading.do.attach("copy")
     verdict = judged(runtime_dir, honest, reading)
     assert "the instances read 2 weight sets, not one" in verdict.problems
 
@@ -233,7 +236,7 @@ def test_a_segment_that_was_replaced_under_its_name_is_not_the_allocators(
     honest, cloning = start(), start()
     [segment] = [one.handle.segment for one in served.handed_out()]
     Path(f"/dev/shm{segment}").unlink()
-    cloning.call("clone", "file", f"/dev/shm{segment}")
+    cloning.do.clone("file", f"/dev/shm{segment}")
     verdict = judged(runtime_dir, honest, cloning)
     assert not verdict.holds
     assert_caught(verdict)

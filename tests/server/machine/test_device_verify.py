@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from allocator import DeviceUsage
-from server import console
+from server.console.verdict import verdict_lines
 from server.machine.device_verify import DeviceVerdict, judge_device
 
 GB = 1_000_000_000
@@ -84,8 +84,8 @@ def test_one_that_breaks_a_criterion_is_named(
 
 
 def test_a_person_reads_the_figures() -> None:
-    lines = console.verdict_lines(judged())
+    lines = verdict_lines(judged())
     assert "3.00 GB of weights on cuda:GPU-d0d0" in lines
     assert "the allocator owns 3.50 GB and other programs have 2.00 GB" in lines
     assert lines.endswith("One copy: holds.")
-    assert "DOES NOT HOLD.\n  - i1: does not read" in console.verdict_lines(judged(readers={11}))
+    assert "DOES NOT HOLD.\n  - i1: does not read" in verdict_lines(judged(readers={11}))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from allocator import AbandonedRun, Room, RuntimeDir, WeightSetWriter
-from allocator.backends.segments import RunOwner
-from server import console
+from allocator.backends.runs import RunOwner
+from server.console.checks import checks_line
 from server.machine import checks, doctor, package_checks
 from server.machine.checks import Check
 from tests.daemon_process import DaemonProcess
@@ -455,8 +455,8 @@ def test_the_summary() -> None:
     assert checks.worst([good, known]) == "ok"
     assert checks.worst([good, doubtful, known]) == "warning"
     assert checks.worst([bad, doubtful]) == "problem"
-    assert console.checks_line([good, known]) == "Nothing stands in the way."
-    line = console.checks_line([bad, doubtful, doubtful])
+    assert checks_line([good, known]) == "Nothing stands in the way."
+    line = checks_line([bad, doubtful, doubtful])
     assert line == "1 problem (d), 2 warnings (c, c); each fix is above."
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server import console
+from server.console.plan import plan_lines
 from server.machine.plan import (
     ATTACHED_PRIVATE_BYTES,
     HEAP_GROWTH_BYTES,
@@ -206,7 +206,7 @@ def test_the_machine_is_this_one_or_the_one_that_was_given() -> None:
     ],
 )
 def test_a_person_is_told_what_to_do(made: Plan, words: tuple[str, ...]) -> None:
-    text = console.plan_lines(made)
+    text = plan_lines(made)
     assert all(word in text for word in words), text
     assert max(map(text.count, ("Fits", "Does not fit"))) <= (2 if made.rank_room else 1)
 
@@ -215,8 +215,8 @@ def test_a_model_that_embeds_keeps_nothing() -> None:
     roomy = plan(embeds=True)
     assert roomy.device.kv_bytes_at_full_load == 0
     assert (roomy.room.max_kv_tokens, roomy.room.max_model_len) == (0, 1024)
-    assert "keeps nothing of them" in console.plan_lines(roomy)
+    assert "keeps nothing of them" in plan_lines(roomy)
     narrow = plan(roomy.device.total_bytes_at_full_load + OTHER_PROCESSES_BYTES - 1, embeds=True)
     assert (narrow.room.fits_at_start, narrow.room.fits_at_full_load) == (True, False)
     assert narrow.room.max_model_len == 0
-    assert "tokens in all" not in console.plan_lines(narrow)
+    assert "tokens in all" not in plan_lines(narrow)

@@ -75,7 +75,7 @@ def test_other_segments_are_nobodys_business() -> None:
         (mapping(inode="00:1a:78"), "the instances map 2 different objects"),
         (
             replace(MEMORY, private_parts={"/memfd:x": MAX_PRIVATE_BYTES, "anonymous memory": 1}),
-            "i1: holds 60.0 MB of its own, more than 60 MB: part of the weights may be copied "
+            "i1: holds 60.0 MB of its own, more than 60.0 MB: part of the weights may be copied "
             "(60.0 MB in /memfd:x, 0.0 MB in anonymous memory)",
         ),
         (mapping(pss_bytes=MAPPED_BYTES), "the weights are counted 1.50 times"),

@@ -25,10 +25,11 @@ quick = settings(max_examples=150, deadline=None)
 
 def test_nothing_of_it_imports_torch_or_transformers(tokenizer_dir: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; import server.api.app\n"
+        "import asyncio, sys; from pathlib import Path; import server.api.app\n"
         "from server.text.chat_template import Chat; from server.text.text import Text\n"
         "text = Text.load(Path(sys.argv[1]))\n"
-        "text.encode_chat(Chat([{'role': 'user', 'content': 'hi'}]), context_tokens=100)\n"
+        "chat = Chat([{'role': 'user', 'content': 'hi'}])\n"
+        "asyncio.run(text.encode_chat(chat, context_tokens=100))\n"
         "text.close()\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
@@ -44,18 +45,17 @@ def test_nothing_of_it_imports_torch_or_transformers(tokenizer_dir: Path) -> Non
 def test_encode_agrees_with_the_library(text: Text, tokenizer_dir: Path) -> None:
     prompt = "The year 1984, naïve — 東京 🎉\n\n  def f(x): return x"
     expected = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode(prompt).ids
-    assert text.encode(prompt, context_tokens=CONTEXT) == expected
+    assert asyncio.run(text.encode(prompt, context_tokens=CONTEXT)) == expected
     assert text.decode(expected) == prompt
 
 
 def test_a_chat_is_written_as_the_model_wants_it(text: Text) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    ids = text.encode_chat(Chat(messages), context_tokens=CONTEXT)
+    ids = asyncio.run(text.encode_chat(Chat(messages), context_tokens=CONTEXT))
     written = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     written += "<|im_start|>assistant\n"
-    assert ids == text.encode(written, context_tokens=CONTEXT)
+    assert ids == asyncio.run(text.encode(written, context_tokens=CONTEXT))
     assert ids.count(1) == 3  # <|im_start|>: no BOS besides
-    assert asyncio.run(text.encode_chat_async(Chat(messages), context_tokens=CONTEXT)) == ids
 
 
 def test_the_chat_agrees_with_transformers(text: Text, tokenizer_dir: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_chat_agrees_with_transformers(text: Text, tokenizer_dir: Path) -> N
     theirs = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_dir)).apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
-    assert text.encode_chat(Chat(messages), context_tokens=CONTEXT) == theirs
+    assert asyncio.run(text.encode_chat(Chat(messages), context_tokens=CONTEXT)) == theirs
 
 
 def test_stop_tokens_come_from_all_files(text: Text, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -83,8 +83,10 @@ def test_without_a_template_a_chat_is_refused(tokenizer_dir: Path, tmp_path: Pat
     plain = Text.load(tmp_path)
     assert not plain.has_chat_template
     with pytest.raises(NoChatTemplate, match="Use /v1/completions"):
-        plain.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
-    assert plain.encode("hi", context_tokens=CONTEXT)
+        asyncio.run(
+            plain.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+        )
+    assert asyncio.run(plain.encode("hi", context_tokens=CONTEXT))
     plain.close()
 
 
@@ -102,15 +104,19 @@ def test_a_template_is_found_where_it_was_kept(
         config["chat_template"] = {"one": source, "named": named}[kept]  # type: ignore[assignment]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = Text.load(tmp_path)
-    ids = loaded.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+    ids = asyncio.run(
+        loaded.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+    )
     loaded.close()
-    assert ids == [1, *loaded.encode("hi", context_tokens=CONTEXT)]
+    assert ids == [1, *asyncio.run(loaded.encode("hi", context_tokens=CONTEXT))]
 
 
 def test_what_a_template_raises_is_an_invalid_request(tokenizer_dir: Path) -> None:
     picky = Text.load(tokenizer_dir, chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(InvalidRequest, match="no system role"):
-        picky.encode_chat(Chat([{"role": "system", "content": "x"}]), context_tokens=CONTEXT)
+        asyncio.run(
+            picky.encode_chat(Chat([{"role": "system", "content": "x"}]), context_tokens=CONTEXT)
+        )
     picky.close()
 
 
@@ -144,7 +150,9 @@ def test_a_template_that_is_given_goes_before_the_models_own(
         (folder / "tokenizer_config.json").unlink()
     file.write_text("{{ raise_exception('no user') if messages[0].content == 'x' }}[given]")
     loaded = LoadedText.of(KeptTokenizer.of(folder, file))
-    ids = loaded.text.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+    ids = asyncio.run(
+        loaded.text.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+    )
     loaded.close()
     assert loaded.text.decode(ids) == "[given]"
 
@@ -162,14 +170,16 @@ def test_broken_files_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
 def test_a_prompt_that_cannot_fit_is_refused_before_any_work(text: Text) -> None:
     huge = "a" * 100_000_000
     with pytest.raises(ContextLengthExceeded, match="100000000 characters"):
-        text.encode(huge, context_tokens=CONTEXT)
+        asyncio.run(text.encode(huge, context_tokens=CONTEXT))
     with pytest.raises(ContextLengthExceeded, match="at least"):
-        text.encode_chat(Chat([{"role": "user", "content": huge}]), context_tokens=CONTEXT)
+        asyncio.run(
+            text.encode_chat(Chat([{"role": "user", "content": huge}]), context_tokens=CONTEXT)
+        )
 
 
 def test_the_longest_token_sets_the_limit(text: Text) -> None:
     longest = max((text.decode([i]) for i in range(text.vocab_size)), key=len)
-    assert len(text.encode(longest * 20, context_tokens=20)) >= 20
+    assert len(asyncio.run(text.encode(longest * 20, context_tokens=20))) >= 20
 
 
 def test_truncation_and_padding_of_the_file_are_off(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -179,16 +189,16 @@ def test_truncation_and_padding_of_the_file_are_off(tokenizer_dir: Path, tmp_pat
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = Text.load(tmp_path)
     loaded.close()
-    assert loaded.decode(loaded.encode("one two three four five six", context_tokens=99)) == (
-        "one two three four five six"
-    )
+    assert loaded.decode(
+        asyncio.run(loaded.encode("one two three four five six", context_tokens=99))
+    ) == ("one two three four five six")
 
 
 def test_the_event_loop_goes_on_while_a_long_prompt_is_encoded(text: Text) -> None:
     prompt = "The quick brown fox jumps over the lazy dog. " * 10_000
 
     async def count_turns() -> int:
-        encoding = asyncio.ensure_future(text.encode_async(prompt, context_tokens=CONTEXT))
+        encoding = asyncio.ensure_future(text.encode(prompt, context_tokens=CONTEXT))
         turns = 0
         while not encoding.done():
             await asyncio.sleep(0)
@@ -232,7 +242,7 @@ def with_bytes() -> Text:
 @quick
 @given(prompt=st.text(max_size=80))
 def test_pieces_of_any_text_make_the_text(text: Text, prompt: str) -> None:
-    ids = text.encode(prompt, context_tokens=CONTEXT)
+    ids = asyncio.run(text.encode(prompt, context_tokens=CONTEXT))
     assert "".join(pieces(text.detokenizer(), ids)) == text.decode(ids)
 
 
@@ -271,7 +281,7 @@ def test_bytes_that_are_no_characters_end_nothing(with_bytes: Text, ids: list[in
 
 
 def test_a_character_is_shown_when_it_is_whole(text: Text) -> None:
-    ids = text.encode("🎉é", context_tokens=CONTEXT)
+    ids = asyncio.run(text.encode("🎉é", context_tokens=CONTEXT))
     shown = pieces(text.detokenizer(), ids)
     assert "".join(shown) == "🎉é"
     assert all("\ufffd" not in piece for piece in shown)

@@ -22,9 +22,7 @@ def bert(minilm: Path) -> Iterator[Text]:
 
 
 def ids_of(text: Text, *inputs: str, truncate_to: int | None = None, context: int = 256):
-    return asyncio.run(
-        text.encode_inputs_async(inputs, context_tokens=context, truncate_to=truncate_to)
-    )
+    return asyncio.run(text.encode_inputs(inputs, context_tokens=context, truncate_to=truncate_to))
 
 
 INPUTS = ("Hello, World!", "Grüße, 東京! 🎉", "a  b\n\nc", "word " * 200, " ")
@@ -34,7 +32,7 @@ INPUTS = ("Hello, World!", "Grüße, 東京! 🎉", "a  b\n\nc", "word " * 200, 
 def test_ids_are_those_of_a_prompt(which: str, request: pytest.FixtureRequest) -> None:
     text: Text = request.getfixturevalue(which)
     together = ids_of(text, *INPUTS)
-    assert together == [text.encode(one, context_tokens=256) for one in INPUTS]
+    assert together == [asyncio.run(text.encode(one, context_tokens=256)) for one in INPUTS]
     much = [*INPUTS, "word " * (INLINE_CHARS // 5)]
     assert ids_of(text, *much, context=4096)[:-1] == together
 
@@ -72,7 +70,11 @@ def test_a_model_of_lower_case_gets_lower_case(tokenizer_dir: Path, tmp_path: Pa
     (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
     lower = Text.load(folder)
     try:
-        assert ids_of(lower, "SHOUTED")[0] == lower.encode("shouted", context_tokens=99)
-        assert ids_of(lower, "SHOUTED")[0] != lower.encode("SHOUTED", context_tokens=99)
+        assert ids_of(lower, "SHOUTED")[0] == asyncio.run(
+            lower.encode("shouted", context_tokens=99)
+        )
+        assert ids_of(lower, "SHOUTED")[0] != asyncio.run(
+            lower.encode("SHOUTED", context_tokens=99)
+        )
     finally:
         lower.close()

@@ -1,5 +1,6 @@
 """A folder's tokenizer makes the ids that transformers makes with its class."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -78,9 +79,9 @@ def test_ids_and_texts_are_those_of_transformers(
     ours = Text.load(tmp_path)
     ours.close()
     for text in TEXTS:
-        ids = ours.encode(text, context_tokens=999)
+        ids = asyncio.run(ours.encode(text, context_tokens=999))
         assert ids == theirs.encode(text), text
-        plain = ours.encode(text, context_tokens=999, add_special_tokens=False)
+        plain = asyncio.run(ours.encode(text, context_tokens=999, add_special_tokens=False))
         assert plain == theirs.encode(text, add_special_tokens=False), text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
 
@@ -94,4 +95,4 @@ def test_a_byte_level_tokenizer_stays_as_it_is(tokenizer_dir: Path, tmp_path: Pa
     ours.close()
     theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in TEXTS:
-        assert ours.encode(text, context_tokens=999) == theirs.encode(text).ids
+        assert asyncio.run(ours.encode(text, context_tokens=999)) == theirs.encode(text).ids

@@ -17,6 +17,7 @@ from workers.checkpoint import open_checkpoint
 from workers.checkpoint.formats.gguf_metadata import completed
 from workers.errors import UnsupportedCheckpoint
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 KINDS = gguf.GGMLQuantizationType
 
@@ -91,7 +92,7 @@ def test_slowed_rotations_are_those_of_llama_3(factor: float, tmp_path: Path) ->
     checkpoint = open_checkpoint(path, "float32")
     tensors = read_whole(checkpoint)
     assert len(tensors) == 11
-    module: Any = build_model(_config(checkpoint), tensors, torch.float32).module
+    module: Any = build_model(_config(checkpoint), Resident(tensors), torch.float32).module
     plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
     torch.testing.assert_close(module.model.rotary_emb.inv_freq, plain / torch.tensor(factors))
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocator import ALIGNMENT
+from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.plan import contiguous_stride, make_plan
-from workers.checkpoint.source import SourceTensor
 
 SHAPES = st.lists(st.integers(0, 70), max_size=4).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])

@@ -20,7 +20,7 @@ from tests.workers.checkpoint.checkpoint_files import (
     tensors_of_every_kind,
 )
 from workers.checkpoint import open_checkpoint
-from workers.checkpoint.source import SCRATCH_BYTES
+from workers.checkpoint.formats.checkpoint import SCRATCH_BYTES
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointError,

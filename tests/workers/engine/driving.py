@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
 from workers.messages import Generate, SamplingParams
 from workers.model.decoder import Model
 
@@ -12,7 +12,7 @@ def generated(
 ) -> list[list[int]]:
     """The `num_new` tokens behind each prompt, all computed in company; ends are ignored."""
     longest = max(map(len, prompts)) + num_new
-    engine = Engine(model, max_model_len=longest, token_budget=token_budget)
+    engine = GenerationEngine(model, max_model_len=longest, token_budget=token_budget)
     sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
     for index, prompt in enumerate(prompts):
         engine.add(Generate(request_id=str(index), token_ids=tuple(prompt), sampling=sampling))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from tests.workers.tiny_models import config_of, generate, prompt, reference_model, tensors_of
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
 from workers.kv.cache import KVCache
 from workers.messages import Generate, Output, SamplingParams
 from workers.model.decoder import Model, build_model
+from workers.placement.resident import Resident
 
 NUM_NEW = 16
 PROMPTS = [prompt(length, seed=length) for length in (1, 5, 8, 13, 40)]
@@ -26,7 +27,7 @@ reference = cache(reference_model)
 @cache
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> Model:
     """The family's tiny model, bound to tensors in private memory."""
-    return build_model(config_of(family), tensors_of(reference(family, dtype)), dtype)
+    return build_model(config_of(family), Resident(tensors_of(reference(family, dtype))), dtype)
 
 
 @cache
@@ -50,9 +51,9 @@ def request(
     )
 
 
-def engine_of(family: str = "llama", **changes: Any) -> Engine:
+def engine_of(family: str = "llama", **changes: Any) -> GenerationEngine:
     """An engine on the family's model, for up to 128 tokens."""
-    return Engine(model_of(family), **{"max_model_len": 128, **changes})
+    return GenerationEngine(model_of(family), **{"max_model_len": 128, **changes})
 
 
 def room_for(num_blocks: int, family: str = "llama") -> KVCache:
@@ -61,14 +62,16 @@ def room_for(num_blocks: int, family: str = "llama") -> KVCache:
     return KVCache(layout, private_limit_bytes=num_blocks * layout.block_bytes)
 
 
-def step(engine: Engine, outputs: dict[str, list[Output]]) -> None:
+def step(engine: GenerationEngine, outputs: dict[str, list[Output]]) -> None:
     """One step, checked, and what it says added to `outputs`."""
     for output in engine.step():
         outputs.setdefault(output.request_id, []).append(output)
     engine.check()
 
 
-def run(engine: Engine, *requests: Generate, most_steps: int = 2000) -> dict[str, list[Output]]:
+def run(
+    engine: GenerationEngine, *requests: Generate, most_steps: int = 2000
+) -> dict[str, list[Output]]:
     """All outputs of each request, until the engine has nothing left to do."""
     outputs: dict[str, list[Output]] = {}
     for one in requests:
@@ -86,7 +89,7 @@ def tokens(outputs: Sequence[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 
 
-def only(engine: Engine, one: Generate) -> tuple[list[int], str | None, str]:
+def only(engine: GenerationEngine, one: Generate) -> tuple[list[int], str | None, str]:
     """Tokens, finish reason and error of one request that runs alone."""
     outputs = run(engine, one)[one.request_id]
     assert [output.finish_reason for output in outputs[:-1]] == [None] * (len(outputs) - 1)

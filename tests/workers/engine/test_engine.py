@@ -30,10 +30,11 @@ from tests.workers.tiny_models import (
     smallest_gap,
     tensors_of,
 )
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
 from workers.errors import DeviceLost
 from workers.messages import Generate
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 # --- the same tokens as transformers
 
@@ -55,7 +56,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3"])
 def test_bf16_tokens_of_a_request_alone_are_those_of_transformers(family: str) -> None:
-    engine = Engine(model_of(family, torch.bfloat16), 128)
+    engine = GenerationEngine(model_of(family, torch.bfloat16), 128)
     for token_ids, new in zip(PROMPTS, expected(family, torch.bfloat16), strict=True):
         assert tokens(run(engine, request("a", token_ids))["a"]) == new
 
@@ -96,12 +97,12 @@ def test_a_sequence_ends_with_its_end_token() -> None:
     model = model_of("llama")
     ends = (new[4], VOCAB_SIZE - 1)
     tensors = tensors_of(reference("llama"))
-    ending = build_model(config_of("llama"), tensors, torch.float32, ends)
+    ending = build_model(config_of("llama"), Resident(tensors), torch.float32, ends)
     first = new.index(new[4]) + 1
     one = request("a", PROMPTS[2], ignore_eos=False)
-    assert only(Engine(ending, 128), one) == (new[:first], "stop", "")
-    assert only(Engine(ending, 128), request("a", PROMPTS[2])) == (new, "length", "")
-    assert only(Engine(model, 128), request("a", PROMPTS[2])) == (new, "length", "")
+    assert only(GenerationEngine(ending, 128), one) == (new[:first], "stop", "")
+    assert only(GenerationEngine(ending, 128), request("a", PROMPTS[2])) == (new, "length", "")
+    assert only(GenerationEngine(model, 128), request("a", PROMPTS[2])) == (new, "length", "")
 
 
 def test_a_sequence_ends_with_a_stop_token_even_if_it_ignores_the_end() -> None:
@@ -229,7 +230,9 @@ def test_bad_logits_end_one_sequence_only() -> None:
     tensors = {name: tensor.clone() for name, tensor in tensors_of(reference("llama")).items()}
     poison = 300
     tensors["model.embed_tokens.weight"][poison] = float("nan")
-    engine = Engine(build_model(config_of("llama"), tensors, torch.float32), 128)
+    engine = GenerationEngine(
+        build_model(config_of("llama"), Resident(tensors), torch.float32), 128
+    )
     token_ids = [token if token != poison else 5 for token in PROMPTS[2]]
     alone = tokens(run(engine, request("a", token_ids, max_tokens=4))["a"])
     outputs = run(
@@ -244,7 +247,7 @@ def test_bad_logits_end_one_sequence_only() -> None:
 
 
 def test_a_failed_pass_ends_the_sequence_that_fails_alone() -> None:
-    model = build_model(config_of("llama"), tensors_of(reference("llama")), torch.float32)
+    model = build_model(config_of("llama"), Resident(tensors_of(reference("llama"))), torch.float32)
 
     met = {token for one in (*PROMPTS, *expected("llama")) for token in one}
     poison = next(token for token in range(4, VOCAB_SIZE) if token not in met)
@@ -254,7 +257,7 @@ def test_a_failed_pass_ends_the_sequence_that_fails_alone() -> None:
             raise RuntimeError("out of patience" + "!" * 10_000)
 
     model.module.get_input_embeddings().register_forward_pre_hook(refuse)  # type: ignore[operator]
-    engine = Engine(model, 128)
+    engine = GenerationEngine(model, 128)
     others = [request(str(index), one) for index, one in enumerate(PROMPTS)]
     outputs = run(engine, *others[:2], request("bad", [4, poison, 5]), *others[2:])
     error = outputs["bad"][-1].error
@@ -265,7 +268,7 @@ def test_a_failed_pass_ends_the_sequence_that_fails_alone() -> None:
 
 def test_a_failed_pass_on_a_device_that_is_lost_ends_the_engine() -> None:
     """Its requests are not answered: they go on in another instance."""
-    model = build_model(config_of("llama"), tensors_of(reference("llama")), torch.float32)
+    model = build_model(config_of("llama"), Resident(tensors_of(reference("llama"))), torch.float32)
     faults = iter([None, "illegal address"])
 
     def refuse(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -273,7 +276,7 @@ def test_a_failed_pass_on_a_device_that_is_lost_ends_the_engine() -> None:
             raise RuntimeError("out of patience")
 
     model.module.get_input_embeddings().register_forward_pre_hook(refuse)  # type: ignore[operator]
-    engine = Engine(model, 128, device_fault=lambda: next(faults))
+    engine = GenerationEngine(model, 128, device_fault=lambda: next(faults))
     assert tokens(run(engine, request("a", PROMPTS[1]))["a"]) == expected("llama")[1]
     assert "out of patience" in run(engine, request("b", [4, 300]))["b"][-1].error
     engine.add(request("c", [4, 300]))

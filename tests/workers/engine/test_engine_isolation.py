@@ -75,7 +75,7 @@ def test_tokens_before_the_error_are_told() -> None:
         if len(got) == 70:
             sequence = engine._scheduler.get("a")
             assert sequence is not None
-            sequence.sampling = msgspec.structs.replace(sequence.sampling, max_tokens="many")
+            sequence.sampler.params = msgspec.structs.replace(sequence.sampling, max_tokens="many")
     assert len(tokens(got)) == 70
     assert got[-1].finish_reason == "error"
 

@@ -28,11 +28,13 @@ from tests.workers.engine.engines import (
     tokens,
 )
 from tests.workers.tiny_models import CONFIGS, config_of, prompt, reference_model, tensors_of
-from workers.engine.generate import NO_ROOM_PATIENCE_S, Engine
+from workers.engine.generate import GenerationEngine
+from workers.engine.room_sharing import NO_ROOM_PATIENCE_S
 from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
 from workers.messages import Output
 from workers.model.decoder import build_model
+from workers.placement.resident import Resident
 
 StartDaemon = Callable[..., DaemonProcess]
 BLOCK_BYTES = 64 << 10
@@ -57,7 +59,7 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
 
 def shared(
     client: Client, family: str = "llama", prefix_caching: bool = True, **changes: Any
-) -> Engine:
+) -> GenerationEngine:
     """An engine whose blocks are the allocator's."""
     layout = model_of(family).geometry.kv_layout
     pool = PoolSource(client, layout)
@@ -256,9 +258,13 @@ def test_prompt_logprobs_are_computed_even_of_what_is_known(client: Client) -> N
 
 def test_what_went_wrong_is_nobody_elses(client: Client) -> None:
     """Keys and values that are no numbers are not for others to find."""
-    model = build_model(config_of("llama"), tensors_of(reference_model("llama")), torch.float32)
+    model = build_model(
+        config_of("llama"), Resident(tensors_of(reference_model("llama"))), torch.float32
+    )
     layout = model.geometry.kv_layout
-    engine = Engine(model, 128, kv=KVCache(layout, PoolSource(client, layout), weights="w"))
+    engine = GenerationEngine(
+        model, 128, kv=KVCache(layout, PoolSource(client, layout), weights="w")
+    )
     wrong = [True]
 
     def disturb(_module: Any, _arguments: Any, output: torch.Tensor) -> torch.Tensor:
@@ -513,7 +519,7 @@ class Requests(RuleBasedStateMachine):
             )
             for index, client in enumerate(self.CLIENTS)
         ]
-        self.alive: dict[str, tuple[Engine, int]] = {}
+        self.alive: dict[str, tuple[GenerationEngine, int]] = {}
         self.outputs: dict[str, list[Output]] = {}
         self.count = 0
 

@@ -1,7 +1,7 @@
 """Valid requests over all parameters, at random, many at once: each ends as it should, and nothing
 that is raised over one of them leaves the engine.
 
-`ONECOPY_TEST_REQUESTS` is how many there are (2,000 by default), `ONECOPY_TEST_SEED` which ones.
+`ONECOPY_TEST_REQUESTS` is how many there are (600 by default), `ONECOPY_TEST_SEED` which ones.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from tests.workers.engine.engines import request
 from tests.workers.grammar.byte_tokenizer import byte_tokenizer
 from tests.workers.tiny_models import config_of, reference_model, tensors_of
-from workers.engine.generate import Engine
+from workers.engine.generate import GenerationEngine
 from workers.kv.cache import KVCache
 from workers.messages import (
     MAX_LOGPROBS,
@@ -31,8 +31,11 @@ from workers.messages import (
     encode,
 )
 from workers.model.decoder import Model, build_model
+from workers.placement.resident import Resident
 
-NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", "2000"))
+pytestmark = pytest.mark.slow
+
+NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", "600"))
 SEED = int(os.environ.get("ONECOPY_TEST_SEED", "1"))
 VOCAB_SIZE = 640
 MAX_MODEL_LEN = 512
@@ -62,7 +65,7 @@ GRAMMARS = (
 @pytest.fixture(scope="module")
 def model() -> Model:
     reference = reference_model("llama", **SMALL)
-    return build_model(config_of("llama", **SMALL), tensors_of(reference), torch.float32)
+    return build_model(config_of("llama", **SMALL), Resident(tensors_of(reference)), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def test_whatever_is_asked_for_every_request_ends_as_it_should(
 ) -> None:
     rng, requests = random.Random(SEED), RandomRequests(SEED)
     layout = model.geometry.kv_layout
-    engine = Engine(
+    engine = GenerationEngine(
         model,
         MAX_MODEL_LEN,
         max_num_seqs=24,
@@ -200,7 +203,7 @@ def check_end(one: Generate, last: Output, num_generated: int) -> None:
         assert sampling.grammar or not last.token_ids or last.token_ids[-1] in ends, what
 
 
-def told(engine: Engine, output: Output) -> Output:
+def told(engine: GenerationEngine, output: Output) -> Output:
     """What the server is told of it."""
     message: FromInstance = decode_from_instance(encode(engine.report((output,))))
     assert isinstance(message, StepOutput)

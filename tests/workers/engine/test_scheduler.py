@@ -8,14 +8,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from workers.engine.scheduler import Chunk, GenerationSequence, Scheduler, total_tokens
+from workers.engine.scheduler import Chunk, Scheduler
+from workers.engine.sequence import GenerationSequence
+from workers.kv.cache import SequenceCache
+from workers.kv.layout import KVLayer, KVLayout
+from workers.kv.table import BlockTable
 from workers.messages import SamplingParams
+from workers.sampling import SequenceSampler, Tokens
 
 BLOCK = 4
+LAYOUT = KVLayout((KVLayer(1, 16),), torch.float32)
+VOCAB_SIZE = 2048
 
 
 class Room:
@@ -35,9 +43,11 @@ class Room:
         assert sequence not in self.held
         self.held[sequence] = 0
         self.begun.append(sequence.request_id)
+        known = 0
         if sequence.may_skip and blocks_of(self.known) <= self.num_free:
-            sequence.num_computed = min(self.known, (sequence.num_pending - 1) // BLOCK * BLOCK)
-            self.held[sequence] = blocks_of(sequence.num_computed)
+            known = min(self.known, (sequence.num_pending - 1) // BLOCK * BLOCK)
+            self.held[sequence] = blocks_of(known)
+        sequence.cache = SequenceCache(BlockTable(LAYOUT, (), known), b"", known)
 
     def grow(self, sequence: GenerationSequence, num_tokens: int) -> bool:
         more = max(0, blocks_of(num_tokens) - self.held[sequence])
@@ -48,10 +58,12 @@ class Room:
 
     def give_up(self, sequence: GenerationSequence) -> None:
         del self.held[sequence]
+        sequence.cache = None
 
     def end(self, sequence: GenerationSequence) -> None:
         """As the engine does with one that was removed from the schedule."""
         self.held.pop(sequence, None)
+        sequence.cache = None
 
 
 def blocks_of(num_tokens: int) -> int:
@@ -61,13 +73,9 @@ def blocks_of(num_tokens: int) -> int:
 def sequence(
     name: str, num_tokens: int, num_new: int = 4, num_generated: int = 0, **changes: Any
 ) -> GenerationSequence:
-    return GenerationSequence(
-        request_id=name,
-        token_ids=list(range(num_tokens)),
-        sampling=SamplingParams(max_tokens=num_new + num_generated),
-        num_generated=num_generated,
-        **changes,
-    )
+    params = SamplingParams(max_tokens=num_new + num_generated)
+    tokens = Tokens(list(range(num_tokens)), num_tokens - num_generated)
+    return GenerationSequence(name, SequenceSampler(params, tokens, VOCAB_SIZE, ()), **changes)
 
 
 def advance(scheduler: Scheduler, room: Room, chunks: Sequence[Chunk]) -> list[str]:
@@ -75,14 +83,13 @@ def advance(scheduler: Scheduler, room: Room, chunks: Sequence[Chunk]) -> list[s
     of a draft right. Returns who ended."""
     ended = []
     for chunk in chunks:
-        scheduler.computed(chunk)
+        one = chunk.sequence
+        one.table.commit(chunk.stop - chunk.start)
         if not chunk.samples:
             continue
-        one = chunk.sequence
         num_right = min(len(chunk.draft) // 2, one.sampling.max_tokens - one.num_generated - 1)
-        one.token_ids += [0] * (num_right + 1)
-        one.num_generated += num_right + 1
-        one.num_computed += num_right
+        one.token_ids.extend([0] * (num_right + 1))
+        one.table.commit(num_right)
         if one.num_generated >= one.sampling.max_tokens:
             scheduler.remove(one.request_id)
             room.end(one)
@@ -327,14 +334,10 @@ def test_removing_is_for_waiting_and_running_alike() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=4), Room()
+    scheduler = Scheduler(max_num_seqs=1, token_budget=4)
     scheduler.add(sequence("a", 2))
     with pytest.raises(ValueError, match="here already"):
         scheduler.add(sequence("a", 2))
-    (chunk,) = scheduler.schedule(room)
-    scheduler.computed(chunk)
-    with pytest.raises(ValueError, match="2 tokens computed"):
-        scheduler.computed(chunk)
     for wrong in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="at least 1"):
             Scheduler(*wrong)
@@ -421,7 +424,7 @@ class Arrivals(RuleBasedStateMachine):
         decodes = [chunk for chunk in chunks if chunk.sequence.request_id in decoding]
         assert chunks == (*decodes, *prefills)
         assert [chunk.stop - chunk.start for chunk in decodes] == [1] * len(decodes)
-        assert total_tokens(prefills) <= self.token_budget
+        assert sum(chunk.num_tokens for chunk in prefills) <= self.token_budget
         for chunk in chunks:
             one = chunk.sequence
             assert self.room.held[one] >= blocks_of(chunk.stop + len(chunk.draft))

@@ -24,7 +24,7 @@ from workers import grammar_problem
 from workers.errors import GrammarFailed, NoTokenLeft, UnknownVocabulary
 from workers.grammar.vocabulary import read_vocabulary
 from workers.messages import GrammarKind, GrammarSpec, SamplingParams
-from workers.sampling import GrammarCompiler, Sampled, SequenceSampler, sample
+from workers.sampling import GrammarCompiler, Sampled, SequenceSampler, Tokens, sample
 
 SCHEMA = {
     "type": "object",
@@ -72,7 +72,7 @@ def sampler(tokenizer: tuple[Tokenizer, Path], compiler: GrammarCompiler) -> Sam
         params = SamplingParams(
             **{"max_tokens": 999, "temperature": 1.0, "grammar": grammar, **changes}
         )
-        return SequenceSampler(params, [0], [], vocab_size, (end,), compiler.grammar(params))
+        return SequenceSampler(params, Tokens([0], 1), vocab_size, (end,), compiler.grammar(params))
 
     return of
 
@@ -211,7 +211,7 @@ def test_a_sequence_goes_on_elsewhere(
     compiler = GrammarCompiler(path, logits.shape[1], (made.token_to_id("<end>"),))
     for _ in range(25):
         anew = SequenceSampler(
-            whole.params, [0], ids, logits.shape[1], (), compiler.grammar(whole.params)
+            whole.params, Tokens([0, *ids], 1), logits.shape[1], (), compiler.grammar(whole.params)
         )
         (got,) = sample(logits, [whole])
         assert sample(logits, [anew]) == [got]

@@ -106,9 +106,8 @@ def test_every_sequence_attends_to_its_own_keys(
             workspace_bytes=workspace_bytes,
         )
         assert out.shape == (1, total, NUM_HEADS, HEAD_DIM)
-        for span in batch.spans:
-            own = slice(span.start, span.stop)
-            past = history[tables.index(span.table)]
+        for part, own in zip(batch.parts, batch.rows, strict=True):
+            past = history[tables.index(part.table)]
             past.append((key[:, :, own], value[:, :, own]))
             keys, values = (torch.cat(side, dim=2) for side in zip(*past, strict=True))
             expected = plain(query[:, :, own], keys, values, window, softcap)
@@ -212,7 +211,7 @@ def test_a_batch_lays_sequences_end_to_end() -> None:
     batch = Batch.of(parts)
     assert batch.token_ids.tolist() == [4, 5, 6, 7, 8]
     assert batch.positions.tolist() == [0, 1, 2, 7, 0]
-    assert [(span.start, span.stop) for span in batch.spans] == [(0, 3), (3, 4), (4, 5)]
+    assert [(rows.start, rows.stop) for rows in batch.rows] == [(0, 3), (3, 4), (4, 5)]
     assert batch.logit_rows.tolist() == [1, 2, 4]
     rows_of, addresses = batch.tables()
     assert rows_of.tolist() == [0, 0, 0, 1, 2]

@@ -25,6 +25,7 @@ from tests.workers.tiny_models import CONFIGS, generate, prompt, smallest_gap, t
 from workers.checkpoint import attach, open_checkpoint
 from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
 from workers.model.decoder import Model, build_model, preload
+from workers.placement.resident import Resident
 
 NUM_NEW = 10
 PROMPTS = [prompt(length, seed=length) for length in (1, 13, 40)]
@@ -53,7 +54,7 @@ def memory(shared_daemon: DaemonProcess) -> Iterator[Client]:
 def load(memory: Client, folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     """By the way that an instance takes."""
     weights = attach(memory, open_checkpoint(folder, str(dtype).removeprefix("torch.")))
-    model = build_model(json.loads(weights.metadata["config"]), weights.tensors, dtype)
+    model = build_model(json.loads(weights.metadata["config"]), Resident(weights.tensors), dtype)
     model.warm_up()
     return model
 

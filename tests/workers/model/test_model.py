@@ -26,13 +26,14 @@ from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part
 from workers.model.decoder import Model, build_model, preload
+from workers.placement.resident import Resident
 
 reference = cache(reference_model)
 
 
 def built(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Model:
     tensors = tensors_of(reference(family, dtype, **changes))
-    return build_model(config_of(family, **changes), tensors, dtype)
+    return build_model(config_of(family, **changes), Resident(tensors), dtype)
 
 
 def table_of(model: Model, num_tokens: int) -> BlockTable:
@@ -86,7 +87,7 @@ def test_chunked_prefill_gives_the_logits_of_the_whole(family: str) -> None:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_parameters_alias_the_given_tensors_and_nothing_is_left_on_meta(family: str) -> None:
     tensors = tensors_of(reference(family))
-    module = build_model(config_of(family), tensors, torch.float32).module
+    module = build_model(config_of(family), Resident(tensors), torch.float32).module
     owned = [(one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors.values()]
     for name, parameter in module.named_parameters(remove_duplicate=False):
         start, stop = parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
@@ -120,7 +121,7 @@ def test_read_only_memory_is_enough() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     address, length = ctypes.c_void_p(whole.data_ptr()), ctypes.c_size_t(len(memory))
     assert libc.mprotect(address, length, mmap.PROT_READ) == 0, os.strerror(ctypes.get_errno())
-    model = build_model(config_of("gemma3"), views, torch.float32)
+    model = build_model(config_of("gemma3"), Resident(views), torch.float32)
     private = built("gemma3")
     token_ids = prompt(12)
     assert torch.equal(
@@ -136,7 +137,7 @@ def test_tied_parameters_take_whichever_is_there(kept: str) -> None:
     embedding = next(tensors.pop(name) for name in list(tensors) if "embed_tokens" in name)
     names = ["lm_head.weight", "model.embed_tokens.weight"] if kept == "both" else [kept]
     tensors |= dict.fromkeys(names, embedding)
-    model = build_model(config_of("llama-tied"), tensors, torch.float32)
+    model = build_model(config_of("llama-tied"), Resident(tensors), torch.float32)
     module: Any = model.module
     assert module.lm_head.weight is module.model.embed_tokens.weight
     assert module.lm_head.weight.data_ptr() == embedding.data_ptr()
@@ -151,7 +152,7 @@ def test_missing_tensors_are_listed() -> None:
     for name in gone:
         del tensors[name]
     with pytest.raises(CheckpointMismatch) as caught:
-        build_model(config_of("llama"), tensors, torch.float32)
+        build_model(config_of("llama"), Resident(tensors), torch.float32)
     assert f"{len(gone)} missing (" in str(caught.value)
     assert "model.layers.1.self_attn.q_proj.weight" in str(caught.value)
 
@@ -161,7 +162,7 @@ def test_wrong_shapes_and_dtypes_are_listed() -> None:
     tensors["model.norm.weight"] = torch.ones(65)
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.ones(96, 64, dtype=torch.bfloat16)
     with pytest.raises(CheckpointMismatch) as caught:
-        build_model(config_of("llama"), tensors, torch.float32)
+        build_model(config_of("llama"), Resident(tensors), torch.float32)
     assert "model.norm.weight is [65] float32, the config says [64] float32" in str(caught.value)
     assert "up_proj.weight is [96, 64] bfloat16" in str(caught.value)
 
@@ -172,13 +173,13 @@ def test_wrong_shapes_and_dtypes_are_listed() -> None:
 def test_a_tensor_that_would_matter_is_not_left_out(name: str) -> None:
     tensors = tensors_of(reference("llama")) | {name: torch.ones(64)}
     with pytest.raises(CheckpointMismatch, match="no place for"):
-        build_model(config_of("llama"), tensors, torch.float32)
+        build_model(config_of("llama"), Resident(tensors), torch.float32)
 
 
 def test_harmless_tensors_are_left_out_aloud(caplog: pytest.LogCaptureFixture) -> None:
     surplus = ["model.rotary_emb.inv_freq", "side_head.weight"]
     tensors = tensors_of(reference("llama")) | dict.fromkeys(surplus, torch.ones(8))
-    build_model(config_of("llama"), tensors, torch.float32)
+    build_model(config_of("llama"), Resident(tensors), torch.float32)
     assert "2 tensors are not used: model.rotary_emb.inv_freq, side_head.weight" in caplog.text
 
 
@@ -221,12 +222,12 @@ def test_geometry_tells_what_a_server_needs() -> None:
 def test_others_than_the_config_may_name_the_ends() -> None:
     tensors = tensors_of(reference("llama"))
     assert built("llama").geometry.eos_token_ids == (EOS_TOKEN_ID,)
-    model = build_model(config_of("llama"), tensors, torch.float32, (5, 6))
+    model = build_model(config_of("llama"), Resident(tensors), torch.float32, (5, 6))
     assert model.geometry.eos_token_ids == (5, 6)
-    without = build_model(config_of("llama", eos_token_id=None), tensors, torch.float32)
+    without = build_model(config_of("llama", eos_token_id=None), Resident(tensors), torch.float32)
     assert without.geometry.eos_token_ids == ()
     with pytest.raises(CheckpointError, match="eos_token_id' with value 'x'"):
-        build_model(config_of("llama", eos_token_id="x"), tensors, torch.float32)
+        build_model(config_of("llama", eos_token_id="x"), Resident(tensors), torch.float32)
 
 
 def test_lengths_stop_where_rotations_would_depend_on_the_batch() -> None:
@@ -241,7 +242,7 @@ def test_lengths_stop_where_rotations_would_depend_on_the_batch() -> None:
     changes = {"rope_parameters": rope, "original_max_position_embeddings": 64}
     config = config_of("phi3", **changes)
     tensors = tensors_of(reference("phi3"))
-    model = build_model(config, tensors, torch.float32)
+    model = build_model(config, Resident(tensors), torch.float32)
     assert model.geometry.max_model_len == 64
     model.warm_up()
 

@@ -23,6 +23,7 @@ from tests.workers.model.ties import BF16_TIE_ULPS, ulps_below_the_best
 from tests.workers.tiny_models import generate
 from workers.checkpoint import attach, open_checkpoint
 from workers.model.decoder import Model, build_model
+from workers.placement.resident import Resident
 
 # "The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,"
 SMOLLM2_PROMPTS = [
@@ -48,7 +49,7 @@ def in_bf16(model: Any) -> Any:
 def loaded(path: Path, dtype: str) -> Model:
     checkpoint = open_checkpoint(path, dtype)
     config = json.loads(checkpoint.metadata()["config"])
-    return build_model(config, read_whole(checkpoint), getattr(torch, dtype))
+    return build_model(config, Resident(read_whole(checkpoint)), getattr(torch, dtype))
 
 
 def assert_same_weights(model: Model, reference: Any) -> None:
@@ -124,7 +125,7 @@ def test_gemma3_in_bf16_through_an_allocator(
     with daemon_of_its_own.connect() as memory:
         weights = attach(memory, open_checkpoint(gemma3_gguf, "bfloat16"))
         config = json.loads(weights.metadata["config"])
-        model = build_model(config, weights.tensors, torch.bfloat16)
+        model = build_model(config, Resident(weights.tensors), torch.bfloat16)
         assert_same_weights(model, reference)
         assert model.geometry.sliding_windows.count(512) == 15
         assert_up_to_ties(model, reference, GEMMA_PROMPTS, 24)

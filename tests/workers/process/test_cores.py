@@ -11,7 +11,7 @@ from workers.process.cores import SharedCores
 _HOLD = """
 import sys
 from pathlib import Path
-from workers.cores import SharedCores
+from workers.process.cores import SharedCores
 cores = SharedCores(Path(sys.argv[1]), 7)
 cores.begin()
 print("computes", flush=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from workers.errors import InvalidLogits
 from workers.messages import SamplingParams
-from workers.sampling import SequenceSampler
+from workers.sampling import SequenceSampler, Tokens
 from workers.sampling import sample as sample_batch
 from workers.sampling.random_number import uniform
 
@@ -26,7 +26,7 @@ def sample(
 ) -> list[int | InvalidLogits]:
     """Tokens of sequences that have generated `indices[i]` tokens, of which nothing depends."""
     samplers = [
-        SequenceSampler(one, [0], [0] * index, logits.shape[-1], ())
+        SequenceSampler(one, Tokens([0] * (1 + index), 1), logits.shape[-1], ())
         for one, index in zip(params, indices, strict=True)
     ]
     return [

@@ -19,15 +19,16 @@ from workers.messages import SamplingParams
 from workers.sampling import (
     Sampled,
     SequenceSampler,
+    Tokens,
     invalid_params,
     prompt_logprobs,
     sample,
 )
-from workers.sampling.blocks import block_maxima
 from workers.sampling.filters import allowed
+from workers.sampling.pieces import piece_maxima
 from workers.sampling.rules import apply_rules
 
-VOCAB_SIZE = 300  # more than two blocks, and the last one is short
+VOCAB_SIZE = 300  # more than two pieces, and the last one is short
 EOS = 7
 some = settings(max_examples=40, deadline=None)
 
@@ -36,7 +37,8 @@ def sampler(
     prompt: Sequence[int] = (1, 2, 2), generated: Sequence[int] = (), **changes: Any
 ) -> SequenceSampler:
     params = SamplingParams(**{"max_tokens": 99, "temperature": 0.0, **changes})
-    return SequenceSampler(params, prompt, generated, VOCAB_SIZE, (EOS,))
+    tokens = Tokens([*prompt, *generated], len(prompt))
+    return SequenceSampler(params, tokens, VOCAB_SIZE, (EOS,))
 
 
 def some_logits(num_rows: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
@@ -161,7 +163,7 @@ def test_what_the_filters_keep_is_what_those_of_transformers_keep(
         logits = TopPLogitsWarper(top_p)(none, logits)
     expected = set(logits[0].isfinite().nonzero()[:, 0].tolist())
     params = SamplingParams(max_tokens=1, top_k=top_k, top_p=top_p, min_p=min_p)
-    kept = allowed(weights, block_maxima(weights[None])[0], params)
+    kept = allowed(weights, piece_maxima(weights[None])[0], params)
     assert kept.tolist() == sorted(kept.tolist())
     # At the very edge the two add up in another order.
     assert len(expected.symmetric_difference(kept.tolist())) <= 1
@@ -169,7 +171,7 @@ def test_what_the_filters_keep_is_what_those_of_transformers_keep(
 
 def test_equal_weights_stay_by_token_id() -> None:
     weights = torch.full((5000,), 1 / 5000)
-    maxima = block_maxima(weights[None])[0]
+    maxima = piece_maxima(weights[None])[0]
     for changes, count in (({"top_k": 700}, 700), ({"top_p": 0.5}, 2500), ({"min_p": 1.0}, 5000)):
         kept = allowed(weights, maxima, SamplingParams(max_tokens=1, **changes))
         assert abs(len(kept) - count) <= 1

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFValueType
 
-from workers.checkpoint.formats.gguf_metadata import ROPE_FACTORS, completed
-from workers.checkpoint.source import (
+from workers.checkpoint.formats.checkpoint import (
     SCRATCH_BYTES,
     OnCopied,
     SourceTensor,
     StoredBytes,
 )
+from workers.checkpoint.formats.gguf_metadata import ROPE_FACTORS, completed
 from workers.config.architecture import architecture_errors, check_config
 from workers.config.ends import end_tokens
 from workers.config.model_file import file_identity, file_status, unreadable

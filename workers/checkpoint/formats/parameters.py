@@ -60,7 +60,7 @@ def parameters_of(
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    from workers.model.decoder import skeleton
+    from workers.skeleton.decoder import skeleton
 
     module = skeleton(config, dtype or torch.float32)
     slots = module.state_dict()

@@ -16,15 +16,15 @@ from typing import Any, Final
 import msgspec
 import torch
 
-from workers.checkpoint.formats.parameters import Parameter, Run, as_stored, parameters_of
-from workers.checkpoint.formats.sentence_files import sentence_files
-from workers.checkpoint.source import (
+from workers.checkpoint.formats.checkpoint import (
     SCRATCH_BYTES,
     OnCopied,
     SourceTensor,
     StoredBytes,
     digest,
 )
+from workers.checkpoint.formats.parameters import Parameter, Run, as_stored, parameters_of
+from workers.checkpoint.formats.sentence_files import sentence_files
 from workers.config.architecture import check_config
 from workers.config.encoder_settings import task_of
 from workers.config.ends import end_tokens

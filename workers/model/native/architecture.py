@@ -19,14 +19,10 @@ from workers.model.native.families import (
     DECODERS,
     ENCODERS,
     Family,
-    NormKind,
     Residual,
     Rotation,
 )
-
-
-class NotNative(Exception):
-    """The message says what the native decoder does not compute."""
+from workers.model.native.weights import NotNative, Weights
 
 
 class PagedLayout(Protocol):
@@ -147,8 +143,7 @@ class _Reader:
         self.config = module.config
         self.hidden_size: int = module.config.hidden_size
         self.layout = layout
-        self.kept: list[Any] = []
-        self.seen: set[int] = set()
+        self.weights = Weights()
 
     def read(self) -> Description:
         longest(self.module)
@@ -166,7 +161,7 @@ class _Reader:
             final_norm = part(self.base, self.names.final_norm)
             spec.final_norm = self._norm(final_norm, self.hidden_size)
         if self.names.head:
-            spec.head = self._linear([part(self.module, self.names.head)])
+            spec.head = self.weights.linear([part(self.module, self.names.head)])
             if spec.head.width != self.hidden_size:
                 raise NotNative("a head of another shape")
         self._factors(spec)
@@ -177,12 +172,12 @@ class _Reader:
         if spec.rotary_dim > min(heads) or spec.rotary_dim % 2:
             raise NotNative(f"rotations over {spec.rotary_dim} of a head's elements")
         self._sizes(spec, layers)
-        unknown = [n for n, p in self.module.named_parameters() if id(p) not in self.seen]
+        unknown = self.weights.unknown(self.module)
         if unknown:
             raise NotNative(f"unknown parameters, such as {unknown[0]}")
         if self.module.training:
             raise NotNative("a module in training mode")
-        return Description(spec, layers, self.kept)
+        return Description(spec, layers, self.weights.kept)
 
     def _factors(self, spec: library.Decoder) -> None:
         factors = {
@@ -252,7 +247,7 @@ class _Reader:
             sees_all=self.family.sees_all,
         )
         self._projections(to, attention, index)
-        to.output = self._linear([output])
+        to.output = self.weights.linear([output])
         self._head_norms(to, attention)
         if self.family.softcaps_scores:
             to.attention.softcap = (attention.attn_logit_softcapping or 0.0) * _LOG2_E
@@ -274,16 +269,16 @@ class _Reader:
         of.key, of.value = sizes[0], sizes[0] + sizes[1]
         if names.by_heads:
             fused = getattr(attention, names.by_heads)
-            to.qkv = self._linear([fused])
+            to.qkv = self.weights.linear([fused])
             of.key, of.value = head_dim, 2 * head_dim
             of.query_step = of.key_step = of.value_step = 3 * head_dim
             if num_kv_heads != num_heads or fused.out_features != sum(sizes):
                 raise NotNative(f"projections of other sizes in layer {index}")
             return
         if names.queries_keys_values:
-            to.qkv = self._split(getattr(attention, names.queries_keys_values), sizes)
+            to.qkv = self.weights.split(getattr(attention, names.queries_keys_values), sizes)
         else:
-            to.qkv = self._linear(
+            to.qkv = self.weights.linear(
                 [part(attention, name) for name in (names.query, names.key, names.value)]
             )
         if [to.qkv.matrices[i].num_rows for i in range(3)] != sizes:
@@ -311,11 +306,11 @@ class _Reader:
         names = self.names
         if names.gate_and_up:
             both = getattr(mlp, names.gate_and_up)
-            to.gate_up = self._split(both, [both.out_features // 2] * 2)
+            to.gate_up = self.weights.split(both, [both.out_features // 2] * 2)
         else:
             parts = [names.gate, names.up] if names.gate else [names.up]
-            to.gate_up = self._linear([part(mlp, name) for name in parts])
-        to.down = self._linear([part(mlp, names.down)])
+            to.gate_up = self.weights.linear([part(mlp, name) for name in parts])
+        to.down = self.weights.linear([part(mlp, names.down)])
         rows = {to.gate_up.matrices[i].num_rows for i in range(to.gate_up.num_matrices)}
         if (
             rows != {to.down.width}
@@ -330,12 +325,10 @@ class _Reader:
         count, twice, hidden = gate_up.shape
         if hidden != self.hidden_size or twice % 2:
             raise NotNative(f"experts of {list(gate_up.shape)}")
-        self._weight(router.weight, (count, hidden))
-        self._weight(gate_up, (count, twice, hidden))
-        self._weight(down, (count, hidden, twice // 2))
         to.router = library.Linear(num_matrices=1, width=hidden, num_outputs=count)
-        to.router.matrices[0] = library.Matrix(router.weight.data_ptr(), None, count)
-        to.gate_up, to.down = gate_up.data_ptr(), down.data_ptr()
+        to.router.matrices[0] = self.weights.matrix(router.weight, None, (count, hidden))
+        to.gate_up = self.weights.address(gate_up, (count, twice, hidden))
+        to.down = self.weights.address(down, (count, hidden, twice // 2))
         to.num_experts, to.top_k, to.intermediate = count, router.top_k, twice // 2
         flag = self.family.normalizes_flag
         to.normalizes = bool(getattr(router, flag)) if flag else True
@@ -346,19 +339,19 @@ class _Reader:
         scale = getattr(embedding, "embed_scale", None)
         if type(embedding) is not nn.Embedding and scale is None:
             raise NotNative(f"an embedding of type {type(embedding).__name__}")
-        self._weight(embedding.weight, (self.config.vocab_size, self.hidden_size))
-        spec.embedding = embedding.weight.data_ptr()
+        shape = (self.config.vocab_size, self.hidden_size)
+        spec.embedding = self.weights.address(embedding.weight, shape)
         if scale is not None:
             spec.embedding_scale = float(scale.to(torch.bfloat16))
         if self.family.type_embedding:
             types = part(self.base, self.family.type_embedding).weight
-            self._weight(types, (types.shape[0], self.hidden_size))
-            spec.type_embedding = types.data_ptr()
+            shape = (types.shape[0], self.hidden_size)
+            spec.type_embedding = self.weights.address(types, shape)
         if self.family.position_embedding:
             table = part(self.base, self.family.position_embedding)
-            self._weight(table.weight, (table.num_embeddings, self.hidden_size))
-            skipped = _first_position(table) * self.hidden_size
-            spec.position_embedding = table.weight.data_ptr() + 2 * skipped
+            shape = (table.num_embeddings, self.hidden_size)
+            skipped = _first_position(table)
+            spec.position_embedding = self.weights.address(table.weight, shape, skipped)
         if self.family.embedding_norm:
             norm = part(self.base, self.family.embedding_norm)
             spec.embedding_norm = self._norm(norm, self.hidden_size)
@@ -385,64 +378,7 @@ class _Reader:
         return int(sizes.pop())
 
     def _norm(self, norm: Any, size: int) -> library.Norm:
-        kind, name = self.family.norm, type(norm).__name__
-        if not name.endswith("LayerNorm" if kind == NormKind.LAYER else "RMSNorm"):
-            raise NotNative(f"a norm of type {name}")
-        self._weight(norm.weight, (size,))
-        bias = getattr(norm, "bias", None)
-        if bias is not None:
-            self._weight(bias, (size,))
-        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-        address = bias.data_ptr() if bias is not None else None
-        return library.Norm(norm.weight.data_ptr(), address, eps, kind)
-
-    def _linear(self, modules: list[Any]) -> library.Linear:
-        linear = library.Linear(num_matrices=len(modules), width=modules[0].in_features)
-        for index, module in enumerate(modules):
-            self._check_linear(module)
-            if module.in_features != linear.width:
-                raise NotNative("projections of one input with different widths")
-            linear.matrices[index] = library.Matrix(
-                module.weight.data_ptr(),
-                module.bias.data_ptr() if module.bias is not None else None,
-                module.out_features,
-            )
-            linear.num_outputs += module.out_features
-        return linear
-
-    def _split(self, module: Any, sizes: list[int]) -> library.Linear:
-        """One matrix as several: its rows belong to one after the other."""
-        self._check_linear(module)
-        if sum(sizes) != module.out_features:
-            raise NotNative("a fused projection of another size")
-        linear = library.Linear(
-            num_matrices=len(sizes), width=module.in_features, num_outputs=module.out_features
-        )
-        start = 0
-        for index, size in enumerate(sizes):
-            bias = module.bias
-            linear.matrices[index] = library.Matrix(
-                module.weight.data_ptr() + start * module.in_features * 2,
-                bias.data_ptr() + start * 2 if bias is not None else None,
-                size,
-            )
-            start += size
-        return linear
-
-    def _check_linear(self, module: Any) -> None:
-        if type(module) is not nn.Linear:
-            raise NotNative(f"a linear layer of type {type(module).__name__}")
-        self._weight(module.weight, (module.out_features, module.in_features))
-        if module.bias is not None:
-            self._weight(module.bias, (module.out_features,))
-
-    def _weight(self, tensor: Any, shape: tuple[int, ...]) -> None:
-        if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16:
-            raise NotNative(f"weights in {tensor.dtype} on {tensor.device.type}")
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise NotNative(f"a weight laid out as {list(tensor.shape)}, {tensor.stride()}")
-        self.kept.append(tensor)
-        self.seen.add(id(tensor))
+        return self.weights.norm(norm, size, self.family.norm)
 
 
 __all__ = [

@@ -100,8 +100,7 @@ struct Call {
   const int64_t* addresses;
   const int32_t* logit_rows;
   bf16* hidden;      // the residual stream, [num_rows][padded(hidden_size)]; or null
-  float* logits;     // or null
-  int32_t* greedy;   // or null
+  float* logits;     // [num_logit_rows][vocab size]
   int32_t num_layers, num_rows, max_blocks, num_logit_rows, num_threads;
   int32_t norms_hidden;  // what goes out as `hidden` is the final norm's
 };
@@ -125,11 +124,6 @@ T* zeros(size_t count, size_t& bytes) {
   memset((void*)memory, 0, count * sizeof(T));
   return memory;
 }
-
-struct Best {
-  float value;
-  int32_t index;
-};
 
 // Rows of activations in bf16, and in the form that products take them in.
 struct Operand {
@@ -190,7 +184,6 @@ class Decoder {
       if (kWidens) own.widened = zeros<float>(size_t(kRows) * widest, bytes_);
       if (kHasTiles) own.paired = zeros<bf16>(size_t(kRows) * widest, bytes_);
       own.row = zeros<bf16>(size_t(std::max(projected_stride_, hidden_stride_)), bytes_);
-      own.best = zeros<Best>(size_t(rows), bytes_);
       own.scratch = zeros<AttentionScratch<VectorsAttention>>(1, bytes_);
 #if defined(SET_AMX)
       own.tiles_scratch = zeros<AttentionScratch<TilesAttention>>(1, bytes_);
@@ -215,7 +208,7 @@ class Decoder {
       release(p);
     for (Own& own : own_)
       for (void* p : {(void*)own.hidden, (void*)own.normed, (void*)own.widened, (void*)own.paired,
-                      (void*)own.row, (void*)own.best, (void*)own.scratch, own.tiles_scratch_at()})
+                      (void*)own.row, (void*)own.scratch, own.tiles_scratch_at()})
         release(p);
   }
 
@@ -236,7 +229,6 @@ class Decoder {
   struct Own {
     bf16 *hidden = nullptr, *normed = nullptr, *paired = nullptr, *row = nullptr;
     float* widened = nullptr;
-    Best* best = nullptr;
     AttentionScratch<VectorsAttention>* scratch = nullptr;
 #if defined(SET_AMX)
     AttentionScratch<TilesAttention>* tiles_scratch = nullptr;
@@ -938,7 +930,6 @@ class Decoder {
         for (int m = 0; m < kRows && at + m < end; m++) block[m] = normed + (at + m) * hidden_stride_;
         pair_rows(block, size, x.paired + int64_t(at) * padded(size));
       }
-    for (int i = 0; i < num_rows; i++) own.best[i] = {-INFINITY, 0};
     if (!few) barrier(thread);
     const int64_t vocab = spec_.head.num_outputs;
     multiply(thread, spec_.head, x, num_rows,
@@ -949,16 +940,10 @@ class Decoder {
                           alignas(64) float values[kLanes];
                           store(values, final_logits(value));
                           count = std::min(count, kLanes);
-                          if (call_->logits)
-                            scatter(call_->logits + row * vocab + output, step, values, count);
-                          if (call_->greedy) consider(own.best[row], values, output, step, count);
+                          scatter(call_->logits + row * vocab + output, step, values, count);
                         });
              });
     count(thread, kLogits);
-    if (call_->greedy) {
-      barrier(thread);
-      if (thread == 0) choose();
-    }
   }
 
   F final_logits(F x) const {
@@ -970,26 +955,9 @@ class Decoder {
     return x;
   }
 
-  // Of equal logits the first counts, whichever thread has seen it.
-  static void consider(Best& best, const float* values, int output, int step, int count) {
-    for (int i = 0; i < count; i++)
-      if (values[i] > best.value || (values[i] == best.value && output + i * step < best.index))
-        best = {values[i], output + i * step};
-  }
   static void scatter(float* to, int step, const float* values, int count) {
     if (step == 1) return (void)memcpy(to, values, size_t(count) * sizeof(float));
     for (int i = 0; i < count; i++) to[int64_t(i) * step] = values[i];
-  }
-  void choose() {
-    for (int row = 0; row < call_->num_logit_rows; row++) {
-      Best best = own_[0].best[row];
-      for (int thread = 1; thread < threads_->count(); thread++) {
-        const Best& other = own_[size_t(thread)].best[row];
-        if (other.value > best.value || (other.value == best.value && other.index < best.index))
-          best = other;
-      }
-      call_->greedy[row] = best.index;
-    }
   }
 
   const DecoderSpec spec_;

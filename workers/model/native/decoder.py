@@ -139,7 +139,6 @@ class NativeDecoder:
         addresses: Int64s,
         logit_rows: Int32s,
         logits_out: torch.Tensor | None = None,
-        greedy_out: Int32s | None = None,
         num_threads: int | None = None,
         layers: Sequence[PlacedLayer] | None = None,
         hidden: torch.Tensor | None = None,
@@ -150,9 +149,8 @@ class NativeDecoder:
         A row is a token at a position of the sequence whose block addresses are a row of
         `addresses` [num_tables, max_blocks]; it attends to the positions up to its own, which
         earlier calls or earlier rows of this one have written. `logits_out` takes, for each of
-        `logit_rows`, fp32 logits, which are not rounded to bf16; `greedy_out` takes the
-        first token of the highest. `num_threads` of the decoder's threads do it, by default all;
-        the result does not depend on it.
+        `logit_rows`, fp32 logits, which are not rounded to bf16. `num_threads` of the decoder's
+        threads do it, by default all; the result does not depend on it.
 
         With `layers`, only those are computed, which must follow one on another. `hidden`, a bf16
         tensor # [num_rows, hidden_stride], then takes the residual stream as the last of them
@@ -196,12 +194,10 @@ class NativeDecoder:
         self._check_blocks(positions, tables, addresses)
         if logits_out is not None:
             _check_logits(logits_out, (num_logit_rows, self.vocab_size))
-        if greedy_out is not None:
-            _check_array("greedy_out", greedy_out, np.int32)
-            if greedy_out.shape != (num_logit_rows,) or not greedy_out.flags.writeable:
-                raise ValueError(f"greedy_out must be a writable int32 array [{num_logit_rows}]")
         if layers is not None:
             self._check_layers(layers, num_logit_rows)
+        if num_logit_rows and logits_out is None:
+            raise ValueError("logits_out must take the logits of logit_rows")
         if hidden is None and layers is not None and len(layers) < len(self.layers):
             raise ValueError("some of the layers without a residual stream")
         if hidden is not None:
@@ -223,7 +219,6 @@ class NativeDecoder:
             call.addresses = addresses.ctypes.data
             call.logit_rows = logit_rows.ctypes.data
             call.logits = logits_out.data_ptr() if logits_out is not None else None
-            call.greedy = greedy_out.ctypes.data if greedy_out is not None else None
             call.norms_hidden = norms_hidden
             call.num_rows = num_rows
             call.max_blocks = addresses.shape[1]

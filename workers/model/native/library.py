@@ -194,7 +194,6 @@ class Call(ctypes.Structure):
         ("logit_rows", c_void_p),
         ("hidden", c_void_p),
         ("logits", c_void_p),
-        ("greedy", c_void_p),
         ("num_layers", c_int32),
         ("num_rows", c_int32),
         ("max_blocks", c_int32),

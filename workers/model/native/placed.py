@@ -41,14 +41,14 @@ class _Moved:
         if parameters.keys() != tensors.keys():
             differing = ", ".join(sorted(parameters.keys() ^ tensors.keys()))
             raise ValueError(f"a layer's weights, but for {differing}")
-        self._spans = []
+        self._moves = []
         for name, old in parameters.items():
             new = tensors[name]
             if new.shape != old.shape or new.dtype != old.dtype:
                 raise ValueError(f"{name} is {list(old.shape)} of {old.dtype}")
             if not new.is_contiguous() or new.device.type != "cpu" or new.data_ptr() % 2:
                 raise ValueError(f"{name} must be contiguous and on the processor")
-            self._spans.append((old.data_ptr(), old.nbytes, new.data_ptr()))
+            self._moves.append((old.data_ptr(), old.nbytes, new.data_ptr()))
 
     def pointers(self, structure: Any) -> None:
         """Move all of them, also those of structures in it."""
@@ -63,7 +63,7 @@ class _Moved:
                     self.pointers(element)
 
     def _new(self, address: int) -> int:
-        for old, num_bytes, new in self._spans:
+        for old, num_bytes, new in self._moves:
             if old <= address < old + num_bytes:
                 return new + address - old
         raise AssertionError("a pointer into none of the layer's weights")

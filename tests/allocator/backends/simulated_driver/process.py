@@ -14,7 +14,9 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from allocator.backends import device_fault, for_handle, open_device
@@ -23,9 +25,10 @@ from allocator.backends.cuda_driver import current, load
 from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
 from allocator.backends.nvml import device_usage, device_usages
 from allocator.messages import Extent, Handle
-from tests.allocator.backends.backend_peer import Died, Peer, Program, encoded
+from tests.allocator.backends.backend_peer import Died, Peer, PeerProgram, encoded
 from tests.allocator.processes import Refused, in_fork
 from tests.daemon_process import ROOT, TIMEOUT_S
+from tests.remote import remote
 
 COUNTS = ("handles", "ranges", "mappings", "pinned", "streams", "contexts", "pending", "faults")
 
@@ -44,31 +47,48 @@ class Process(Peer):
                 env=environment,
             )
 
-    def call(self, command: str, *arguments: Any, descriptor: int | None = None) -> Any:
-        """One command of `SimulatedProgram` and its answer. Raises Refused, Died."""
-        value, _ = self._call(command, arguments, descriptor)
+    @property
+    def do(self) -> "SimulatedProgram":
+        return self.given(None)
+
+    def given(self, descriptor: int | None) -> "SimulatedProgram":
+        """As `do`; the descriptor goes along."""
+        return remote(SimulatedProgram, partial(self._run, descriptor))
+
+    def _run(
+        self,
+        descriptor: int | None,
+        method: str,
+        given: Sequence[Any],
+        named: Mapping[str, Any],
+    ) -> Any:
+        value, _ = self._answer(descriptor, method, given, named)
         return value
 
     def export(self, segment: str, extent: Extent | None = None) -> int:
         """What the allocator's side exports, the caller's to close."""
         place = () if extent is None else (extent.offset, extent.num_bytes)
-        _, descriptors = self._call("export", (segment, *place), None)
+        _, descriptors = self._answer(None, "export", (segment, *place), {})
         (descriptor,) = descriptors
         return descriptor
 
     def counts(self) -> dict[str, int]:
         """What the simulated driver counts in this process."""
-        return dict(zip(COUNTS, self.call("counts"), strict=True))
+        return dict(zip(COUNTS, self.do.counts(), strict=True))
 
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()
         self.stop()
 
-    def _call(
-        self, command: str, arguments: tuple[Any, ...], descriptor: int | None
+    def _answer(
+        self,
+        descriptor: int | None,
+        method: str,
+        given: Sequence[Any],
+        named: Mapping[str, Any],
     ) -> tuple[Any, list[int]]:
-        request = json.dumps([command, *arguments], default=encoded).encode()
+        request = json.dumps([method, given, named], default=encoded).encode()
         socket.send_fds(self._socket, [request], [] if descriptor is None else [descriptor])
         try:
             reply, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 20, 1)
@@ -97,8 +117,8 @@ def content(num_bytes: int, seed: int) -> bytes:
     return random.Random(seed).randbytes(num_bytes)
 
 
-class SimulatedProgram(Program):
-    """The child's end: one method a command. Of clients those of `Program`, too."""
+class SimulatedProgram(PeerProgram):
+    """The child's end: one method a command. Of clients those of `PeerProgram`, too."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ from tests.allocator.client.share.sample_modules import HAS_DIFFUSERS, build, de
 from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT, TIMEOUT_S
 from tests.leaks import wait_until
+from tests.remote import remote
 
 # --- what runs in a process
 
 
-class Program:
-    """The commands: one method each, over one module."""
+class ModuleProgram:
+    """What it can be told to do: one method each, over one module."""
 
     def __init__(self, runtime_dir: str):
         self.memory = connect(runtime_dir)
@@ -136,13 +137,13 @@ class Program:
 
 def _obey(connection: socket.socket, runtime_dir: str) -> None:
     """Run commands until the other end closes."""
-    program = Program(runtime_dir)
+    program = ModuleProgram(runtime_dir)
     with connection.makefile("rw") as lines:
         print(json.dumps({"value": os.getpid()}), file=lines, flush=True)
         for line in lines:
-            command, *arguments = json.loads(line)
+            method, given, named = json.loads(line)
             try:
-                answer = {"value": getattr(program, command)(*arguments)}
+                answer = {"value": getattr(program, method)(*given, **named)}
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the test compares it
                 answer = {"error": type(error).__name__, "message": str(error)}
             print(json.dumps(answer), file=lines, flush=True)
@@ -189,23 +190,27 @@ def main() -> None:
 
 
 class ModuleProcess:
-    """One program in a process of its own. As a context it is stopped at the end."""
+    """A `ModuleProgram` in a process of its own. As a context it is stopped at the end.
+
+    `do` runs a method of it there and returns what that returned, or raises Refused; `begin` only
+    has it run, and `receive` takes what it returns.
+    """
 
     def __init__(self, connection: socket.socket, runtime_dir: RuntimeDir):
         self.runtime_dir = runtime_dir
         self._connection = connection
         self._text = b""
         self._ended = False
+        self.do = remote(ModuleProgram, self._run)
+        self.begin = remote(ModuleProgram, self._send)
         self.pid: int = self.receive()
 
-    def call(self, command: str, *arguments: Any) -> Any:
-        """One command and its answer. Raises Refused."""
-        self.send(command, *arguments)
+    def _run(self, method: str, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        self._send(method, given, named)
         return self.receive()
 
-    def send(self, command: str, *arguments: Any) -> None:
-        """Give a command; `receive` takes its answer."""
-        self._connection.sendall(json.dumps([command, *arguments]).encode() + b"\n")
+    def _send(self, method: str, given: Sequence[Any], named: Mapping[str, Any]) -> None:
+        self._connection.sendall(json.dumps([method, given, named]).encode() + b"\n")
 
     def receive(self) -> Any:
         """The next answer. Raises Refused."""

@@ -61,8 +61,8 @@ def start(nursery: Nursery, daemon: DaemonProcess, runtime_dir: RuntimeDir) -> I
 def sharing(start: Start, kind: str, *, seed: int = 0, device: str = "cpu") -> ModuleProcess:
     """A process that has shared such a module as "k"."""
     process = start()
-    process.call("build", kind, seed, device)
-    process.call("share", "k")
+    process.do.build(kind, seed, device)
+    process.do.share("k")
     return process
 
 
@@ -98,12 +98,12 @@ def test_processes_at_once_compute_the_same_over_one_copy(start: Start, number: 
     expected = output("large", build("large"))
     processes = [start() for _ in range(number)]
     for process in processes:
-        process.call("build", "large")
+        process.do.build("large")
     before = [private_bytes(process) for process in processes]
     for process in processes:
-        process.send("share", "k")
+        process.begin.share("k")
     assert sorted(process.receive() for process in processes) == [False] * (number - 1) + [True]
-    assert [process.call("output") for process in processes] == [expected] * number
+    assert [process.do.output() for process in processes] == [expected] * number
 
     segments = [segment for process in processes for segment in measured(process).segments]
     assert len(segments) == number
@@ -120,24 +120,24 @@ def test_processes_at_once_compute_the_same_over_one_copy(start: Start, number: 
 
 def test_the_memory_of_parameters_goes_though_a_buffer_had_a_part_of_it(start: Start) -> None:
     publisher = start()
-    publisher.call("build", "flat")
+    publisher.do.build("flat")
     before = private_bytes(publisher)
     Path(f"/proc/{publisher.pid}/clear_refs").write_text("5")  # the peak begins anew, see proc(5)
     peak = peak_bytes(publisher)
-    assert publisher.call("share", "k")
+    assert publisher.do.share("k")
     assert private_bytes(publisher) < before - LARGE_BYTES + (4 << 20)
     assert peak_bytes(publisher) < peak + LARGE_BYTES + (8 << 20)  # the segment, and no third copy
-    assert publisher.call("in_segment") == ["up", "down"]
-    assert publisher.call("output") == output("flat", build("flat"))
+    assert publisher.do.in_segment() == ["up", "down"]
+    assert publisher.do.output() == output("flat", build("flat"))
 
 
 def test_a_module_on_meta_never_has_private_parameters(start: Start) -> None:
     publisher = sharing(start, "large")
     reader = start()
-    reader.call("build", "large", 0, "meta")
+    reader.do.build("large", 0, "meta")
     before = private_bytes(reader)
-    assert reader.call("share", "k") is False
-    assert reader.call("output") == publisher.call("output")
+    assert reader.do.share("k") is False
+    assert reader.do.output() == publisher.do.output()
     assert private_bytes(reader) < before + (8 << 20)
 
 
@@ -152,10 +152,10 @@ def test_every_form_of_tensor_is_kept(start: Start, device: str) -> None:
     publisher = sharing(start, "odd")
     reader = sharing(start, "odd", seed=5, device=device)
     for process in (publisher, reader):
-        assert process.call("described") == expected
-        assert process.call("output") == computed
+        assert process.do.described() == expected
+        assert process.do.output() == computed
     # The slice lies in a storage of 64 MiB, of which nothing else is needed.
-    assert publisher.call("num_bytes") < 64 << 10
+    assert publisher.do.num_bytes() < 64 << 10
 
 
 def test_random_views_of_random_storages_are_kept(start: Start) -> None:
@@ -166,9 +166,9 @@ def test_random_views_of_random_storages_are_kept(start: Start) -> None:
         expected = described(build(kind))
         num_overlaps += len(expected["overlaps"])
         for process, first in ((publisher, True), (reader, False)):
-            process.call("build", kind, 0 if first else 9, "cpu")
-            assert process.call("share", kind) is first
-            assert process.call("described") == expected, kind
+            process.do.build(kind, 0 if first else 9, "cpu")
+            assert process.do.share(kind) is first
+            assert process.do.described() == expected, kind
     assert num_overlaps > 100
 
 
@@ -196,9 +196,9 @@ def test_models_of_libraries_compute_the_same(start: Start, kind: str) -> None:
         sharing(start, kind, seed=5),
         sharing(start, kind, device="meta"),
     ):
-        assert process.call("described") == expected
-        assert process.call("output") == computed
-        assert process.call("in_segment") == [name for name, _ in module.named_parameters()]
+        assert process.do.described() == expected
+        assert process.do.output() == computed
+        assert process.do.in_segment() == [name for name, _ in module.named_parameters()]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -206,8 +206,8 @@ def test_models_of_libraries_compute_the_same(start: Start, kind: str) -> None:
 def test_the_publishers_ties_win(start: Start, first: str, device: str) -> None:
     publisher = sharing(start, first)
     reader = sharing(start, "untied" if first == "tied" else "tied", seed=5, device=device)
-    assert reader.call("described") == publisher.call("described") == described(build(first))
-    assert reader.call("output") == output(first, build(first))
+    assert reader.do.described() == publisher.do.described() == described(build(first))
+    assert reader.do.output() == output(first, build(first))
 
 
 def test_one_layer_under_two_names_cant_become_two(start: Start) -> None:
@@ -215,13 +215,13 @@ def test_one_layer_under_two_names_cant_become_two(start: Start) -> None:
     with pytest.raises(Refused, match=r"'first.weight' and 'second.weight' were two tensors .*'k'"):
         sharing(start, "one layer")
     two = sharing(start, "tied")  # the refusal harmed nobody
-    assert two.call("described") == described(build("untied"))
+    assert two.do.described() == described(build("untied"))
 
 
 def test_two_layers_become_one_set_of_tensors(start: Start) -> None:
     sharing(start, "one layer")
     reader = sharing(start, "untied", seed=5)
-    assert reader.call("described") == described(build("one layer"))
+    assert reader.do.described() == described(build("one layer"))
 
 
 # --- buffers
@@ -234,18 +234,18 @@ def test_buffers_are_private_and_writable(start: Start) -> None:
     publisher = sharing(start, "normed")
     readers = [sharing(start, "normed", seed=5, device=device) for device in ("cpu", "meta")]
     for process in (publisher, *readers):  # each begins with the publisher's values of the start
-        assert process.call("in_segment") == [name for name, _ in module.named_parameters()]
-        assert [process.call("train") for _ in range(2)] == expected
-        assert process.call("described") == after
+        assert process.do.in_segment() == [name for name, _ in module.named_parameters()]
+        assert [process.do.train() for _ in range(2)] == expected
+        assert process.do.described() == after
 
 
 def test_a_buffer_over_a_parameter_is_read_only_as_it_is(start: Start) -> None:
     for process in (sharing(start, "odd"), sharing(start, "odd", device="meta")):
-        shared = process.call("in_segment")
+        shared = process.do.in_segment()
         assert "of_parameter" in shared
         assert not {"values", "first_values", "beside", "count", "derived"} & set(shared)
-        process.call("write", "values")
-        process.send("write", "of_parameter")
+        process.do.write("values")
+        process.begin.write("of_parameter")
         assert process.ended_by() == signal.SIGSEGV
 
 
@@ -254,15 +254,15 @@ def test_a_buffer_over_a_parameter_is_read_only_as_it_is(start: Start) -> None:
 
 def test_a_module_on_meta_waits_for_nobody(start: Start, memory: Client) -> None:
     reader = start()
-    reader.call("build", "untied", 0, "meta")
+    reader.do.build("untied", 0, "meta")
     for _ in range(2):
         with pytest.raises(Refused, match=r"UnknownWeightSet: nobody has shared 'k' yet, and this"):
-            reader.call("share", "k")
-    assert {form[-1] for form in reader.call("described")["tensors"].values()} == {"meta"}
+            reader.do.share("k")
+    assert {form[-1] for form in reader.do.described()["tensors"].values()} == {"meta"}
     assert memory.statistics().weight_sets == ()
     publisher = sharing(start, "untied")
-    assert reader.call("share", "k") is False
-    assert reader.call("described") == publisher.call("described")
+    assert reader.do.share("k") is False
+    assert reader.do.described() == publisher.do.described()
 
 
 # --- what must match
@@ -290,24 +290,24 @@ def test_another_module_is_refused_by_what_differs(
 ) -> None:
     publisher = sharing(start, "untied")
     other = start()
-    other.call("build", kind)
-    before = other.call("described")
+    other.do.build(kind)
+    before = other.do.described()
     with pytest.raises(Refused, match=message):
-        other.call("share", "k")
-    assert other.call("described") == before
+        other.do.share("k")
+    assert other.do.described() == before
     assert only_set(memory).reader_pids == (publisher.pid,)
 
 
 def test_the_callers_fingerprint_counts(start: Start) -> None:
     processes = [start(), start()]
     for process in processes:
-        process.call("build", "untied")
-    assert processes[0].call("share", "k", {"revision": "1"})
+        process.do.build("untied")
+    assert processes[0].do.share("k", {"revision": "1"})
     with pytest.raises(Refused, match=r"revision was '1' and is now '2'"):
-        processes[1].call("share", "k", {"revision": "2"})
+        processes[1].do.share("k", {"revision": "2"})
     with pytest.raises(Refused, match=r"InvalidMessage: .* 'module' of its own"):
-        processes[1].call("share", "k", {"module": "2"})
-    assert processes[1].call("share", "k", {"revision": "1"}) is False
+        processes[1].do.share("k", {"module": "2"})
+    assert processes[1].do.share("k", {"revision": "1"}) is False
 
 
 class Subclass(torch.Tensor):
@@ -367,18 +367,18 @@ def test_a_publisher_that_is_killed_in_the_middle_is_followed_by_the_next(
     expected = output("large", build("large"))
     publisher, waiting = start(), start()
     for process in (publisher, waiting):
-        process.call("build", "large")
-    publisher.call("stop_at_first_progress")
-    publisher.send("share", "k")
+        process.do.build("large")
+    publisher.do.stop_at_first_progress()
+    publisher.begin.share("k")
     publisher.wait_stopped()
     assert 0 < only_set(memory).written_bytes < LARGE_BYTES
     with pytest.raises(Refused, match=rf"WaitTimeout: process {publisher.pid} has been loading"):
-        waiting.call("share", "k", {}, 0.1)
-    waiting.send("share", "k")
+        waiting.do.share("k", {}, 0.1)
+    waiting.begin.share("k")
     publisher.signal(signal.SIGKILL)
     assert publisher.ended_by() == signal.SIGKILL
     assert waiting.receive() is True
-    assert waiting.call("output") == expected
+    assert waiting.do.output() == expected
     assert only_set(memory).reader_pids == (waiting.pid,)
 
 
@@ -387,19 +387,19 @@ def test_a_publisher_that_is_interrupted_gives_the_election_back(
 ) -> None:
     expected = output("large", build("large"))
     publisher = start()
-    publisher.call("build", "large")
+    publisher.do.build("large")
     before = private_bytes(publisher)
-    publisher.call("interrupt_at_first_progress")
-    publisher.send("share", "k")
+    publisher.do.interrupt_at_first_progress()
+    publisher.begin.share("k")
     with pytest.raises(Refused, match="KeyboardInterrupt"):
         publisher.receive()
     assert memory.statistics().weight_sets == ()
-    assert publisher.call("in_segment") == []
-    assert publisher.call("output") == expected
+    assert publisher.do.in_segment() == []
+    assert publisher.do.output() == expected
     assert abs(private_bytes(publisher) - before) < 4 << 20
-    assert sharing(start, "large", seed=5).call("output") != expected
-    assert publisher.call("share", "k") is False
-    assert publisher.call("output") != expected
+    assert sharing(start, "large", seed=5).do.output() != expected
+    assert publisher.do.share("k") is False
+    assert publisher.do.output() != expected
 
 
 def test_a_module_that_does_not_fit_stays_as_it_was(memory: Client, tmp_path: Path) -> None:
@@ -431,10 +431,10 @@ def test_a_write_ends_only_the_writer(start: Start, memory: Client) -> None:
     processes = [sharing(start, "tied") for _ in range(3)]
     expected = output("tied", build("tied"))
     for writer in (processes[0], processes[1]):  # the publisher, and a reader
-        writer.send("write", "second.weight")
+        writer.begin.write("second.weight")
         assert writer.ended_by() == signal.SIGSEGV
     wait_until(lambda: only_set(memory).reader_pids == (processes[2].pid,), "the others are gone")
-    assert processes[2].call("output") == expected
+    assert processes[2].do.output() == expected
 
 
 # --- the module stays a module
@@ -443,20 +443,20 @@ def test_a_write_ends_only_the_writer(start: Start, memory: Client) -> None:
 def test_copies_and_conversions_are_private(start: Start) -> None:
     for kind in ("llama", "odd"):
         process = start()
-        process.call("build", kind)
-        process.call("share", kind)
+        process.do.build(kind)
+        process.do.share(kind)
         module = build(kind)
         expected = output(kind, module)
-        assert process.call("output") == expected
-        copied, written, in_segment = process.call("copy")
+        assert process.do.output() == expected
+        copied, written, in_segment = process.do.copy()
         assert (copied, in_segment) == (expected, [])
         assert written != expected
-        assert process.call("output") == expected
+        assert process.do.output() == expected
     first, second = sharing(start, "llama"), sharing(start, "llama")
-    first.call("convert", "float64")
-    assert first.call("in_segment") == []
-    assert first.call("output") == output("llama", build("llama").to(torch.float64))
-    assert second.call("output") == output("llama", build("llama"))
+    first.do.convert("float64")
+    assert first.do.in_segment() == []
+    assert first.do.output() == output("llama", build("llama").to(torch.float64))
+    assert second.do.output() == output("llama", build("llama"))
 
 
 def test_mode_hooks_names_and_objects_stay(memory: Client) -> None:
@@ -521,24 +521,24 @@ def test_a_shared_module_can_be_shared_again(memory: Client) -> None:
 
 def test_released_modules_stay_valid(start: Start, memory: Client) -> None:
     publisher, reader = sharing(start, "large"), sharing(start, "large", device="meta")
-    expected = publisher.call("output")
+    expected = publisher.do.output()
     mapped = handed_out(memory)
     for process in (publisher, reader):
-        process.call("release")
+        process.do.release()
     assert only_set(memory).state == "idle"
     memory.evict("k")
-    assert [process.call("output") for process in (publisher, reader)] == [expected] * 2
+    assert [process.do.output() for process in (publisher, reader)] == [expected] * 2
     assert len(measured(reader, mapped).segments) == 1
     assert measured(reader).segments == ()  # it has not been handed out any more
-    reader.call("drop")
+    reader.do.drop()
     assert measured(reader, mapped).segments == ()
 
 
 def test_modules_outlive_the_allocator(start: Start, daemon: DaemonProcess) -> None:
     process = sharing(start, "tied")
     assert daemon.stop() == 0
-    assert process.call("output") == output("tied", build("tied"))
-    process.call("release")
+    assert process.do.output() == output("tied", build("tied"))
+    process.do.release()
     with pytest.raises(Refused, match="AllocatorGone"):
-        process.call("share", "k")
-    assert process.call("output") == output("tied", build("tied"))
+        process.do.share("k")
+    assert process.do.output() == output("tied", build("tied"))

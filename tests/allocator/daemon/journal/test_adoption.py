@@ -22,14 +22,14 @@ from allocator import (
     messages,
 )
 from allocator.backends.host import SHM_ROOT
-from allocator.client.connection import Connection
+from allocator.client.session.connection import Connection
 from allocator.daemon.journal.file import read_journal
 from allocator.daemon.journal.records import SessionEnded, decode_record
 from allocator.errors import Unanswered
 from allocator.messages import SessionStatistics, WeightSetStatistics
 from tests.allocator.daemon.raw_session import RawSession
 from tests.allocator.processes import ClientProcess, Refused, in_fork
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import TIMEOUT_S, DaemonProcess
 from tests.leaks import segments, wait_until
 
 KIB = 1 << 10
@@ -77,22 +77,22 @@ class Scene:
         self.reader, self.writer, self.owner, self.guest = (
             start(model=model, user="ada") for model in ("r", "w", "o", "g")
         )
-        assert self.reader.call("load", "sealed", MIB, 1) == "writer"
-        assert self.writer.call("open", "unfinished", {}) == "writer"
-        self.segment = self.writer.call("reserve", MIB)
-        self.writer.call("fill", 2)
-        self.writer.call("progress", MIB // 2)
-        self.kept, self.given = self.owner.call("lease", EXTENT, 2)
-        self.owner.call("fill_leases", [(self.kept, 3), (self.given, 4)])
-        assert self.owner.call("put", [(DIGEST, self.given)]) == [True]
-        assert self.guest.call("look_up", [DIGEST]) == [self.given]
+        assert self.reader.do.load("sealed", MIB, 1) == "writer"
+        assert self.writer.do.open("unfinished", {}) == "writer"
+        self.segment = self.writer.do.reserve(MIB)
+        self.writer.do.fill(2)
+        self.writer.do.progress(MIB // 2)
+        self.kept, self.given = self.owner.do.lease(EXTENT, 2)
+        self.owner.do.fill_leases([(self.kept, 3), (self.given, 4)])
+        assert self.owner.do.put([(DIGEST, self.given)]) == [True]
+        assert self.guest.do.look_up([DIGEST]) == [self.given]
 
     def check_memory(self) -> None:
         """Every process sees the bytes that it saw."""
-        assert self.reader.call("digest") == digest_of(1, MIB)
-        assert self.owner.call("lease_digest", self.kept) == digest_of(3, EXTENT)
-        assert self.owner.call("block_digest", DIGEST) == digest_of(4, EXTENT)
-        assert self.guest.call("block_digest", DIGEST) == digest_of(4, EXTENT)
+        assert self.reader.do.digest() == digest_of(1, MIB)
+        assert self.owner.do.lease_digest(self.kept) == digest_of(3, EXTENT)
+        assert self.owner.do.block_digest(DIGEST) == digest_of(4, EXTENT)
+        assert self.guest.do.block_digest(DIGEST) == digest_of(4, EXTENT)
 
     def check_books(self, memory: Client) -> None:
         """The daemon knows who holds what."""
@@ -158,30 +158,30 @@ def test_all_that_is_held_is_taken_over(
         scene.check_memory()
 
         # The writer goes on where it was, and others read what it wrote.
-        scene.writer.call("progress", MIB)
-        scene.writer.call("seal")
-        assert scene.guest.call("load", "unfinished", MIB, 9) == "reader"
-        assert scene.guest.call("digest") == digest_of(2, MIB)
-        assert scene.guest.call("damaged") == []
+        scene.writer.do.progress(MIB)
+        scene.writer.do.seal()
+        assert scene.guest.do.load("unfinished", MIB, 9) == "reader"
+        assert scene.guest.do.digest() == digest_of(2, MIB)
+        assert scene.guest.do.damaged() == []
         assert segments(runtime_dir.segment_prefix) == before
 
         # What was leased is returned; what was pinned is unpinned; more is leased.
-        scene.owner.call("release_leases", [scene.kept])
+        scene.owner.do.release_leases([scene.kept])
         assert memory.statistics().pool.leased_bytes == 0
-        scene.owner.call("release_blocks", [DIGEST])
+        scene.owner.do.release_blocks([DIGEST])
         assert memory.statistics().pool.evictable_bytes == 0
-        scene.guest.call("release_blocks", [DIGEST])
+        scene.guest.do.release_blocks([DIGEST])
         assert memory.statistics().pool.evictable_bytes == EXTENT
-        assert scene.owner.call("look_up", [DIGEST]) == [scene.given]
-        [offset] = scene.owner.call("lease", EXTENT)
-        scene.owner.call("fill_leases", [(offset, 5)])
-        assert scene.owner.call("lease_digest", offset) == digest_of(5, EXTENT)
-        assert scene.owner.call("block_digest", DIGEST) == digest_of(4, EXTENT)
+        assert scene.owner.do.look_up([DIGEST]) == [scene.given]
+        [offset] = scene.owner.do.lease(EXTENT)
+        scene.owner.do.fill_leases([(offset, 5)])
+        assert scene.owner.do.lease_digest(offset) == digest_of(5, EXTENT)
+        assert scene.owner.do.block_digest(DIGEST) == digest_of(4, EXTENT)
 
         # A quota that was set before holds.
         with pytest.raises(Refused, match="QuotaExceeded"):
-            scene.owner.call("lease", 8 * MIB)
-        scene.reader.call("release")
+            scene.owner.do.lease(8 * MIB)
+        scene.reader.do.release()
         assert not any(s.adopted for s in memory.statistics().sessions)
         memory.check_integrity()
 
@@ -229,8 +229,8 @@ def test_one_of_several_died_meanwhile(scene: Scene, start_daemon: StartDaemon) 
         assert set_of(memory, "unfinished") is None
         pool = memory.statistics().pool
         assert (pool.leased_bytes, pool.cached_bytes, pool.evictable_bytes) == (0, EXTENT, 0)
-        assert scene.guest.call("block_digest", DIGEST) == digest_of(4, EXTENT)
-        scene.guest.call("release_blocks", [DIGEST])
+        assert scene.guest.do.block_digest(DIGEST) == digest_of(4, EXTENT)
+        scene.guest.do.release_blocks([DIGEST])
         assert memory.statistics().pool.evictable_bytes == EXTENT
         memory.check_integrity()
 
@@ -420,7 +420,7 @@ def test_the_last_thing_that_a_daemon_did_is_settled(
         # And it goes on as if nothing had been.
         memory.lease_many(EXTENT, 3)[0].release()
         for key in ("new", "idle"):
-            opened = memory.open_weight_set(key, {}, timeout_s=5.0)
+            opened = memory.open_weight_set(key, {}, timeout_s=TIMEOUT_S)
             assert isinstance(opened, WeightSetWriter if key == "new" else WeightSetReader)
 
 
@@ -480,15 +480,15 @@ def test_without_a_daemon_calls_say_so_and_with_one_they_go_on(
 ) -> None:
     daemon = start_daemon()
     client = start()
-    [offset] = client.call("lease", EXTENT)
+    [offset] = client.do.lease(EXTENT)
     for _ in range(3):
         daemon.kill()
         for _ in range(2):  # it says so every time
             with pytest.raises(Refused, match="AllocatorGone"):
-                client.call("lease", EXTENT)
+                client.do.lease(EXTENT)
         daemon = start_daemon()
-        client.call("release_leases", [offset])
-        [offset] = client.call("lease", EXTENT)
+        client.do.release_leases([offset])
+        [offset] = client.do.lease(EXTENT)
     with daemon.connect() as memory:
         found = session_of(memory, client.pid)
         assert found is not None
@@ -500,20 +500,20 @@ def test_who_waited_for_a_writer_is_told_and_waits_again(
 ) -> None:
     daemon = start_daemon()
     writer, waiter = start(), start()
-    assert writer.call("open", "k", {}) == "writer"
-    writer.call("reserve", MIB)
-    waiter.send("open", "k", {})
+    assert writer.do.open("k", {}) == "writer"
+    writer.do.reserve(MIB)
+    waiter.begin.open("k", {})
     with daemon.connect() as memory:
         wait_until(lambda: memory.statistics().num_sessions == 3, "all are there")
     daemon.kill()
     with pytest.raises(Refused, match="Unanswered"):
         waiter.receive()
     start_daemon()
-    waiter.send("open", "k", {})
-    writer.call("fill", 7)
-    writer.call("seal")
+    waiter.begin.open("k", {})
+    writer.do.fill(7)
+    writer.do.seal()
     assert waiter.receive() == "reader"
-    assert waiter.call("digest") == digest_of(7, MIB)
+    assert waiter.do.digest() == digest_of(7, MIB)
 
 
 def test_a_token_is_only_good_for_the_process_that_got_it(

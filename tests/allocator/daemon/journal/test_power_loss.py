@@ -16,17 +16,19 @@ import pytest
 
 from allocator import Client, Manifest, RuntimeDir, TensorEntry, WeightSetWriter
 from allocator.backends.host import SHM_ROOT, HostBackend
-from allocator.daemon.journal.adopt import adopt, read_records
+from allocator.books import LeasesSealed, PinsChanged
+from allocator.daemon.adoption import adopt
+from allocator.daemon.device.budget import Holder
 from allocator.daemon.journal.file import Journal, read_journal
 from allocator.daemon.journal.records import (
-    BlocksKept,
-    PinsChanged,
     Record,
     RunBegan,
     SessionBegan,
+    SessionChanged,
     SessionEnded,
     SetKept,
     decode_record,
+    read_records,
 )
 from allocator.messages import Handle, Message, encode
 from tests.allocator.backends.doomed import Doomed
@@ -219,18 +221,18 @@ def test_clients_that_live_on_without_a_journal_keep_their_bytes_and_begin_anew(
 ) -> None:
     daemon = start_daemon()
     with ClientProcess(runtime_dir) as client:
-        assert client.call("load", "k", MIB, 1) == "writer"
-        [offset] = client.call("lease", EXTENT)
-        client.call("fill_leases", [(offset, 2)])
-        digests = client.call("digest"), client.call("lease_digest", offset)
+        assert client.do.load("k", MIB, 1) == "writer"
+        [offset] = client.do.lease(EXTENT)
+        client.do.fill_leases([(offset, 2)])
+        digests = client.do.digest(), client.do.lease_digest(offset)
         daemon.kill()
         runtime_dir.journal.unlink()
         with start_daemon().connect() as memory:
             assert segments(runtime_dir.segment_prefix) == []
-            assert (client.call("digest"), client.call("lease_digest", offset)) == digests
+            assert (client.do.digest(), client.do.lease_digest(offset)) == digests
             assert memory.statistics().num_sessions == 1
             # Its next request begins a new session; the set has to be loaded for others.
-            assert client.call("load", "k", MIB, 3) == "writer"
+            assert client.do.load("k", MIB, 3) == "writer"
             assert memory.statistics().num_sessions == 2
             memory.check_integrity()
 
@@ -355,14 +357,22 @@ def test_a_set_with_files_is_taken_over_while_they_are_what_they_were(
 
 def adopted_from(runtime_dir: RuntimeDir, payloads: Sequence[bytes]) -> tuple[int, int, int]:
     """(weight sets, leases, blocks) that would be taken over, all of it in order."""
-    journaled = read_records(payloads)
-    sessions = list(journaled.sessions.values())
-    legacy = journaled.device("host")
+    kept = read_records(payloads)
+    holders = {number: Holder() for number in kept.sessions}
     with contextlib.closing(HostBackend()) as backend:
-        adopted = adopt(legacy, sessions, backend, backend, limit_bytes=None, quotas={}, now=0.0)
+        adopted = adopt(
+            kept.device("host"),
+            kept.books,
+            holders,
+            backend,
+            backend,
+            limit_bytes=None,
+            quotas={},
+            now=0.0,
+        )
     adopted.memory.check()
-    for session in sessions:
-        adopted.memory.end_session(session.number, 0.0)
+    for session in kept.sessions:
+        adopted.memory.end_session(session, 0.0)
     adopted.memory.check()
     pool = adopted.memory.pool.statistics()
     assert pool.leased_bytes == 0
@@ -413,8 +423,12 @@ def test_a_daemon_starts_with_a_journal_that_contradicts_itself(
     dead: RuntimeDir, start_daemon: StartDaemon
 ) -> None:
     records = records_of(dead)
-    kept = next(record for record in records if isinstance(record, BlocksKept))
-    write_journal(dead, [*records, kept])
+    sealed = next(
+        record
+        for record in records
+        if isinstance(record, SessionChanged) and isinstance(record.changes[0], LeasesSealed)
+    )
+    write_journal(dead, [*records, sealed])
     nothing_is_left(start_daemon(), dead)
 
 
@@ -456,7 +470,8 @@ def test_memory_that_was_to_be_freed_is_freed(dead: RuntimeDir, start_daemon: St
     the extents' memory back."""
     records = records_of(dead)
     [session] = [r.number for r in records if isinstance(r, SessionBegan)]
-    made = PinsChanged(device="host", session=session, digests=(DIGEST,), pinned=True)
+    pinned = PinsChanged(digests=(DIGEST,), pinned=True)
+    made = SessionChanged(session=session, changes=(pinned,))
     write_journal(dead, [*records, made, SessionEnded(number=session)])
     start_daemon()
     [pool] = [

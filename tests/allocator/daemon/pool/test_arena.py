@@ -17,7 +17,7 @@ def test_a_new_arena_is_one_free_extent() -> None:
     statistics = arena.statistics()
     assert statistics.free_bytes == statistics.largest_free_bytes == statistics.total_bytes
     assert statistics.fragmentation == 0
-    assert arena.is_empty
+    assert arena.used_bytes == 0
 
 
 @pytest.mark.parametrize("alignment", [0, -1, 3, 257])

@@ -5,7 +5,6 @@ each of them; now and then the pool is made again from what it says of itself, t
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -141,7 +140,7 @@ def test_who_puts_a_block_pins_it_and_leases_it_no_longer() -> None:
     assert pool.put(OWNER, [BlockToPut(digest(1), lease.offset, lease.generation)], 1.0) == [True]
     assert pool.held(OWNER) == (0, 0, 1)
     assert (pool.leased_bytes, pool.cached_bytes, pool.evictable_bytes) == (0, GRANULE, 0)
-    assert pool.block(digest(1)) == at(0)
+    assert dict(pool.blocks())[digest(1)] == at(0)
     assert pool.evict_block() is None
     with pytest.raises(ForeignExtent, match="sealed block"):
         pool.give_back(OWNER, [lease])
@@ -282,14 +281,7 @@ def test_statistics_tell_how_broken_up_the_pool_is() -> None:
 def made_again(pool: KVPool) -> KVPool:
     """A second pool, from what the first one says of itself."""
     again = KVPool(pool.total_bytes, GRANULE)
-    again.begin_restoring()
-    for session, generation, extent in pool.leases():
-        again.restore_lease(session, generation, extent)
-    for number, extent in pool.blocks():
-        again.restore_block(number, extent, 0.0)
-    for session, number, count in pool.pins():
-        again.restore_pins(session, [number] * count, 0.0)
-    again.end_restoring()
+    again.restore(pool.leases(), pool.blocks(), pool.pins(), 0.0)
     again.check()
     return again
 
@@ -309,38 +301,35 @@ def test_a_pool_that_is_made_again_goes_on_where_the_first_one_was() -> None:
     assert again.give_back(OWNER, [lease]) == [at(0, 3)]
 
 
-def taken_over(further: Callable[[KVPool], None]) -> None:
-    """Granules 1 and 2 of 4, and then what is done further."""
-    pool = pool_of(4)
-    pool.begin_restoring()
-    pool.restore_lease(OWNER, 5, at(1, 2))
-    further(pool)
-    pool.end_restoring()
-
-
-def test_what_is_taken_cannot_be_taken_over_again() -> None:
-    for restore in (
-        lambda pool: pool.restore_lease(OTHER, 6, at(1)),
-        lambda pool: pool.restore_lease(OTHER, 6, at(2)),
-        lambda pool: pool.restore_block(digest(1), at(0, 2), 0.0),
-        lambda pool: pool.restore_block(digest(1), at(3, 2), 0.0),
-    ):
-        with pytest.raises(ForeignExtent):
-            taken_over(restore)
-    pool = pool_of(4)
+@pytest.mark.parametrize(
+    ("lease", "block"),
+    [
+        ((OTHER, 6, at(1)), None),
+        ((OTHER, 6, at(2)), None),
+        (None, (digest(1), at(0, 2))),
+        (None, (digest(1), at(3, 2))),
+    ],
+)
+def test_what_is_taken_cannot_be_taken_over_again(
+    lease: tuple[int, int, Extent] | None, block: tuple[bytes, Extent] | None
+) -> None:
+    """Granules 1 and 2 of 4, and then something that overlaps them, or does not fit."""
+    leases = [(OWNER, 5, at(1, 2)), *([lease] if lease else [])]
     with pytest.raises(ForeignExtent):
-        pool.restore_lease(OWNER, 5, at(1, 2))  # it goes on already
-    pool.begin_restoring()
-    pool.restore_lease(OWNER, 5, at(1, 2))
-    pool.restore_pins(OWNER, [digest(9)], 0.0)  # of a block that is gone: nothing to pin
-    assert pool.held(OWNER) == (2 * GRANULE, 1, 0)
-    assert pool.generation == 5
-    pool.end_leases(OTHER, [GRANULE])  # not its own
-    pool.restore_lease(OWNER, 6, at(0))
-    pool.end_leases(OWNER, [0])
-    pool.end_restoring()
+        pool_of(4).restore(leases, [block] if block else [], [], 0.0)
+
+
+def test_a_pin_of_no_block_is_no_part_of_a_pool() -> None:
+    with pytest.raises(KeyError):
+        pool_of(4).restore([(OWNER, 5, at(1, 2))], [], [(OWNER, digest(9), 1)], 0.0)
+
+
+def test_the_next_lease_is_younger_than_all_that_were_taken_over() -> None:
+    pool = pool_of(4)
+    pool.restore([(OWNER, 5, at(1, 2)), (OTHER, 3, at(0))], [], [], 0.0)
     pool.check()
-    assert pool.leased_bytes == 2 * GRANULE
+    assert (pool.leased_bytes, pool.generation) == (3 * GRANULE, 5)
+    assert leased(pool)[0].generation == 6
 
 
 # --- at random, against a plain model

@@ -19,10 +19,21 @@ from allocator import (
     UnknownWeightSet,
     WeightSetBusy,
 )
-from allocator.daemon.weights.requests import WeightSets
+from allocator.daemon.weights.sets import WeightSets
 from allocator.daemon.weights.state import Answer, Discard, Effect, Free, ReplyTo, Waiter
-from allocator.messages import Elected, Extent, Handle, LowerTier, Sealed, StillLoading
+from allocator.messages import (
+    Elected,
+    Extent,
+    Handle,
+    LowerTier,
+    Open,
+    Sealed,
+    Sleep,
+    StillLoading,
+)
 
+OPEN = Open(key="k", fingerprint={}, wait_ms=0)
+SLEEP = Sleep(key="k", tier="host", wait_ms=0)
 MADE_FROM = {"file": "a", "dtype": "bfloat16"}
 WRITER, READER, STRANGER, MOVER = 1, 2, 3, 4
 MANIFEST = Extent(offset=90, num_bytes=10)
@@ -209,7 +220,7 @@ def test_waiters_are_elected_in_the_order_they_came() -> None:
     sets, generation = in_state("loading")
     for session in (5, 6):
         assert sets.open(session, "k", MADE_FROM) is None
-        sets.wait("k", Waiter(session, (b"", b"%d" % session), deadline=9.0))
+        sets.wait("k", Waiter(session, (b"", b"%d" % session), 9.0, OPEN))
     for expected in (5, 6):
         [effect], changed = sets.end_session(next(iter(sets)).writer or 0, now=1.0)
         assert changed == ["k"]
@@ -222,7 +233,7 @@ def test_waiters_are_elected_in_the_order_they_came() -> None:
 def test_a_waiter_that_dies_with_the_writer_is_not_elected_for_long() -> None:
     sets, _ = in_state("reserved")
     for session in (5, 6):
-        sets.wait("k", Waiter(session, (b"", b"%d" % session), deadline=9.0))
+        sets.wait("k", Waiter(session, (b"", b"%d" % session), 9.0, OPEN))
     sets.end_session(WRITER, now=1.0)
     [effect], _ = sets.end_session(5, now=1.0)
     assert isinstance(effect, Answer)
@@ -302,7 +313,7 @@ def test_a_damaged_copy_is_given_up_and_the_set_is_loaded_anew(tier: LowerTier) 
     elected = sets.open(WRITER, "k", MADE_FROM)
     assert isinstance(elected, Elected)
     assert sets.open(READER, "k", MADE_FROM) is None
-    sets.wait("k", Waiter(READER, (b"", b"r"), deadline=9.0))
+    sets.wait("k", Waiter(READER, (b"", b"r"), 9.0, OPEN))
     [gone, answer] = sets.abandon(WRITER, "k", elected.generation, discard_source=True)
     assert gone == (Discard(IMAGE) if tier == "disk" else Free(in_generation(LOWER, sets, -2)))
     assert isinstance(answer, Answer)
@@ -345,7 +356,7 @@ def test_a_move_that_fails_leaves_the_set_where_it_was_and_usable(ends: str) -> 
     sets, _ = in_state("idle")
     moving = sets.move(MOVER, "k", "host", LOWER, "")
     assert sets.open(READER, "k", MADE_FROM) is None
-    sets.wait("k", Waiter(READER, (b"", b"r"), deadline=9.0))
+    sets.wait("k", Waiter(READER, (b"", b"r"), 9.0, OPEN))
     effects = (
         sets.abandon(MOVER, "k", moving.generation)
         if ends == "abandon"
@@ -367,7 +378,7 @@ def test_who_wants_a_set_to_sleep_that_another_moves_asks_again_later() -> None:
     sets, _ = in_state("idle")
     moving = sets.move(MOVER, "k", "host", LOWER, "")
     assert sets.sleep("k", "host") == ("wait", [])
-    sets.wait("k", Waiter(STRANGER, (b"", b"s"), deadline=9.0, opens=False))
+    sets.wait("k", Waiter(STRANGER, (b"", b"s"), 9.0, SLEEP))
     [_, answer] = sets.moved(MOVER, "k", moving.generation)
     assert isinstance(answer, Answer)
     assert isinstance(answer.message, StillLoading)
@@ -740,7 +751,7 @@ class Lives(RuleBasedStateMachine):
     def wait(self, known: Known, key: str, session: int, wait: int, *, opens: bool) -> None:
         self.num_requests += 1
         reply_to = (b"%d" % session, b"%d" % self.num_requests)
-        waiter = Waiter(session, reply_to, self.now + wait, opens)
+        waiter = Waiter(session, reply_to, self.now + wait, OPEN if opens else SLEEP)
         self.sets.wait(key, waiter)
         known.waiting.append(waiter)
         self.unanswered.add(reply_to)
@@ -781,13 +792,13 @@ class Lives(RuleBasedStateMachine):
         answers = [effect for effect in effects if isinstance(effect, Answer)]
         waiting, known.waiting = known.waiting, []
         for waiter in waiting:
-            if waiter.opens and known.writer is not None:
+            if waiter.request is OPEN and known.writer is not None:
                 known.waiting.append(waiter)
                 continue
             answer = answers.pop(0)
             assert answer.waiter == waiter
             self.unanswered.remove(waiter.reply_to)
-            if not waiter.opens:
+            if waiter.request is SLEEP:
                 assert isinstance(answer.message, StillLoading)
             elif "device" in known.copies:
                 assert isinstance(answer.message, Sealed)

@@ -4,10 +4,12 @@ What bf16 rounding may do is measured, not guessed: the same weights in fp32 tel
 transformers' own bf16 logits are off, and the native ones may not be off further.
 """
 
+import copy
 import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,6 @@ class Sequences:
         positions = [start + i for _, start, tokens in parts for i in range(len(tokens))]
         tables = [sequence for sequence, _, tokens in parts for _ in tokens]
         logits = torch.full((len(ids), self.decoder.vocab_size), float("nan"))
-        greedy = np.full(len(ids), -1, np.int32)
         self.decoder.forward(
             int32(ids),
             int32(positions),
@@ -151,10 +152,8 @@ class Sequences:
             np.stack(self.tables),
             np.arange(len(ids), dtype=np.int32),
             logits,
-            greedy,
             num_threads,
         )
-        assert greedy.tolist() == logits.argmax(-1).tolist()
         return logits
 
 
@@ -191,13 +190,18 @@ def assert_as_good(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor
 # --- the same numbers as transformers
 
 
+@cache
+def theirs_and_exact(family: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `prompt(77)`, for all sets of kernels."""
+    token_ids = prompt(77)
+    return logits_of(model_of(family), token_ids), logits_of(in_fp32(family), token_ids)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_as_good_as_those_of_transformers(family: str) -> None:
     module = model_of(family)
     assert supports(module, torch.bfloat16) is None
-    token_ids = prompt(77)
-    ours = alone(module, token_ids)
-    assert_as_good(ours, logits_of(module, token_ids), logits_of(in_fp32(family), token_ids))
+    assert_as_good(alone(module, prompt(77)), *theirs_and_exact(family))
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +218,18 @@ def smollm2(smollm2_gguf: Path) -> Any:
     return module.eval().requires_grad_(False)
 
 
-@pytest.mark.this_process  # minutes where each instruction is emulated
-def test_a_real_model_continues_a_text_as_transformers_does(smollm2: Any) -> None:
+@dataclass(frozen=True)
+class Continued:
+    """What transformers makes of some texts, in bf16, and the exact logits of that."""
+
+    texts: list[list[int]]
+    theirs: torch.Tensor
+    exact: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def continued(smollm2: Any) -> Continued:
+    """The same for all sets of kernels."""
     texts = [
         [504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 260, 3575, 282, 260, 2784, 281, 2753],
         [19556, 28, 905, 314, 1194, 1028, 1535, 30],
@@ -226,28 +240,40 @@ def test_a_real_model_continues_a_text_as_transformers_does(smollm2: Any) -> Non
         greedily: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
         whole = [smollm2.generate(torch.tensor([t]), **greedily)[0].tolist() for t in texts]
     theirs = torch.cat([logits_of(smollm2, text) for text in whole])
-    ours = torch.cat([alone(smollm2, text) for text in whole])
     smollm2.float()
     exact = torch.cat([logits_of(smollm2, text) for text in whole])
     smollm2.bfloat16()
-    assert_as_good(ours, theirs, exact)
-    agree = (ours.argmax(-1) == theirs.argmax(-1)).float()
+    return Continued(whole, theirs, exact)
+
+
+@pytest.mark.this_process  # minutes where each instruction is emulated
+def test_a_real_model_continues_a_text_as_transformers_does(
+    smollm2: Any, continued: Continued
+) -> None:
+    ours = torch.cat([alone(smollm2, text) for text in continued.texts])
+    assert_as_good(ours, continued.theirs, continued.exact)
+    agree = (ours.argmax(-1) == continued.theirs.argmax(-1)).float()
     assert float(agree.mean()) >= 0.9
 
 
-@pytest.mark.parametrize("window", [None, 300])
-def test_long_attention_is_that_of_fp64(window: int | None) -> None:
-    """One layer whose output projection is the identity and whose MLP gives nothing: of the model
-    little is left but the attention. The rows that count have keys in three partitions."""
+@cache
+def little_but_attention(window: int | None) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """One layer whose output projection is the identity and whose MLP gives nothing; of
+    `prompt(1200)` transformers' logits in bf16 and those in fp64."""
     changes = {**SIZES, "hidden_size": 128, "num_hidden_layers": 1, "sliding_window": window}
     changes["max_position_embeddings"] = MAX_MODEL_LEN
     module = reference_model("mistral", torch.bfloat16, **changes)
     module.model.layers[0].self_attn.o_proj.weight.data = torch.eye(128, dtype=torch.bfloat16)
     module.model.layers[0].mlp.down_proj.weight.data.zero_()
-    token_ids = prompt(1200)
-    ours = alone(module, token_ids, max_rows=1200)
-    theirs = logits_of(module, token_ids)
-    exact = logits_of(module.double(), token_ids)
+    exact = copy.deepcopy(module).double()
+    return module, logits_of(module, prompt(1200)), logits_of(exact, prompt(1200))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_long_attention_is_that_of_fp64(window: int | None) -> None:
+    """The rows that count have keys in three partitions."""
+    module, theirs, exact = little_but_attention(window)
+    ours = alone(module, prompt(1200), max_rows=1200)
     assert_as_good(ours[1024:], theirs[1024:], exact[1024:])
 
 
@@ -374,9 +400,6 @@ def test_only_the_rows_asked_for_are_written() -> None:
     sequences.decoder.forward(int32(token_ids), positions, zeros, table, rows, logits[:3])
     assert torch.equal(logits[:3], whole[[59, 3, 17]])
     assert bool((logits[3] == -1).all())
-    greedy = np.zeros(3, np.int32)
-    sequences.decoder.forward(int32(token_ids), positions, zeros, table, rows, None, greedy)
-    assert greedy.tolist() == whole[[59, 3, 17]].argmax(-1).tolist()
     sequences.decoder.forward(int32(token_ids), positions, zeros, table, int32([]))
 
 
@@ -483,7 +506,7 @@ def test_idle_threads_sleep_and_closed_ones_are_gone() -> None:
     sequences.compute((sequences.add(4), 0, prompt(4)))
     own = set(thread_times()) - known
     assert len(own) == 2
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     states = set()
     while states != {"S"}:
         assert time.monotonic() < deadline, states
@@ -560,8 +583,7 @@ def test_a_wrong_argument_is_refused_before_anything_is_computed() -> None:
         ("logits_out", torch.zeros(2, VOCAB_SIZE)),
         ("logits_out", torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16)),
         ("logits_out", torch.zeros(1, 2 * VOCAB_SIZE)[:, ::2]),
-        ("greedy_out", np.zeros(2, np.int32)),
-        ("greedy_out", np.zeros(1, np.int64)),
+        ("logits_out", None),
     ]
     for name, value in wrong:
         with pytest.raises(ValueError, match=r"must|differ|beyond|address|rows"):

@@ -1,0 +1,47 @@
+"""The engine's settings hold to their bounds wherever they come from."""
+
+import msgspec
+import pytest
+
+from workers import EngineSettings, InvalidSetting, checked
+from workers.messages import InstanceSpec, Start, decode_start, encode
+from workers.model.native import SETS
+from workers.settings import KERNELS
+
+
+def spec_of(settings: EngineSettings) -> InstanceSpec:
+    return InstanceSpec(
+        name="i0",
+        runtime_dir="/run",
+        engines="ipc:///run/engines.sock",
+        server_pid=1,
+        model="/models/x",
+        served_model_name="x",
+        requested_at=0.0,
+        settings=settings,
+        num_threads=1,
+    )
+
+
+def test_there_is_a_name_for_each_set_of_kernels() -> None:
+    assert KERNELS == SETS
+
+
+def test_they_reach_an_instance_as_they_are() -> None:
+    told = checked({"max_num_batched_tokens": 7, "dtype": "bfloat16", "threads": 3})
+    assert decode_start(encode(Start(spec=spec_of(told)))).spec.settings == told
+
+
+def test_what_came_over_a_socket_is_within_bounds() -> None:
+    frame = encode(Start(spec=spec_of(EngineSettings(max_num_seqs=0))))
+    with pytest.raises(msgspec.ValidationError, match="max_num_seqs"):
+        decode_start(frame)
+
+
+def test_a_problem_names_the_option_and_what_it_may_be() -> None:
+    with pytest.raises(InvalidSetting, match="--dtype is 'int3': it is one of auto, bfloat16"):
+        checked({"dtype": "int3"})
+    with pytest.raises(InvalidSetting, match=r"--max-num-seqs is 0: .*>= 1"):
+        checked({"max_num_seqs": 0})
+    with pytest.raises(InvalidSetting, match="no_such_option"):
+        checked({"no_such_option": 3})

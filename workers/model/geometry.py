@@ -1,0 +1,125 @@
+"""What the rest of the instance must know of a decoder to drive it, read off its modules.
+
+Invariant: plain numbers, that stay as they are whoever computes the model and wherever its weights
+are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from workers.config.ends import end_tokens
+from workers.errors import UnsupportedCheckpoint
+from workers.kv.layout import KVLayer, KVLayout
+from workers.messages import ModelFacts
+from workers.skeleton.decoder import attentions, head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What the rest of the instance must know of a model to drive it."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    """Positions that the model was made for."""
+    eos_token_ids: tuple[int, ...]
+    kv_layout: KVLayout
+    sliding_windows: tuple[int | None, ...]
+    """Of each layer: how many of the nearest keys a query sees, or all."""
+    attention_span: int
+    """How many earlier tokens make a token cost twice as much as the first, about."""
+    num_parameters: int
+    """Tied ones counted once."""
+    weights_bytes: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kv_layout.layers)
+
+    def facts(self, max_model_len: int) -> ModelFacts:
+        """The same for the wire, for an instance that serves up to `max_model_len` tokens."""
+        return ModelFacts(
+            architecture=self.architecture,
+            dtype=str(self.kv_layout.dtype).removeprefix("torch."),
+            vocab_size=self.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            num_parameters=self.num_parameters,
+            weights_bytes=self.weights_bytes,
+            kv_bytes_per_token=self.kv_layout.bytes_per_token,
+        )
+
+
+def geometry_of(
+    module: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    eos_token_ids: Sequence[int] | None,
+) -> Geometry:
+    """Of a module with its weights, computed on `device`; `eos_token_ids` None are its config's."""
+    config = module.config
+    layers = []
+    for part in attentions(module):
+        groups = getattr(part, "num_key_value_groups", 1)
+        layers.append(KVLayer(config.num_attention_heads // groups, head_dim(part) or 0))
+    parameters = {part.data_ptr(): part for part in module.parameters()}.values()
+    return Geometry(
+        architecture=type(module).__name__,
+        vocab_size=config.vocab_size,
+        max_model_len=_max_model_len(config),
+        eos_token_ids=_eos_token_ids(config) if eos_token_ids is None else tuple(eos_token_ids),
+        kv_layout=KVLayout.on(device, tuple(layers), dtype),
+        sliding_windows=_sliding_windows(config),
+        attention_span=_attention_span(module),
+        num_parameters=sum(part.numel() for part in parameters),
+        weights_bytes=sum(part.nbytes for part in parameters),
+    )
+
+
+def _attention_span(module: Any) -> int:
+    """2 operations a weight for each token, embeddings aside, against 4 for each number of a query
+    head and each earlier token: attention runs at about 0.6 of the speed of matrix products here
+    (benchmarks/decoder_step.py)."""
+    config = module.config
+    tables = {
+        id(table.weight)
+        for table in (module.get_input_embeddings(), module.get_output_embeddings())
+        if table is not None
+    }
+    num_weights = sum(
+        part.numel() for part in module.parameters() if part.dim() > 1 and id(part) not in tables
+    )
+    widths = sum(config.num_attention_heads * (head_dim(one) or 0) for one in attentions(module))
+    return max(1, int(0.6 * num_weights / (2 * widths)))
+
+
+def _max_model_len(config: Any) -> int:
+    """Positions for which a token's rotation depends on its own position alone.
+
+    "longrope" has other frequencies beyond its original length, for the whole batch at once: there,
+    a sequence would depend on its neighbours.
+    """
+    limit: int = config.max_position_embeddings
+    if not isinstance(limit, int) or limit < 1:
+        raise UnsupportedCheckpoint(
+            f"config.json says that max_position_embeddings is {limit!r}: it can be a number from "
+            "1 on"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, Mapping))):
+        if parameters.get("rope_type") == "longrope":
+            limit = min(limit, parameters["original_max_position_embeddings"])
+    return limit
+
+
+def _sliding_windows(config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _eos_token_ids(config: Any) -> tuple[int, ...]:
+    return end_tokens(config.eos_token_id, "config.json") or ()

@@ -1,0 +1,95 @@
+"""A decoder's layers by the native kernels, a stretch of them in one call.
+
+Owns what a batch becomes for a call. Invariant: of a pass that raises nothing is kept. Does not
+know how the kernels are called, or where weights are.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from workers.kv.layout import KVLayout
+from workers.model.batch import Batch
+from workers.model.native import Kernels
+from workers.model.native.decoder import NativeDecoder
+from workers.model.native.placed import PlacedLayer
+from workers.model.stretch import LayerWeights
+
+
+class KernelDecoder:
+    """See `workers.model.stretch.Decoder`."""
+
+    def __init__(
+        self,
+        module: Any,
+        layout: KVLayout,
+        max_rows: int,
+        max_model_len: int,
+        num_threads: int,
+        threads_now: Callable[[], int],
+        kernels: Kernels,
+    ) -> None:
+        """For batches of up to `max_rows` rows; `threads_now` says how many of the `num_threads`
+        compute one. Raises NotNative, ValueError, MemoryError."""
+        self._native = NativeDecoder(module, layout, max_rows, max_model_len, num_threads, kernels)
+        self._threads_now = threads_now
+
+    @property
+    def kernels(self) -> str:
+        """Their instruction set."""
+        return self._native.kernels.name
+
+    @property
+    def layers(self) -> Sequence[LayerWeights]:
+        """Of each layer the weights that its structure points into."""
+        return [layer.parameters for layer in self._native.layers]
+
+    def whole(self) -> "_Stretch":
+        """All layers by the structures that were made with the decoder."""
+        return _Stretch(self._native, self._threads_now, None)
+
+    def stretch(self, first: int, weights: Sequence[LayerWeights]) -> "_Stretch":
+        """Layers by structures that point into `weights`, made here."""
+        own = self._native.layers[first : first + len(weights)]
+        if not 0 < len(weights) == len(own):
+            raise ValueError(f"{len(weights)} layers from {first} on of {len(self._native.layers)}")
+        placed = tuple(layer.at(one) for layer, one in zip(own, weights, strict=True))
+        return _Stretch(self._native, self._threads_now, placed)
+
+
+class _Stretch:
+    """`layers` None are all, where the module has their weights."""
+
+    def __init__(
+        self,
+        native: NativeDecoder,
+        threads_now: Callable[[], int],
+        layers: tuple[PlacedLayer, ...] | None,
+    ) -> None:
+        self._native = native
+        self._threads_now = threads_now
+        self._layers = layers
+        self._is_last = layers is None or layers[-1].index + 1 == len(native.layers)
+        self._is_whole = layers is None or len(layers) == len(native.layers)
+
+    def forward(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
+        """One call of the kernels."""
+        native = self._native
+        if hidden is None and not self._is_whole:
+            hidden = torch.empty(batch.num_rows, native.hidden_stride, dtype=torch.bfloat16)
+        logit_rows = batch.logit_rows if self._is_last else batch.logit_rows[:0]
+        logits = torch.empty(len(logit_rows), native.vocab_size)
+        tables, addresses = batch.tables()
+        native.forward(
+            batch.token_ids,
+            batch.positions,
+            tables,
+            addresses,
+            logit_rows,
+            logits,
+            num_threads=self._threads_now(),
+            layers=self._layers,
+            hidden=hidden,
+        )
+        return logits if self._is_last or hidden is None else hidden

@@ -1,0 +1,103 @@
+"""Parameters of a module as the kernels' structures refer to them.
+
+Owns which tensors are referred to. Invariants: each has the shape that its place asks for, lies on
+the processor in one piece and in a format of the kernels; none is copied.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from workers.model.native import library
+from workers.model.native.families import NormKind
+from workers.weight_format import WeightFormat
+
+
+class NotNative(Exception):
+    """The message says what the native decoder does not compute."""
+
+
+class Weights:
+    """Those of one module. Every method raises NotNative."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        """What the structures point into."""
+        self._seen: set[int] = set()
+
+    def unknown(self, module: Any) -> list[str]:
+        """Names of the module's parameters that nobody asked for."""
+        return [name for name, one in module.named_parameters() if id(one) not in self._seen]
+
+    def address(self, tensor: Any, shape: tuple[int, ...], first_row: int = 0) -> int:
+        """Where a weight of this shape lies, from its row `first_row` on."""
+        found = WeightFormat.of(tensor)
+        if tensor.device.type != "cpu" or found is None:
+            raise NotNative(f"weights in {tensor.dtype} on {tensor.device.type}")
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise NotNative(f"a weight laid out as {list(tensor.shape)}, {tensor.stride()}")
+        self.kept.append(tensor)
+        self._seen.add(id(tensor))
+        width = tensor[0].numel() if tensor.dim() > 1 else 1
+        return int(tensor.data_ptr()) + first_row * found.row_bytes(width)
+
+    def norm(self, norm: Any, size: int, kind: NormKind) -> library.Norm:
+        """A norm over `size` elements."""
+        name = type(norm).__name__
+        if not name.endswith("LayerNorm" if kind == NormKind.LAYER else "RMSNorm"):
+            raise NotNative(f"a norm of type {name}")
+        bias = getattr(norm, "bias", None)
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        return library.Norm(
+            self.address(norm.weight, (size,)),
+            self.address(bias, (size,)) if bias is not None else None,
+            eps,
+            kind,
+        )
+
+    def matrix(
+        self,
+        weight: Any,
+        bias: Any,
+        shape: tuple[int, int],
+        first: int = 0,
+        count: int | None = None,
+    ) -> library.Matrix:
+        """`count` rows, or all, of a weight of this shape, from row `first` on."""
+        return library.Matrix(
+            self.address(weight, shape, first),
+            self.address(bias, shape[:1], first) if bias is not None else None,
+            shape[0] if count is None else count,
+            WeightFormat.of(weight),
+        )
+
+    def linear(self, modules: list[Any]) -> library.Linear:
+        """Projections of one input, their outputs one after the other."""
+        linear = library.Linear(num_matrices=len(modules), width=modules[0].in_features)
+        for index, module in enumerate(modules):
+            shape = _shape(module)
+            if module.in_features != linear.width:
+                raise NotNative("projections of one input with different widths")
+            linear.matrices[index] = self.matrix(module.weight, module.bias, shape)
+            linear.num_outputs += module.out_features
+        return linear
+
+    def split(self, module: Any, sizes: list[int]) -> library.Linear:
+        """One matrix as several: its rows belong to one after the other."""
+        shape = _shape(module)
+        if sum(sizes) != module.out_features:
+            raise NotNative("a fused projection of another size")
+        linear = library.Linear(
+            num_matrices=len(sizes), width=module.in_features, num_outputs=module.out_features
+        )
+        first = 0
+        for index, size in enumerate(sizes):
+            linear.matrices[index] = self.matrix(module.weight, module.bias, shape, first, size)
+            first += size
+        return linear
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    if type(module) is not nn.Linear:
+        raise NotNative(f"a linear layer of type {type(module).__name__}")
+    return module.out_features, module.in_features

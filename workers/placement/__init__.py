@@ -1,0 +1,1 @@
+"""Where a model's weights are when they are computed with."""

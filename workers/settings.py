@@ -1,0 +1,133 @@
+"""What a person can set of an instance, once from the command line to the engine.
+
+Owns the name of each option, its bounds, its default and what it is for: the command line makes its
+options of them, the server keeps them, and an instance is sent them as they are. Invariant: what
+came from `checked`, or over a socket, is within its bounds. Imports no torch.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from workers.errors import InvalidSetting
+
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+KernelsName = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "portable"]
+KERNELS: Final[tuple[str, ...]] = get_args(KernelsName)[1:]
+MAX_NUM_SEQS: Final = 4096
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of one instance. Lengths are in tokens, sizes in bytes. None: what the model or the machine
+    makes of it."""
+
+    max_model_len: (
+        Annotated[
+            int,
+            Meta(
+                ge=2,
+                description="Longest prompt and answer together, in tokens. Default: the model's "
+                "own.",
+            ),
+        ]
+        | None
+    ) = None
+    max_num_seqs: Annotated[
+        int,
+        Meta(ge=1, le=MAX_NUM_SEQS, description="Sequences that run at once in one instance."),
+    ] = 16
+    max_num_batched_tokens: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1 << 20,
+            description="Prompt tokens that one step computes: more take in prompts faster, fewer "
+            "hold up running streams less.",
+        ),
+    ] = 384
+    attention_workspace: Annotated[
+        int,
+        Meta(
+            ge=1 << 20,
+            le=1 << 62,
+            description="What attention may take for itself in a step, as 256MiB.",
+        ),
+    ] = 256 << 20
+    num_speculative_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=16,
+            description="Guess up to so many tokens ahead by looking up what the text has said "
+            "before, and check them in one step. The text is the same.",
+        ),
+    ] = 0
+    prefix_caching: Annotated[
+        bool,
+        Meta(description="Let instances find what any of them has computed of a common beginning."),
+    ] = True
+    cpu_kernels: Annotated[
+        KernelsName,
+        Meta(description=f"Instructions to use: {', '.join(KERNELS)}; auto: the best there are."),
+    ] = "auto"
+    dtype: Annotated[
+        DtypeName,
+        Meta(
+            description="auto, bfloat16, float16 or float32. auto: the checkpoint's; GGUF: "
+            "bfloat16."
+        ),
+    ] = "auto"
+    threads: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=1024,
+                description="CPU threads of one instance. Default: those that compute share the "
+                "cores.",
+            ),
+        ]
+        | None
+    ) = None
+    device: Annotated[
+        str,
+        Meta(
+            max_length=4096,
+            description="Where the weights are: host, cuda:N or cuda:GPU-UUID.",
+        ),
+    ] = "host"
+    map_files: Annotated[
+        bool,
+        Meta(
+            description="Map safetensors that need no conversion instead of copying them: starts "
+            "at once, but the files must not be changed meanwhile."
+        ),
+    ] = False
+
+
+def option(name: str) -> str:
+    """As it is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def checked(given: Mapping[str, object]) -> EngineSettings:
+    """The settings of these values, the others being as they are by default. Raises InvalidSetting,
+    which names the option."""
+    for name, value in given.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidSetting(f"{option(name)} is {value!r}, which is no UTF-8") from error
+    try:
+        return msgspec.convert(given, EngineSettings)
+    except msgspec.ValidationError as error:
+        what, _, name = str(error).rpartition(" - at `$.")
+        name = name.removesuffix("`")
+        if name not in given:
+            raise InvalidSetting(f"there is no such option: {error}") from error
+        kind = get_type_hints(EngineSettings)[name]
+        if get_origin(kind) is Literal:
+            what = f"it is one of {', '.join(get_args(kind))}"
+        raise InvalidSetting(f"{option(name)} is {given[name]!r}: {what}") from error

@@ -1,0 +1,1 @@
+"""Architectures of `transformers` without weights: what a checkpoint must hold tensors for."""
