@@ -172,7 +172,8 @@ class _Choice:
         self._body = body
         self._index = index
         self._prompt = prompt
-        self._offsets = TextOffsets(text, () if body.echo else prompt.token_ids)
+        whole = text.detokenizer() if body.echo else prompt.detokenizer(text)
+        self._offsets = TextOffsets(text, whole)
         self._begun = False
         self.num_tokens = 0
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from server.text.incremental import Detokenizer
 from server.text.text import Text
 from server.text.token_texts import TokenTexts
 from workers.messages import TokenLogprobs
@@ -71,12 +72,12 @@ def chat_logprobs(
 
 
 class TextOffsets:
-    """Where tokens begin in a text that goes on from `before`, or from nothing. A token that is a
-    part of a character begins where the character does."""
+    """Where tokens begin in a text. One that is a part of a character begins where the character
+    does."""
 
-    def __init__(self, text: Text, before: Sequence[int] = ()) -> None:
-        self._text = text
-        self._detokenizer = text.detokenizer(before)
+    def __init__(self, text: Text, detokenizer: Detokenizer) -> None:
+        """`detokenizer`: a new one, that makes the text."""
+        self._detokenizer = detokenizer
         self._names = {token_id: name for name, token_id in text.special_names.items()}
         self._num_chars = 0
 

@@ -66,6 +66,12 @@ class StructuredOutputs(BaseModel):
     choice: Annotated[list[str], Field(max_length=MAX_CHOICE)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    disable_fallback: bool | None = None
+    """There is one library that does it."""
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
 
 
 class StreamOptions(BaseModel):

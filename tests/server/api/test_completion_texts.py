@@ -122,11 +122,15 @@ def test_a_character_may_begin_in_the_prompt_and_end_in_the_answer(
     byte_ids = asyncio.run(words.encode("🎉", context_tokens=99))[-4:]
     word = asyncio.run(words.encode("the", context_tokens=99))[1:]
     prompt = [*byte_ids[num_bytes:], *word, *byte_ids[:num_bytes]]
-    response = complete(http, prompt=prompt, echo=echo, max_tokens=len(prompt), ignore_eos=True)
-    text, _, _ = joined(response, False)
+    response = complete(
+        http, prompt=prompt, echo=echo, max_tokens=len(prompt), ignore_eos=True, logprobs=0
+    )
+    text, logprobs, _ = joined(response, False)
     both = words.decode([*prompt, *prompt])
     assert both.count("🎉") == 1
     assert text == (both if echo else both[both.index("🎉") :])
+    places = dict(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))
+    assert places[" the"] == text.rindex(" the")
 
 
 # --- lengths

@@ -102,12 +102,25 @@ def test_what_nobody_knows_is_refused_by_name(place: Place) -> None:
         {"response_format": {"type": "json_object", "other": 1}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "other": 1}}},
         {"structured_outputs": {"json_object": True, "whitespace_pattern": "x"}},
+        {"structured_outputs": {"json_object": True, "other": 1}},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "", "other": 1}]}]},
     ],
 )
 def test_so_is_what_lies_deeper(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=r"other|whitespace_pattern|continuous_usage_stats"):
         check("chat", fields)
+
+
+def test_what_a_client_sends_of_itself_passes() -> None:
+    """Whole objects of vLLM's and OpenAI's clients, whose fields are at their defaults."""
+    outputs = {
+        "json": {"type": "object"},
+        **dict.fromkeys(("regex", "choice", "grammar", "json_object", "structural_tag")),
+        **dict.fromkeys(("disable_fallback", "disable_any_whitespace"), False),
+        **{"disable_additional_properties": False, "whitespace_pattern": None},
+    }
+    options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": False}
+    check("chat", {"structured_outputs": outputs, "stream": True, "stream_options": options})
 
 
 def test_a_field_is_one_thing_in_one_place() -> None:
