@@ -8,6 +8,8 @@ import pytest
 from tests.documents.blocks import BESIDE_THE_README, ROOT, Document
 from tests.documents.terminals import Desk
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def readers_desk(tokenizer_cache: Path) -> Iterator[Desk]:

@@ -7,6 +7,8 @@ import pytest
 from tests.documents.blocks import BY_THEMSELVES, ROOT, Document
 from tests.documents.terminals import Desk
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", BY_THEMSELVES)
 def test_document(name: str, tokenizer_cache: Path) -> None:

@@ -51,7 +51,7 @@ class EmbeddingEngine:
         self,
         model: EmbeddingModel,
         max_model_len: int,
-        token_budget: int = 512,
+        max_num_batched_tokens: int = 512,
         *,
         threads_now: Callable[[], int] | None = None,
         max_answer_bytes: int = MAX_FRAME_BYTES // 4,
@@ -59,19 +59,19 @@ class EmbeddingEngine:
         device_fault: Fault = no_fault,
         works_on: Callable[[Sequence[str]], None] = lambda _names: None,
     ) -> None:
-        """`max_model_len` bounds a text, `token_budget` the tokens of a step; a longer text is
-        computed alone. `threads_now` says how many threads a step may use, `max_answer_bytes` how
-        much it may give at once (one request's vectors in any case), `clock` gives seconds;
-        `device_fault` is asked after a failed pass, `works_on` told in each step whom it is about.
-        Raises `ValueError` beyond the model's reach."""
+        """`max_model_len` bounds a text, `max_num_batched_tokens` the tokens of a step; a longer
+        text is computed alone. `threads_now` says how many threads a step may use,
+        `max_answer_bytes` how much it may give at once (one request's vectors in any case), `clock`
+        gives seconds; `device_fault` is asked after a failed pass, `works_on` told in each step
+        whom it is about. Raises `ValueError` beyond the model's reach."""
         limit = model.max_model_len
         if not 1 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 1 to {limit}")
-        if token_budget < 1:
-            raise ValueError("token_budget must be at least 1")
+        if max_num_batched_tokens < 1:
+            raise ValueError("max_num_batched_tokens must be at least 1")
         self._model = model
         self._max_model_len = max_model_len
-        self._token_budget = token_budget
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._threads_now = threads_now
         self._max_answer_bytes = max_answer_bytes
         self._clock = clock
@@ -146,7 +146,7 @@ class EmbeddingEngine:
         self._expire(answers)
         waiting = list(islice(self._waiting(), _WINDOW))
         lengths = [len(request.message.inputs[index]) for request, index in waiting]
-        chosen = (choose if self._model.pads else fill)(lengths, self._token_budget)
+        chosen = (choose if self._model.pads else fill)(lengths, self._max_num_batched_tokens)
         batch = [waiting[position] for position in chosen]
         if not batch:
             return self._some_of(answers)

@@ -18,18 +18,18 @@ FREE_PADDING: Final = 64
 _MAX_SHARE: Final = 4
 
 
-def fill(lengths: Sequence[int], token_budget: int) -> list[int]:
+def fill(lengths: Sequence[int], max_num_batched_tokens: int) -> list[int]:
     """The same where no padding is computed: the oldest, as many as the budget holds."""
     total = count = 0
     for length in lengths:
         total += length
-        if count and total > token_budget:
+        if count and total > max_num_batched_tokens:
             break
         count += 1
     return list(range(count))
 
 
-def choose(lengths: Sequence[int], token_budget: int) -> list[int]:
+def choose(lengths: Sequence[int], max_num_batched_tokens: int) -> list[int]:
     """Indices into `lengths`, which are those of the waiting texts, the oldest first. Not empty
     unless `lengths` is."""
     if not lengths:
@@ -49,7 +49,9 @@ def choose(lengths: Sequence[int], token_budget: int) -> list[int]:
             longest = max(lengths[order[high - 1]], added)
             size = (high - low + 1) * longest
             padding = size - total - added
-            if size <= token_budget and padding <= max(FREE_PADDING, (total + added) // _MAX_SHARE):
+            if size <= max_num_batched_tokens and padding <= max(
+                FREE_PADDING, (total + added) // _MAX_SHARE
+            ):
                 low, high = (low, high + 1) if side > 0 else (low - 1, high)
                 total += added
                 break

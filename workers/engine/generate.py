@@ -52,7 +52,7 @@ class GenerationEngine:
         model: Model,
         max_model_len: int,
         max_num_seqs: int = 32,
-        token_budget: int = 256,
+        max_num_batched_tokens: int = 256,
         kv: KVCache | None = None,
         num_speculative_tokens: int = 0,
         tokenizer: Path | None = None,
@@ -62,12 +62,12 @@ class GenerationEngine:
         works_on: Callable[[Sequence[str]], None] = lambda _names: None,
     ) -> None:
         """`max_model_len` bounds prompt and generated tokens together, `max_num_seqs` the sequences
-        that run at once, `token_budget` the prompt tokens of a step. `kv` None keeps keys and
-        values in memory of this process, without a limit. `num_speculative_tokens` is the longest
-        guess at a sequence's next tokens. `tokenizer` is the tokenizer.json for requests with a
-        grammar. `attention_span` is that of the scheduler. `device_fault` is asked after a failed
-        pass, `works_on` told in each step whom it is about, before anything is computed. Raises
-        `ValueError` beyond the model's reach."""
+        that run at once, `max_num_batched_tokens` the prompt tokens of a step. `kv` None keeps keys
+        and values in memory of this process, without a limit. `num_speculative_tokens` is the
+        longest guess at a sequence's next tokens. `tokenizer` is the tokenizer.json for requests
+        with a grammar. `attention_span` is that of the scheduler. `device_fault` is asked after a
+        failed pass, `works_on` told in each step whom it is about, before anything is computed.
+        Raises `ValueError` beyond the model's reach."""
         limit = model.geometry.max_model_len
         if not 2 <= max_model_len <= limit:
             raise ValueError(f"max_model_len is {max_model_len}; this model takes 2 to {limit}")
@@ -75,7 +75,7 @@ class GenerationEngine:
         self._max_model_len = max_model_len
         self._num_speculative_tokens = num_speculative_tokens
         self._eos_token_ids = frozenset(model.geometry.eos_token_ids)
-        self._scheduler = Scheduler(max_num_seqs, token_budget, attention_span)
+        self._scheduler = Scheduler(max_num_seqs, max_num_batched_tokens, attention_span)
         layout = model.geometry.kv_layout
         self._room = KVRoom(kv or _unlimited(layout, max_model_len, max_num_seqs, model.device))
         self._ends = Ends(self._scheduler, self._room)

@@ -59,8 +59,8 @@ class Room(Protocol):
 
 class Scheduler:
     """Continuous batching: a step decodes one token for every sequence that is past its prompt, and
-    spends up to `token_budget` tokens on prompts. So a step is at most `max_num_seqs +
-    token_budget` tokens long (and drafts), however long a prompt is.
+    spends up to `max_num_batched_tokens` tokens on prompts. So a step is at most `max_num_seqs +
+    max_num_batched_tokens` tokens long (and drafts), however long a prompt is.
 
     Of several prompts the first in order gets half the budget at least, the others what is left,
     the shortest first; and if those others are short, the first sits out every other step, so that
@@ -70,14 +70,14 @@ class Scheduler:
     """
 
     def __init__(
-        self, max_num_seqs: int, token_budget: int, attention_span: int | None = None
+        self, max_num_seqs: int, max_num_batched_tokens: int, attention_span: int | None = None
     ) -> None:
         """Behind `attention_span` other tokens a token costs twice as much as the first, so that a
         step takes as long at the end of a long prompt as at its beginning. None counts tokens."""
-        if max_num_seqs < 1 or token_budget < 1:
-            raise ValueError("max_num_seqs and token_budget must be at least 1")
+        if max_num_seqs < 1 or max_num_batched_tokens < 1:
+            raise ValueError("max_num_seqs and max_num_batched_tokens must be at least 1")
         self._max_num_seqs = max_num_seqs
-        self._token_budget = token_budget
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._attention_span = attention_span
         self._waiting: list[GenerationSequence] = []  # in order
         self._running: list[GenerationSequence] = []  # in order
@@ -244,7 +244,7 @@ class Scheduler:
         if not candidates:
             return []
         first, *others = candidates
-        left = self._token_budget
+        left = self._max_num_batched_tokens
         if not others:
             return [(first, left)]
         if self._served_last is first and sum(one.num_pending for one in others) <= left // 2:

@@ -12,14 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from allocator.messages import Extent, Handle
 from tests.allocator.backends.backend_peer import Died
 from tests.allocator.backends.simulated_driver.build import GRANULARITY, build, environment
-from tests.allocator.backends.simulated_driver.process import Process, content
+from tests.allocator.backends.simulated_driver.process import Process, SimulatedProgram, content
 from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT
 from tests.leaks import Leaks
@@ -195,8 +194,14 @@ def test_a_window_closes_though_its_context_is_spoilt(daemon: Process, start: St
 # --- lifetimes
 
 
-@pytest.mark.parametrize("how", ["close", "forget"])
-def test_teardown_leaves_nothing(daemon: Process, start: Start, how: str) -> None:
+@pytest.mark.parametrize(
+    "let_go",
+    [lambda client: client.close(), lambda client: client.forget()],
+    ids=["close", "forget"],
+)
+def test_teardown_leaves_nothing(
+    daemon: Process, start: Start, let_go: Callable[[SimulatedProgram], None]
+) -> None:
     client = start()
     client.do.devices()
     before = [daemon.do.num_descriptors(), client.do.num_descriptors()]
@@ -204,10 +209,10 @@ def test_teardown_leaves_nothing(daemon: Process, start: Start, how: str) -> Non
     extents = open_pool(daemon, client)
     for extent in extents:
         map_extent(daemon, client, extent, writable=True)
-    client.call(how)
+    let_go(client.do)
     map_segment(daemon, client, writable=True)
     client.do.fill(SIZE, 1, SIZE, 1)
-    client.call(how)
+    let_go(client.do)
     assert held(client) == {**NOTHING, "streams": 1}  # the one that erases, for the next lease
     for extent in extents:
         daemon.do.free_extent("pool", extent.offset, extent.num_bytes)
@@ -569,21 +574,23 @@ def test_what_is_no_device_memory_can_not_be_mapped(start: Start, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "command",
+    "ask",
     [
-        ("reserve", "a", GRANULARITY),
-        ("reserve_pool", "a", GRANULARITY),
-        ("reserve_extent", "pool", 2 * GRANULARITY, GRANULARITY),
-        ("reserve_extent", "pool", 1, GRANULARITY),
-        ("reserve_extent", "pool", 0, GRANULARITY + 1),
-        ("reserve_extent", "pool", 0, 0),
+        lambda daemon: daemon.reserve("a", GRANULARITY),
+        lambda daemon: daemon.reserve_pool("a", GRANULARITY),
+        lambda daemon: daemon.reserve_extent("pool", 2 * GRANULARITY, GRANULARITY),
+        lambda daemon: daemon.reserve_extent("pool", 1, GRANULARITY),
+        lambda daemon: daemon.reserve_extent("pool", 0, GRANULARITY + 1),
+        lambda daemon: daemon.reserve_extent("pool", 0, 0),
     ],
 )
-def test_the_daemon_refuses_what_can_not_be(daemon: Process, command: tuple[Any, ...]) -> None:
+def test_the_daemon_refuses_what_can_not_be(
+    daemon: Process, ask: Callable[[SimulatedProgram], None]
+) -> None:
     daemon.do.reserve("a", GRANULARITY)
     open_pool(daemon)
     with pytest.raises(Refused, match="InvalidMessage"):
-        daemon.call(*command)
+        ask(daemon.do)
     assert daemon.counts()["handles"] == 4
 
 

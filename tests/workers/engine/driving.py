@@ -8,11 +8,17 @@ from workers.model.decoder import Model
 
 
 def generated(
-    model: Model, prompts: Sequence[Sequence[int]], num_new: int, *, token_budget: int = 256
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    num_new: int,
+    *,
+    max_num_batched_tokens: int = 256,
 ) -> list[list[int]]:
     """The `num_new` tokens behind each prompt, all computed in company; ends are ignored."""
     longest = max(map(len, prompts)) + num_new
-    engine = GenerationEngine(model, max_model_len=longest, token_budget=token_budget)
+    engine = GenerationEngine(
+        model, max_model_len=longest, max_num_batched_tokens=max_num_batched_tokens
+    )
     sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
     for index, prompt in enumerate(prompts):
         engine.add(Generate(request_id=str(index), token_ids=tuple(prompt), sampling=sampling))

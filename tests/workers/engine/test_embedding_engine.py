@@ -71,10 +71,10 @@ def test_texts_of_a_length_are_computed_together() -> None:
     assert choose([600, 8, 8], 512) == [0]
 
 
-@pytest.mark.parametrize("token_budget", [1, 64, 4096])
-def test_vectors_do_not_depend_on_what_is_computed_with_them(token_budget: int) -> None:
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 64, 4096])
+def test_vectors_do_not_depend_on_what_is_computed_with_them(max_num_batched_tokens: int) -> None:
     inputs = texts(5, 31, 5, 12, 64, 1, 30, 13)
-    engine = EmbeddingEngine(model(), MAX_POSITIONS, token_budget)
+    engine = EmbeddingEngine(model(), MAX_POSITIONS, max_num_batched_tokens)
     engine.add(embed("a", *inputs[:3]))
     engine.add(embed("b", inputs[3]))
     engine.add(embed("c", *inputs[4:]))
@@ -128,7 +128,7 @@ def test_a_name_that_is_in_use_ends_both() -> None:
 
 
 def test_an_aborted_request_is_forgotten_and_others_go_on() -> None:
-    engine = EmbeddingEngine(model(), MAX_POSITIONS, token_budget=30)
+    engine = EmbeddingEngine(model(), MAX_POSITIONS, max_num_batched_tokens=30)
     engine.add(embed("long", *texts(30, 30, 30)))
     engine.add(embed("other", *texts(30)))
     assert engine.step() == ()
@@ -156,7 +156,7 @@ def test_a_deadline_ends_what_is_not_complete() -> None:
 
 
 def test_a_pass_that_fails_ends_the_texts_in_it_alone() -> None:
-    engine = EmbeddingEngine(model(), MAX_POSITIONS, token_budget=30)
+    engine = EmbeddingEngine(model(), MAX_POSITIONS, max_num_batched_tokens=30)
     engine.add(embed("a", *texts(20, 20)))
     engine.add(embed("b", *texts(29)))
 

@@ -63,13 +63,13 @@ def test_bf16_tokens_of_a_request_alone_are_those_of_transformers(family: str) -
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_sequences_in_company_are_as_alone(family: str) -> None:
-    engine = engine_of(family, token_budget=9, max_num_seqs=3)
+    engine = engine_of(family, max_num_batched_tokens=9, max_num_seqs=3)
     outputs = run(engine, *(request(str(i), one) for i, one in enumerate(PROMPTS)))
     assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == expected(family)
 
 
 def test_sequences_that_come_and_go_are_as_alone() -> None:
-    engine = engine_of("mistral", token_budget=6)
+    engine = engine_of("mistral", max_num_batched_tokens=6)
     got: dict[str, list[int]] = {}
     waiting = [request(str(index), one) for index, one in enumerate(PROMPTS)]
     while waiting or engine.has_work:
@@ -82,9 +82,9 @@ def test_sequences_that_come_and_go_are_as_alone() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("token_budget", [*range(1, 14), 39, 40, 41])
-def test_any_chunk_size_gives_the_same_tokens(family: str, token_budget: int) -> None:
-    engine = engine_of(family, token_budget=token_budget)
+@pytest.mark.parametrize("max_num_batched_tokens", [*range(1, 14), 39, 40, 41])
+def test_any_chunk_size_gives_the_same_tokens(family: str, max_num_batched_tokens: int) -> None:
+    engine = engine_of(family, max_num_batched_tokens=max_num_batched_tokens)
     for token_ids, new in list(zip(PROMPTS, expected(family), strict=True))[-2:]:
         assert tokens(run(engine, request("a", token_ids))["a"]) == new
 
@@ -138,7 +138,7 @@ def test_a_resumed_sequence_goes_on_as_if_nothing_had_been(
     resumed = request("a", PROMPTS[3] + sent, num_generated, **changes)
     # In other company, and in other chunks.
     others = [request(str(seed), PROMPTS[4], seed=seed, temperature=1.0) for seed in range(2)]
-    outputs = run(engine_of(token_budget=5), others[0], resumed, others[1])
+    outputs = run(engine_of(max_num_batched_tokens=5), others[0], resumed, others[1])
     assert sent + tokens(outputs["a"]) == whole
     assert outputs["a"][-1].finish_reason == "length"
 
@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_tokens_in_any_company() -> None:
     drawn: dict[str, Any] = {"temperature": 1.2, "top_k": 40, "seed": 5}
     alone = tokens(run(engine_of(), request("a", PROMPTS[1], **drawn))["a"])
     others = [request(str(index), one) for index, one in enumerate(PROMPTS)]
-    outputs = run(engine_of(token_budget=7), *others, request("a", PROMPTS[1], **drawn))
+    outputs = run(engine_of(max_num_batched_tokens=7), *others, request("a", PROMPTS[1], **drawn))
     assert tokens(outputs["a"]) == alone
     assert alone != tokens(run(engine_of(), request("a", PROMPTS[1], **(drawn | {"seed": 6})))["a"])
 

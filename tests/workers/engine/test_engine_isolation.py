@@ -50,7 +50,7 @@ def test_what_one_request_raises_ends_no_other(
 ) -> None:
     changes = dict(STAGES[stage])
     speculative = changes.pop("num_speculative_tokens", 0)
-    engine = engine_of(num_speculative_tokens=speculative, token_budget=9)
+    engine = engine_of(num_speculative_tokens=speculative, max_num_batched_tokens=9)
     others = [request(str(index), one) for index, one in enumerate(PROMPTS)]
     with caplog.at_level(logging.ERROR):
         outputs = run(engine, *others[:2], request("bad", PROMPTS[3], **changes), *others[2:])

@@ -79,7 +79,7 @@ def num_leased(client: Client) -> int:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen3"])
 def test_sequences_that_give_way_are_as_alone(family: str) -> None:
-    engine = engine_of(family, kv=room_for(6, family), token_budget=16)
+    engine = engine_of(family, kv=room_for(6, family), max_num_batched_tokens=16)
     outputs = run(engine, *(request(str(i), one) for i, one in enumerate(PROMPTS)))
     assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == expected(family)
     assert engine.report(()).num_preempted > 0
@@ -87,7 +87,7 @@ def test_sequences_that_give_way_are_as_alone(family: str) -> None:
 
 def test_what_is_drawn_does_not_change_by_giving_way() -> None:
     alone = [tokens(run(engine_of(), request("a", one, **DRAWN))["a"]) for one in PROMPTS]
-    engine = engine_of(kv=room_for(5), token_budget=16)
+    engine = engine_of(kv=room_for(5), max_num_batched_tokens=16)
     outputs = run(engine, *(request(str(i), one, **DRAWN) for i, one in enumerate(PROMPTS)))
     assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == alone
     assert engine.report(()).num_preempted > 0
@@ -111,7 +111,7 @@ def test_log_probabilities_of_a_prompt_come_once_however_often_it_gives_way() ->
     whole = run(engine_of(), request("a", PROMPTS[4], prompt_logprobs=2, logprobs=1))["a"]
     told = [one for output in whole for one in output.prompt_logprobs]
     assert len(told) == len(PROMPTS[4]) - 1
-    engine = engine_of(kv=room_for(5), token_budget=7)
+    engine = engine_of(kv=room_for(5), max_num_batched_tokens=7)
     first = request("first", PROMPTS[3], max_tokens=60)
     outputs = run(engine, first, request("a", PROMPTS[4], prompt_logprobs=2, logprobs=1))["a"]
     assert engine.report(()).num_preempted > 0
@@ -151,7 +151,7 @@ def test_guessing_changes_no_token(family: str) -> None:
         for k, kind in enumerate(kinds)
     ]
     plain = run(engine_of(family), *requests)
-    engine = engine_of(family, num_speculative_tokens=4, token_budget=37)
+    engine = engine_of(family, num_speculative_tokens=4, max_num_batched_tokens=37)
     guessed = run(engine, *requests)
     assert {name: tokens(one) for name, one in guessed.items()} == {
         name: tokens(one) for name, one in plain.items()
@@ -220,7 +220,7 @@ def test_a_prompt_that_is_known_gives_the_same_tokens(daemon: DaemonProcess) -> 
     """On the same instance and on another, in whole and in part."""
     long = prompt(70, seed=1)
     with daemon.connect() as one, daemon.connect() as other:
-        first, second = shared(one), shared(other, token_budget=5)
+        first, second = shared(one), shared(other, max_num_batched_tokens=5)
         alone = only(engine_of(), request("a", long))
         assert only(first, request("a", long)) == alone
         for engine in (first, second):
@@ -323,13 +323,13 @@ def test_a_deadline_ends_who_runs_and_who_waits() -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "max_tokens", "num_new"), [(40, 4, 0), (80, 4, 0), (20, 60, 12)]
 )
-@pytest.mark.parametrize("token_budget", [8, 256])
+@pytest.mark.parametrize("max_num_batched_tokens", [8, 256])
 def test_what_never_fits_ends_after_a_while_with_the_reason(
-    num_tokens: int, max_tokens: int, num_new: int, token_budget: int
+    num_tokens: int, max_tokens: int, num_new: int, max_num_batched_tokens: int
 ) -> None:
     """A prompt that is too long, and one that grows too long; two blocks hold 32 tokens."""
     clock = Clock()
-    engine = engine_of(kv=room_for(2), clock=clock, token_budget=token_budget)
+    engine = engine_of(kv=room_for(2), clock=clock, max_num_batched_tokens=max_num_batched_tokens)
     engine.add(request("a", prompt(num_tokens), max_tokens=max_tokens))
     outputs: dict[str, list[Output]] = {}
     stalled = 0
@@ -404,7 +404,7 @@ def test_all_that_lack_room_wait_at_the_same_time() -> None:
 
 def test_what_never_fits_ends_also_where_others_come_and_go() -> None:
     clock = Clock()
-    engine = engine_of(kv=room_for(3), clock=clock, max_num_seqs=2, token_budget=16)
+    engine = engine_of(kv=room_for(3), clock=clock, max_num_seqs=2, max_num_batched_tokens=16)
     outputs: dict[str, list[Output]] = {}
     engine.add(request("large", prompt(60)))
     for n in range(400):
@@ -482,7 +482,7 @@ def test_an_allocator_that_ends_and_comes_back_changes_no_token(
     daemon: DaemonProcess, start_daemon: StartDaemon
 ) -> None:
     with daemon.connect() as client:
-        engine = shared(client, token_budget=16, max_num_seqs=3)
+        engine = shared(client, max_num_batched_tokens=16, max_num_seqs=3)
         outputs: dict[str, list[Output]] = {}
         for n, one in enumerate(PROMPTS):
             engine.add(request(str(n), one))
@@ -513,7 +513,7 @@ class Requests(RuleBasedStateMachine):
             shared(
                 client,
                 max_num_seqs=3,
-                token_budget=11,
+                max_num_batched_tokens=11,
                 num_speculative_tokens=3 * index,
                 clock=self.clock,
             )

@@ -101,7 +101,7 @@ def test_log_probabilities_are_those_of_transformers() -> None:
     with torch.inference_mode():
         logits = reference("llama")(torch.tensor([ids + new])).logits[0].log_softmax(-1)
     found = run(
-        engine_of(token_budget=7, num_speculative_tokens=3),
+        engine_of(max_num_batched_tokens=7, num_speculative_tokens=3),
         request("a", ids, logprobs=2, prompt_logprobs=3),
         request("b", PROMPTS[3]),
     )["a"]

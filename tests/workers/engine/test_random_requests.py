@@ -138,7 +138,7 @@ def test_whatever_is_asked_for_every_request_ends_as_it_should(
         model,
         MAX_MODEL_LEN,
         max_num_seqs=24,
-        token_budget=96,
+        max_num_batched_tokens=96,
         # Not enough for all that may run: some give way.
         kv=KVCache(layout, private_limit_bytes=200 * layout.block_bytes),
         num_speculative_tokens=3,

@@ -116,7 +116,7 @@ def shape(chunks: Sequence[Chunk]) -> list[tuple[str, int, int]]:
 
 
 def test_a_long_prompt_does_not_stop_the_others() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=10), Room()
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=10), Room()
     scheduler.add(sequence("short", 3, num_new=9))
     scheduler.add(sequence("long", 25))
     scheduler.add(sequence("late", 2))
@@ -135,7 +135,7 @@ def test_a_long_prompt_does_not_stop_the_others() -> None:
 
 
 def test_a_short_prompt_gets_its_share_at_once_beside_a_long_one() -> None:
-    scheduler, room = Scheduler(max_num_seqs=8, token_budget=16), Room()
+    scheduler, room = Scheduler(max_num_seqs=8, max_num_batched_tokens=16), Room()
     scheduler.add(sequence("long", 1000))
     advance(scheduler, room, scheduler.schedule(room))
     scheduler.add(sequence("short", 8))
@@ -145,7 +145,7 @@ def test_a_short_prompt_gets_its_share_at_once_beside_a_long_one() -> None:
 
 
 def test_a_long_prompt_comes_on_in_every_other_step_though_short_ones_never_end() -> None:
-    scheduler, room = Scheduler(max_num_seqs=64, token_budget=16), Room()
+    scheduler, room = Scheduler(max_num_seqs=64, max_num_batched_tokens=16), Room()
     scheduler.add(sequence("long", 160))
     took: list[int] = []
     for step in range(30):
@@ -161,7 +161,7 @@ def test_a_long_prompt_comes_on_in_every_other_step_though_short_ones_never_end(
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 16])
 def test_a_long_prompt_comes_on_however_many_short_ones_arrive(budget: int) -> None:
-    scheduler, room = Scheduler(max_num_seqs=64, token_budget=budget), Room()
+    scheduler, room = Scheduler(max_num_seqs=64, max_num_batched_tokens=budget), Room()
     scheduler.add(sequence("long", 20 * budget))
     advance(scheduler, room, scheduler.schedule(room))
     for step in range(40):
@@ -177,14 +177,14 @@ def test_a_long_prompt_comes_on_however_many_short_ones_arrive(budget: int) -> N
 
 
 def test_places_are_waited_for() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=100), Room()
+    scheduler, room = Scheduler(max_num_seqs=1, max_num_batched_tokens=100), Room()
     for name in ("a", "b", "c"):
         scheduler.add(sequence(name, 2, num_new=2))
     assert run(scheduler, room) == ["a", "b", "c"]
 
 
 def test_what_is_known_is_not_computed_again_unless_it_must_be() -> None:
-    scheduler, room = Scheduler(max_num_seqs=2, token_budget=100), Room(known=8)
+    scheduler, room = Scheduler(max_num_seqs=2, max_num_batched_tokens=100), Room(known=8)
     scheduler.add(sequence("skips", 20))
     scheduler.add(sequence("may not", 20, may_skip=False, most_per_step=6))
     scheduler.add(sequence("all known", 8))
@@ -192,7 +192,7 @@ def test_what_is_known_is_not_computed_again_unless_it_must_be() -> None:
 
 
 def test_generated_tokens_of_an_earlier_instance_are_computed_like_a_prompt() -> None:
-    scheduler, room = Scheduler(max_num_seqs=2, token_budget=4), Room()
+    scheduler, room = Scheduler(max_num_seqs=2, max_num_batched_tokens=4), Room()
     scheduler.add(sequence("resumed", 6, num_new=2, num_generated=3))
     chunks = scheduler.schedule(room)
     assert shape(chunks) == [("resumed", 0, 4)]
@@ -207,14 +207,14 @@ def test_generated_tokens_of_an_earlier_instance_are_computed_like_a_prompt() ->
 
 
 def test_the_lower_priority_goes_first_and_of_equals_the_earlier() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=100), Room()
+    scheduler, room = Scheduler(max_num_seqs=1, max_num_batched_tokens=100), Room()
     for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -1), ("e", 0)):
         scheduler.add(sequence(name, 2, num_new=1, priority=priority))
     assert run(scheduler, room) == ["d", "b", "e", "a", "c"]
 
 
 def test_the_last_gives_way_to_one_that_is_more_urgent() -> None:
-    scheduler, room = Scheduler(max_num_seqs=2, token_budget=100), Room()
+    scheduler, room = Scheduler(max_num_seqs=2, max_num_batched_tokens=100), Room()
     scheduler.add(sequence("first", 4))
     scheduler.add(sequence("second", 4))
     advance(scheduler, room, scheduler.schedule(room))
@@ -232,7 +232,7 @@ def test_the_last_gives_way_to_one_that_is_more_urgent() -> None:
 
 
 def test_where_room_ends_the_last_gives_way_and_loses_nothing() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=4)
     a, b = sequence("a", 6, num_new=8), sequence("b", 7, num_new=8)
     scheduler.add(a)
     scheduler.add(b)
@@ -256,7 +256,7 @@ def step(scheduler: Scheduler, room: Room) -> Sequence[Chunk]:
 
 
 def test_half_computed_prompts_do_not_block_each_other() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=8), Room(num_blocks=6)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=8), Room(num_blocks=6)
     for name in ("a", "b", "c"):
         scheduler.add(sequence(name, 20, num_new=1))
     steps = 0
@@ -271,7 +271,7 @@ def test_half_computed_prompts_do_not_block_each_other() -> None:
 
 
 def test_nothing_is_scheduled_where_there_is_no_room_for_any() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=8), Room(num_blocks=0)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=8), Room(num_blocks=0)
     scheduler.add(sequence("a", 3))
     for _ in range(3):
         assert scheduler.schedule(room) == ()
@@ -282,7 +282,7 @@ def test_nothing_is_scheduled_where_there_is_no_room_for_any() -> None:
 
 
 def test_one_without_room_is_not_overtaken() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=4)
     scheduler.add(sequence("large", 20))
     scheduler.add(sequence("small", 1))
     assert [scheduler.schedule(room) for _ in range(4)] == [()] * 4
@@ -291,7 +291,7 @@ def test_one_without_room_is_not_overtaken() -> None:
 
 
 def test_one_without_room_is_not_tried_every_step_but_as_soon_as_someone_leaves() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=4)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=4)
     scheduler.add(sequence("a", 4, num_new=8))
     scheduler.add(sequence("large", 16, num_new=1))
     scheduler.add(sequence("small", 1, num_new=1))
@@ -304,7 +304,7 @@ def test_one_without_room_is_not_tried_every_step_but_as_soon_as_someone_leaves(
 
 
 def test_a_draft_makes_nobody_give_way() -> None:
-    scheduler, room = Scheduler(max_num_seqs=4, token_budget=100), Room(num_blocks=5)
+    scheduler, room = Scheduler(max_num_seqs=4, max_num_batched_tokens=100), Room(num_blocks=5)
     a, b = sequence("a", 4, num_new=9), sequence("b", 4, num_new=9)
     scheduler.add(a)
     scheduler.add(b)
@@ -320,7 +320,7 @@ def test_a_draft_makes_nobody_give_way() -> None:
 
 
 def test_removing_is_for_waiting_and_running_alike() -> None:
-    scheduler, room = Scheduler(max_num_seqs=1, token_budget=4), Room()
+    scheduler, room = Scheduler(max_num_seqs=1, max_num_batched_tokens=4), Room()
     scheduler.add(sequence("runs", 2))
     scheduler.add(sequence("waits", 2))
     scheduler.schedule(room)
@@ -334,7 +334,7 @@ def test_removing_is_for_waiting_and_running_alike() -> None:
 
 
 def test_misuse_is_refused() -> None:
-    scheduler = Scheduler(max_num_seqs=1, token_budget=4)
+    scheduler = Scheduler(max_num_seqs=1, max_num_batched_tokens=4)
     scheduler.add(sequence("a", 2))
     with pytest.raises(ValueError, match="here already"):
         scheduler.add(sequence("a", 2))
@@ -351,13 +351,13 @@ class Arrivals(RuleBasedStateMachine):
 
     @initialize(
         max_num_seqs=st.integers(1, 4),
-        token_budget=st.integers(1, 9),
+        max_num_batched_tokens=st.integers(1, 9),
         spare=st.integers(0, 20),
         known=st.integers(0, 9),
     )
-    def start(self, max_num_seqs: int, token_budget: int, spare: int, known: int) -> None:
-        self.scheduler = Scheduler(max_num_seqs, token_budget)
-        self.token_budget = token_budget
+    def start(self, max_num_seqs: int, max_num_batched_tokens: int, spare: int, known: int) -> None:
+        self.scheduler = Scheduler(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
         # The longest sequence alone always has room.
         self.room = Room(blocks_of(LONGEST) + spare, known)
         self.alive: dict[str, GenerationSequence] = {}
@@ -424,11 +424,13 @@ class Arrivals(RuleBasedStateMachine):
         decodes = [chunk for chunk in chunks if chunk.sequence.request_id in decoding]
         assert chunks == (*decodes, *prefills)
         assert [chunk.stop - chunk.start for chunk in decodes] == [1] * len(decodes)
-        assert sum(chunk.num_tokens for chunk in prefills) <= self.token_budget
+        assert sum(chunk.num_tokens for chunk in prefills) <= self.max_num_batched_tokens
         for chunk in chunks:
             one = chunk.sequence
             assert self.room.held[one] >= blocks_of(chunk.stop + len(chunk.draft))
-            assert chunk.num_tokens <= (one.most_per_step or self.token_budget) + len(chunk.draft)
+            assert chunk.num_tokens <= (one.most_per_step or self.max_num_batched_tokens) + len(
+                chunk.draft
+            )
             assert chunk.start == one.num_computed
         for name in advance(self.scheduler, self.room, chunks):
             del self.alive[name]

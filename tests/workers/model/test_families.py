@@ -79,7 +79,7 @@ def test_greedy_tokens_are_those_of_transformers(
     assert max(len(set(one)) for one in new) > 3
     model = load(memory, save(tiny(family), tmp_path))
     assert generated(model, PROMPTS, NUM_NEW) == new
-    assert generated(model, PROMPTS, NUM_NEW, token_budget=9) == new
+    assert generated(model, PROMPTS, NUM_NEW, max_num_batched_tokens=9) == new
 
 
 def test_longrope_up_to_its_original_length(memory: Client, tmp_path: Path) -> None:
