@@ -23,7 +23,6 @@ from server.text.chat_template import DEFAULT, Chat, ChatTemplate, TemplateFaile
 from server.text.incremental import Detokenizer
 from server.text.template_files import template_sources
 from server.text.token_texts import TokenTexts
-from server.text.tokenizer_class import as_its_class_has_it
 from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerFilesError, TokenizerMissing
 from server.text.tokenizer_limits import MAX_CHARS, normalizer_growth
 from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
@@ -104,9 +103,6 @@ class Text:
         else:
             sources = {DEFAULT: chat_template}
         names = _special_tokens(config)
-        if not os.path.lexists(folder / SPECIAL_IDS_FILE):  # else it was built as it is meant
-            model_type = str(_json_object(folder / "config.json").get("model_type") or "")
-            as_its_class_has_it(tokenizer, config, model_type)
         return cls(
             tokenizer,
             chat_template=ChatTemplate(sources, names) if sources else None,
