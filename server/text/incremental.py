@@ -6,7 +6,7 @@ joined, are what decoding all the ids at once gives, behind those that it was to
 Knows no tokenizer, only its decoding function.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Final
 
 REPLACEMENT: Final = "\ufffd"
@@ -40,7 +40,7 @@ class Detokenizer:
     def __init__(
         self,
         decode: Callable[[Sequence[int]], str],
-        special_ids: frozenset[int] = frozenset(),
+        special_ids: Container[int] = frozenset(),
         *,
         before: Sequence[int] = (),
         is_whole: bool = True,

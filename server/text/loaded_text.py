@@ -10,7 +10,7 @@ from typing import Self
 
 from server.text.kept_file import KeptFile
 from server.text.template_files import read_template
-from server.text.text import Text
+from server.text.text import BadChatTemplate, Text
 from server.text.tokenizer_check import try_tokenizer
 from server.text.tokenizer_files import tokenizer_file, tokenizer_folder
 
@@ -31,6 +31,8 @@ class KeptTokenizer:
     def of(cls, model: Path, chat_template: Path | None = None) -> Self:
         """`chat_template`: a file that is used in place of the model's own. Raises ServerError,
         CheckpointError."""
+        if chat_template is not None and not chat_template.is_file():
+            raise BadChatTemplate(f"There is no file {chat_template} to take a chat template from.")
         given = None if chat_template is None else read_template(chat_template)
         if not model.is_dir():
             return cls(model, None, given)

@@ -67,13 +67,16 @@ class Text:
         self._lowers_inputs = lowers_inputs
         self._chat_template = chat_template
         self._render_thread = ThreadPoolExecutor(1, "chat-template")
-        special = {
+        self.special_texts: Mapping[int, str] = {
             token_id: token.content
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
-        self._special_ids = frozenset(special)
-        self._special_names = {name: token_id for token_id, name in special.items()}
+        """What a prompt calls the tokens that are no part of any text."""
+        self.special_ids: Mapping[str, int] = {
+            text: token_id for token_id, text in self.special_texts.items()
+        }
+        """The same, by their texts."""
         self.stop_token_ids = tuple(stop_token_ids)
         self.tokens = TokenTexts(tokenizer, file)
         """What each token shows, alone."""
@@ -288,20 +291,10 @@ class Text:
         """All at once, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that are no part of any text."""
-        return self._special_ids
-
-    @property
-    def special_names(self) -> Mapping[str, int]:
-        """Their ids, by what a prompt calls them by."""
-        return self._special_names
-
     def detokenizer(self, before: Sequence[int] = (), *, is_whole: bool = True) -> Detokenizer:
         """A new one, for one sequence that goes on behind the text of `before`. `is_whole`: as
         `Detokenizer` has it."""
-        return Detokenizer(self.decode, self._special_ids, before=before, is_whole=is_whole)
+        return Detokenizer(self.decode, self.special_texts, before=before, is_whole=is_whole)
 
 
 def _half_a_pair(param: str) -> InvalidRequest:

@@ -107,7 +107,7 @@ def check_task(serving: Serving, task: Task) -> None:
 def end_tokens(body: GenerationRequest, text: Text) -> list[int]:
     """What ends an answer beside `stop_token_ids`: the model's ends, and stop strings that are
     special tokens, which no text shows."""
-    named = [text.special_names[stop] for stop in body.stops if stop in text.special_names]
+    named = [text.special_ids[stop] for stop in body.stops if stop in text.special_ids]
     return [*named, *(() if body.ignore_eos else text.stop_token_ids)]
 
 
@@ -117,7 +117,7 @@ def _named_in(stops: Sequence[str], text: Text) -> dict[int, str]:
         return {}
     return {
         token_id: name
-        for name, token_id in text.special_names.items()
+        for token_id, name in text.special_texts.items()
         if any(name in stop for stop in stops)
     }
 

@@ -78,7 +78,7 @@ class TextOffsets:
     def __init__(self, text: Text, detokenizer: Detokenizer) -> None:
         """`detokenizer`: a new one, that makes the text."""
         self._detokenizer = detokenizer
-        self._names = {token_id: name for name, token_id in text.special_names.items()}
+        self._names = text.special_texts
         self._num_chars = 0
 
     def of(self, token_id: int, written: str = "") -> int:

@@ -215,7 +215,7 @@ def test_stop_strings_may_name_special_tokens(
     http: httpx.Client, words: Text, stop: list[str], shown: str, reason: str, stream: bool
 ) -> None:
     ids = asyncio.run(words.encode("cat", context_tokens=9))[1:]
-    ids = [*ids, words.special_names[BREAK]]
+    ids = [*ids, words.special_ids[BREAK]]
     ids += [
         token
         for word in ("sat", "mat")
@@ -231,7 +231,7 @@ def test_stop_strings_may_name_special_tokens(
 def test_a_stop_string_that_is_a_special_token_is_one_for_the_instance(
     http: httpx.Client, model: EchoModel, words: Text
 ) -> None:
-    named = words.special_names[BREAK]
+    named = words.special_ids[BREAK]
     assert complete(http, stop=["x", BREAK]).status_code == 200
     assert complete(http, stop=BREAK, ignore_eos=True, max_tokens=1).status_code == 200
     assert [one.stop_token_ids for _, _, one in model.submitted] == [(named,), (named,)]
