@@ -67,10 +67,12 @@ class Message(BaseModel):
         return "\n".join(part.text for part in self.content or ())
 
     def for_template(self) -> dict[str, Any]:
-        """What a template may read, without what is null."""
+        """What a template may read, without what is null, and calls where there are none: templates
+        ask whether there is such a key."""
         known = {name: getattr(self, name) for name in type(self).model_fields}
         if isinstance(self.content, list):
             known["content"] = [{"type": part.type, "text": part.text} for part in self.content]
+        known["tool_calls"] = self.tool_calls or None
         return {name: value for name, value in known.items() if value is not None}
 
 

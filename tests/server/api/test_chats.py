@@ -15,7 +15,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
     "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
     "{% for call in m.tool_calls or [] %}!{{ call.function.arguments | tojson }}{% endfor %}"
-    "{% if m.name %}@{{ m.name }}{% endif %}{% endfor %}"
+    "{% if 'tool_calls' in m %}?{% endif %}{% if m.name %}@{{ m.name }}{% endif %}{% endfor %}"
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
     "{% for one in documents or [] %}[{{ one.text }}]{% endfor %}"
     "{% if add_generation_prompt %}<answer>{{ mode or '' }}{% endif %}"
@@ -73,7 +73,21 @@ def http(model: EchoModel, templated: Text) -> Iterator[httpx.Client]:
                     {"role": "tool", "tool_call_id": "1", "content": "12"},
                 ]
             },
-            '<user>hi<assistant>!{"city": "x"}<tool>12<answer>',
+            '<user>hi<assistant>!{"city": "x"}?<tool>12<answer>',
+        ),
+        (
+            {
+                "messages": [
+                    *HI,
+                    {
+                        **{"role": "assistant", "content": "a", "tool_calls": []},
+                        **dict.fromkeys(("refusal", "audio", "function_call", "name")),
+                        **{"annotations": [], "reasoning_content": None},
+                    },
+                    *HI,
+                ]
+            },
+            "<user>hi<assistant>a<user>hi<answer>",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}]},
