@@ -4,7 +4,7 @@ A digest is there to notice accidents: a torn write, a rotten disk, a bug of our
 about as fast as memory does, but it is no cryptographic hash: it says nothing of an adversary, who
 could make other bytes with the same digest. (XXH3 as specified in xxHash's doc/xxhash_spec.md.)
 
-Invariant: bytes are hashed where they lie, never copied. Knows nothing of what they mean.
+Invariant: bytes are hashed where they lie, never copied.
 """
 
 import os

@@ -3,7 +3,7 @@
 Owns both ends. Invariants: a session lives as long as its lifeline is open; the kernel closes it
 when the client's process ends, however it ends; whoever comes is heard or told why not, also when
 descriptors have run out. Also carries what ZeroMQ can't: file descriptors, and that answers are
-lost. Knows nothing of what a session holds.
+lost.
 """
 
 import contextlib

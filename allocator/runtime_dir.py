@@ -2,7 +2,7 @@
 
 Owns the directory's choice, its checks (ours, 0700, short enough for Unix sockets, at a place where
 nobody else can put another) and the names in it. Invariant: a `RuntimeDir` that was opened can be
-used. Knows nothing of what the sockets carry.
+used.
 """
 
 import contextlib

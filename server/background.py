@@ -2,7 +2,7 @@
 
 Owns those tasks. Invariant: none ends unobserved. One that fails is told of and begun again, ever
 more slowly; one that the server can't do without ends the server, with a message; one that is about
-a single thing hands its error to who wanted that. Knows nothing of what the work is.
+a single thing hands its error to who wanted that.
 """
 
 import asyncio

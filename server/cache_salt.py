@@ -1,7 +1,7 @@
 """Who shares what was computed of a common beginning with whom.
 
 Owns the rule. Invariant: requests that are to be kept apart never get the same salt, whatever salt
-of their own they bring. Knows nothing of blocks and digests.
+of their own they bring.
 
 Without it anybody can find out what others have asked: a prompt whose beginning was computed before
 is answered sooner, and `cached_tokens` says so.

@@ -2,7 +2,6 @@
 
 Owns the counting. Invariant: of messages with the same words (before figures are put in) no more
 than `most` pass in a window of time, and the first one of a later window says how many did not.
-Knows nothing of what they mean.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
 Owns the forkserver's process and the engine socket. Torch-free and asyncio. Invariants: a process
 that was started here ends when this does, however; an instance goes on where its forkserver ends;
-nobody but our instances reaches the engine socket. Knows nothing of which instance should do what.
+nobody but our instances reaches the engine socket.
 """
 
 import asyncio

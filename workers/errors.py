@@ -1,6 +1,6 @@
 """What can go wrong in this room, by name. `code` travels to the server, the message to a person.
 
-Invariant: a message names what to change. Knows nothing of how it will be shown.
+Invariant: a message names what to change.
 """
 
 from typing import ClassVar, Final

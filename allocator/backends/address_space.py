@@ -2,7 +2,7 @@
 
 Owns raw addresses. Invariants: a call that fails raises OSError with the kernel's reason; a range
 goes back to the kernel when no view of it is left, and not before, so that a stale view ends in
-SIGSEGV instead of in somebody else's memory. Knows nothing of segments, pools and placements.
+SIGSEGV instead of in somebody else's memory.
 """
 
 import ctypes

@@ -2,7 +2,7 @@
 
 Owns reading them (cgroups(7); the kernel's admin-guide/cgroup-v1/memory and cgroup-v2). Invariant:
 every group from our own up to the root that can be seen counts, since the kernel ends processes at
-the least of them. What can't be read is no limit. Knows nothing of what the memory is for.
+the least of them. What can't be read is no limit.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 Owns the pinned buffers of one mapping. Invariants: a thread that copies has two buffers to itself
 and fills one while the GPU empties the other, so a mapping pins at most 8 MiB a thread, and none
-after `close`; a copy has ended when the call returns. Knows nothing of segments.
+after `close`; a copy has ended when the call returns.
 
 Why not let the driver copy from pageable memory: it has one staging buffer of its own, at which
 threads would queue. Why not pin the source itself: pinning costs about what copying once does, and

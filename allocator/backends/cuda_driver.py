@@ -4,7 +4,7 @@ processes.
 Owns the step from `cuda.bindings` to this room, and the primary contexts that this process retains.
 Invariants: importing this module loads nothing of CUDA; a device is named by its UUID, since
 ordinals differ between processes (CUDA_VISIBLE_DEVICES); only `current` ever makes a context, and
-it leaves the thread's own as it was. Knows nothing of segments.
+it leaves the thread's own as it was.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 Owns device addresses. Invariants: what is mapped is unmapped only when the device has done all that
 it was told before, and addresses go back to the driver only when no view of them is left; a
 descriptor is the caller's, and the driver's handle made of it is released as soon as it is mapped,
-so that the mapping alone keeps the memory. Knows nothing of how descriptors come here.
+so that the mapping alone keeps the memory.
 
 Read-only is what this process's own mapping says (cuMemSetAccess): a kernel that writes there ends
 this process's context with CUDA_ERROR_ILLEGAL_ADDRESS, which nothing but a new process mends, and

@@ -2,7 +2,7 @@
 
 Owns the mappings and the descriptors that commit them. Invariants: what is writable through an
 address was committed before; what is read-only was mapped on a descriptor that was opened
-read-only; giving up never fails. Knows nothing of names under /dev/shm.
+read-only; giving up never fails.
 """
 
 import errno

@@ -1,7 +1,7 @@
 """What NVIDIA's driver says of a GPU's memory, all processes together and one by one.
 
 By way of NVML, which needs no context: asking costs nothing on the device. Invariant: nothing of
-NVML is loaded before somebody asks, and what was loaded is let go again. Knows nothing of segments.
+NVML is loaded before somebody asks, and what was loaded is let go again.
 
 Processes are told by the pids of NVML's own pid namespace. Where it runs in another one than this
 process, as in most containers, the list may be empty though the memory is in use.

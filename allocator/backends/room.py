@@ -1,7 +1,7 @@
 """What a device can still hold, as it says itself. Pure.
 
 Owns the figures and the words for people. Invariant: whoever is refused for want of room reads what
-bounds it, and what would help. Knows nothing of how it is read.
+bounds it, and what would help.
 """
 
 from dataclasses import dataclass

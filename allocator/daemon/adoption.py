@@ -2,7 +2,7 @@
 
 Owns the proof that what the journal says is still so. Invariants: a segment is taken over only if
 it is the very one that the journal names, of this boot, and the bytes of its tensors still have
-their digests; what a process held that is gone is free. Knows nothing of sockets.
+their digests; what a process held that is gone is free.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
 Owns the runs that this daemon answers for: its own, and those whose segments it has adopted. Their
 locks show everybody else that they are not abandoned. Invariant: of others only that is removed of
-which it is proven that nobody uses it (`backends.runs`), and whose directory is not here, where
-its own next daemon would look for it. Knows nothing of what segments hold.
+which it is proven that nobody uses it (`backends.runs`), and whose directory is not here, where its
+own next daemon would look for it.
 """
 
 import itertools

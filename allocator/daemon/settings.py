@@ -2,7 +2,6 @@
 
 Owns the options and the defaults: whoever offers options, passes them on or reads them does it by
 `OPTIONS`. Invariant: a `DaemonSettings` that was parsed can be used as far as its own text goes.
-Knows nothing of what the machine has.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Which process is meant, safely: a pid alone is reused by the kernel, pid and start time are not.
 
-Owns reading /proc/PID/stat. Knows nothing of what the process does.
+Owns reading /proc/PID/stat.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 Owns the one way in which they are started. Invariant: what a child imports does not depend on the
 folder that it is started in: a `server.py`, a `queue.py` or a `torch.py` of the user's there is
-never run (`python -m` would look there first; `-P` does not). Knows nothing of what they do.
+never run (`python -m` would look there first; `-P` does not).
 """
 
 import os

@@ -1,6 +1,6 @@
 """What the kernel says a process is doing, for whoever must tell a hung one from a slow one.
 
-Owns reading /proc/PID/stat and /proc/PID/status (proc(5)). Knows nothing of what follows from it.
+Owns reading /proc/PID/stat and /proc/PID/status (proc(5)).
 """
 
 import os

@@ -2,7 +2,7 @@
 
 Owns names and labels, and the one thread that asks the allocator. Invariant: a scrape that can't
 reach the allocator still answers, within about a second, and says that it is down; however many
-scrapes there are, a silent allocator holds up that one thread. Knows nothing of HTTP.
+scrapes there are, a silent allocator holds up that one thread.
 """
 
 import asyncio

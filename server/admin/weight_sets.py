@@ -2,7 +2,7 @@
 serves one of them, else by the allocator.
 
 Owns how a person names a weight set. Invariant: a name that fits several sets is refused, with all
-of them listed. Knows nothing of terminals.
+of them listed.
 """
 
 import contextlib

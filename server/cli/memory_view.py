@@ -1,7 +1,7 @@
 """The device's memory as a person sees it in a terminal: who holds which bytes.
 
 Owns the drawing. Invariant: shared bytes are drawn once, whoever maps them; the drawn parts add up
-to the device. Knows nothing of how the figures came about.
+to the device.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 Owns the supervision: starts instances, hears of their ends, replaces those that ended or hang.
 Invariants: while the fleet is not draining, the number of live instances goes to `num_wanted`; an
 instance that hangs answers no more before its requests go elsewhere; an instance that never became
-ready is tried again ever more slowly. Knows nothing of what the requests are.
+ready is tried again ever more slowly.
 """
 
 import asyncio

@@ -1,7 +1,6 @@
 """One instance as the server sees it: its state, what it has said, and whether it still moves.
 
 Owns the states and what may follow on what. Invariant: a state moves along `TRANSITIONS` only.
-Knows nothing of why an instance is started or ended.
 """
 
 import time

@@ -2,7 +2,7 @@
 
 Owns their line. Invariants: such an instance has one request at a time, and its end harms no other;
 others never wait for a request in here, since its instance is an additional one; a request that
-ends that instance too is over. Does not know how instances are started.
+ends that instance too is over.
 """
 
 import logging

@@ -2,7 +2,6 @@
 
 Owns the order. Invariants: weights go to sleep only after every instance has ended by itself; if
 they can't, the instances come back; a model that is awake answers as soon as one instance is ready.
-Knows nothing of how bytes move.
 """
 
 import asyncio

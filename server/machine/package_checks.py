@@ -1,7 +1,7 @@
 """Whether Python and the installed packages lie in the ranges that our metadata declares. Pure.
 
 Owns comparing versions as far as our ranges need it. Invariant: a clause that can't be judged is
-refused, never taken for met. Knows nothing of where the metadata comes from.
+refused, never taken for met.
 """
 
 import re

@@ -3,7 +3,7 @@
 Owns the sorting of memory into what the allocator handed out and the process's own. Invariants: an
 object is known by device and inode, never by its name, so two processes that show the same object
 map the same bytes; whatever is neither the allocator's nor part of a program's file is the
-process's own, whoever else maps it. Knows nothing of models.
+process's own, whoever else maps it.
 
     mapped                                     counts as
     a segment, a file that was handed out      shared

@@ -3,7 +3,6 @@
 Owns the questions to the allocator, and to the kernel or a GPU's driver; `verify` and
 `device_verify` judge the answers. Invariant: what an instance maps counts as the weights only if
 the allocator says that it has handed out that very object, for the set that the instance reads.
-Knows nothing of terminals, nor of how instances start.
 """
 
 import os

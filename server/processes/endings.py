@@ -2,7 +2,7 @@
 
 Owns that judgement. Invariant: what somebody else did to a process (SIGKILL, SIGTERM, SIGSTOP) is
 nobody's fault; what a process did to itself, or memory that ran out, may be the fault of those that
-it was computing. Knows nothing of what becomes of them.
+it was computing.
 """
 
 import signal

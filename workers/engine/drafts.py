@@ -4,7 +4,7 @@ Prompt lookup (A. Saxena, "Prompt Lookup Decoding", 2023; vLLM's `ngram` method)
 tokens occurred earlier, what followed then may follow again. The guess is computed along with the
 next step, and kept as far as it is what would have been sampled anyway, so the text is the same.
 
-Pure. Knows nothing of models.
+Pure.
 """
 
 from array import array

@@ -1,7 +1,7 @@
 """Finding the one in a batch that makes the whole batch fail.
 
 Owns the search. Invariant: whatever some items raise, each of the others gets a result that it
-shares with others that are sound. Knows nothing of what is computed.
+shares with others that are sound.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Joins the scheduler's sequences with the blocks of their keys and values.
 
 Invariants: a cache lives exactly as long as its sequence runs; what is raised over one sequence's
-blocks is that one's failure. Knows nothing of models and of what a step computes.
+blocks is that one's failure.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Who gives up room to whom: sequences here to other instances, and to nobody after long enough.
 
 Owns the patience of sequences that lack room. Invariant: of those that run, the last in order gives
-way first. Does not know blocks.
+way first.
 """
 
 from collections.abc import Sequence

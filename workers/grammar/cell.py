@@ -1,7 +1,7 @@
 """One cell of a grammar, as the instance sees it: who uses it, and what has been said.
 
 Owns the link. Invariants: nothing here waits, whether or not the cell reads; what it has yet to be
-told is kept with its sequences, and nowhere else. Does not know how cells begin and end.
+told is kept with its sequences, and nowhere else.
 """
 
 import socket

@@ -1,7 +1,7 @@
 """What a model that embeds will take, from its headers alone.
 
 Owns the figures that differ from a decoder's: no keys and values are kept, no logits are made, and
-a step computes whole texts. Invariant: no weight is read. Does not know instances or machines.
+a step computes whole texts. Invariant: no weight is read.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
     cores.lock  | ... | process 4711 | process 4712 | ...  a byte each, locked while it computes
 
 Owns this instance's byte. A lock ends with its process, however that ends, so nobody is counted who
-is gone. Knows nothing of what is computed.
+is gone.
 """
 
 import fcntl

@@ -2,7 +2,7 @@
 
 Owns the instances' processes: starts them, reaps them, reports their ends. Invariants: no thread,
 no ZeroMQ context and no device call exists before a fork; neither it nor an instance outlives the
-server, but an instance outlives it. Knows nothing of requests.
+server, but an instance outlives it.
 
 Started as `python -m workers.process.forkserver FD PIPE MODEL DTYPE [METADATA_FD]`, where FD is its
 end of a SOCK_SEQPACKET pair, and it dies with whoever holds the other end of PIPE. METADATA_FD is a

@@ -1,4 +1,4 @@
-"""The few things of Linux and glibc that Python does not offer. Knows nothing of models.
+"""The few things of Linux and glibc that Python does not offer.
 
 Each function names the manual page that it follows.
 """

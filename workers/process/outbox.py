@@ -2,7 +2,7 @@
 
 Owns the cut into frames. Invariants: no frame is longer than `MAX_FRAME_BYTES`, which would end the
 connection; one output that can't be told becomes the end of its own request and keeps none of the
-others back. Knows nothing of sockets.
+others back.
 """
 
 import logging

@@ -6,7 +6,8 @@ Owns the way from a module to a weight set (lay out, copy, seal) and back (match
   - an extent that holds a parameter is shared and read-only, so a buffer that overlaps a parameter
     is too: it has always been the same memory. An extent of buffers alone is copied privately;
   - until the weight set is sealed and found to match, the module is not touched.
-Knows nothing of what a module computes. What a module keeps as plain attributes does not travel.
+
+What a module keeps as plain attributes does not travel.
 """
 
 import contextlib

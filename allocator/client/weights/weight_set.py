@@ -1,7 +1,7 @@
 """A weight set in a client: read-only where it is sealed, writable while it is made.
 
 Owns the mappings of one set. Invariants: nothing is sealed before every byte of it was written and
-digested; a writer that leaves without a seal gives its election back. Knows nothing of checkpoints.
+digested; a writer that leaves without a seal gives its election back.
 """
 
 import contextlib

@@ -7,7 +7,7 @@
 
 Owns the socket, and its context. Invariants: what was received is given out once and in order; when
 `tick` says so, what peers had sent or would have been sent may be lost, and their connections are
-gone. Knows nothing of what is in a frame.
+gone.
 """
 
 import contextlib

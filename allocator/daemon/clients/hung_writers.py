@@ -1,7 +1,7 @@
 """Writers of weight sets that somebody has stopped, while others wait for what they write.
 
 Owns since when each has been so. Invariant: only who is seen stopped at every look for so long, and
-waited for at each of them, is given up. Knows nothing of what is written.
+waited for at each of them, is given up.
 """
 
 from typing import Final

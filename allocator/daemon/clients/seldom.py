@@ -1,7 +1,7 @@
 """Warnings that somebody else can cause as often as they like, told now and then.
 
 Owns the counting. Invariant: of each kind at most one line in a while, which says how many it
-stands for. Knows nothing of what is warned of.
+stands for.
 """
 
 import logging
