@@ -58,7 +58,9 @@ async def serve(settings: Settings) -> None:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
         files = await asyncio.to_thread(ModelFiles.at, settings.model, settings.model_given)
         # A tokenizer that is missing is no reason to load first.
-        tokenizer = await asyncio.to_thread(KeptTokenizer.of, settings.model)
+        tokenizer = await asyncio.to_thread(
+            KeptTokenizer.of, settings.model, settings.chat_template
+        )
         stack.callback(tokenizer.close)
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)

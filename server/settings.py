@@ -39,6 +39,10 @@ class Settings(BaseModel):
     """As a person named it: what `onecopy reload` looks for again."""
     model_given: Path | None = None
     """As a person gave it, if as a path, with the links that led to `model`."""
+    chat_template: Path | None = Field(
+        default=None,
+        description="A file with the chat template to use in place of the model's own, in Jinja.",
+    )
     sampling_defaults: SamplingDefaults = NO_ADVICE
     runtime_dir: Path
     num_instances: int = Field(

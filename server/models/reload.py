@@ -9,6 +9,7 @@ model as it was served. Knows nothing of HTTP.
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from server.errors import ServerError
@@ -37,6 +38,7 @@ class Reloader:
     def __init__(
         self,
         model: str,
+        chat_template: Path | None,
         fleet: Fleet,
         router: Router,
         watch: ModelWatch,
@@ -45,10 +47,12 @@ class Reloader:
         serve: Callable[[LoadedText, SamplingDefaults], LoadedText | None],
         is_served: Callable[[], bool],
     ):
-        """`model` as a person named it; `turn` is held by whoever changes the fleet as a whole;
-        `serve` lets requests that come from now on be answered by that model, and gives back the
-        text of before; `is_served` says whether there is any yet."""
+        """`model` as a person named it, and the template to use in place of its own; `turn` is held
+        by whoever changes the fleet as a whole; `serve` lets requests that come from now on be
+        answered by that model, and gives back the text of before; `is_served` says whether there is
+        any yet."""
         self._model = model
+        self._chat_template = chat_template
         self._fleet = fleet
         self._router = router
         self._watch = watch
@@ -68,7 +72,7 @@ class Reloader:
             try:
                 source = await asyncio.to_thread(find_model, self._model)
                 files = await asyncio.to_thread(ModelFiles.at, source.path, source.given)
-                loaded = await asyncio.to_thread(_load, source)
+                loaded = await asyncio.to_thread(_load, source, self._chat_template)
             except (ModelNotFound, CheckpointError, ServerError) as error:
                 raise CannotReload(f"the model is served as before: {error}") from error
             try:
@@ -126,8 +130,8 @@ class Reloader:
         await asyncio.gather(*self._retiring, return_exceptions=True)
 
 
-def _load(source: ModelSource) -> LoadedText:
-    tokenizer = KeptTokenizer.of(source.path)
+def _load(source: ModelSource, chat_template: Path | None) -> LoadedText:
+    tokenizer = KeptTokenizer.of(source.path, chat_template)
     try:
         return LoadedText.of(tokenizer)
     except BaseException:

@@ -7,39 +7,68 @@ kills it. Owns that child and both ends of the socket between.
 
 Invariants: `render` returns within its deadline (and the start of a child), and the server's own
 memory grows by no more than the longest text asked for; what somebody else does to the child is no
-error of the template; the child ends with the server. Knows nothing of tokens and HTTP.
-
-The child runs this file by its path, isolated (`python -I`): hence no import of our own packages at
-the top, and the imports of jinja2 inside the functions that the child runs.
+error of the template; the child (`server.text.template_process`) ends with the server. Knows
+nothing of tokens and HTTP.
 """
 
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-if TYPE_CHECKING:
-    from server.processes.endings import OutOfMemoryKills
+from allocator import ProcessState, module_command, module_environment
+from server.processes.endings import OutOfMemoryKills, ending_of
+from server.text.template_wire import ADDRESS_SPACE_BYTES, HEADER_BYTES, frame
 
 DEADLINE_S: Final = 10.0
-ADDRESS_SPACE_BYTES: Final = 1 << 30
-_HEADER_BYTES: Final = 4
+DEFAULT: Final = "default"
+_VARIABLES: Final = ("PATH", "PYTHONPATH", "TZ")
+"""All that the child sees of our environment: nobody's keys."""
 _MAX_TRIES: Final = 3
 """How often a child is replaced that somebody else killed or stopped, for one text."""
 _LOOK_EVERY_S: Final = 0.25
-_F_SETSIG: Final = 10  # fcntl(2)
 
 
 class TemplateFailed(Exception):
-    """The template has an error, refused the messages, or used too much. The message says which."""
+    """The template has an error, refused the messages, or used too much. The message says which;
+    `param` is what it can't do, where the template is not to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a template makes a prompt of. Contents of messages are texts, or lists of text parts."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the template's own, such as `enable_thinking`; they go before special tokens."""
+    needed: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the template must read, by what the request calls them; else `render`
+    refuses."""
+    add_generation_prompt: bool = True
+    """Whether the prompt ends where an assistant's answer begins; else with the last message."""
+    continues_last: bool = False
+    """Whether it ends within the last message, which the answer goes on with."""
+
+    @property
+    def num_chars(self) -> int:
+        """Of the contents of messages."""
+        contents = (message.get("content") or "" for message in self.messages)
+        return sum(
+            len(one) if isinstance(one, str) else sum(len(part["text"]) for part in one)
+            for one in contents
+        )
 
 
 class _Late(Exception):
@@ -55,36 +84,36 @@ class ChatTemplate:
 
     def __init__(
         self,
-        source: str,
+        source: str | Mapping[str, str],
         special_tokens: Mapping[str, str] | None = None,
         *,
         deadline_s: float = DEADLINE_S,
     ):
-        """`special_tokens` are variables of the template, such as `bos_token`. Returns at once,
+        """`source`: one template, or several by name: "default", and "tool_use" for chats with
+        tools. `special_tokens` are variables of the template, such as `bos_token`. Returns at once,
         while the child starts; an error of the template shows in `render`."""
-        self.source = source
+        self._sources = {DEFAULT: source} if isinstance(source, str) else dict(source)
         self._special_tokens = dict(special_tokens or {})
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._closed = False
-        self._memory_kills = _memory_kills()
+        self._memory_kills = OutOfMemoryKills()
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._pipe = -1
         """The child dies when this is closed."""
         self._start()
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        max_chars: int,
-    ) -> str:
-        """The prompt, ending where the assistant's answer begins. Raises `TemplateFailed`."""
+    def render(self, chat: Chat, *, max_chars: int) -> str:
+        """The prompt. Raises `TemplateFailed`."""
         request = {
-            "messages": messages,
-            "tools": tools,
+            "messages": chat.messages,
+            "tools": chat.tools or None,
+            "documents": chat.documents or None,
+            "variables": chat.variables,
+            "needed": chat.needed,
+            "add_generation_prompt": chat.add_generation_prompt and not chat.continues_last,
+            "continues_last": chat.continues_last,
             "max_chars": max_chars,
             "deadline_s": int(self._deadline_s) + 2,
         }
@@ -98,7 +127,7 @@ class ChatTemplate:
                     if number == _MAX_TRIES - 1:
                         raise TemplateFailed(str(interrupted)) from interrupted
         if "error" in answer:
-            raise TemplateFailed(str(answer["error"]))
+            raise TemplateFailed(str(answer["error"]), answer.get("param"))
         return str(answer["text"])
 
     def close(self) -> None:
@@ -135,8 +164,6 @@ class ChatTemplate:
 
     def _how_it_ended(self) -> str | None:
         """How somebody else ended the child; None where it ended by itself."""
-        from server.processes.endings import ending_of
-
         assert self._child is not None  # noqa: S101 - it was asked
         try:
             status = self._child.wait(_LOOK_EVERY_S)
@@ -146,9 +173,8 @@ class ChatTemplate:
         return ending.how if status < 0 and not ending.by_itself else None
 
     def _ask(self, request: Mapping[str, Any], deadline: float) -> dict[str, Any]:
-        frame = json.dumps(request).encode()
-        self._send(len(frame).to_bytes(_HEADER_BYTES, "big") + frame, deadline)
-        length = int.from_bytes(self._receive(_HEADER_BYTES, deadline), "big")
+        self._send(frame(request), deadline)
+        length = int.from_bytes(self._receive(HEADER_BYTES, deadline), "big")
         # Twelve bytes is the most that JSON's ASCII makes of one character; the child is not
         # trusted to keep to what it was asked for.
         if length > 12 * request["max_chars"] + 8192:
@@ -181,8 +207,6 @@ class ChatTemplate:
 
     def _waiting(self, deadline: float) -> socket.socket:
         """The socket, set to wait for a while. Raises `_Late`, `_Interrupted`."""
-        from allocator import ProcessState
-
         assert self._socket is not None  # noqa: S101 - `_start` made it
         left_s = deadline - time.monotonic()
         if left_s <= 0:
@@ -203,20 +227,19 @@ class ChatTemplate:
         with theirs:
             try:
                 self._child = subprocess.Popen(  # noqa: S603 - this very file, by a fixed command
-                    [sys.executable, "-I", str(Path(__file__).resolve()), str(pipe)],
+                    module_command("server.text.template_process", str(pipe)),
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     pass_fds=[pipe],
-                    env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "TZ": os.environ.get("TZ", "")},
+                    env=_environment(),
                 )
             finally:
                 os.close(pipe)
         self._socket = ours
-        setup = json.dumps({"source": self.source, "special_tokens": self._special_tokens}).encode()
         ours.settimeout(self._deadline_s)
         with contextlib.suppress(OSError):  # a child that is gone already shows in `_ask`
-            ours.sendall(len(setup).to_bytes(_HEADER_BYTES, "big") + setup)
+            ours.sendall(frame({"sources": self._sources, "special_tokens": self._special_tokens}))
 
     def _stop(self) -> None:
         if self._socket is not None:
@@ -231,143 +254,6 @@ class ChatTemplate:
             self._child = None
 
 
-def _memory_kills() -> "OutOfMemoryKills":
-    from server.processes.endings import OutOfMemoryKills
-
-    return OutOfMemoryKills()
-
-
-# --- in the child
-
-
-def _environment() -> Any:
-    """What templates expect to find: the same names that transformers gives them."""
-    import datetime
-
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks what an assistant wrote, for training. Here: its body."""
-
-        tags = {"generation"}  # noqa: RUF012 - the name and kind are jinja2's
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own escapes <, > and &, which a model should see as they are.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    def strftime_now(form: str) -> str:
-        return datetime.datetime.now().astimezone().strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, loopcontrols],
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
-
-
-def _rendered(template: Any, special_tokens: Mapping[str, str], request: Mapping[str, Any]) -> str:
-    max_chars: int = request["max_chars"]
-    parts, num_chars = [], 0
-    pieces = template.generate(
-        **special_tokens,
-        messages=request["messages"],
-        tools=request["tools"],
-        documents=None,
-        add_generation_prompt=True,
-    )
-    for piece in pieces:
-        num_chars += len(piece)
-        if num_chars > max_chars:
-            raise ValueError(f"the prompt it makes has more than {max_chars} characters")
-        parts.append(piece)
-    return "".join(parts)
-
-
-def _serve(stream: Any) -> None:
-    """Answers one request after the other until the parent is gone."""
-
-    def receive() -> Any:
-        header = stream.read(_HEADER_BYTES)
-        if len(header) < _HEADER_BYTES:
-            raise SystemExit(0)
-        return json.loads(stream.read(int.from_bytes(header, "big")))
-
-    def send(answer: Mapping[str, str]) -> None:
-        frame = json.dumps(answer).encode()
-        stream.write(len(frame).to_bytes(_HEADER_BYTES, "big") + frame)
-        stream.flush()
-
-    setup = receive()
-    environment, template = _environment(), None
-    while True:
-        request = receive()
-        # Should the parent die meanwhile, nobody else ends a template that never does.
-        signal.alarm(request["deadline_s"])
-        try:
-            template = template or environment.from_string(setup["source"])
-            answer = {"text": _rendered(template, setup["special_tokens"], request)}
-        except MemoryError:
-            answer = {"error": "the chat template used too much memory"}
-        except Exception as error:  # noqa: BLE001 - whatever a template raises is its answer
-            answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        signal.alarm(0)
-        send(answer)
-
-
-def _die_with(pipe: int) -> None:
-    """As `workers.process.linux.die_with`, which can't be imported here: be killed when the
-    parent's end is closed, however that comes, and even while this process is stopped."""
-    import fcntl
-
-    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
-    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
-    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
-    with contextlib.suppress(BlockingIOError):
-        os.read(pipe, 1)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _main() -> None:
-    import resource
-
-    _die_with(int(sys.argv[1]))
-    for limit, value in (
-        (resource.RLIMIT_AS, ADDRESS_SPACE_BYTES),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
-    with socket.socket(fileno=sys.stdin.fileno()) as sock, sock.makefile("rwb") as stream:
-        _serve(stream)
-
-
-if __name__ == "__main__":
-    _main()
+def _environment() -> dict[str, str]:
+    ours = module_environment()
+    return {"LC_ALL": "C.UTF-8"} | {name: ours[name] for name in _VARIABLES if name in ours}

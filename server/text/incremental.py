@@ -2,13 +2,22 @@
 
 Owns the little that has to be kept between the tokens of one sequence. Invariants: nothing that was
 given out is taken back; half a character is never given out; the pieces that a detokenizer gives,
-joined, are what decoding all the ids at once gives. Knows no tokenizer, only its decoding function.
+joined, are what decoding all the ids at once gives, behind those that it was told come before.
+Knows no tokenizer, only its decoding function.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Final
 
 REPLACEMENT: Final = "\ufffd"
+_UNSURE_CHARS: Final = 3
+"""Of a text whose last character is not whole: it has four bytes at most, and a decoder may show
+one U+FFFD for each."""
+
+
+def num_unfinished(text: str) -> int:
+    """How many characters at its end may still become another one."""
+    return len(text[-_UNSURE_CHARS:]) - len(text[-_UNSURE_CHARS:].rstrip(REPLACEMENT))
 
 
 class Detokenizer:
@@ -24,18 +33,28 @@ class Detokenizer:
     """
 
     _MAX_HELD: Final = 16
-    """More ids than any character needs: then only its last three characters can still change (a
-    character has four bytes at most, and a decoder may show one U+FFFD for each)."""
-    _UNSURE_CHARS: Final = 3
+    """More ids than any character needs: then only the last `_UNSURE_CHARS` can still change."""
+    _MAX_CONTEXT: Final = 64
+    """Ids of what comes before, special ones among them, that are looked at."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], special_ids: frozenset[int] = frozenset()
+        self,
+        decode: Callable[[Sequence[int]], str],
+        special_ids: Container[int] = frozenset(),
+        *,
+        before: Sequence[int] = (),
+        is_whole: bool = True,
     ):
+        """`before`: ids whose text is out already, which the text goes on from. `is_whole`: that
+        text ends with a whole character, whatever it looks like; else what `num_unfinished` says of
+        it is not out."""
         self._decode = decode
         self._special_ids = special_ids
-        self._window: list[int] = []
-        self._num_shown = 0  # ids of the window whose text is out
-        self._num_chars = 0  # characters of the window's text that are out
+        self._window = self._context(before)
+        self._num_shown = len(self._window)  # ids of the window whose text is out
+        text = decode(self._window) if self._window else ""
+        # Characters of the window's text that are out.
+        self._num_chars = len(text) - (0 if is_whole else num_unfinished(text))
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that these ids finish, perhaps none."""
@@ -46,6 +65,16 @@ class Detokenizer:
         text = self._decode(self._window)[self._num_chars :]
         self._window, self._num_shown, self._num_chars = [], 0, 0
         return text
+
+    def _context(self, before: Sequence[int]) -> list[int]:
+        """The last ids of them, as few as show what they show among the others: those that begin
+        within a character do not."""
+        ids = [one for one in before[-self._MAX_CONTEXT :] if one not in self._special_ids]
+        for count in range(min(self._MAX_HELD, len(ids)), len(ids)):
+            text = self._decode(ids[-count:])
+            if text and not text.startswith(REPLACEMENT):
+                return ids[-count:]
+        return ids
 
     def _step(self, token_id: int) -> str:
         if token_id in self._special_ids:
@@ -61,7 +90,7 @@ class Detokenizer:
             return piece
         if len(self._window) - self._num_shown <= self._MAX_HELD:
             return ""
-        sure = max(len(text) - self._UNSURE_CHARS, self._num_chars)
+        sure = max(len(text) - _UNSURE_CHARS, self._num_chars)
         piece, self._num_chars = text[self._num_chars : sure], sure
         if len(self._window) > 4 * self._MAX_HELD:
             self._forget(text)
@@ -84,18 +113,25 @@ class StopStrings:
 
     The string that is complete first decides, at equal ends the longest, so that the result doesn't
     depend on how the text is cut into pieces. Only what may become a stop string is held back.
+
+    A special token is no part of the text, but may be one of a stop string: its name is fed as
+    hidden, and takes part in the search alone.
     """
 
     def __init__(self, stops: Sequence[str]):
         """`stops`: none is empty."""
         self._stops = tuple(stops)
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []
+        """Of what is held, what is never shown: half-open intervals, in order."""
         self.matched: str | None = None
 
-    def feed(self, piece: str) -> str:
+    def feed(self, piece: str, *, hidden: bool = False) -> str:
         """What may be shown now. Once `matched` is set, the text has ended."""
         if not self._stops or self.matched is not None:
-            return piece if self.matched is None else ""
+            return piece if self.matched is None and not hidden else ""
+        if hidden:
+            self._hidden.append((len(self._held), len(self._held) + len(piece)))
         text = self._held + piece
         found = [
             (begin + len(stop), begin, stop)
@@ -104,16 +140,23 @@ class StopStrings:
         ]
         if found:
             _, begin, self.matched = min(found)
-            self._held = ""
-            return text[:begin]
-        shown = min(self._possible_begin(text, stop) for stop in self._stops)
-        self._held = text[shown:]
-        return text[:shown]
+            shown, self._held, self._hidden = self._shown(text[:begin]), "", []
+            return shown
+        kept = min(self._possible_begin(text, stop) for stop in self._stops)
+        shown, self._held = self._shown(text[:kept]), text[kept:]
+        self._hidden = [(max(a - kept, 0), b - kept) for a, b in self._hidden if b > kept]
+        return shown
 
     def finish(self) -> str:
         """What was held back: no stop string came of it."""
-        held, self._held = self._held, ""
-        return held
+        shown, self._held, self._hidden = self._shown(self._held), "", []
+        return shown
+
+    def _shown(self, text: str) -> str:
+        """Of the first of what is held."""
+        for begin, end in reversed(self._hidden):
+            text = text[:begin] + text[end:]
+        return text
 
     @staticmethod
     def _possible_begin(text: str, stop: str) -> int:

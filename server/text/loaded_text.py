@@ -10,7 +10,8 @@ from typing import Self
 
 from server.text.folder_tokens import completed
 from server.text.kept_file import KeptFile
-from server.text.text import Text
+from server.text.template_files import read_template
+from server.text.text import BadChatTemplate, Text
 from server.text.tokenizer_check import try_tokenizer
 from server.text.tokenizer_files import tokenizer_file, tokenizer_folder
 from workers import MAX_TOKENIZER_BYTES, read_file
@@ -21,20 +22,26 @@ class KeptTokenizer:
     files add; one that is built from a GGUF file lies in the cache, under a name that stands for
     what it was built from."""
 
-    def __init__(self, model: Path, kept: KeptFile | None):
+    def __init__(self, model: Path, kept: KeptFile | None, chat_template: str | None = None):
         self.model = model
+        self.chat_template = chat_template
+        """What is used in place of the model's own, if something is."""
         self.path = kept.path if kept is not None else tokenizer_file(model)
         """Where it is, or will be."""
         self._kept = kept
 
     @classmethod
-    def of(cls, model: Path) -> Self:
-        """Raises ServerError, CheckpointError."""
+    def of(cls, model: Path, chat_template: Path | None = None) -> Self:
+        """`chat_template`: a file that is used in place of the model's own. Raises ServerError,
+        CheckpointError."""
+        if chat_template is not None and not chat_template.is_file():
+            raise BadChatTemplate(f"There is no file {chat_template} to take a chat template from.")
+        given = None if chat_template is None else read_template(chat_template)
         if not model.is_dir():
-            return cls(model, None)
+            return cls(model, None, given)
         file = tokenizer_folder(model) / "tokenizer.json"
         content = completed(model, read_file(file, MAX_TOKENIZER_BYTES))
-        return cls(model, KeptFile.holding(content, file.name))
+        return cls(model, KeptFile.holding(content, file.name), given)
 
     def close(self) -> None:
         """Idempotent."""
@@ -54,7 +61,15 @@ class LoadedText:
         """Tried out first; blocks. Raises ServerError."""
         folder = tokenizer_folder(tokenizer.model)
         try_tokenizer(tokenizer.path, folder / "tokenizer.json")
-        return cls(Text.load(folder, tokenizer_file=tokenizer.path), tokenizer)
+        given = tokenizer.chat_template
+        text = Text.load(folder, chat_template=given, tokenizer_file=tokenizer.path)
+        try:
+            if given is not None:
+                text.check_chat_template()
+        except BaseException:
+            text.close()
+            raise
+        return cls(text, tokenizer)
 
     def close(self) -> None:
         """Once no request and no instance needs it."""

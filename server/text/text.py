@@ -19,18 +19,19 @@ from typing import Any, Final, Self
 from tokenizers import Tokenizer
 
 from server.errors import ContextLengthExceeded, InvalidRequest
-from server.text.chat_template import ChatTemplate, TemplateFailed
+from server.text.chat_template import DEFAULT, Chat, ChatTemplate, TemplateFailed
 from server.text.folder_tokens import named_tokens
 from server.text.incremental import Detokenizer
+from server.text.template_files import template_sources
 from server.text.token_texts import TokenTexts
-from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
+from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerFilesError, TokenizerMissing
 from server.text.tokenizer_limits import MAX_CHARS, normalizer_growth
 from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
 
 INLINE_CHARS: Final = 8192
 """Up to that many are encoded where the event loop runs (some 3 ms); more in a thread."""
 
-_MAX_TEMPLATE_BYTES: Final = 4 << 20
+_NO_TEMPLATE: Final = ("TemplateSyntaxError", "TemplateAssertionError")
 MAX_CHARS_PER_COMPOSED: Final = 4
 """A normalizer may make one character of several; Unicode composition of four at most."""
 
@@ -39,6 +40,10 @@ class NoChatTemplate(InvalidRequest):
     """The model can complete text, but nobody said how a chat is written for it."""
 
     code = "no_chat_template"
+
+
+class BadChatTemplate(TokenizerFilesError):
+    """What was given as one is none."""
 
 
 class Text:
@@ -63,11 +68,16 @@ class Text:
         self._lowers_inputs = lowers_inputs
         self._chat_template = chat_template
         self._render_thread = ThreadPoolExecutor(1, "chat-template")
-        self._special_ids = frozenset(
-            token_id
+        self.special_texts: Mapping[int, str] = {
+            token_id: token.content
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
-        )
+        }
+        """What a prompt calls the tokens that are no part of any text."""
+        self.special_ids: Mapping[str, int] = {
+            text: token_id for token_id, text in self.special_texts.items()
+        }
+        """The same, by their texts."""
         self.stop_token_ids = tuple(stop_token_ids)
         self.tokens = TokenTexts(tokenizer, file)
         """What each token shows, alone."""
@@ -89,11 +99,17 @@ class Text:
                 f"{folder / 'tokenizer.json'} can't be read: {error}. Copy it anew."
             ) from error
         config = _json_object(folder / "tokenizer_config.json")
-        source = chat_template or _template_source(folder, config)
+        if chat_template is None:
+            older = _json_object(folder / "chat_template.json")
+            sources = template_sources(
+                folder, config.get("chat_template") or older.get("chat_template")
+            )
+        else:
+            sources = {DEFAULT: chat_template}
         names = named_tokens(folder, config, tokenizer)
         return cls(
             tokenizer,
-            chat_template=ChatTemplate(source, names) if source is not None else None,
+            chat_template=ChatTemplate(sources, names) if sources else None,
             stop_token_ids=_stop_token_ids(folder, tokenizer, names),
             lowers_inputs=_lowers_inputs(folder),
             file=file,
@@ -109,6 +125,18 @@ class Text:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    def check_chat_template(self) -> None:
+        """Raises `BadChatTemplate` where it is no template, whatever it is asked for."""
+        if self._chat_template is None:
+            return
+        try:
+            self._chat_template.render(
+                Chat([{"role": "user", "content": "x"}]), max_chars=MAX_CHARS
+            )
+        except TemplateFailed as error:
+            if str(error).startswith(_NO_TEMPLATE):
+                raise BadChatTemplate(f"The chat template can't be used: {error}") from error
+
     @property
     def vocab_size(self) -> int:
         """Number of the tokenizer's tokens; the model's may be larger (padded), not smaller."""
@@ -116,15 +144,17 @@ class Text:
 
     # --- text → ids
 
-    async def encode(self, prompt: str, *, context_tokens: int) -> list[int]:
-        """Ids of a prompt, with the special tokens (such as BOS) that the tokenizer puts around it.
-        The event loop goes on meanwhile if the prompt is long.
+    async def encode(
+        self, prompt: str, *, context_tokens: int, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Ids of a prompt, with the special tokens (such as BOS) that the tokenizer puts around it,
+        or without. The event loop goes on meanwhile if the prompt is long.
 
         A prompt so long that it can't fit `context_tokens` is refused before any work is done:
         raises `ContextLengthExceeded`. One that is returned may still be too long.
         """
         self._check_length(prompt, context_tokens)
-        return await self._encode(prompt, True)
+        return await self._encode(prompt, add_special_tokens, "prompt")
 
     async def encode_inputs(
         self, inputs: Sequence[str], *, context_tokens: int, truncate_to: int | None = None
@@ -166,66 +196,57 @@ class Text:
         return int(self._tokenizer.num_special_tokens_to_add(False))
 
     async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        context_tokens: int,
+        self, chat: Chat, *, context_tokens: int, add_special_tokens: bool = False
     ) -> list[int]:
-        """Ids of a chat as the model's template writes it, up to where the answer begins.
+        """Ids of a chat as the model's template writes it.
 
-        The template writes all special tokens itself, so none is added. Chats are rendered one
-        after the other in a thread of their own, so that a slow template delays chats and nothing
-        else. Raises `NoChatTemplate`, `ContextLengthExceeded`, or `InvalidRequest` with what the
-        template says.
+        The template writes all special tokens itself, so none is added but where that is asked for.
+        Chats are rendered one after the other in a thread of their own, so that a slow template
+        delays chats and nothing else. Raises `NoChatTemplate`, `ContextLengthExceeded`, or
+        `InvalidRequest` with what the template says.
         """
-        render = self._chat_renderer(messages, tools, context_tokens)
+        render = self._chat_renderer(chat, context_tokens)
         prompt = await asyncio.get_running_loop().run_in_executor(
             self._render_thread, self._checked, render, context_tokens
         )
-        return await self._encode(prompt, False)
+        return await self._encode(prompt, add_special_tokens, "messages")
 
-    def _chat_renderer(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        context_tokens: int,
-    ) -> Callable[[], str]:
+    def _chat_renderer(self, chat: Chat, context_tokens: int) -> Callable[[], str]:
         template = self._chat_template
         if template is None:
             raise NoChatTemplate(
                 "This model has no chat template. Use /v1/completions, or start the server with "
-                "a template.",
+                "--chat-template FILE.",
                 param="messages",
             )
-        num_chars = sum(len(message.get("content") or "") for message in messages)
-        self._check_num_chars(num_chars, context_tokens, "messages")
+        self._check_num_chars(chat.num_chars, context_tokens, "messages")
         max_chars = self.max_chars(context_tokens) + 1  # so that what is too long is seen as such
-        return lambda: template.render(messages, tools, max_chars=max_chars)
+        return lambda: template.render(chat, max_chars=max_chars)
 
     def _checked(self, render: Callable[[], str], context_tokens: int) -> str:
         try:
             prompt = render()
         except TemplateFailed as error:
-            raise InvalidRequest(f"The chat template failed: {error}", param="messages") from error
+            told = str(error) if error.param else f"The chat template failed: {error}"
+            raise InvalidRequest(told, param=error.param or "messages") from error
         self._check_num_chars(len(prompt), context_tokens, "messages")
         return prompt
 
-    def _encoded(self, prompt: str, add_special_tokens: bool) -> list[int]:
+    def _encoded(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
         # `encode` computes offsets too, and holds the interpreter's lock while it works.
         try:
             batch = self._tokenizer.encode_batch_fast(
                 [prompt], add_special_tokens=add_special_tokens
             )
         except TypeError as error:  # a string that isn't Unicode text is no string to it
-            raise _half_a_pair("prompt" if add_special_tokens else "messages") from error
+            raise _half_a_pair(param) from error
         ids: list[int] = batch[0].ids
         return ids
 
-    async def _encode(self, prompt: str, add_special_tokens: bool) -> list[int]:
+    async def _encode(self, prompt: str, add_special_tokens: bool, param: str) -> list[int]:
         if len(prompt) <= INLINE_CHARS:
-            return self._encoded(prompt, add_special_tokens)
-        return await asyncio.to_thread(self._encoded, prompt, add_special_tokens)
+            return self._encoded(prompt, add_special_tokens, param)
+        return await asyncio.to_thread(self._encoded, prompt, add_special_tokens, param)
 
     @cached_property
     def _most_chars(self) -> int:
@@ -271,14 +292,10 @@ class Text:
         """All at once, without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that are no part of any text."""
-        return self._special_ids
-
-    def detokenizer(self) -> Detokenizer:
-        """A new one, for one sequence."""
-        return Detokenizer(self.decode, self._special_ids)
+    def detokenizer(self, before: Sequence[int] = (), *, is_whole: bool = True) -> Detokenizer:
+        """A new one, for one sequence that goes on behind the text of `before`. `is_whole`: as
+        `Detokenizer` has it."""
+        return Detokenizer(self.decode, self.special_texts, before=before, is_whole=is_whole)
 
 
 def _half_a_pair(param: str) -> InvalidRequest:
@@ -306,27 +323,6 @@ def _lowers_inputs(folder: Path) -> bool:
     """As sentence-transformers says, where it saved the model."""
     files = folder.glob("sentence_*_config.json")
     return any(_json_object(file).get("do_lower_case") is True for file in files)
-
-
-def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template, from the places where models have kept it, newest first."""
-    file = folder / "chat_template.jinja"
-    if os.path.lexists(file):
-        try:
-            return read_file(file, _MAX_TEMPLATE_BYTES).decode()
-        except CheckpointError as error:
-            raise TokenizerMissing(str(error)) from error
-        except UnicodeDecodeError as error:
-            raise TokenizerMissing(
-                f"{file} is not text in UTF-8: {error}. Copy it anew."
-            ) from error
-    kept = config.get("chat_template") or _json_object(folder / "chat_template.json").get(
-        "chat_template"
-    )
-    if isinstance(kept, list):  # several, by name
-        entries = (one for one in kept if isinstance(one, dict) and one.get("name") == "default")
-        kept = next(entries, {}).get("template")
-    return kept if isinstance(kept, str) else None
 
 
 def _stop_token_ids(

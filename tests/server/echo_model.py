@@ -42,7 +42,8 @@ FACTS = ModelFacts(
 
 
 class EchoModel:
-    """Repeats the prompt from its first token on; then EOS, or from the start if that is ignored.
+    """Repeats the prompt from its first token on; then EOS, or from the start if that is ignored;
+    or the only token that it may.
 
     Its settings may be changed by a test's thread at any time and hold for later sequences.
     """
@@ -114,6 +115,8 @@ class EchoStream:
             token = self._prompt[made] if made < len(self._prompt) else EOS
             if sampling.ignore_eos:
                 token = self._prompt[made % len(self._prompt)]
+            if sampling.allowed_token_ids is not None and len(sampling.allowed_token_ids) == 1:
+                token = sampling.allowed_token_ids[0]
             made += 1
             tokens.append(token)
             stopped = not sampling.ignore_eos and token in (EOS, *sampling.stop_token_ids)

@@ -21,7 +21,7 @@ import server.cli.cli  # noqa: F401 - all that a server imports
 from server.errors import ServerError
 from server.models.files import ModelFiles
 from server.models.source import ModelNotFound, find_model
-from server.text.chat_template import TemplateFailed
+from server.text.chat_template import Chat, TemplateFailed
 from server.text.kept_file import KeptFile
 from server.text.text import Text
 from server.text.tokenizer_check import try_tokenizer
@@ -47,7 +47,7 @@ def serve(path: str) -> None:
         if text.has_chat_template:
             messages = [{"role": "user", "content": "hello"}]
             with contextlib.suppress(ServerError):  # of a chat, not of the model
-                asyncio.run(text.encode_chat(messages, context_tokens=4096))
+                asyncio.run(text.encode_chat(Chat(messages), context_tokens=4096))
     if kept:
         kept.close()
 

@@ -160,7 +160,7 @@ def test_few_descriptors_and_many_who_hold_connections(
         body = {"model": server.model, "prompt": "a", "max_tokens": 2, "guided_regex": "[ab]{9}"}
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=TIMEOUT_S)
         assert answer.status_code == 200, answer.text
-        large = {**body, "unknown": "x" * 200_000}
+        large = {**body, "metadata": "x" * 200_000}
         answer = httpx.post(f"{server.url}/v1/completions", json=large, timeout=TIMEOUT_S)
         assert answer.status_code == 200, answer.text
         outcome = server.onecopy("scale", "2")

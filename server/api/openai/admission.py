@@ -20,6 +20,8 @@ from server.cache_salt import CacheSalts
 from server.errors import InvalidRequest, NotReady, UnknownModel
 from server.generation import RequestOptions
 from server.models.serving import Serving
+from server.text.incremental import Detokenizer
+from server.text.text import Text
 from workers.messages import SamplingParams, Task
 
 _OTHER_TASK: Final[Mapping[Task, str]] = {
@@ -82,6 +84,15 @@ class Front:
         return RequestOptions(body.priority or 0, body.deadline_s, salt)
 
 
+@dataclass(frozen=True)
+class Start:
+    """One sequence that is to begin: what it goes on from, how, and what makes text of it."""
+
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    detokenizer: Detokenizer
+
+
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid4().hex}"
 
@@ -93,26 +104,47 @@ def check_task(serving: Serving, task: Task) -> None:
         raise InvalidRequest(_OTHER_TASK[own].format(serving.model_name), param="model")
 
 
+def end_tokens(body: GenerationRequest, text: Text) -> list[int]:
+    """What ends an answer beside `stop_token_ids`: the model's ends, and stop strings that are
+    special tokens, which no text shows."""
+    named = [text.special_ids[stop] for stop in body.stops if stop in text.special_ids]
+    return [*named, *(() if body.ignore_eos else text.stop_token_ids)]
+
+
+def _named_in(stops: Sequence[str], text: Text) -> dict[int, str]:
+    """The special tokens that stop strings name, which no text shows."""
+    if not stops:
+        return {}
+    return {
+        token_id: name
+        for token_id, name in text.special_texts.items()
+        if any(name in stop for stop in stops)
+    }
+
+
 async def submit_all(
     serving: Serving,
     body: GenerationRequest,
     options: RequestOptions,
     request_id: str,
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+    starts: Sequence[Start],
 ) -> list[TextSequence]:
-    """Starts a sequence for each prompt: all, or, with the error of the first that failed, none."""
+    """Starts them: all, or, with the error of the first that failed, none."""
+    hidden = _named_in(body.stops, serving.text)
     started: list[TextSequence] = []
     try:
-        for index, (ids, sampling) in enumerate(prompts):
-            own_id = request_id if len(prompts) == 1 else f"{request_id}-{index}"
+        for index, start in enumerate(starts):
+            own_id = request_id if len(starts) == 1 else f"{request_id}-{index}"
+            ids, sampling = start.token_ids, start.sampling
             stream = await serving.generator.submit(own_id, ids, sampling, options)
             started.append(
                 TextSequence(
                     stream,
-                    serving.text.detokenizer(),
+                    start.detokenizer,
                     body.stops,
                     ids,
                     min_tokens=sampling.min_tokens,
+                    hidden=hidden,
                 )
             )
             await asyncio.sleep(0)  # many long prompts must not hold up everybody else

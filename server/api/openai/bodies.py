@@ -15,8 +15,9 @@ from typing import Any, Final, TypeVar
 import msgspec
 from pydantic import ValidationError
 
+from server.api.openai.chat_messages import Message
 from server.api.openai.embedding_schemas import EmbeddingRequest
-from server.api.openai.schemas import Body, ChatRequest, CompletionRequest, Message, texts_or_ids
+from server.api.openai.schemas import Body, ChatRequest, CompletionRequest, texts_or_ids
 from server.errors import ContextLengthExceeded, InvalidRequest
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -66,7 +67,8 @@ def _what_is_invalid(details: Sequence[Any]) -> InvalidRequest:
     reasons: dict[str, None] = {}
     for detail in details:
         if len(reasons) < 5 and _param(detail["loc"]) == param:
-            reasons[detail["msg"]] = None
+            is_extra = detail["type"] == "extra_forbidden"
+            reasons[f"{detail['loc'][-1]!r} isn't known" if is_extra else detail["msg"]] = None
     text = "; or: ".join(reasons)
     message = f"{param}: {text}." if param else f"The body is wrong: {text}."
     return InvalidRequest(message, param=param)
@@ -147,9 +149,10 @@ def _json(body: Body, left_out: set[str]) -> bytes:
 def _packed(one: str | list[int] | Message) -> bytes:
     if not isinstance(one, Message):
         return msgspec.msgpack.encode(one)
-    # What nobody knows was looked at, and is not needed any more.
+    # What is ignored was looked at, and is not needed any more. As JSON, which has numbers that
+    # msgpack has not.
     known = one.model_dump(exclude_unset=True, exclude={*(one.model_extra or ())})
-    return msgspec.msgpack.encode(known)
+    return msgspec.msgpack.encode(json.dumps(known, ensure_ascii=False))
 
 
 def _half_a_pair(param: str | None) -> InvalidRequest:
@@ -172,7 +175,7 @@ async def received(schema: type[AnyBody], answer: bytes) -> AnyBody:
     pieces: list[Any] = []
     for number, piece in enumerate(reading.pieces):
         value = msgspec.msgpack.decode(piece)
-        pieces.append(Message.model_validate(value) if is_chat else value)
+        pieces.append(Message.model_validate(json.loads(value)) if is_chat else value)
         if not is_chat or number % _AT_ONCE == 0:
             await asyncio.sleep(0)
     long = pieces if reading.is_list else pieces[0]

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.openai.admission import Front, new_id, submit_all
+from server.api.openai.admission import Front, Start, end_tokens, new_id, submit_all
 from server.api.openai.answer import EventStream, collect
 from server.api.openai.body_reader import BodyReader
 from server.api.openai.logprobs import ChatLogprobs, chat_logprobs, prompt_logprobs
@@ -25,6 +25,7 @@ from server.api.openai.sampling import sampling_for
 from server.api.openai.schemas import ChatRequest
 from server.api.openai.sequence import Answer, Delta, TextSequence, merged
 from server.api.openai.structured import grammar_for
+from server.text.chat_template import Chat
 from server.text.token_texts import TokenTexts
 
 
@@ -36,9 +37,15 @@ def routes(front: Front, bodies: BodyReader) -> APIRouter:
         serving = front.generating(body)
         facts = serving.generator.facts
         grammar = await grammar_for(front.grammars, body)
-        ids = await serving.text.encode_chat(_messages(body), context_tokens=facts.max_model_len)
+        ids = await serving.text.encode_chat(
+            _chat(body),
+            context_tokens=facts.max_model_len,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
         starts = [
-            (ids, sampling)
+            Start(
+                ids, sampling, serving.text.detokenizer(ids if body.continue_final_message else ())
+            )
             for sampling in sampling_for(
                 body,
                 len(ids),
@@ -46,7 +53,7 @@ def routes(front: Front, bodies: BodyReader) -> APIRouter:
                 grammar=grammar,
                 prompt_logprobs=body.prompt_logprobs,
                 facts=facts,
-                stop_token_ids=serving.text.stop_token_ids,
+                stop_token_ids=end_tokens(body, serving.text),
                 defaults=serving.sampling_defaults,
                 param="messages",
             )
@@ -92,17 +99,22 @@ def routes(front: Front, bodies: BodyReader) -> APIRouter:
     return router
 
 
-def _messages(body: ChatRequest) -> list[dict[str, str]]:
-    """As templates expect them: content is a string, and "developer" is the newer name of a role
-    that most templates know as "system"."""
-    messages = []
-    for message in body.messages:
-        role = "system" if message.role == "developer" else message.role
-        plain = {"role": role, "content": message.text}
-        if message.name is not None:
-            plain["name"] = message.name
-        messages.append(plain)
-    return messages
+def _chat(body: ChatRequest) -> Chat:
+    """What the template is asked for."""
+    needed = {"tools": "tools", "documents": "documents"}
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+        needed["reasoning_effort"] = "reasoning_effort"
+    return Chat(
+        messages=[message.for_template() for message in body.messages],
+        tools=body.tools,
+        documents=body.documents,
+        variables=variables,
+        needed={name: param for name, param in needed.items() if getattr(body, param)},
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continues_last=bool(body.continue_final_message),
+    )
 
 
 def _logprobs(body: ChatRequest, piece: Delta | Answer, tokens: TokenTexts) -> ChatLogprobs | None:

@@ -4,24 +4,14 @@ Owns the bodies' types and bounds. Invariants as in `schemas`: exact types, and 
 would change the answer is ignored. Extensions are named as in vLLM. Knows nothing of models.
 """
 
-from typing import Annotated, Any, ClassVar, Final, Literal, cast
+from typing import Annotated, ClassVar, Final, Literal, cast
 
 from pydantic import BaseModel, Field
 
-from server.api.openai.schemas import Body, TokenIds, check_length, refuse_unsupported, texts_or_ids
+from server.api.openai.fields import Place, check_unused
+from server.api.openai.schemas import Body, TokenIds, check_length, texts_or_ids
 
 MAX_INPUTS: Final = 2048
-
-_UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    # parameter: the values that ask for nothing (besides null)
-    "add_special_tokens": (True,),
-    "chat_template": (),
-    "messages": (),
-    "mm_processor_kwargs": (),
-    "normalize": (),
-    "pooling": (),
-    "truncation_side": ("right",),
-}
 
 Inputs = (
     str
@@ -33,6 +23,7 @@ Inputs = (
 
 class EmbeddingRequest(Body):
     LONG: ClassVar[str] = "input"
+    PLACE: ClassVar[Place] = "embeddings"
 
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None
@@ -47,7 +38,7 @@ class EmbeddingRequest(Body):
 
     def check_supported(self) -> None:
         """As in the base."""
-        refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
+        check_unused(self.model_extra or {}, self.PLACE)
 
     def check_lengths(self, max_tokens: int, max_chars: int) -> None:
         """As in the base. Where all are to be cut, none is too long; what goes in any case, goes

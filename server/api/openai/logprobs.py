@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from server.text.incremental import Detokenizer
 from server.text.text import Text
 from server.text.token_texts import TokenTexts
 from workers.messages import TokenLogprobs
@@ -29,8 +30,8 @@ class ChatLogprobs(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Lists in step. `text_offset` counts characters from the text's begin, as far as tokens are
-    whole characters; the first token of an echoed prompt has no probability."""
+    """Lists in step. `text_offset` is where in the text a token begins; the first token of an
+    echoed prompt has no probability."""
 
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
@@ -70,20 +71,44 @@ def chat_logprobs(
     )
 
 
+class TextOffsets:
+    """Where tokens begin in a text. One that is a part of a character begins where the character
+    does."""
+
+    def __init__(self, text: Text, detokenizer: Detokenizer) -> None:
+        """`detokenizer`: a new one, that makes the text."""
+        self._detokenizer = detokenizer
+        self._names = text.special_texts
+        self._num_chars = 0
+
+    def of(self, token_id: int, written: str = "") -> int:
+        """Of the next token. `written`: the text as somebody wrote it, in which special tokens may
+        show."""
+        offset = self._num_chars
+        name = self._names.get(token_id)
+        if name is None:
+            self._num_chars += len(self._detokenizer.feed([token_id]))
+        elif written.startswith(name, offset):
+            self._num_chars += len(name)
+        return offset
+
+    def begin_answer(self, offset: int) -> None:
+        """What follows begins there, whatever came before."""
+        self._num_chars = offset
+
+
 def completion_logprobs(
     token_ids: Sequence[int],
     found: Sequence[TokenLogprobs | None],
     count: int,
     text: Text,
-    offset: int,
-) -> tuple[CompletionLogprobs, int]:
-    """Of a text that begins at `offset`, with the `count` likeliest tokens; and where it ends."""
-    logprobs = CompletionLogprobs()
+    offsets: Sequence[int],
+) -> CompletionLogprobs:
+    """With the `count` likeliest tokens. `offsets`: where each token begins."""
+    logprobs = CompletionLogprobs(text_offset=list(offsets))
     for token, entry in zip(token_ids, found, strict=True):
         shown = text.tokens(token)[0]
         logprobs.tokens.append(shown)
-        logprobs.text_offset.append(offset)
-        offset += 0 if token in text.special_ids else len(shown)
         logprobs.token_logprobs.append(None if entry is None else entry.logprob)
         if entry is None:
             logprobs.top_logprobs.append(None)
@@ -93,7 +118,7 @@ def completion_logprobs(
             by_text.setdefault(text.tokens(other)[0], logprob)
         by_text.setdefault(shown, entry.logprob)
         logprobs.top_logprobs.append(by_text)
-    return logprobs, offset
+    return logprobs
 
 
 def prompt_logprobs(

@@ -22,6 +22,7 @@ def sampling_for(
     num_prompt_tokens: int,
     *,
     max_tokens: int | None,
+    default_max_tokens: int | None = None,
     grammar: GrammarSpec | None,
     prompt_logprobs: int | None,
     facts: ModelFacts,
@@ -29,31 +30,22 @@ def sampling_for(
     defaults: SamplingDefaults,
     param: str,
 ) -> list[SamplingParams]:
-    """The parameters of each choice for one prompt; `max_tokens` None means: what fits. The i-th
-    has the seed of the first plus i.
+    """The parameters of each choice for one prompt; `max_tokens` None means: what fits, up to
+    `default_max_tokens`. The i-th has the seed of the first plus i. `stop_token_ids`: what ends an
+    answer beside those that the request names.
 
     Raises `InvalidRequest` for a prompt without tokens (`param` names it) and for tokens that the
     model doesn't have, and `ContextLengthExceeded` with the figures.
     """
-    if num_prompt_tokens == 0:
-        raise InvalidRequest("The prompt is empty: it has no tokens.", param=param)
-    left = facts.max_model_len - num_prompt_tokens
-    if left < 1 or (max_tokens or 1) > left:
-        asked = f" and max_tokens is {max_tokens}" if max_tokens else ""
-        raise ContextLengthExceeded(
-            f"The prompt has {num_prompt_tokens} tokens{asked}, and the model's context holds "
-            f"{facts.max_model_len} in all. Shorten the prompt{' or the answer' * bool(asked)}.",
-            param=param,
-        )
+    left = check_fits(num_prompt_tokens, facts, param, max_tokens or 1, bool(max_tokens))
     _check_token_rules(request, facts)
-    max_tokens = max_tokens or left
+    max_tokens = max_tokens or min(left, default_max_tokens or left)
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequest(
             f"'min_tokens' is {request.min_tokens}, but there can be no more than {max_tokens}.",
             param="min_tokens",
         )
-    ignore_eos = bool(request.ignore_eos)
-    stop_ids = {*(request.stop_token_ids or ()), *(() if ignore_eos else stop_token_ids)}
+    stop_ids = {*(request.stop_token_ids or ()), *stop_token_ids}
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed
     return [
         SamplingParams(
@@ -72,13 +64,35 @@ def sampling_for(
             seed=(seed + choice) & ((1 << _SEED_BITS) - 1),
             stop_token_ids=tuple(sorted(stop_ids)),
             min_tokens=request.min_tokens or 0,
-            ignore_eos=ignore_eos,
+            ignore_eos=bool(request.ignore_eos),
             logprobs=request.num_logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
         )
         for choice in range(request.num_choices)
     ]
+
+
+def check_fits(
+    num_prompt_tokens: int,
+    facts: ModelFacts,
+    param: str,
+    num_wanted: int = 0,
+    is_asked_for: bool = False,
+) -> int:
+    """How many tokens the context has left behind a prompt. Raises `InvalidRequest` for one without
+    tokens, and `ContextLengthExceeded` where fewer are left than `num_wanted`."""
+    if num_prompt_tokens == 0:
+        raise InvalidRequest("The prompt is empty: it has no tokens.", param=param)
+    left = facts.max_model_len - num_prompt_tokens
+    if left < num_wanted:
+        asked = f" and max_tokens is {num_wanted}" if is_asked_for else ""
+        raise ContextLengthExceeded(
+            f"The prompt has {num_prompt_tokens} tokens{asked}, and the model's context holds "
+            f"{facts.max_model_len} in all. Shorten the prompt{' or the answer' * bool(asked)}.",
+            param=param,
+        )
+    return left
 
 
 def check_token_ids(token_ids: Sequence[int], facts: ModelFacts, param: str = "prompt") -> None:

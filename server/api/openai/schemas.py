@@ -5,22 +5,25 @@ Owns the bodies' types and bounds. Invariant: a value that passes is of the exac
 never ignored. Extensions are named as in vLLM. Knows nothing of models and tokenizers.
 """
 
-import logging
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, cast
+from typing import Annotated, ClassVar, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from server.api.openai.chat_messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    Message,
+    Object,
+    check_function,
+)
+from server.api.openai.fields import Place, check_unused
 from server.errors import ContextLengthExceeded, InvalidRequest
 from workers.messages import MAX_LOGPROBS, MAX_TOKEN_RULES
-
-_log = logging.getLogger(__name__)
 
 MAX_NAME_CHARS: Final = 1024
 MAX_STOPS: Final = 16
 MAX_PROMPTS: Final = 128
-MAX_MESSAGES: Final = 4096
 _VALUES_PER_MESSAGE: Final = 16
 MAX_CHOICES: Final = 64
 """The most sequences for one prompt."""
@@ -28,39 +31,20 @@ MAX_CHOICES: Final = 64
 MAX_CHOICE: Final = 1024
 """The most texts to choose from."""
 
+_NAMES_OF_TEMPLATES: Final = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+)
+
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 
-_UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    # parameter: the values that ask for nothing (besides null)
-    "add_generation_prompt": (True,),
-    "audio": (),
-    "bad_words": ([],),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "modalities": (["text"],),
-    "prediction": (),
-    "reasoning_effort": (),
-    "skip_special_tokens": (True,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-
 
 class JsonSchemaFormat(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: Annotated[str, Field(max_length=256)] | None = None
+    description: str | None = None
+    """Of what the form is for: the model is not told of it."""
     schema_: Annotated[dict[str, JsonValue], Field(alias="schema")]
     strict: bool | None = None
 
@@ -82,28 +66,21 @@ class StructuredOutputs(BaseModel):
     choice: Annotated[list[str], Field(max_length=MAX_CHOICE)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-
-
-def refuse_unsupported(
-    given: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Raises `InvalidRequest` for a parameter in `unsupported` of another value than those listed
-    for it, which ask for nothing, or null. Parameters that nobody knows are left alone."""
-    for name, value in given.items():
-        if name not in unsupported:
-            _log.debug("ignored unknown parameter %r", name[:100])
-            continue
-        neutral = unsupported[name]
-        if value is None or any(type(value) is type(v) and value == v for v in neutral):
-            continue
-        allowed = f" (other than {neutral[0]!r})" if neutral else ""
-        raise InvalidRequest(f"{name!r}{allowed} isn't supported here. Omit it.", param=name)
+    disable_fallback: bool | None = None
+    """There is one library that does it."""
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Noise against who counts bytes: none is added."""
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class Body(BaseModel):
@@ -113,6 +90,8 @@ class Body(BaseModel):
 
     LONG: ClassVar[str]
     """The field that makes a large body large."""
+    PLACE: ClassVar[Place]
+    """What its fields are called together."""
 
     model: Annotated[str, Field(max_length=MAX_NAME_CHARS)]
     user: Annotated[str, Field(max_length=MAX_NAME_CHARS)] | None = None
@@ -177,10 +156,13 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     return_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer puts its special tokens, such as BOS, around what it is given: around a
+    prompt if nothing else is said, around a chat, whose template writes them, not."""
 
     def check_supported(self) -> None:
         """Raises `InvalidRequest` for a parameter that would have to be ignored."""
-        refuse_unsupported(self.model_extra or {}, _UNSUPPORTED)
+        check_unused(self.model_extra or {}, self.PLACE)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
@@ -241,6 +223,7 @@ def check_length(one: str | list[int], max_tokens: int, max_chars: int, param: s
 
 class CompletionRequest(GenerationRequest):
     LONG: ClassVar[str] = "prompt"
+    PLACE: ClassVar[Place] = "completions"
 
     prompt: Prompt
     # Nothing may be generated where only the prompt is wanted.
@@ -272,43 +255,22 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
-    name: str | None = None
-
-    def check_supported(self, index: int) -> None:
-        """Raises `InvalidRequest` for tool calls and the like."""
-        for name in ("tool_calls", "function_call", "audio", "tool_call_id"):
-            if (self.model_extra or {}).get(name):
-                raise InvalidRequest(
-                    f"{name!r} isn't supported here. Omit it.", param=f"messages[{index}].{name}"
-                )
-
-    @property
-    def text(self) -> str:
-        """The content as one string; parts are parted by line breaks."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
-
-
 class ChatRequest(GenerationRequest):
     LONG: ClassVar[str] = "messages"
+    PLACE: ClassVar[Place] = "chat"
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Object], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | Object | None = None
+    documents: Annotated[list[Object], Field(max_length=MAX_MESSAGES)] | None = None
+    chat_template_kwargs: Object | None = None
+    """Variables of the model's template, such as `enable_thinking`."""
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @classmethod
     def most_values(cls, max_tokens: int) -> int:
@@ -324,6 +286,37 @@ class ChatRequest(GenerationRequest):
             )
         for index, message in enumerate(self.messages):
             message.check_supported(index)
+        self._check_tools()
+        self._check_template()
+
+    def _check_tools(self) -> None:
+        if self.tools and self.tool_choice != "none":
+            raise InvalidRequest(
+                "Calls of tools are not read out of an answer here. Set 'tool_choice' to 'none': "
+                "then the model is told of the tools, and its calls are text. Or omit 'tools'.",
+                param="tools",
+            )
+        if self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequest(
+                "'tool_choice' (other than 'none') isn't supported here. Omit it.",
+                param="tool_choice",
+            )
+        for number, tool in enumerate(self.tools or ()):
+            check_function(tool, f"tools[{number}]")
+
+    def _check_template(self) -> None:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequest(
+                "'add_generation_prompt' and 'continue_final_message' exclude each other. Keep "
+                "one.",
+                param="continue_final_message",
+            )
+        for name in self.chat_template_kwargs or ():
+            if name in _NAMES_OF_TEMPLATES:
+                raise InvalidRequest(
+                    f"'chat_template_kwargs' can't set {name!r}. Give it beside 'model'.",
+                    param="chat_template_kwargs",
+                )
 
     def check_lengths(self, max_tokens: int, max_chars: int) -> None:
         """As in the base."""

@@ -6,15 +6,19 @@ Knows nothing of HTTP.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 from server.api.openai.replies import Finish
 from server.errors import InstanceFailed
 from server.generation import Chunk, TokenStream
 from server.text.incremental import Detokenizer, StopStrings
 from workers.messages import TokenLogprobs
+
+NOTHING_HIDDEN: Final[Mapping[int, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ class TextSequence:
         stops: Sequence[str],
         prompt_ids: Sequence[int],
         min_tokens: int = 0,
+        hidden: Mapping[int, str] = NOTHING_HIDDEN,
     ):
-        """No stop string is looked for in the text of the first `min_tokens`."""
+        """No stop string is looked for in the text of the first `min_tokens`. `hidden`: tokens that
+        the text does not show and stop strings may name."""
         self.prompt_ids = prompt_ids
         self.num_cached = 0
         """Tokens of the prompt that an instance had computed before, once a first delta came."""
@@ -61,6 +67,7 @@ class TextSequence:
         self._tokens = tokens
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
+        self._hidden = hidden
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Up to and with the one that has a finish reason. Raises `InstanceFailed`."""
@@ -93,6 +100,8 @@ class TextSequence:
                 text += piece
                 continue
             text += self._stops.feed(piece)
+            if (name := self._hidden.get(ids[index])) is not None:
+                text += self._stops.feed(name, hidden=True)
             if self._stops.matched is not None:
                 # What a chunk may hold beyond was never asked for.
                 stop = index + 1

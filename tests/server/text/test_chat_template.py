@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from allocator import ProcessState
-from server.text.chat_template import ChatTemplate, TemplateFailed
+from server.text.chat_template import Chat, ChatTemplate, TemplateFailed
 from tests.leaks import wait_until
 
 HI = [{"role": "user", "content": "hi"}]
@@ -32,7 +32,7 @@ def template() -> Iterator[Make]:
 
 
 def rendered(template: ChatTemplate, max_chars: int = 10_000) -> str:
-    return template.render(HI, max_chars=max_chars)
+    return template.render(Chat(HI), max_chars=max_chars)
 
 
 def test_what_templates_expect_is_there(template: Make) -> None:
@@ -80,7 +80,7 @@ def test_an_endless_template_ends_at_the_deadline_and_can_be_asked_again(templat
     endless = template(source, deadline_s=2.0)
     with pytest.raises(TemplateFailed, match="did not finish within 2 s"):
         rendered(endless)
-    assert endless.render([{"role": "user", "content": "?"}], max_chars=10) == "done"
+    assert endless.render(Chat([{"role": "user", "content": "?"}]), max_chars=10) == "done"
 
 
 def test_a_template_whose_process_is_gone_starts_another(template: Make) -> None:
@@ -123,7 +123,7 @@ def test_long_messages_to_a_stopped_process_pass(template: Make) -> None:
     os.kill(echo._child.pid, signal.SIGSTOP)
     content = "é" * 3_000_000
     messages = [{"role": "user", "content": content}]
-    assert echo.render(messages, max_chars=len(content)) == content
+    assert echo.render(Chat(messages), max_chars=len(content)) == content
 
 
 def test_who_is_ended_again_and_again_is_given_up(template: Make) -> None:
@@ -163,4 +163,4 @@ def test_long_messages_pass(template: Make) -> None:
     content = "é" * 3_000_000
     echo = template("{{ messages[0].content }}")
     messages = [{"role": "user", "content": content}]
-    assert echo.render(messages, max_chars=len(content)) == content
+    assert echo.render(Chat(messages), max_chars=len(content)) == content

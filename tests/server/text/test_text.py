@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from server.errors import ContextLengthExceeded, InvalidRequest
+from server.text.chat_template import Chat
 from server.text.incremental import Detokenizer, StopStrings
+from server.text.loaded_text import KeptTokenizer, LoadedText
 from server.text.text import NoChatTemplate, Text
-from server.text.tokenizer_files import TokenizerMissing
+from server.text.tokenizer_files import TokenizerFilesError, TokenizerMissing
 
 CONTEXT = 8192
 quick = settings(max_examples=150, deadline=None)
@@ -24,9 +26,10 @@ quick = settings(max_examples=150, deadline=None)
 def test_nothing_of_it_imports_torch_or_transformers(tokenizer_dir: Path) -> None:
     code = (
         "import asyncio, sys; from pathlib import Path; import server.api.app\n"
-        "from server.text.text import Text\n"
+        "from server.text.chat_template import Chat; from server.text.text import Text\n"
         "text = Text.load(Path(sys.argv[1]))\n"
-        "asyncio.run(text.encode_chat([{'role': 'user', 'content': 'hi'}], context_tokens=100))\n"
+        "chat = Chat([{'role': 'user', 'content': 'hi'}])\n"
+        "asyncio.run(text.encode_chat(chat, context_tokens=100))\n"
         "text.close()\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
@@ -48,7 +51,7 @@ def test_encode_agrees_with_the_library(text: Text, tokenizer_dir: Path) -> None
 
 def test_a_chat_is_written_as_the_model_wants_it(text: Text) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    ids = asyncio.run(text.encode_chat(messages, context_tokens=CONTEXT))
+    ids = asyncio.run(text.encode_chat(Chat(messages), context_tokens=CONTEXT))
     written = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     written += "<|im_start|>assistant\n"
     assert ids == asyncio.run(text.encode(written, context_tokens=CONTEXT))
@@ -62,7 +65,7 @@ def test_the_chat_agrees_with_transformers(text: Text, tokenizer_dir: Path) -> N
     theirs = PreTrainedTokenizerFast.from_pretrained(str(tokenizer_dir)).apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
-    assert asyncio.run(text.encode_chat(messages, context_tokens=CONTEXT)) == theirs
+    assert asyncio.run(text.encode_chat(Chat(messages), context_tokens=CONTEXT)) == theirs
 
 
 def test_stop_tokens_come_from_all_files(text: Text, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -80,7 +83,9 @@ def test_without_a_template_a_chat_is_refused(tokenizer_dir: Path, tmp_path: Pat
     plain = Text.load(tmp_path)
     assert not plain.has_chat_template
     with pytest.raises(NoChatTemplate, match="Use /v1/completions"):
-        asyncio.run(plain.encode_chat([{"role": "user", "content": "hi"}], context_tokens=CONTEXT))
+        asyncio.run(
+            plain.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+        )
     assert asyncio.run(plain.encode("hi", context_tokens=CONTEXT))
     plain.close()
 
@@ -100,7 +105,7 @@ def test_a_template_is_found_where_it_was_kept(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = Text.load(tmp_path)
     ids = asyncio.run(
-        loaded.encode_chat([{"role": "user", "content": "hi"}], context_tokens=CONTEXT)
+        loaded.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
     )
     loaded.close()
     assert ids == [1, *asyncio.run(loaded.encode("hi", context_tokens=CONTEXT))]
@@ -109,8 +114,47 @@ def test_a_template_is_found_where_it_was_kept(
 def test_what_a_template_raises_is_an_invalid_request(tokenizer_dir: Path) -> None:
     picky = Text.load(tokenizer_dir, chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(InvalidRequest, match="no system role"):
-        asyncio.run(picky.encode_chat([{"role": "system", "content": "x"}], context_tokens=CONTEXT))
+        asyncio.run(
+            picky.encode_chat(Chat([{"role": "system", "content": "x"}]), context_tokens=CONTEXT)
+        )
     picky.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "There is no file"),
+        (b"\xff", "is not text in UTF-8"),
+        (b"{% if %}", "can't be used: TemplateSyntaxError"),
+        (b"{{ x | no_filter }}", "can't be used: TemplateAssertionError"),
+    ],
+)
+def test_a_template_that_is_given_has_to_be_one(
+    tokenizer_dir: Path, tmp_path: Path, content: bytes | None, problem: str
+) -> None:
+    file = tmp_path / "given.jinja"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(TokenizerFilesError, match=problem):
+        LoadedText.of(KeptTokenizer.of(tokenizer_dir, file))
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_a_template_that_is_given_goes_before_the_models_own(
+    tokenizer_dir: Path, tmp_path: Path, has_own: bool
+) -> None:
+    folder, file = tmp_path / "model", tmp_path / "given.jinja"
+    shutil.copytree(tokenizer_dir, folder)
+    if not has_own:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "tokenizer_config.json").unlink()
+    file.write_text("{{ raise_exception('no user') if messages[0].content == 'x' }}[given]")
+    loaded = LoadedText.of(KeptTokenizer.of(folder, file))
+    ids = asyncio.run(
+        loaded.text.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
+    )
+    loaded.close()
+    assert loaded.text.decode(ids) == "[given]"
 
 
 def test_broken_files_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -128,7 +172,9 @@ def test_a_prompt_that_cannot_fit_is_refused_before_any_work(text: Text) -> None
     with pytest.raises(ContextLengthExceeded, match="100000000 characters"):
         asyncio.run(text.encode(huge, context_tokens=CONTEXT))
     with pytest.raises(ContextLengthExceeded, match="at least"):
-        asyncio.run(text.encode_chat([{"role": "user", "content": huge}], context_tokens=CONTEXT))
+        asyncio.run(
+            text.encode_chat(Chat([{"role": "user", "content": huge}]), context_tokens=CONTEXT)
+        )
 
 
 def test_the_longest_token_sets_the_limit(text: Text) -> None:
