@@ -6,7 +6,13 @@ are read, and which kernels this machine has.
 """
 
 from workers.config.ends import end_tokens
-from workers.config.model_file import MAX_TOKENIZER_BYTES, file_status, read_file, read_json
+from workers.config.model_file import (
+    MAX_TOKENIZER_BYTES,
+    file_status,
+    opened,
+    read_file,
+    read_json,
+)
 from workers.errors import CheckpointError, InvalidSetting, UnknownVocabulary
 from workers.grammar.translation import grammar_problem
 from workers.grammar.vocabulary import read_vocabulary
@@ -37,6 +43,7 @@ __all__ = [
     "end_tokens",
     "file_status",
     "grammar_problem",
+    "opened",
     "read_file",
     "read_json",
     "read_vocabulary",

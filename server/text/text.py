@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import ChatTemplate, TemplateFailed
+from server.text.gguf.build import SPECIAL_IDS_FILE
 from server.text.incremental import Detokenizer
 from server.text.token_texts import TokenTexts
-from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerMissing
+from server.text.tokenizer_files import TokenizerMissing
 from server.text.tokenizer_limits import MAX_CHARS, normalizer_growth
 from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
 
@@ -354,6 +355,6 @@ def _stop_token_ids(
     candidates = [
         tokenizer.token_to_id(special_tokens.get("eos_token", "")),
         *said,
-        *(special.get(f"{role}_token_id") for role in ("eos", "eot", "eom")),
+        *special.get("end_token_ids", ()),
     ]
     return tuple(sorted({value for value in candidates if isinstance(value, int)}))
