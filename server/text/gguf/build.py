@@ -6,6 +6,7 @@ ends with a line that says what is wrong with the file. Does not know where fold
 """
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -78,6 +79,7 @@ def _main() -> int:
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     bound = BUILD_BYTES if most == resource.RLIM_INFINITY else min(BUILD_BYTES, most)
     resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
+    gc.disable()  # a million strings are made, and looking through them takes as long again
     try:
         build(Path(sys.argv[1]), Path(sys.argv[2]))
     except (ServerError, CheckpointError) as error:

@@ -110,7 +110,7 @@ def _merged_by_score(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Par
         "decoder": _character_decoder(marks_blanks=True, first_blank=first_blank),
         "model": _bpe(
             vocabulary,
-            list(_scored_merges(vocabulary)),
+            _scored_merges(vocabulary),
             unk_token=None if unknown is None else vocabulary.tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -221,40 +221,43 @@ def _split_of(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Split:
     return split_named(name)
 
 
-def _listed_merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+def _listed_merges(vocabulary: Vocabulary) -> list[str]:
+    """Those that can happen: no word holds a blank, and no token is made of what is none."""
     ids = vocabulary.ids
-    found: dict[tuple[str, str], None] = {}
+    found: dict[str, None] = {}
     for merge in vocabulary.merges:
-        left, _, right = merge.partition(" ") if merge[:1] != " " else (merge, "", "")
+        left, _, right = merge.partition(" ")
         if left in ids and right in ids:
             if left + right not in ids:
                 raise BadVocabulary(
                     f"it merges {left[:40]!r} and {right[:40]!r} to what is none of its tokens"
                 )
-            found.setdefault((left, right))
-    return list(found)
+            found[merge] = None
+    return [merge for merge in found if merge.count(" ") == 1]
 
 
-def _scored_merges(vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:
+def _scored_merges(vocabulary: Vocabulary) -> list[str]:
     """Any two tokens that make a third one, by its score."""
-    if not vocabulary.scores:
+    scores, ids = vocabulary.scores, vocabulary.ids
+    if not scores:
         raise BadVocabulary("it has no scores (tokenizer.ggml.scores)")
-    tokens, ids = vocabulary.tokens, vocabulary.ids
-    parts = [kind not in WHOLE for kind in vocabulary.kinds]
-    order = sorted(
-        (token_id for token_id, is_part in enumerate(parts) if is_part),
-        key=vocabulary.scores.__getitem__,
-        reverse=True,
-    )
-    for token_id in order:
-        text = tokens[token_id]
+    parts = [token_id for token_id, kind in enumerate(vocabulary.kinds) if kind not in WHOLE]
+    parts.sort(key=scores.__getitem__, reverse=True)
+    found = []
+    for token_id in parts:  # half a second for 262,144, so it is written for speed
+        text = vocabulary.tokens[token_id]
         for at in range(1, len(text)):
             left = text[:at]
-            if left in ids and (right := text[at:]) in ids:
-                yield left, right
+            if left in ids:
+                right = text[at:]
+                if right in ids:
+                    found.append(f"{left} {right}")
+    return [merge for merge in found if merge.count(" ") == 1]
 
 
-def _bpe(vocabulary: Vocabulary, merges: list[tuple[str, str]], **settings: Any) -> Parts:
+def _bpe(vocabulary: Vocabulary, merges: list[str], **settings: Any) -> Parts:
+    # What begins so would be taken for the head of a file of merges; pairs are larger.
+    in_pairs = any(merge.startswith("#version") for merge in merges)
     return {
         "type": "BPE",
         "dropout": None,
@@ -266,7 +269,7 @@ def _bpe(vocabulary: Vocabulary, merges: list[tuple[str, str]], **settings: Any)
         "ignore_merges": False,
         **settings,
         "vocab": vocabulary.ids,
-        "merges": merges,
+        "merges": [merge.split(" ") for merge in merges] if in_pairs else merges,
     }
 
 
@@ -281,9 +284,9 @@ def _whole_tokens(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Iterat
     """Tokens that are found in a text as they are, before anything is done to it."""
     name = str(metadata.get("general.name", "")).lower()
     takes_blanks_behind = "phi-3" in name or "phi3" in name
-    for token_id, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True)):
-        if kind not in WHOLE and text not in end_names():
-            continue
+    named = {vocabulary.ids[text] for text in end_names() if text in vocabulary.ids}
+    for token_id in sorted({*vocabulary.of_kind(*WHOLE), *named}):
+        text, kind = vocabulary.tokens[token_id], vocabulary.kinds[token_id]
         yield {
             "id": token_id,
             "content": text,

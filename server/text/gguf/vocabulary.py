@@ -70,8 +70,8 @@ def vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     if not _is_list(raw, bytes) or not raw:
         raise BadVocabulary(f"it has no tokens ({_KEY}tokens)")
     tokens = _texts(raw, "token")
-    for token_id in (at for at, text in enumerate(tokens) if not text):
-        tokens[token_id] = f"[EMPTY_{token_id}]"
+    if not all(tokens):
+        tokens = [text or f"[EMPTY_{token_id}]" for token_id, text in enumerate(tokens)]
     ids = {text: token_id for token_id, text in enumerate(tokens)}
     if len(ids) != len(tokens):
         twice = next(text for token_id, text in enumerate(tokens) if ids[text] != token_id)
