@@ -165,7 +165,7 @@ def _run_builder(file: Path, out: Path) -> None:
     try:
         done = subprocess.run(  # noqa: S603 - our own module, by a fixed command
             module_command("server.text.gguf.build", str(file), str(out)),
-            env=module_environment(),
+            env=module_environment(OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from server.errors import ServerError
 from server.text.gguf.endings import end_names
+from server.text.gguf.merges import scored_merges, usable
 from server.text.gguf.splits import DEFAULT, Split, split_named
 from server.text.gguf.vocabulary import (
     CONTROL,
@@ -222,37 +223,29 @@ def _split_of(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Split:
 
 
 def _listed_merges(vocabulary: Vocabulary) -> list[str]:
-    """Those that can happen: no word holds a blank, and no token is made of what is none."""
-    ids = vocabulary.ids
-    found: dict[str, None] = {}
-    for merge in vocabulary.merges:
-        left, _, right = merge.partition(" ")
-        if left in ids and right in ids:
-            if left + right not in ids:
-                raise BadVocabulary(
-                    f"it merges {left[:40]!r} and {right[:40]!r} to what is none of its tokens"
-                )
-            found[merge] = None
-    return [merge for merge in found if merge.count(" ") == 1]
+    """Of those that are listed twice the first; no word holds a blank."""
+    listed = [merge for merge in dict.fromkeys(vocabulary.merges) if merge.count(" ") == 1]
+    merges, wrong = usable(vocabulary.tokens, listed)
+    if wrong is not None:
+        raise BadVocabulary(f"it merges {wrong[:80]!r} to what is none of its tokens")
+    return merges
 
 
 def _scored_merges(vocabulary: Vocabulary) -> list[str]:
     """Any two tokens that make a third one, by its score."""
-    scores, ids = vocabulary.scores, vocabulary.ids
-    if not scores:
+    if not vocabulary.scores:
         raise BadVocabulary("it has no scores (tokenizer.ggml.scores)")
-    parts = [token_id for token_id, kind in enumerate(vocabulary.kinds) if kind not in WHOLE]
-    parts.sort(key=scores.__getitem__, reverse=True)
-    found = []
-    for token_id in parts:  # half a second for 262,144, so it is written for speed
-        text = vocabulary.tokens[token_id]
-        for at in range(1, len(text)):
-            left = text[:at]
-            if left in ids:
-                right = text[at:]
-                if right in ids:
-                    found.append(f"{left} {right}")
-    return [merge for merge in found if merge.count(" ") == 1]
+    parts = [  # no word holds a blank
+        token_id
+        for token_id, (text, kind) in enumerate(
+            zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+        )
+        if kind not in WHOLE and " " not in text
+    ]
+    return scored_merges(
+        [vocabulary.tokens[token_id] for token_id in parts],
+        [vocabulary.scores[token_id] for token_id in parts],
+    )
 
 
 def _bpe(vocabulary: Vocabulary, merges: list[str], **settings: Any) -> Parts:

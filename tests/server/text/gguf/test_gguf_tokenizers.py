@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from server.errors import ServerError
+from server.text.gguf import pipeline
 from server.text.gguf.endings import ending_ids
 from server.text.gguf.metadata import GGUFDamaged, read_metadata
 from server.text.gguf.pipeline import UnknownTokenizer
@@ -184,8 +185,8 @@ def test_what_html_strikes_through_ends_no_answer() -> None:
         (said("gpt2", ["a", "a"]), BadVocabulary, "two of its tokens are 'a'"),
         (said("gpt2", ["a"], scores=[b"x"]), BadVocabulary, "scores"),
         (said("gpt2", ["a", "b"], token_type=[1]), BadVocabulary, "token_type"),
-        (said("gpt2", ["a", "b"], merges=[b"a b"]), BadVocabulary, "none of its tokens"),
         (said("gpt2", ["a"], merges=[1.0]), BadVocabulary, "merges"),
+        (said("gpt2", ["a", "b"], merges=[b"a b"]), BadVocabulary, "'a b' to what is none"),
         (said("gpt2", ["a"], add_bos_token=True), BadVocabulary, "BOS"),
         (said("gpt2", ["a"], add_bos_token="yes"), BadVocabulary, "add_bos_token"),
         (said("gpt2", ["a"], bos_token_id="a"), BadVocabulary, "bos_token_id"),
@@ -308,3 +309,32 @@ def test_a_merge_that_looks_like_a_heading_is_none() -> None:
         }
     )
     assert isinstance(tokenizer_of(metadata), Tokenizer)
+
+
+def test_merges_that_name_no_tokens_are_left_out() -> None:
+    """And two blanks are in no word: the others are as they were."""
+    tokens = ["a", "b", "c", "ab", "abc", "a b", "b c"]
+    merges = [b"a b", b"x b", b"a x", b"ab c", b"a b c", b"a b", b" ", b"ab", b""]
+    metadata = said("gpt2", tokens, pre="gpt-2", merges=merges)
+    assert pipeline.tokenizer_json(metadata, vocabulary(metadata))["model"]["merges"] == [
+        "a b",
+        "ab c",
+    ]
+    assert shown(metadata, "abcab") == ["abc", "ab"]
+
+
+def test_merges_of_scores_are_all_that_make_a_token() -> None:
+    metadata = scored(add_space_prefix=False)
+    words = vocabulary(metadata)
+    plain = {text for text, kind in zip(words.tokens, words.kinds, strict=True) if kind != 3}
+    expected = [
+        (-words.scores[words.ids[text]], f"{text[:at]} {text[at:]}")
+        for text in plain
+        for at in range(1, len(text))
+        if {text[:at], text[at:]} <= plain
+    ]
+    found = pipeline.tokenizer_json(metadata, words)["model"]["merges"]
+    assert sorted(found) == sorted(merge for _, merge in expected)
+    by_score = [-words.scores[words.ids[merge.replace(" ", "")]] for merge in found]
+    assert by_score == sorted(by_score)
+    assert len(found) == 8
