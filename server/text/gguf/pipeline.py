@@ -5,28 +5,31 @@ the model was trained with, or the file is refused by name; nothing is left to a
 another model's. Pure: metadata in, JSON out.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import base64
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from server.errors import ServerError
-from server.text.gguf.endings import end_names
 from server.text.gguf.merges import scored_merges, usable
+from server.text.gguf.parts import (
+    BLANK,
+    Parts,
+    around,
+    character_decoder,
+    letters_as_they_are,
+    replace,
+    sequence,
+    template,
+    whole_tokens,
+)
 from server.text.gguf.splits import DEFAULT, Split, split_named
 from server.text.gguf.vocabulary import (
-    CONTROL,
     UNKNOWN,
     USER_DEFINED,
     WHOLE,
     BadVocabulary,
     Vocabulary,
 )
-
-BLANK: Final = "\N{LOWER ONE EIGHTH BLOCK}"
-_NO_UTF8: Final = (*range(0xC0, 0xC2), *range(0xF5, 0x100))
-"""Bytes that no text in UTF-8 holds. A token whose name is the letter that stands for one is that
-letter, as DeepSeek Coder has them."""
-
-Parts = dict[str, Any]
 
 
 class UnknownTokenizer(ServerError):
@@ -49,7 +52,7 @@ def tokenizer_json(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> Parts
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": list(_whole_tokens(vocabulary, metadata)),
+        "added_tokens": list(whole_tokens(vocabulary, metadata)),
         **parts,
     }
 
@@ -70,20 +73,20 @@ def _merged_bytes(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Parts:
     if split.in_bytes:
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         cuts.append({**level, "use_regex": False})
-        decoder = _sequence(
-            "decoders", [*_letters_as_they_are(vocabulary), {**level, "use_regex": True}]
+        decoder = sequence(
+            "decoders", [*letters_as_they_are(vocabulary), {**level, "use_regex": True}]
         )
     else:
-        decoder = _character_decoder(split.marks_blanks, first_blank=False)
+        decoder = character_decoder(split.marks_blanks, first_blank=False)
     normalizers: list[Parts] = [{"type": "NFC"}] if split.composes else []
     if split.marks_blanks:
-        normalizers.append(_replace(" ", BLANK))
+        normalizers.append(replace(" ", BLANK))
     if split.drops_blanks and vocabulary.flag("normalizer.lowercase"):
         normalizers.append({"type": "Lowercase"})
     return {
-        "normalizer": _sequence("normalizers", normalizers),
-        "pre_tokenizer": _sequence("pretokenizers", cuts),
-        "post_processor": _around(vocabulary, adds_bos=split.adds_bos),
+        "normalizer": sequence("normalizers", normalizers),
+        "pre_tokenizer": sequence("pretokenizers", cuts),
+        "post_processor": around(vocabulary, adds_bos=split.adds_bos),
         "decoder": decoder,
         "model": _bpe(
             vocabulary,
@@ -105,10 +108,10 @@ def _merged_by_score(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Par
     unknown = vocabulary.token_id("unknown")
     unknown = next(iter(vocabulary.of_kind(UNKNOWN)), unknown)
     return {
-        "normalizer": _sequence("normalizers", [*normalizers, _replace(" ", BLANK)]),
+        "normalizer": sequence("normalizers", [*normalizers, replace(" ", BLANK)]),
         "pre_tokenizer": None,
-        "post_processor": _around(vocabulary, adds_bos=True, bos=1, eos=2),
-        "decoder": _character_decoder(marks_blanks=True, first_blank=first_blank),
+        "post_processor": around(vocabulary, adds_bos=True, bos=1, eos=2),
+        "decoder": character_decoder(marks_blanks=True, first_blank=first_blank),
         "model": _bpe(
             vocabulary,
             _scored_merges(vocabulary),
@@ -147,7 +150,7 @@ def _longest_pieces(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Part
             "lowercase": lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": _template(vocabulary, [cls], [sep]),
+        "post_processor": template(vocabulary, [cls], [sep]),
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
             "type": "WordPiece",
@@ -161,8 +164,6 @@ def _longest_pieces(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Part
 
 def _likeliest(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Parts:
     """SentencePiece's unigram model: the cut whose scores are the highest together."""
-    import base64
-
     if not vocabulary.scores:
         raise BadVocabulary("it has no scores (tokenizer.ggml.scores)")
     unknown = next(iter(vocabulary.of_kind(UNKNOWN)), vocabulary.token_id("unknown"))
@@ -194,9 +195,9 @@ def _likeliest(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Parts:
         )
     ]
     return {
-        "normalizer": _sequence("normalizers", normalizers),
+        "normalizer": sequence("normalizers", normalizers),
         "pre_tokenizer": metaspace,
-        "post_processor": _around(vocabulary, adds_eos=True, eos=1),
+        "post_processor": around(vocabulary, adds_eos=True, eos=1),
         "decoder": metaspace,
         "model": {"type": "Unigram", "unk_id": unknown, "vocab": scored, "byte_fallback": False},
     }
@@ -271,111 +272,3 @@ def _piece(text: str, kind: int) -> str:
     if kind in WHOLE:
         return text
     return text[len(BLANK) :] if text.startswith(BLANK) else f"##{text}"
-
-
-def _whole_tokens(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Iterator[Parts]:
-    """Tokens that are found in a text as they are, before anything is done to it."""
-    name = str(metadata.get("general.name", "")).lower()
-    takes_blanks_behind = "phi-3" in name or "phi3" in name
-    named = {vocabulary.ids[text] for text in end_names() if text in vocabulary.ids}
-    for token_id in sorted({*vocabulary.of_kind(*WHOLE), *named}):
-        text, kind = vocabulary.tokens[token_id], vocabulary.kinds[token_id]
-        yield {
-            "id": token_id,
-            "content": text,
-            "single_word": False,
-            "lstrip": text in ("<mask>", "[MASK]") and _takes_blanks_before(metadata, name),
-            "rstrip": takes_blanks_behind and text not in ("<unk>", "<s>", "<|endoftext|>"),
-            "normalized": False,
-            "special": kind != USER_DEFINED,
-        }
-
-
-def _takes_blanks_before(metadata: Mapping[str, Any], name: str) -> bool:
-    return (
-        str(metadata.get("tokenizer.ggml.pre", "")).startswith("jina-v2-")
-        or metadata.get("general.architecture") in ("nomic-bert-moe", "jina-bert-v3")
-        or "modern-bert" in name
-    )
-
-
-def _around(
-    vocabulary: Vocabulary,
-    *,
-    adds_bos: bool = False,
-    adds_eos: bool = False,
-    bos: int | None = None,
-    eos: int | None = None,
-) -> Parts | None:
-    """BOS and EOS around a prompt as the file says it; what it does not say is as given."""
-    around: list[list[int | None]] = []
-    for role, default, usual in (("bos", adds_bos, bos), ("eos", adds_eos, eos)):
-        said = vocabulary.flag(f"add_{role}_token")
-        token_id = vocabulary.token_id(role)
-        if token_id is None and usual is not None and usual in vocabulary.of_kind(CONTROL):
-            token_id = usual
-        if said and token_id is None:
-            raise BadVocabulary(
-                f"it says that {role.upper()} is put around a prompt, and not which token that is "
-                f"(tokenizer.ggml.{role}_token_id)"
-            )
-        around.append([token_id] if (default if said is None else said) else [])
-    return _template(vocabulary, *around)
-
-
-def _template(
-    vocabulary: Vocabulary, before: list[int | None], behind: list[int | None]
-) -> Parts | None:
-    first, last = ([one for one in ids if one is not None] for ids in (before, behind))
-    if not first and not last:
-        return None
-
-    def tokens(ids: list[int]) -> list[Parts]:
-        return [{"SpecialToken": {"id": vocabulary.tokens[one], "type_id": 0}} for one in ids]
-
-    def text(name: str) -> Parts:
-        return {"Sequence": {"id": name, "type_id": 0}}
-
-    return {
-        "type": "TemplateProcessing",
-        "single": [*tokens(first), text("A"), *tokens(last)],
-        "pair": [*tokens(first), text("A"), *tokens(last), text("B"), *tokens(last)],
-        "special_tokens": {
-            vocabulary.tokens[one]: {
-                "id": vocabulary.tokens[one],
-                "ids": [one],
-                "tokens": [vocabulary.tokens[one]],
-            }
-            for one in (*first, *last)
-        },
-    }
-
-
-def _character_decoder(marks_blanks: bool, first_blank: bool) -> Parts:
-    decoders: list[Parts] = [_replace(BLANK, " ")] if marks_blanks else []
-    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    if first_blank:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {"type": "Sequence", "decoders": decoders}
-
-
-def _letters_as_they_are(vocabulary: Vocabulary) -> Iterator[Parts]:
-    for letter in map(chr, _NO_UTF8):
-        token_id = vocabulary.ids.get(letter)
-        if token_id is not None and vocabulary.kinds[token_id] in WHOLE:
-            yield _replace(letter, "".join(map(_spelled, letter.encode())))
-
-
-def _spelled(byte: int) -> str:
-    """GPT-2's letter for a byte of a letter between U+00C0 and U+00FF."""
-    return chr(byte) if byte > 0xA0 else chr(byte + 0xA2)
-
-
-def _sequence(name: str, parts: list[Parts]) -> Parts | None:
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    return {"type": "Sequence", name: parts}
-
-
-def _replace(what: str, by: str) -> Parts:
-    return {"type": "Replace", "pattern": {"String": what}, "content": by}

@@ -1,5 +1,6 @@
 """A GGUF file's tokenizer: what each kind of it makes of text, and which files are refused."""
 
+import asyncio
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -280,7 +281,8 @@ def test_the_folder_of_a_file_can_be_used(
         "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}<|eot_id|>",
     }
     text = Text.load(folder_of(metadata))
-    ids = text.encode_chat([{"role": "user", "content": "hat"}], context_tokens=64)
+    chat = [{"role": "user", "content": "hat"}]
+    ids = asyncio.run(text.encode_chat(chat, context_tokens=64))
     end = len(metadata["tokenizer.ggml.tokens"]) - 1
     assert (ids[0], ids[-1]) == (0, end)
     assert text.stop_token_ids == (1, 2, end)
