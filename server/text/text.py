@@ -346,15 +346,13 @@ def _stop_token_ids(
     folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]
 ) -> tuple[int, ...]:
     """All that ends an answer: the tokenizer's EOS, and what the files add (end of turn, …)."""
-    file = folder / "generation_config.json"
-    special = _json_object(folder / SPECIAL_IDS_FILE)
-    try:
-        said = end_tokens(_json_object(file).get("eos_token_id"), str(file)) or ()
-    except CheckpointError as error:
-        raise TokenizerMissing(str(error)) from error
-    candidates = [
-        tokenizer.token_to_id(special_tokens.get("eos_token", "")),
-        *said,
-        *special.get("end_token_ids", ()),
-    ]
+    candidates = [tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
+    for file, key in (
+        (folder / "generation_config.json", "eos_token_id"),
+        (folder / SPECIAL_IDS_FILE, "end_token_ids"),
+    ):
+        try:
+            candidates += end_tokens(_json_object(file).get(key), str(file)) or ()
+        except CheckpointError as error:
+            raise TokenizerMissing(str(error)) from error
     return tuple(sorted({value for value in candidates if isinstance(value, int)}))

@@ -73,6 +73,9 @@ def test_stop_tokens_come_from_all_files(text: Text, tokenizer_dir: Path, tmp_pa
     other = Text.load(tmp_path)
     other.close()
     assert other.stop_token_ids == (2, 7, 9)
+    (tmp_path / "special_ids.json").write_text('{"end_token_ids": "x"}')
+    with pytest.raises(TokenizerMissing, match=r"special_ids\.json .* no token's id"):
+        Text.load(tmp_path)
 
 
 def test_without_a_template_a_chat_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
