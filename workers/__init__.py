@@ -7,7 +7,13 @@ are read, and which kernels this machine has.
 
 from workers.config.ends import end_tokens
 from workers.config.gguf_parts import begins_like_gguf, model_name, part_number, parts_of
-from workers.config.model_file import MAX_TOKENIZER_BYTES, file_status, read_file, read_json
+from workers.config.model_file import (
+    MAX_TOKENIZER_BYTES,
+    file_status,
+    opened,
+    read_file,
+    read_json,
+)
 from workers.errors import CheckpointError, InvalidSetting, UnknownVocabulary
 from workers.grammar.translation import grammar_problem
 from workers.grammar.vocabulary import read_vocabulary
@@ -40,6 +46,7 @@ __all__ = [
     "file_status",
     "grammar_problem",
     "model_name",
+    "opened",
     "part_number",
     "parts_of",
     "read_file",

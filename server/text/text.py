@@ -21,10 +21,11 @@ from tokenizers import Tokenizer
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import DEFAULT, Chat, ChatTemplate, TemplateFailed
 from server.text.folder_tokens import named_tokens
+from server.text.gguf.build import SPECIAL_IDS_FILE
 from server.text.incremental import Detokenizer
 from server.text.template_files import template_sources
 from server.text.token_texts import TokenTexts
-from server.text.tokenizer_files import SPECIAL_IDS_FILE, TokenizerFilesError, TokenizerMissing
+from server.text.tokenizer_files import TokenizerFilesError, TokenizerMissing
 from server.text.tokenizer_limits import MAX_CHARS, normalizer_growth
 from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file, read_json
 
@@ -329,15 +330,13 @@ def _stop_token_ids(
     folder: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]
 ) -> tuple[int, ...]:
     """All that ends an answer: the tokenizer's EOS, and what the files add (end of turn, …)."""
-    file = folder / "generation_config.json"
-    special = _json_object(folder / SPECIAL_IDS_FILE)
-    try:
-        said = end_tokens(_json_object(file).get("eos_token_id"), str(file)) or ()
-    except CheckpointError as error:
-        raise TokenizerMissing(str(error)) from error
-    candidates = [
-        tokenizer.token_to_id(special_tokens.get("eos_token", "")),
-        *said,
-        *(special.get(f"{role}_token_id") for role in ("eos", "eot", "eom")),
-    ]
+    candidates = [tokenizer.token_to_id(special_tokens.get("eos_token", ""))]
+    for file, key in (
+        (folder / "generation_config.json", "eos_token_id"),
+        (folder / SPECIAL_IDS_FILE, "end_token_ids"),
+    ):
+        try:
+            candidates += end_tokens(_json_object(file).get(key), str(file)) or ()
+        except CheckpointError as error:
+            raise TokenizerMissing(str(error)) from error
     return tuple(sorted({value for value in candidates if isinstance(value, int)}))

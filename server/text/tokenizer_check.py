@@ -81,7 +81,9 @@ def _main() -> int:
             tokenizer = Tokenizer.from_buffer(read_file(Path(file), MAX_TOKENIZER_BYTES))
         except CheckpointError:
             raise
-        except Exception as error:  # the library raises plain `Exception`
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # plain `Exception`, or a panic, which is none
             raise TokenizerMissing(f"{shown} can't be read: {error}. Copy it anew.") from error
         check_tokenizer(tokenizer)
         tokenizer.no_truncation()

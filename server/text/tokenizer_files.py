@@ -2,45 +2,34 @@
 
 Owns the cache of built folders. Invariant: a folder with its final name is complete, whatever was
 killed and however many servers build the same one at once: it is written beside under another name
-and renamed. Building needs torch and much memory, so it happens in a process of its own
-(`python -m server.text.tokenizer_files SRC OUT`), and nothing of it stays with the server.
+and renamed. Building happens in a process of its own (`server/text/gguf/build.py`), which the
+kernel bounds, and nothing of it stays with the server.
 
 Does not know how text is encoded, nor anything about weights.
 """
 
 import contextlib
-import errno
 import hashlib
-import importlib.metadata
-import json
+import logging
 import os
 import re
-import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from allocator import module_command, module_environment
 from server.errors import ServerError
+from server.text.gguf.build import FORMAT_VERSION, NO_ROOM_STATUS
 from workers import begins_like_gguf
 
-FORMAT_VERSION: Final = 1
-"""Raised when `build` writes something else for the same file, so that old folders are not used."""
+log = logging.getLogger("onecopy.server")
 
 BUILD_DEADLINE_S: Final = 300.0
-BUILD_BYTES: Final = 4 << 30
-"""Whatever a file says, building its tokenizer takes no more memory."""
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-_NO_ROOM_STATUS: Final = 3
 STALE_AFTER_S: Final = 3600.0
 """A half-built folder of that age belongs to a builder that was killed."""
-
-SPECIAL_IDS_FILE: Final = "special_ids.json"
-"""Beside the usual files, in built folders: what a GGUF file says that these have no place for."""
 
 _READ_BY: Final = {
     "tokenizer.model": "'onecopy[sentencepiece]'",
@@ -85,7 +74,7 @@ def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
     """The folder with `tokenizer.json` (and what goes with it) for a model.
 
     `model_path` is a Hugging Face folder, a file inside one, or a `.gguf` file. The first call for
-    a GGUF file takes some seconds, later ones a `stat`. Raises `TokenizerFilesError`.
+    a GGUF file takes a second, later ones a `stat`. Raises `TokenizerFilesError`.
     """
     if not model_path.exists():
         raise TokenizerMissing(f"{model_path} does not exist")
@@ -133,8 +122,6 @@ def _key(file: Path) -> str:
     stat = file.stat()
     parts = (
         FORMAT_VERSION,
-        importlib.metadata.version("transformers"),
-        importlib.metadata.version("tokenizers"),
         stat.st_size,
         stat.st_mtime_ns,
         stat.st_ino,
@@ -195,13 +182,10 @@ def _sweep(home: Path) -> None:
 
 
 def _run_builder(file: Path, out: Path) -> None:
-    environment = module_environment(
-        HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES=""
-    )
     try:
         done = subprocess.run(  # noqa: S603 - our own module, by a fixed command
-            module_command("server.text.tokenizer_files", str(file), str(out)),
-            env=environment,
+            module_command("server.text.gguf.build", str(file), str(out)),
+            env=module_environment(OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -213,7 +197,7 @@ def _run_builder(file: Path, out: Path) -> None:
         raise TokenizerBuildFailed(
             f"Unpacking the tokenizer of {file.name} took more than {BUILD_DEADLINE_S:.0f} s."
         ) from error
-    if done.returncode == _NO_ROOM_STATUS:
+    if done.returncode == NO_ROOM_STATUS:
         raise CacheNotWritable(
             f"Writing the tokenizer of {file.name} to {out.parent} failed "
             f"({done.stderr.strip().rpartition(chr(10))[2]}). Make room there, or set "
@@ -225,75 +209,5 @@ def _run_builder(file: Path, out: Path) -> None:
             f"The tokenizer of {file.name} can't be unpacked: {last[:500]}. Download the file "
             "again, or give a Hugging Face folder with tokenizer.json instead."
         )
-
-
-# --- in the builder's process
-
-
-def build(source: Path, out: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja (where the file has one)
-    and `SPECIAL_IDS_FILE` for a GGUF file into `out`. Imports torch; keep it out of a server."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-    tokenizer.save_pretrained(str(out))
-    special = _special_ids(source)
-    _obey_add_bos(out / "tokenizer.json", special)
-    (out / SPECIAL_IDS_FILE).write_text(json.dumps(special, indent=1) + "\n")
-    # A rename may reach the disk before the data does: a folder with its final name is complete.
-    for file in out.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-
-
-def _special_ids(source: Path) -> dict[str, Any]:
-    """What the file says of special tokens: ids by role, and whether a prompt starts with BOS."""
-    # `gguf.GGUFReader` makes an array of each token: half a minute for the 262,144 of a Gemma.
-    from transformers.integrations.gguf.reader import read_gguf_metadata
-
-    said, _ = read_gguf_metadata(str(source))
-    special: dict[str, Any] = {"format": FORMAT_VERSION}
-    for role in ("bos", "eos", "eot", "eom"):
-        if (token_id := said.get(f"tokenizer.ggml.{role}_token_id")) is not None:
-            special[f"{role}_token_id"] = int(token_id)
-    if (add_bos := said.get("tokenizer.ggml.add_bos_token")) is not None:
-        special["add_bos_token"] = bool(add_bos)
-    return special
-
-
-def _obey_add_bos(file: Path, special: dict[str, Any]) -> None:
-    """Makes the tokenizer start a prompt with BOS exactly if the GGUF file says so."""
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
-
-    wanted, bos_id = special.get("add_bos_token"), special.get("bos_token_id")
-    if wanted is None or bos_id is None:
-        return
-    tokenizer = Tokenizer.from_file(str(file))
-    bos = tokenizer.id_to_token(bos_id)
-    if bos is None or wanted == (tokenizer.encode("a").ids[:1] == [bos_id]):
-        return
-    tokenizer.post_processor = TemplateProcessing(
-        single=[bos, "$A"] if wanted else ["$A"],
-        pair=[bos, "$A", "$B"] if wanted else ["$A", "$B"],
-        special_tokens=[(bos, bos_id)] if wanted else [],
-    )
-    tokenizer.save(str(file))
-
-
-def _main() -> int:
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = BUILD_BYTES if most == resource.RLIM_INFINITY else min(BUILD_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
-    try:
-        build(Path(sys.argv[1]), Path(sys.argv[2]))
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        sys.stderr.write(f"{error.strerror}\n")
-        return _NO_ROOM_STATUS
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
+    if done.stderr:
+        log.warning("%s", done.stderr.strip())

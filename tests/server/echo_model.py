@@ -28,6 +28,9 @@ from workers.messages import ModelFacts, SamplingParams, TokenLogprobs
 
 NAME = "org/echo-1"
 EOS = 2
+ENDS = (0, EOS, 4)
+"""All tokens that end an answer, by the tokenizer's file: the end of a text, of a turn, and the
+name of another repository."""
 DEADLINE_S = 300.0
 FACTS = ModelFacts(
     architecture="echo",

@@ -16,6 +16,7 @@ from server.generation import NO_OPTIONS, RequestOptions
 from server.text.text import Text
 from tests.server.echo_model import (
     DEADLINE_S,
+    ENDS,
     EOS,
     FACTS,
     NAME,
@@ -233,7 +234,7 @@ def test_sampling_parameters_arrive(http: httpx.Client, model: EchoModel) -> Non
         top_p=0.9,
         top_k=7,
         seed=(1 << 63) - 1,
-        stop_token_ids=(EOS,),
+        stop_token_ids=ENDS,
     )
     assert (plain.temperature, plain.top_p, plain.top_k) == (1.0, 1.0, 0)
     assert plain.seed != other.seed

@@ -12,7 +12,7 @@ import pytest
 from server.text.text import Text
 from tests.server.echo_model import (
     DEADLINE_S,
-    EOS,
+    ENDS,
     NAME,
     EchoModel,
     chat,
@@ -83,7 +83,7 @@ def test_all_parameters_arrive(http: httpx.Client, model: EchoModel) -> None:
         assert sampling == SamplingParams(
             **{**asked, "allowed_token_ids": (5, 6)},
             logit_bias={5: -100.0, 49151: 1.5},
-            stop_token_ids=(EOS,),
+            stop_token_ids=ENDS,
             logprobs=3,
         )
     model.reset()

@@ -69,13 +69,16 @@ def test_the_chat_agrees_with_transformers(text: Text, tokenizer_dir: Path) -> N
 
 
 def test_stop_tokens_come_from_all_files(text: Text, tokenizer_dir: Path, tmp_path: Path) -> None:
-    assert text.stop_token_ids == (2,)
+    assert text.stop_token_ids == (0, 2, 4)  # also the end of a text, and of a repository's name
     shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    (tmp_path / "special_ids.json").write_text('{"eos_token_id": 2, "eot_token_id": 9}')
+    (tmp_path / "special_ids.json").write_text('{"end_token_ids": [2, 9]}')
     other = Text.load(tmp_path)
     other.close()
     assert other.stop_token_ids == (2, 7, 9)
+    (tmp_path / "special_ids.json").write_text('{"end_token_ids": "x"}')
+    with pytest.raises(TokenizerMissing, match=r"special_ids\.json .* no token's id"):
+        Text.load(tmp_path)
 
 
 def test_without_a_template_a_chat_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import threading
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from server.text.tokenizer_files import (
     CacheNotWritable,
     TokenizerBuildFailed,
     TokenizerMissing,
-    _obey_add_bos,
     default_cache_dir,
     tokenizer_folder,
 )
@@ -34,12 +32,7 @@ def test_a_gguf_file_is_unpacked_once(
 
 def test_what_only_the_gguf_file_knows_is_kept(tokenizer_dir: Path) -> None:
     special = json.loads((tokenizer_dir / "special_ids.json").read_text())
-    assert special == {
-        "format": 1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "add_bos_token": False,
-    }
+    assert special == {"format": 2, "end_token_ids": [0, 2, 4]}
 
 
 def test_a_changed_file_gets_another_folder_and_two_builders_may_race(tmp_path: Path) -> None:
@@ -107,23 +100,13 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert default_cache_dir() == Path("/own")
 
 
-@pytest.mark.parametrize("add_bos", [True, False])
-def test_bos_is_added_exactly_if_the_gguf_file_says_so(
-    tokenizer_dir: Path, tmp_path: Path, add_bos: bool
-) -> None:
-    file = tmp_path / "tokenizer.json"
-    shutil.copyfile(tokenizer_dir / "tokenizer.json", file)
-    for wanted in (add_bos, not add_bos, add_bos):
-        _obey_add_bos(file, {"add_bos_token": wanted, "bos_token_id": 1})
-        assert (Tokenizer.from_file(str(file)).encode("Hello").ids[0] == 1) == wanted
-
-
 def test_the_tokenizer_of_a_sentencepiece_vocabulary(
     gemma3_gguf: Path, tokenizer_cache: Path
 ) -> None:
     """262,144 tokens with scores and without merges; the ids are those of google/gemma-3-270m."""
     folder = tokenizer_folder(gemma3_gguf, tokenizer_cache)
-    assert json.loads((folder / "special_ids.json").read_text())["add_bos_token"] is True
+    special = json.loads((folder / "special_ids.json").read_text())
+    assert special["end_token_ids"] == [1, 106]
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 262_144
     for text, token_ids in {

@@ -1,0 +1,99 @@
+"""A GGUF file's tokenizer, written as the files that a Hugging Face folder has.
+
+Owns what is in such a folder, and the process that writes it (`python -m server.text.gguf.build
+SOURCE OUT`). Invariant: whatever a file says, that process takes no more than `BUILD_BYTES`; it
+ends with a line that says what is wrong with the file. Does not know where folders are kept.
+"""
+
+import errno
+import gc
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Final
+
+from server.errors import ServerError
+from server.text.gguf.endings import ending_ids
+from server.text.gguf.metadata import read_metadata
+from server.text.gguf.pipeline import tokenizer_json
+from server.text.gguf.vocabulary import vocabulary
+from workers import CheckpointError
+
+FORMAT_VERSION: Final = 2
+"""Raised when `build` writes something else for the same file, so that old folders are not used."""
+SPECIAL_IDS_FILE: Final = "special_ids.json"
+"""Beside the usual files: what a GGUF file says that these have no place for."""
+NO_ROOM_STATUS: Final = 3
+BUILD_BYTES: Final = 2 << 30
+"""262,144 tokens and 514,000 merges take 0.4 GiB."""
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_NAMED: Final = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "sep": "seperator",  # as GGUF spells it
+    "pad": "padding",
+    "mask": "mask",
+    "cls": "cls",
+}
+"""What a template calls a token, and what a GGUF file does."""
+_UNSPLIT: Final = (
+    "does not say how text is cut into words (tokenizer.ggml.pre), as files before May 2024 did "
+    "not: it is cut as llama.cpp does it then, which is wrong for most models. Download a newer "
+    "file."
+)
+
+
+def build(source: Path, out: Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja (where the file has one)
+    and `SPECIAL_IDS_FILE` for a GGUF file into `out`. Raises ServerError, CheckpointError."""
+    metadata = read_metadata(source)
+    words = vocabulary(metadata)
+    tokenizer = tokenizer_json(metadata, words)
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in metadata:
+        sys.stderr.write(f"{source.name} {_UNSPLIT}\n")
+    named = {
+        f"{name}_token": words.tokens[token_id]
+        for name, role in _NAMED.items()
+        if (token_id := words.token_id(role)) is not None
+    }
+    special = {"format": FORMAT_VERSION, "end_token_ids": ending_ids(words)}
+    _write(out / "tokenizer_config.json", json.dumps(named, indent=1))
+    _write(out / SPECIAL_IDS_FILE, json.dumps(special, indent=1))
+    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+        _write(out / "chat_template.jinja", template)
+    _write(out / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
+
+
+def _write(file: Path, content: str) -> None:
+    # A rename may reach the disk before the data does: a folder with its final name is complete.
+    with file.open("wb") as opened:
+        opened.write(content.encode())
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _main() -> int:
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    bound = BUILD_BYTES if most == resource.RLIM_INFINITY else min(BUILD_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
+    gc.disable()  # a million strings are made, and looking through them takes as long again
+    try:
+        build(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (ServerError, CheckpointError) as error:
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        sys.stderr.write(f"{error.strerror}\n")
+        return NO_ROOM_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    status = _main()
+    sys.stderr.flush()
+    os._exit(status)  # all is written; to free a million strings takes as long as to make them
