@@ -129,7 +129,9 @@ class Structure:
 
     def _is_foreign(self, base: ast.expr) -> bool:
         """Whether a library's class is inherited from, which calls methods by names of its own."""
-        name = ast.unparse(base).partition("[")[0].rpartition(".")[2]
+        module, _, name = ast.unparse(base).partition("[")[0].rpartition(".")
+        if module and not any(path.endswith(module) for path in self.paths):
+            return True
         return name not in self._classes and name not in {"Protocol", "Enum", "StrEnum", "Struct"}
 
     @cached_property

@@ -27,7 +27,7 @@ from allocator.daemon.clients.seldom import Seldom
 from allocator.daemon.clients.sessions import Session, Sessions
 from allocator.daemon.device.parts import Around
 from allocator.daemon.devices import Devices
-from allocator.daemon.history import History
+from allocator.daemon.journal.history import History
 from allocator.daemon.journal.records import (
     JOURNAL_VERSION,
     RunBegan,

@@ -17,6 +17,7 @@ FOR_USE = [one for one in OF_TODAY if "/adr/" not in one.name]
 """Decisions tell what was decided, whatever its options are called today."""
 OF_A_MODEL = {
     *("config.json", "tokenizer.json", "generation_config.json", "modules.json"),
+    *("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"),
     *("model.gguf", "*.safetensors", "*.bin", "*.pt", "model.safetensors.index.json"),
 }
 MADE = {"benchmarks/results/gpu/", "../benchmarks/results/gpu/", ".gpu/", "report.json"}

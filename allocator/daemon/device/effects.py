@@ -11,7 +11,7 @@ from allocator.backends.room import size
 from allocator.daemon.device.eviction import AnyEffect, Evicted, FreeExtent
 from allocator.daemon.device.notes import Notes
 from allocator.daemon.device.segments import PoolSegment, Segments
-from allocator.daemon.history import History
+from allocator.daemon.journal.history import History
 from allocator.daemon.journal.records import BlockGone
 from allocator.daemon.weights.image_folder import ImageFolder
 from allocator.daemon.weights.state import Answer, Discard, Free, ReplyTo

@@ -15,7 +15,7 @@ from allocator.daemon.device.effects import Effects
 from allocator.daemon.device.notes import Notes
 from allocator.daemon.device.room import DeviceRoom
 from allocator.daemon.device.segments import PoolSegment, Segments
-from allocator.daemon.history import History
+from allocator.daemon.journal.history import History
 from allocator.daemon.journal.records import Note
 from allocator.daemon.weights.image_folder import ImageFolder
 from allocator.daemon.weights.state import ReplyTo

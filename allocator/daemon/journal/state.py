@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from allocator.daemon.history import History
 from allocator.daemon.journal.file import Journal
+from allocator.daemon.journal.history import History
 from allocator.errors import JournalError
 from allocator.messages import Message, encode
 

@@ -14,7 +14,7 @@ from allocator.daemon.clients.sessions import Session, Sessions
 from allocator.daemon.device.budget import DeviceMemory
 from allocator.daemon.device.device import Device
 from allocator.daemon.device.parts import Around
-from allocator.daemon.history import History
+from allocator.daemon.journal.history import History
 from allocator.daemon.journal.records import Kept, Record
 from allocator.messages import (
     BlockToPut,
