@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from server.errors import ServerError
+from server.text.chat_template import Chat
 from server.text.gguf import pipeline
 from server.text.gguf.endings import ending_ids
 from server.text.gguf.metadata import GGUFDamaged, read_metadata
@@ -281,7 +282,7 @@ def test_the_folder_of_a_file_can_be_used(
         "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}<|eot_id|>",
     }
     text = Text.load(folder_of(metadata))
-    chat = [{"role": "user", "content": "hat"}]
+    chat = Chat([{"role": "user", "content": "hat"}])
     ids = asyncio.run(text.encode_chat(chat, context_tokens=64))
     end = len(metadata["tokenizer.ggml.tokens"]) - 1
     assert (ids[0], ids[-1]) == (0, end)
