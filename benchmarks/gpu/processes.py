@@ -4,7 +4,7 @@ The programs are those that the tests command (`tests/allocator/backends/device_
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,13 @@ def clients(daemon: DaemonProcess, count: int) -> Iterator[list[DeviceClient]]:
         for _ in range(count):
             client = DeviceClient(daemon.runtime_dir)
             started.enter_context(client)
-            client.call("make_context")
+            client.do.make_context()
             made.append(client)
         yield made
 
 
-def together(clients: Sequence[DeviceClient], command: str) -> list[Any]:
-    """What each answers; all work at the same time."""
+def together(clients: Sequence[DeviceClient], begin: Callable[[DeviceClient], object]) -> list[Any]:
+    """What each answers to what it is told to begin; all work at the same time."""
     for client in clients:
-        client.send(command)
+        begin(client)
     return [client.receive() for client in clients]

@@ -29,26 +29,26 @@ def _settled_at_most(stage: Stage, limit: int) -> int:
 
 def _kill_reader(stage: Stage, writer: DeviceClient, reader: DeviceClient, num_bytes: int) -> None:
     before = used_bytes(stage.device)
-    writer.call("load", "a", num_bytes, 3)
-    reader.call("load", "a", num_bytes, 0)
-    digest = reader.call("digest")
+    writer.do.load("a", num_bytes, 3)
+    reader.do.load("a", num_bytes, 0)
+    digest = reader.do.digest()
     reader.kill()
     after = _settled_at_most(stage, before + num_bytes + SLACK_BYTES)
-    stage.claim("the others keep the weights", writer.call("digest") == digest)
+    stage.claim("the others keep the weights", writer.do.digest() == digest)
     stage.figure("freed_by_the_reader_s_end_bytes", before + num_bytes - after)
-    writer.call("release")
-    writer.call("evict", "a")
+    writer.do.release()
+    writer.do.evict("a")
 
 
 def _kill_writer(
     stage: Stage, daemon: DaemonProcess, writer: DeviceClient, waiter: DeviceClient, num_bytes: int
 ) -> None:
     before = used_bytes(stage.device)
-    writer.call("open", "b", {})
-    writer.call("reserve", num_bytes)
+    writer.do.open("b", {})
+    writer.do.reserve(num_bytes)
     reserved = used_bytes(stage.device)
     stage.claim("what is to be written is taken at once", reserved - before >= num_bytes)
-    waiter.send("open", "b", {})
+    waiter.begin.open("b", {})
     writer.kill()
     stage.claim("who waits is elected", waiter.receive() == "writer")
     after = _settled_at_most(stage, before + SLACK_BYTES)
@@ -57,16 +57,16 @@ def _kill_writer(
         after <= before + SLACK_BYTES,
         left_bytes=after - before,
     )
-    waiter.call("load_as_elected", num_bytes, 5)
+    waiter.do.load_as_elected(num_bytes, 5)
     with daemon.connect() as looking:
         looking.check_integrity()
-    waiter.call("release")
-    waiter.call("evict", "b")
+    waiter.do.release()
+    waiter.do.evict("b")
 
 
 def _kill_lessee(stage: Stage, daemon: DaemonProcess, client: DeviceClient) -> None:
     before = used_bytes(stage.device)
-    client.call("lease", 4 * MIB, 8)
+    client.do.lease(4 * MIB, 8)
     taken = used_bytes(stage.device) - before
     stage.claim("leases take the device's memory as they are made", taken >= 32 * MIB)
     client.kill()
@@ -80,11 +80,11 @@ def _kill_daemon(
     stage: Stage, daemon: DaemonProcess, pair: list[DeviceClient], num_bytes: int
 ) -> None:
     first, second = pair
-    first.call("load", "c", num_bytes, 7)
-    digest = first.call("digest")
+    first.do.load("c", num_bytes, 7)
+    digest = first.do.digest()
     used = used_bytes(stage.device)
     daemon.kill()
-    stage.claim("clients go on with what they map", first.call("digest") == digest)
+    stage.claim("clients go on with what they map", first.do.digest() == digest)
     stage.figure("freed_by_the_daemon_s_end_bytes", used - used_bytes(stage.device))
     with allocator(stage) as successor:
         with successor.connect() as looking:
@@ -93,10 +93,10 @@ def _kill_daemon(
         with clients(successor, 1) as (other,):
             stage.claim(
                 "a successor can't adopt a GPU's memory: who comes next loads anew",
-                other.call("load", "c", num_bytes, 7) == "writer",
+                other.do.load("c", num_bytes, 7) == "writer",
             )
             stage.claim("beside the old copy", used_bytes(stage.device) >= used + num_bytes)
-        stage.claim("which stays intact", first.call("digest") == digest)
+        stage.claim("which stays intact", first.do.digest() == digest)
         before = used_bytes(stage.device)
         first.kill()
         second.kill()

@@ -44,7 +44,7 @@ def _many_readers(
     stage: Stage, writer: DeviceClient, readers: list[DeviceClient], num_bytes: int
 ) -> None:
     with_contexts = used_bytes(stage.device)
-    writer.call("load", "set", num_bytes, 7)
+    writer.do.load("set", num_bytes, 7)
     with_writer = used_bytes(stage.device)
     stage.claim(
         "the first client takes one copy",
@@ -55,7 +55,7 @@ def _many_readers(
     taken = []
     for reader in readers:
         before = used_bytes(stage.device)
-        reader.call("load", "set", num_bytes, 0)
+        reader.do.load("set", num_bytes, 0)
         taken.append(used_bytes(stage.device) - before)
     stage.claim(
         "each further client takes its context and nothing of the weights",
@@ -69,13 +69,13 @@ def _many_readers(
             "readers": [process_bytes(stage.device, one.pid) for one in readers],
         },
     )
-    digests = set(together([writer, *readers], "digest"))
+    digests = set(together([writer, *readers], lambda one: one.begin.digest()))
     stage.claim("all of them read the same bytes", len(digests) == 1)
     if stage.on_gpu:
         before = used_bytes(stage.device)
-        together(readers, "take_tensor")
+        together(readers, lambda one: one.begin.take_tensor())
         stage.figure("bytes_that_torch_takes_in_each", _each(stage, before))
-        sums = set(together(readers, "tensor_sum"))
+        sums = set(together(readers, lambda one: one.begin.tensor_sum()))
         stage.claim("a kernel of each adds them up to the same", sums == {7 * num_bytes})
 
 
@@ -87,12 +87,12 @@ def _same_bytes(
     stage: Stage, daemon: DaemonProcess, readers: list[DeviceClient], num_bytes: int
 ) -> None:
     """What the stage's own process writes behind everybody's back, all others see."""
-    before = readers[0].call("digest")
+    before = readers[0].do.digest()
     with daemon.connect() as memory:
         mapping = _writable(memory, "set")
         mapping.write(num_bytes // 2, b"\x08")
         mapping.close()
-    seen = set(together(readers, "digest"))
+    seen = set(together(readers, lambda one: one.begin.digest()))
     stage.claim(
         "one byte that another process changes is changed for all readers",
         len(seen) == 1 and before not in seen,
@@ -114,25 +114,25 @@ def _forbidden_write(stage: Stage, readers: list[DeviceClient]) -> None:
         raise NotRun("no GPU for torch")
     culprit, *others = readers
     said: list[str] = []
-    for command in ("write_to_tensor", "tensor_sum"):
+    for try_it in (culprit.do.write_to_tensor, culprit.do.tensor_sum):
         try:
-            culprit.call(command)
+            try_it()
         except Refused as refused:
             said.append(str(refused)[:300])
     stage.figure("what_the_fault_looks_like", said)
     stage.claim("a write through a reader's mapping is refused by the device", len(said) > 0)
     stage.claim("and the process that tried computes nothing more", len(said) == 2)
-    sums = {one.call("tensor_sum") for one in others}
+    sums = {one.do.tensor_sum() for one in others}
     stage.claim("all others go on with the weights as they were", len(sums) == 1)
     stage.claim("and so does one that comes now", _newcomer_is_well(others, sums))
 
 
 def _newcomer_is_well(others: list[DeviceClient], sums: set[int]) -> bool:
-    others[0].call("release")
-    others[0].call("drop_tensor")
-    others[0].call("load", "set", 0, 0)
-    others[0].call("take_tensor")
-    return others[0].call("tensor_sum") in sums
+    others[0].do.release()
+    others[0].do.drop_tensor()
+    others[0].do.load("set", 0, 0)
+    others[0].do.take_tensor()
+    return others[0].do.tensor_sum() in sums
 
 
 if __name__ == "__main__":
