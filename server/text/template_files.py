@@ -31,10 +31,11 @@ def template_sources(folder: Path, kept: Any) -> dict[str, str]:
     file = folder / "chat_template.jinja"
     others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if os.path.lexists(file) or others:
-        named = {other.stem: read_template(other) for other in others}
-        return named | ({DEFAULT: read_template(file)} if os.path.lexists(file) else {})
+        beside = {other.stem: read_template(other) for other in others}
+        return beside | ({DEFAULT: read_template(file)} if os.path.lexists(file) else {})
     if isinstance(kept, list):  # several, by name
-        kept = {one.get("name"): one.get("template") for one in kept if isinstance(one, dict)}
-    if isinstance(kept, dict):
-        return {str(name): one for name, one in kept.items() if isinstance(one, str)}
-    return {DEFAULT: kept} if isinstance(kept, str) else {}
+        entries = [one for one in kept if isinstance(one, dict)]
+        named = [(one.get("name"), one.get("template")) for one in entries]
+    else:
+        named = list(kept.items()) if isinstance(kept, dict) else [(DEFAULT, kept)]
+    return {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
