@@ -37,6 +37,8 @@ from workers.messages import Estimate, Generate, SamplingParams, decode_estimate
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident
 
+pytestmark = pytest.mark.slow
+
 
 def sealed_bytes(memory: Client, path: Path, dtype: str = "auto") -> int:
     """What the allocator says of the checkpoint's set once it is loaded."""

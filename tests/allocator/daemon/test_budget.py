@@ -36,6 +36,8 @@ from allocator.errors import (
 )
 from allocator.messages import BlockToPut, Elected, Extent, Handle, LeaseId, Open, Sealed
 
+pytestmark = pytest.mark.slow
+
 GRANULE = 1024
 OPEN = Open(key="k", fingerprint={}, wait_ms=0)
 POOL = 32 * GRANULE

@@ -21,6 +21,8 @@ from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.text import Text
 from tests.server.echo_model import DEADLINE_S, FACTS, NAME, EchoModel, echo_server, error_of
 
+pytestmark = pytest.mark.slow
+
 MAX_TOKENS, MAX_CHARS = 1000, 20_000
 
 

@@ -18,6 +18,8 @@ from server.text.text import Text
 from tests.leaks import wait_until
 from tests.server.echo_model import DEADLINE_S, NAME, EchoModel, complete, echo_server
 
+pytestmark = pytest.mark.slow
+
 HURRY = Patience(
     idle_s=1.5, head_s=1.5, body_s=1.5, stuck_s=1.5, linger_s=1.5, linger_bytes=1 << 20
 )

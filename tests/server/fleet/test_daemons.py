@@ -17,6 +17,8 @@ from server.fleet.daemons import AllocatorProcess
 from tests.daemon_process import DaemonProcess
 from tests.leaks import descriptors, segments
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 600.0
 HANG_TIMEOUT_S = 1.0
 

@@ -18,6 +18,8 @@ from server.machine import checks, doctor, package_checks
 from server.machine.checks import Check
 from tests.daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 GIB = 1 << 30
 UNLIMITED = -1

@@ -15,6 +15,8 @@ from server.processes.stopping import answers_nothing, stop_process
 from tests.daemon_process import DaemonProcess
 from tests.leaks import segments, wait_until
 
+pytestmark = pytest.mark.slow
+
 GENTLE = "import time; print(flush=True); time.sleep(600)"
 DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {GENTLE}"
 BUSY = (

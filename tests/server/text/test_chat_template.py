@@ -13,6 +13,8 @@ from allocator import ProcessState
 from server.text.chat_template import Chat, ChatTemplate, TemplateFailed
 from tests.leaks import wait_until
 
+pytestmark = pytest.mark.slow
+
 HI = [{"role": "user", "content": "hi"}]
 
 Make = Callable[..., ChatTemplate]

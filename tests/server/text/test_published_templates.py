@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, models
 
 from server.text.chat_template import Chat, ChatTemplate, TemplateFailed
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "published_templates"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 Message = dict[str, Any]

@@ -80,6 +80,7 @@ def test_the_real_model_is_that_of_transformers_bit_for_bit(
         assert sum(t.nbytes for t in weights.tensors.values()) <= weights.num_bytes
 
 
+@pytest.mark.slow
 def test_loading_the_real_model_takes_little_private_memory(real_load: dict[str, Any]) -> None:
     assert real_load["largest"] == 49152 * 576 * 2
     assert real_load["grown"] < 2 * real_load["largest"] < real_load["num_bytes"] / 2

@@ -17,6 +17,8 @@ from allocator.daemon.pool.kv_pool import KVPool
 from allocator.errors import AllocatorError, DoubleFree, ForeignExtent, StaleGeneration
 from allocator.messages import BlockToPut, Extent, LeaseId, Region
 
+pytestmark = pytest.mark.slow
+
 GRANULE = 1024
 OWNER, OTHER = 1, 2
 
