@@ -206,50 +206,6 @@ def test_rooms_keep_the_rules() -> None:
     assert not broken, "\n".join(broken)
 
 
-def circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Names that import each other, by whatever way: each circle sorted. By Tarjan's algorithm
-    (SIAM Journal on Computing 1, 1972), which visits each import once."""
-    order, low = dict[str, int](), dict[str, int]()
-    path, found = list[str](), list[list[str]]()
-
-    def visit(name: str) -> None:
-        order[name] = low[name] = len(order)
-        path.append(name)
-        for other in imports.get(name, ()):
-            if other not in order:
-                visit(other)
-            if other in path:
-                low[name] = min(low[name], low[other])
-        if low[name] == order[name]:
-            start = path.index(name)
-            if len(path) - start > 1:
-                found.append(sorted(path[start:]))
-            del path[start:]
-
-    for name in imports:
-        if name not in order:
-            visit(name)
-    return found
-
-
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    sources = modules_of(ROOT)
-    names = {dotted(path) for path in sources}
-    imports = dict[str, set[str]]()
-    for path, source in sources.items():
-        reached = imports.setdefault(dotted(path), set())
-        for _, name in Reader(path, source).imports:
-            module = name if name in names else name.rpartition(".")[0]
-            if module in names:
-                reached.add(module)
-    assert circles(imports) == []
-
-
-def test_a_circle_is_found() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
-    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
-
-
 def test_clients_of_the_admin_api_import_no_application() -> None:
     for module in ("server.admin.client", "server.machine.served_check"):
         program = f"import sys, {module}; assert 'fastapi' not in sys.modules"
