@@ -296,8 +296,10 @@ def convert(
     said: Mapping[str, Any] | None = None,
     num_parts: int = 1,
     fuse_qkv: bool = False,
+    requantized: bool = False,
 ) -> Path:
-    """The model in F32, with a tokenizer of as many words; `said` are further keys. Returns the
+    """The model in F32, with a tokenizer of as many words; `said` are further keys. `requantized`:
+    as llama.cpp's tools write it anew, without dimensions of 1 at the front of a shape. Returns the
     path of the file, or of the first part."""
     config = model.config
     converter = CONVERTERS[config.model_type]
@@ -307,6 +309,8 @@ def convert(
     keys = {**(_base(config) if converter.base else {}), **converter.keys(config), **(said or {})}
     for name, tensor in _rotations(config).items():
         tensors[name] = tensor
+    if requantized:
+        tensors = {name: tensor.squeeze(0) for name, tensor in tensors.items()}
     if num_parts == 1:
         _write(path, converter.architecture, keys, _xielu(model), tensors)
         return path

@@ -179,6 +179,15 @@ def test_one_projection_of_queries_keys_and_values(tmp_path: Path) -> None:
             assert torch.equal(model.module.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "ernie4_5_moe", "llama", "gpt2"])
+def test_dimensions_of_one_may_be_left_out(family: str, tmp_path: Path) -> None:
+    reference = tiny_model(family)
+    path = convert(reference, tmp_path / "model.gguf", requantized=True)
+    tensors = read(path).module.state_dict()
+    for name, value in reference.state_dict().items():
+        assert torch.equal(tensors[name], value), name
+
+
 def test_a_window_that_a_file_of_a_llama_names_is_kept(tmp_path: Path) -> None:
     said = {"attention.sliding_window": 8}
     reference = tiny_model("mistral")

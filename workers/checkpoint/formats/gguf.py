@@ -79,8 +79,9 @@ class GGUFCheckpoint:
         header, _, _ = self._open()
         source = header.tensors[piece.tensor]
         data = source.data
-        if data.ndim == 1:  # each element is a row; ggml has no blocks that short
-            data = self._dequantize(data, source.tensor_type).reshape(-1, 1)
+        if data.ndim == 1 or int(source.shape[0]) != target.shape[1]:
+            # Each element of a vector is a row, or all are one: dimensions of 1 may be left out.
+            data = self._dequantize(data, source.tensor_type).reshape(-1, target.shape[1])
             kind = gguf.GGMLQuantizationType.F32
         else:
             data, kind = data.reshape(-1, data.shape[-1]), source.tensor_type

@@ -119,7 +119,7 @@ class _Finder:
         return Parameter(
             name,
             shape,
-            (Piece(tensor, self._order(tensor, _num_rows(stored))),),
+            (Piece(tensor, self._order(tensor, _num_rows(laid_out))),),
             subtract=1.0 if adds_one else 0.0,
             transposed=transposed,
         )
