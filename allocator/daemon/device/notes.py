@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from allocator.books import Change, LeasesBegan, PinsChanged, ReadsChanged, WriteBegan, WriteEnded
+from allocator.daemon.clients.sessions import Sessions
 from allocator.daemon.device.segments import PoolSegment, Segments
 from allocator.daemon.journal.records import (
     BlocksKept,
@@ -39,6 +40,7 @@ class Notes:
         segments: Segments,
         pool_segment: PoolSegment,
         note: Note,
+        sessions: Sessions,
     ) -> None:
         self.device = segments.backend.device
         self._sets = sets
@@ -46,9 +48,13 @@ class Notes:
         self._segments = segments
         self._pool_segment = pool_segment
         self.note = note
+        self._sessions = sessions
 
     def changes(self, session: int, request: Request, reply: Reply) -> None:
-        """What the session holds more or less, as this was asked and is answered so."""
+        """What the session holds more or less, as this was asked and is answered so. Nothing where
+        it has ended meanwhile, as one does that can't be given descriptors."""
+        if self._sessions.by_number(session) is None:
+            return
         what = [one for one in changes(request, reply) if not isinstance(one, _PART_OF_A_SET)]
         if what:
             self.note(_changed(session, *what))

@@ -73,7 +73,9 @@ class Parts:
         self.segments = Segments(backend, host_tier, around.names)
         self.pool = PoolSegment(self.segments, pool)
         self.room = DeviceRoom(backend, memory, lambda: self.pool.handle)
-        self.notes = Notes(memory.sets, memory.pool, self.segments, self.pool, around.note)
+        self.notes = Notes(
+            memory.sets, memory.pool, self.segments, self.pool, around.note, around.sessions
+        )
         self._effects = Effects(
             self.segments, self.pool, self.images, self.notes, around.history, around.reply
         )

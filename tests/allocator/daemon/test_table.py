@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from allocator.daemon.device.budget import DeviceMemory
 from allocator.daemon.device.device import Device
 from allocator.daemon.device.parts import Around
 from allocator.daemon.journal.history import History
-from allocator.daemon.journal.records import Kept, Record
+from allocator.daemon.journal.records import Kept, Record, SessionChanged
 from allocator.messages import (
     BlockToPut,
     Extent,
@@ -43,9 +44,12 @@ class Scene:
         self.session = Session(
             1, ProcessIdentity.own(), b"t" * 16, "host", model="m", user="u", label=""
         )
+        self.session.pidfd = os.pidfd_open(os.getpid())
+        self.sessions = Sessions()
+        self.sessions.add(self.session)
         around = Around(
             began=0.0,
-            sessions=Sessions(),
+            sessions=self.sessions,
             history=History(),
             names=(f"/onecopy-test-{time.monotonic_ns()}-{n}" for n in itertools.count()),
             note=lambda record, sync=False: self.noted.append(record),
@@ -79,6 +83,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         scene = Scene(backend, tmp_path)
         yield scene
         scene.device.close()
+        scene.session.close()
 
 
 def test_every_request_has_its_row(scene: Scene) -> None:
@@ -108,3 +113,14 @@ def test_what_was_noted_one_by_one_says_what_is_written_anew(scene: Scene) -> No
     }
     assert leases == {(fourth, generation): EXTENT}
     assert pins == {DIGESTS[1]: 1}
+
+
+def test_what_a_session_gets_that_has_ended_is_not_noted(scene: Scene) -> None:
+    """One that can't be given its descriptors ends while it is answered. The journal would
+    contradict itself, and nothing at all would be adopted."""
+    scene.sessions.remove(scene.session)
+    noted = list(scene.noted)
+    assert isinstance(scene.ask(Lease(num_bytes=EXTENT, count=1)), Leased)
+    assert [
+        one for one in scene.noted if one not in noted and isinstance(one, SessionChanged)
+    ] == []
