@@ -227,6 +227,13 @@ class GenerationEngine:
         sampler = SequenceSampler(
             request.sampling, tokens, vocab_size, self._eos_token_ids, grammar
         )
+        try:
+            self._take(request, sampler)
+        except BaseException:
+            sampler.leave()
+            raise
+
+    def _take(self, request: Generate, sampler: SequenceSampler) -> None:
         wants_prompt = request.sampling.prompt_logprobs is not None
         now = self._clock()
         sequence = GenerationSequence(

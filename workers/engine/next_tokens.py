@@ -60,6 +60,7 @@ class NextTokens:
                     failed = self._ends.fail(sequence, str(error), keep=False, invalid=invalid)
                     outputs.append(failed)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is this sequence's
+                    outputs += self._emit(sequence, own, None)
                     outputs.append(self._ends.broken(sequence, error))
             going_on = further
             position += 1
