@@ -56,7 +56,9 @@ async def serve(settings: Settings) -> None:
     num_descriptors = raise_descriptor_limit()
     async with contextlib.AsyncExitStack() as stack:
         runtime_dir = RuntimeDir.open(settings.runtime_dir)
-        files = await asyncio.to_thread(ModelFiles.at, settings.model, settings.model_given)
+        files = await asyncio.to_thread(
+            ModelFiles.at, settings.model, settings.model_given, settings.chat_template
+        )
         # A tokenizer that is missing is no reason to load first.
         tokenizer = await asyncio.to_thread(
             KeptTokenizer.of, settings.model, settings.chat_template

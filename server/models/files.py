@@ -34,19 +34,21 @@ class ModelFiles:
     identities: dict[str, str]
     given: Path | None = None
     """What a person called it, if that was a path: links in it may come to lead elsewhere."""
+    chat_template: Path | None = None
+    """A file that is used in place of the model's own."""
 
     @classmethod
-    def at(cls, path: Path, given: Path | None = None) -> Self:
+    def at(cls, path: Path, given: Path | None = None, chat_template: Path | None = None) -> Self:
         """As they are now; none where nothing can be seen."""
-        return cls(path, dict(_identities(path)), given)
+        return cls(path, _all(path, chat_template), given, chat_template)
 
     def changes(self) -> list[str]:
         """What is not as it was, a line for each file."""
         if self.given is not None and self.given.exists() and resolved(self.given) != self.path:
             return [f"{self.given} leads to {resolved(self.given)} now"]
-        now = dict(_identities(self.path))
-        if not now:
+        if not dict(_identities(self.path)):
             return [f"{self.path} is gone"]
+        now = _all(self.path, self.chat_template)
         told = []
         for name in sorted(self.identities.keys() | now.keys()):
             if name not in now:
@@ -83,6 +85,11 @@ def resolved(given: Path) -> Path:
         given.resolve(strict=True)
         return given.parent.resolve(strict=True) / given.name
     return given.resolve(strict=True)
+
+
+def _all(path: Path, chat_template: Path | None) -> dict[str, str]:
+    beside = {} if chat_template is None else dict(_identities(chat_template))
+    return dict(_identities(path)) | {f"{chat_template}": one for one in beside.values()}
 
 
 def _identities(path: Path) -> Iterator[tuple[str, str]]:

@@ -71,7 +71,9 @@ class Reloader:
                 raise CannotReload("the model sleeps: wake it first, `onecopy wake`")
             try:
                 source = await asyncio.to_thread(find_model, self._model)
-                files = await asyncio.to_thread(ModelFiles.at, source.path, source.given)
+                files = await asyncio.to_thread(
+                    ModelFiles.at, source.path, source.given, self._chat_template
+                )
                 loaded = await asyncio.to_thread(_load, source, self._chat_template)
             except (ModelNotFound, CheckpointError, ServerError) as error:
                 raise CannotReload(f"the model is served as before: {error}") from error

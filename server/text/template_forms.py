@@ -210,7 +210,7 @@ def _shows_notation(prompt: str, mark: str) -> bool:
 def _parsed(arguments: str, where: str) -> Any:
     try:
         value = json.loads(arguments) if arguments.strip() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise FormError(

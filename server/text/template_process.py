@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
@@ -83,17 +84,29 @@ class _Template:
             tools=request["tools"],
             documents=request["documents"],
             add_generation_prompt=request["add_generation_prompt"],
-            **request["variables"],
+            others=request["variables"],
         )
         return _up_to_mark(prompt) if request["continues_last"] else prompt
 
     def _written(
-        self, messages: Sequence[Mapping[str, Any]], max_chars: int, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_chars: int,
+        *,
+        tools: Any = None,
+        documents: Any = None,
+        add_generation_prompt: bool = True,
+        others: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
-        """Raises ValueError where it is longer."""
+        """`others` are the request's own variables, by whatever names. Raises ValueError where it
+        is longer."""
         parts, num_chars = [], 0
-        given = {"tools": None, "documents": None, "add_generation_prompt": True}
-        names = {**self._special_tokens, **given, **variables, "messages": messages}
+        given = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        names = {**self._special_tokens, **given, **others, "messages": messages}
         for piece in self._compiled.generate(names):
             num_chars += len(piece)
             if num_chars > max_chars:

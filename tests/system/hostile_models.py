@@ -429,6 +429,10 @@ def tokenizers() -> Iterator[Hostile]:
     ):
         make = changed("tokenizer_config.json", **changes)
         yield Hostile(f"tokenizer_config: {json.dumps(changes)[:50]}", make, ())
+    half = changed("tokenizer_config.json", eos_token="\ud800")
+    yield Hostile(
+        "tokenizer_config: half a character", half, ("tokenizer_config.json", "surrogate")
+    )
 
 
 def templates() -> Iterator[Hostile]:

@@ -66,7 +66,12 @@ def read_file(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises as `opened` does."""
     try:
-        value = json.loads(read_file(path))
+        content = read_file(path)
+        value = json.loads(content)
+        if b"\\u" in content:  # an escape can stand for half a pair of surrogates, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointCorrupt(f"{path} holds half of a surrogate pair, no text") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -25,8 +26,11 @@ from server.api.openai.sampling import sampling_for
 from server.api.openai.schemas import ChatRequest
 from server.api.openai.sequence import Answer, Delta, TextSequence, merged
 from server.api.openai.structured import grammar_for
+from server.errors import InvalidRequest
 from server.text.chat_template import Chat
 from server.text.token_texts import TokenTexts
+
+_Value = TypeVar("_Value")
 
 
 def routes(front: Front, bodies: BodyReader) -> APIRouter:
@@ -49,7 +53,10 @@ def routes(front: Front, bodies: BodyReader) -> APIRouter:
             for sampling in sampling_for(
                 body,
                 len(ids),
-                max_tokens=body.max_completion_tokens or body.max_tokens,
+                max_tokens=_agreed(
+                    ("max_completion_tokens", body.max_completion_tokens),
+                    ("max_tokens", body.max_tokens),
+                ),
                 grammar=grammar,
                 prompt_logprobs=body.prompt_logprobs,
                 facts=facts,
@@ -104,7 +111,10 @@ def _chat(body: ChatRequest) -> Chat:
     needed = {"tools": "tools", "documents": "documents"}
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
+        variables["reasoning_effort"] = _agreed(
+            ("reasoning_effort", body.reasoning_effort),
+            ("chat_template_kwargs.reasoning_effort", variables.get("reasoning_effort")),
+        )
         needed["reasoning_effort"] = "reasoning_effort"
     return Chat(
         messages=[message.for_template() for message in body.messages],
@@ -115,6 +125,18 @@ def _chat(body: ChatRequest) -> Chat:
         add_generation_prompt=body.add_generation_prompt is not False,
         continues_last=bool(body.continue_final_message),
     )
+
+
+def _agreed(*said: tuple[str, _Value | None]) -> _Value | None:
+    """What is said by several names, None if by none. Raises InvalidRequest."""
+    given = [(name, value) for name, value in said if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise InvalidRequest(
+                f"{given[0][0]!r} and {name!r} say the same in two ways, and differ. Keep one.",
+                param=name.partition(".")[0],
+            )
+    return given[0][1] if given else None
 
 
 def _logprobs(body: ChatRequest, piece: Delta | Answer, tokens: TokenTexts) -> ChatLogprobs | None:

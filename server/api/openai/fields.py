@@ -78,7 +78,7 @@ UNUSED: Final[tuple[UnusedField, ...]] = (
     *_ignored(
         "llama-server",
         "dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers xtc_threshold "
-        "dynatemp_exponent mirostat_eta mirostat_tau repeat_last_n penalize_nl",
+        "dynatemp_exponent mirostat_eta mirostat_tau",
         _ONE_KIND,
     ),
     *_ignored("SGLang", "stream_reasoning", _ONE_KIND, _CHAT),
@@ -152,6 +152,8 @@ UNUSED: Final[tuple[UnusedField, ...]] = (
         0.0,
     ),
     *_refused("llama-server", "top_n_sigma", -1, -1.0),
+    *_refused("llama-server, Ollama", "repeat_last_n", -1),
+    *_refused("llama-server, Ollama", "penalize_newline penalize_nl", True),
     *_refused("llama-server", "samplers lora response_fields", []),
     *_refused("llama-server", "post_sampling_probs timings_per_token return_progress", False),
     *_refused("llama-server", "return_tokens", False, instead="Use return_token_ids."),

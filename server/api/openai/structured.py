@@ -57,6 +57,12 @@ def stated_grammar(request: GenerationRequest) -> tuple[str, GrammarSpec] | None
 def _asked(request: GenerationRequest) -> Iterator[tuple[str, GrammarSpec]]:
     """(parameter, grammar) for each that the request names."""
     answer = request.response_format
+    if answer is not None and answer.type != "json_schema" and answer.json_schema is not None:
+        raise InvalidRequest(
+            f"'response_format' of type {answer.type!r} takes no 'json_schema': say type "
+            "'json_schema', or omit it.",
+            param="response_format",
+        )
     if answer is not None and answer.type == "json_object":
         yield "response_format", GrammarSpec(kind="json_object")
     elif answer is not None and answer.type == "json_schema":

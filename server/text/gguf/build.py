@@ -62,7 +62,8 @@ def build(source: Path, out: Path) -> None:
     special = {"format": FORMAT_VERSION, "end_token_ids": ending_ids(words)}
     _write(out / "tokenizer_config.json", json.dumps(named, indent=1))
     _write(out / SPECIAL_IDS_FILE, json.dumps(special, indent=1))
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
         _write(out / "chat_template.jinja", template)
     _write(out / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
 

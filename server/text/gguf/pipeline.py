@@ -29,6 +29,7 @@ from server.text.gguf.vocabulary import (
     WHOLE,
     BadVocabulary,
     Vocabulary,
+    is_list,
 )
 
 
@@ -173,6 +174,8 @@ def _likeliest(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Parts:
     merges_blanks = bool(vocabulary.flag("remove_extra_whitespaces"))
     normalizers: list[Parts] = []
     if charsmap := vocabulary.said.get("precompiled_charsmap"):
+        if not is_list(charsmap, int):
+            raise BadVocabulary("its precompiled_charsmap is no list of bytes")
         content = bytes(value & 0xFF for value in charsmap)
         coded = base64.b64encode(content).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": coded})

@@ -67,7 +67,7 @@ def vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """Of what `read_metadata` gave. Raises BadVocabulary."""
     said = {name.removeprefix(_KEY): v for name, v in metadata.items() if name.startswith(_KEY)}
     raw = said.pop("tokens", None)
-    if not _is_list(raw, bytes) or not raw:
+    if not is_list(raw, bytes) or not raw:
         raise BadVocabulary(f"it has no tokens ({_KEY}tokens)")
     tokens = _texts(raw, "token")
     if not all(tokens):
@@ -76,15 +76,13 @@ def vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     if len(ids) != len(tokens):
         twice = next(text for token_id, text in enumerate(tokens) if ids[text] != token_id)
         raise BadVocabulary(f"two of its tokens are {twice[:80]!r}, so ids would be mistaken")
-    kinds = said.pop("token_type", None)
-    if kinds is None:
-        kinds = [NORMAL] * len(tokens)
+    kinds = said.pop("token_type", None) or [NORMAL] * len(tokens)
     scores = said.pop("scores", None) or []
     for name, values, kind in (("token_type", kinds, int), ("scores", scores, int | float)):
-        if not _is_list(values, kind) or (values and len(values) < len(tokens)):
+        if not is_list(values, kind) or (values and len(values) < len(tokens)):
             raise BadVocabulary(f"its {_KEY}{name} does not hold a number for each token")
     merges = said.pop("merges", None) or []
-    if not _is_list(merges, bytes):
+    if not is_list(merges, bytes):
         raise BadVocabulary(f"its {_KEY}merges is no list of texts")
     return Vocabulary(
         tokens=tokens,
@@ -96,7 +94,8 @@ def vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     )
 
 
-def _is_list(value: Any, kind: Any) -> bool:
+def is_list(value: Any, kind: Any) -> bool:
+    """Of that kind, as a header's lists are of one kind."""
     return isinstance(value, list) and (not value or isinstance(value[0], kind))
 
 

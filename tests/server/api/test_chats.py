@@ -54,6 +54,8 @@ def http(model: EchoModel, templated: Text) -> Iterator[httpx.Client]:
         ({"add_generation_prompt": False}, "<user>hi"),
         ({"continue_final_message": True}, "<user>hi"),
         ({"chat_template_kwargs": {"mode": "fast"}}, "<user>hi<answer>fast"),
+        ({"chat_template_kwargs": {"max_chars": 3, "self": 3}}, "<user>hi<answer>"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "<user>hi<answer>"),
         ({"tools": [TOOL], "tool_choice": "none"}, "<user>hi[look]<answer>"),
         ({"tools": [], "tool_choice": "auto"}, "<user>hi<answer>"),
         ({"documents": [{"text": "a"}, {"text": "b"}]}, "<user>hi[a][b]<answer>"),
@@ -125,6 +127,18 @@ def test_a_field_is_in_the_prompt(
         ),
         ({"chat_template": "x"}, "chat_template", "--chat-template FILE"),
         ({"enable_thinking": False}, "enable_thinking", "chat_template_kwargs"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "low"}},
+            "chat_template_kwargs",
+            "differ",
+        ),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "response_format",
+            "takes no 'json_schema'",
+        ),
+        ({"presence_penalty": 1.0, "repeat_last_n": 4}, "repeat_last_n", "repeat_last_n"),
         (
             {"add_generation_prompt": True, "continue_final_message": True},
             "continue_final_message",

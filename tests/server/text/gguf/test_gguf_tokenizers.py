@@ -183,6 +183,11 @@ def test_what_html_strikes_through_ends_no_answer() -> None:
         (said("llama", []), BadVocabulary, "no tokens"),
         (said("llama", ["a", "b"]), BadVocabulary, "scores"),
         (said("t5", ["a", "b"]), BadVocabulary, "scores"),
+        (
+            said("t5", ["a", "b"], scores=[0.0, 0.0], token_type=[2, 1], precompiled_charsmap=7),
+            BadVocabulary,
+            "charsmap",
+        ),
         (said("bert", ["a", "b"]), BadVocabulary, "unknown words"),
         (said("gpt2", ["a", "a"]), BadVocabulary, "two of its tokens are 'a'"),
         (said("gpt2", ["a"], scores=[b"x"]), BadVocabulary, "scores"),
@@ -199,6 +204,11 @@ def test_what_cannot_be_built_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=words):
         tokenizer_of(metadata)
+
+
+def test_no_kinds_are_as_good_as_none_said() -> None:
+    empty, none = tokenizer_of(merged(token_type=[])), tokenizer_of(merged(token_type=None))
+    assert empty.to_str() == none.to_str()
 
 
 def test_a_token_that_is_no_text_is_refused() -> None:
