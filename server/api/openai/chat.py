@@ -3,7 +3,6 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -30,8 +29,6 @@ from server.errors import InvalidRequest
 from server.text.chat_template import Chat
 from server.text.token_texts import TokenTexts
 
-_Value = TypeVar("_Value")
-
 
 def routes(front: Front, bodies: BodyReader) -> APIRouter:
     router = APIRouter(route_class=bodies.route_class())
@@ -53,10 +50,8 @@ def routes(front: Front, bodies: BodyReader) -> APIRouter:
             for sampling in sampling_for(
                 body,
                 len(ids),
-                max_tokens=_agreed(
-                    ("max_completion_tokens", body.max_completion_tokens),
-                    ("max_tokens", body.max_tokens),
-                ),
+                # The newer name of the two goes first, as with vLLM: clients send both.
+                max_tokens=body.max_completion_tokens or body.max_tokens,
                 grammar=grammar,
                 prompt_logprobs=body.prompt_logprobs,
                 facts=facts,
@@ -111,10 +106,11 @@ def _chat(body: ChatRequest) -> Chat:
     needed = {"tools": "tools", "documents": "documents"}
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = _agreed(
-            ("reasoning_effort", body.reasoning_effort),
-            ("chat_template_kwargs.reasoning_effort", variables.get("reasoning_effort")),
-        )
+        if variables.setdefault("reasoning_effort", body.reasoning_effort) != body.reasoning_effort:
+            raise InvalidRequest(
+                "'reasoning_effort' and 'chat_template_kwargs' ask for two efforts. Keep one.",
+                param="chat_template_kwargs",
+            )
         needed["reasoning_effort"] = "reasoning_effort"
     return Chat(
         messages=[message.for_template() for message in body.messages],
@@ -125,18 +121,6 @@ def _chat(body: ChatRequest) -> Chat:
         add_generation_prompt=body.add_generation_prompt is not False,
         continues_last=bool(body.continue_final_message),
     )
-
-
-def _agreed(*said: tuple[str, _Value | None]) -> _Value | None:
-    """What is said by several names, None if by none. Raises InvalidRequest."""
-    given = [(name, value) for name, value in said if value is not None]
-    for name, value in given[1:]:
-        if value != given[0][1]:
-            raise InvalidRequest(
-                f"{given[0][0]!r} and {name!r} say the same in two ways, and differ. Keep one.",
-                param=name.partition(".")[0],
-            )
-    return given[0][1] if given else None
 
 
 def _logprobs(body: ChatRequest, piece: Delta | Answer, tokens: TokenTexts) -> ChatLogprobs | None:
