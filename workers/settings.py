@@ -98,6 +98,31 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             description="Where the weights are: host, cuda:N or cuda:GPU-UUID.",
         ),
     ] = "host"
+    offload: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|none|all|[0-9]{1,5})$",
+            description="Layers that are read from the checkpoint's files when they are computed, "
+            "instead of staying in memory: none, all, a number of them, or auto, as few as "
+            "--device-memory allows.",
+        ),
+    ] = "auto"
+    offload_depth: Annotated[
+        int,
+        Meta(ge=1, le=64, description="Offloaded layers that are read ahead of the present one."),
+    ] = 1
+    device_memory: (
+        Annotated[
+            int,
+            Meta(
+                ge=1 << 20,
+                le=1 << 62,
+                description="What the weights may take of the device, those on their way included, "
+                "as 2GiB. Default: what they need.",
+            ),
+        ]
+        | None
+    ) = None
     map_files: Annotated[
         bool,
         Meta(
