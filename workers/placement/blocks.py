@@ -6,9 +6,9 @@
 
 Owns what a module's blocks become for that. Invariants: a block computes on tensors of the same
 values, dtypes, shapes and strides as before; while it does not compute, its offloaded tensors are
-empty, so that nobody takes something else for them; what a block writes to a buffer is kept. Tensors
-that are used outside of their block, and small ones, stay where they are. For one thread at a time,
-on the processor, without gradients.
+empty, so that nobody takes something else for them; what a block writes to a buffer is kept. What
+several blocks have in common stays where it is, and so does what is small. For one thread at a
+time, on the processor, without gradients.
 """
 
 import mmap
@@ -258,14 +258,14 @@ def _block(module: torch.nn.Module, shared: set[int]) -> _Block:
         whole = torch.empty(0, dtype=torch.uint8).set_(own[0][2].untyped_storage())
         spans[key] = whole[begin:end]
         for owner, name, tensor in own:
-            offset = tensor.storage_offset() - begin // tensor.dtype.itemsize
+            offset = (_begin_of(tensor) - begin) // tensor.dtype.itemsize
             places.append(_Place(owner, name, tensor.detach().to("meta"), key, offset))
     return _Block(module, spans, places)
 
 
 def _begin_of(tensor: torch.Tensor) -> int:
     """Its first byte in its storage."""
-    return tensor.storage_offset() * tensor.dtype.itemsize
+    return int(tensor.storage_offset()) * tensor.dtype.itemsize
 
 
 def _end_of(tensor: torch.Tensor) -> int:
@@ -288,7 +288,7 @@ def _written(blocks: Iterable[_Block], directory: Path, reader: Reader) -> list[
     """A file with all of them, open in the reader and without a name."""
     descriptor, name = tempfile.mkstemp(prefix="onecopy-blocks-", dir=directory)
     try:
-        with open(descriptor, "wb", buffering=0) as out:
+        with os.fdopen(descriptor, "wb", buffering=0) as out:
             layouts, begin = [], 0
             for block in blocks:
                 layouts.append(_layout(block, begin, file=0))
@@ -301,12 +301,12 @@ def _written(blocks: Iterable[_Block], directory: Path, reader: Reader) -> list[
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         reader.open(Path(name))
     finally:
-        os.unlink(name)
+        Path(name).unlink()
     return layouts
 
 
 def _write(descriptor: int, span: torch.Tensor, begin: int) -> None:
-    data = memoryview(span.detach().numpy())
+    data = memoryview(span.detach().numpy().data)
     while data:
         written = os.pwrite(descriptor, data[: 64 << 20], begin)
         data, begin = data[written:], begin + written

@@ -1,4 +1,4 @@
-"""Which layers of a checkpoint are offloaded, by what a person asked for and what there is room for.
+"""Which layers of a checkpoint are offloaded: by what was asked for, and what there is room for.
 
 Owns the way from a checkpoint and settings to that list. Reads headers only. Does not know how
 layers are read or computed.

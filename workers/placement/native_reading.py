@@ -21,7 +21,7 @@ from workers.model.native.library import Unavailable
 from workers.placement.reading import Access, Outcome, Read, State
 
 FILE: Final = Path(__file__).with_name(f"_reader{sysconfig.get_config_var('EXT_SUFFIX')}")
-_READ_BYTES: Final = 4 * ctypes.sizeof(c_int64)
+_READ_BYTES: Final = 5 * ctypes.sizeof(c_int64)
 
 
 class _Outcome(ctypes.Structure):

@@ -142,11 +142,12 @@ class PythonThreads:
 
     def _cut(self, reads: Sequence[Read]) -> Iterator[Read]:
         """Cut at multiples of the block, so that no two pieces of a read share one."""
-        for file, begin, num_bytes, address in reads:
-            at, end = begin, begin + num_bytes
+        for read in reads:
+            at, end = read.begin, read.begin + read.num_bytes
             while at < end:
                 limit = min(end, at - at % BLOCK + self._piece_bytes)
-                yield Read(file, at, limit - at, address + at - begin)
+                address = read.address + at - read.begin
+                yield Read(read.file, at, limit - at, address, read.in_blocks)
                 at = limit
 
     def _work(self) -> None:
@@ -230,6 +231,8 @@ class PythonThreads:
         num_again, within_block = 0, False
         while at < end:
             access = Access.BUFFERED if within_block else file.access
+            if access is Access.DIRECT and not piece.in_blocks:
+                access = Access.BUFFERED
             direct = access is Access.DIRECT
             start = at - at % BLOCK if direct else at
             stop = end + -end % BLOCK if direct else end

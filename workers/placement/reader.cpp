@@ -32,7 +32,7 @@
 extern "C" {
 
 struct Read {
-  int64_t file, begin, num_bytes, address;
+  int64_t file, begin, num_bytes, address, in_blocks;
 };
 
 enum State : int64_t { kUnknown = -1, kRunning = 0, kRead = 1, kFailed = 2, kCancelled = 3 };
@@ -80,6 +80,7 @@ struct Piece {
   File* file;
   int64_t number, begin, num_bytes;
   char* address;
+  bool in_blocks;
 };
 
 struct Job {
@@ -269,7 +270,7 @@ class Reader {
     const int64_t begin = read.begin + job.done, end = read.begin + read.num_bytes;
     const int64_t limit = block_begin(begin) + piece_bytes_;
     Piece piece{&files_[size_t(read.file)], read.file, begin, std::min(end, limit) - begin,
-                reinterpret_cast<char*>(read.address) + job.done};
+                reinterpret_cast<char*>(read.address) + job.done, read.in_blocks != 0};
     job.done += piece.num_bytes;
     if (job.done == read.num_bytes) job.next++, job.done = 0;
     return piece;
@@ -317,7 +318,8 @@ class Reader {
     int num_again = 0;
     bool within_block = false;  // a file's end, where direct reads stop
     while (at < end && !job.abandoned) {
-      const int access = within_block ? kBuffered : file.access.load();
+      int access = within_block ? kBuffered : file.access.load();
+      if (access == kDirect && !piece.in_blocks) access = kBuffered;
       const int64_t from = access == kDirect ? block_begin(at) : at;
       const int64_t to = access == kDirect ? block_end(end) : end;
       iovec target{piece.address + (from - piece.begin), size_t(to - from)};

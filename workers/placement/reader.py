@@ -196,7 +196,7 @@ class Reader:
             raise ValueError(f"{read}: a place or a size below 0")
         if max(read.begin, read.address) > _MAX_PLACE - read.num_bytes:
             raise ValueError(f"{read}: a place beyond all there are")
-        if read.address % BLOCK != read.begin % BLOCK:
+        if read.in_blocks and read.address % BLOCK != read.begin % BLOCK:
             raise ValueError(f"{read}: the address must be as far into a block of {BLOCK} as begin")
 
     def _outcome(self, job: int, timeout_s: float) -> Outcome:

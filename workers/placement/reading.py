@@ -40,8 +40,11 @@ class Read(NamedTuple):
     """The first byte in the file."""
     num_bytes: int
     address: int
-    """Where they go: as far into a block of BLOCK bytes as `begin` is. The rest of the first and
-    of the last block may be overwritten, and must be mapped."""
+    """Where they go."""
+    in_blocks: bool = True
+    """Whether that is as far into a block of BLOCK bytes as `begin` is, and the rest of the first
+    and of the last block may be overwritten, and is mapped. Past the page cache nothing else is
+    read."""
 
 
 class State(IntEnum):
