@@ -1,4 +1,4 @@
-"""The native kernels, compiled once for each instruction set, and the reader of files; all else is
+"""The native kernels, compiled once for each instruction set, and what placements need; all else is
 in pyproject.toml.
 
 They are loaded through ctypes, not imported: which set a machine can run is decided there
@@ -46,16 +46,25 @@ def kernels() -> list[Extension]:
     ]
 
 
-def reader() -> Extension:
-    """What fills memory from files (workers/placement/native_reading.py)."""
+def placement(name: str, source: str, *flags: str, depends: list[str]) -> Extension:
+    """What a placement does without the interpreter's lock, for any processor of this machine."""
     return Extension(
-        "workers.placement._reader",
-        [str(Path("workers", "placement", "reader.cpp"))],
+        f"workers.placement.{name}",
+        [str(Path("workers", "placement", source))],
+        depends=depends,
         language="c++",
-        extra_compile_args=["-O2", "-g0", "-std=c++17", "-pthread"],
+        extra_compile_args=["-g0", "-std=c++17", "-pthread", *flags],
         extra_link_args=["-pthread"],
         optional=True,
     )
+
+
+PLACEMENT: Final = (
+    # What fills memory from files (workers/placement/native_reading.py).
+    placement("_reader", "reader.cpp", "-O2", depends=[]),
+    # Sums over the ranks of one host (workers/placement/all_reduce.py).
+    placement("_all_reduce", "all_reduce.cpp", "-O3", depends=[str(NATIVE / "platform.h")]),
+)
 
 
 class Build(build_ext):
@@ -72,4 +81,4 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[*kernels(), reader()], cmdclass={"build_ext": Build})
+    setup(ext_modules=[*kernels(), *PLACEMENT], cmdclass={"build_ext": Build})

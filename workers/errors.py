@@ -95,6 +95,47 @@ class ReaderClosed(WorkerError):
     code = "reader_closed"
 
 
+class RankError(WorkerError):
+    """Base: ranks that compute together can't go on."""
+
+    code = "rank"
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        """`rank` is the one that it is about."""
+        super().__init__(message)
+        self.rank: Final = rank
+
+
+class RankEnded(RankError):
+    """The process of a rank has ended."""
+
+    code = "rank_ended"
+
+
+class RankTimedOut(RankError):
+    """A rank did not come within its deadline: it hangs, is stopped, or was never started."""
+
+    code = "rank_timed_out"
+
+
+class RankLeft(RankError):
+    """A rank has left while others go on."""
+
+    code = "rank_left"
+
+
+class GroupBroken(RankError):
+    """Another rank met an error, so that none of them can go on."""
+
+    code = "group_broken"
+
+
+class GroupInUse(RankError):
+    """The place or the memory is another's."""
+
+    code = "group_in_use"
+
+
 class OutOfKVMemory(WorkerError):
     """The machine can't give the memory for one more sequence."""
 
