@@ -33,6 +33,7 @@ from server.models.source import find_model
 from server.processes.stopping import answers_nothing, stop_process
 from server.serve import serve as run_server
 from server.settings import MAX_INSTANCES
+from workers import InvalidSetting
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
@@ -56,6 +57,10 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its file's name.")
     ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(min=1, max=1024, help="Ranks of an instance: 1. `onecopy plan` takes more."),
+    ] = 1,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Serve MODEL over an OpenAI-compatible REST API.
@@ -66,6 +71,7 @@ def serve(
     """
     _log_to_stderr()
     with one_line_errors():
+        _check_ranks(tensor_parallel_size)
         source = find_model(model)
         told = settings(
             options,
@@ -80,6 +86,14 @@ def serve(
         if told.engine.device == "host":
             check_limits(told.memory_limit)
         asyncio.run(run_server(told))
+
+
+def _check_ranks(tensor_parallel_size: int) -> None:
+    if tensor_parallel_size > 1:
+        raise InvalidSetting(
+            f"--tensor-parallel-size is {tensor_parallel_size}, but an instance that is served has "
+            "one rank: leave it out, or take more --threads"
+        )
 
 
 def scale(

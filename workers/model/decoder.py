@@ -23,6 +23,7 @@ from workers.model.native import load
 from workers.model.native.architecture import NotNative
 from workers.model.native.decoder import supports
 from workers.model.stretch import Placement
+from workers.model.tensor_parallel import Ranks, narrow
 from workers.skeleton.buffers import move_buffers
 from workers.skeleton.decoder import skeleton
 
@@ -30,11 +31,14 @@ from workers.skeleton.decoder import skeleton
 class Model:
     """A decoder and its weights. Made by `build_model`."""
 
-    def __init__(self, module: Any, geometry: Geometry, placement: Placement) -> None:
+    def __init__(
+        self, module: Any, geometry: Geometry, placement: Placement, ranks: Ranks | None = None
+    ) -> None:
         self.geometry = geometry
         self.kernels: str | None = None
         """The native decoder's, once it computes."""
         self._placement = placement
+        self._ranks = ranks
         self._modules = ModuleDecoder(module, geometry, placement.device)
         placement.use(self._modules)
 
@@ -64,6 +68,7 @@ class Model:
         float32 on the processor. If it raises, no table has changed. Raises ValueError where the
         batch has more rows than the native decoder was made for: the modules could not go on with
         its keys and values, which lie in another order.
+        Raises RankError where other ranks can't go on.
         """
         result: torch.Tensor | None = None
         for stretch in self._placement.stretches():
@@ -97,6 +102,7 @@ class Model:
                 num_threads,
                 threads_now or (lambda: num_threads),
                 load(kernels),
+                self._ranks,
             )
         except (NotNative, MemoryError) as error:
             return str(error)
@@ -124,19 +130,28 @@ def build_model(
     placement: Placement,
     dtype: torch.dtype,
     eos_token_ids: Sequence[int] | None = None,
+    ranks: Ranks | None = None,
 ) -> Model:
     """Bind the placement's tensors, named as in the checkpoint, to the architecture that `config`
     describes.
 
     `config` is the parsed JSON file; `eos_token_ids` None are its own. Tensors may be read-only
-    memory and must stay mapped as long as the model lives. Of tied parameters, one is enough.
-    Raises `UnsupportedCheckpoint`, `CheckpointMismatch` and `CheckpointCorrupt`.
+    memory and must stay mapped as long as the model lives. Of tied parameters, one is enough. With
+    `ranks` it is one rank's part, on views of the placement's whole tensors; all ranks then compute
+    the same batches, and each has the logits of all of them together.
+    Raises `UnsupportedCheckpoint`, `CheckpointMismatch`, `CheckpointCorrupt` and, with `ranks`,
+    `InvalidSetting`.
     """
     module = skeleton(config, dtype)
+    tensors = placement.tensors
     with architecture_errors(f"{type(module).__name__} can't be computed by this config.json"):
-        bind(module, placement.tensors, dtype)
+        if ranks is not None:
+            shard = narrow(module, ranks.rank, ranks.num_ranks)
+            shard.sum_by(ranks)
+            tensors = shard.views(tensors)
+        bind(module, tensors, dtype)
         move_buffers(module, placement.device)
         module.requires_grad_(False)
         module.eval()
         geometry = geometry_of(module, dtype, placement.device, eos_token_ids)
-        return Model(module, geometry, placement)
+        return Model(module, geometry, placement, ranks)

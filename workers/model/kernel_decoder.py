@@ -15,6 +15,7 @@ from workers.model.native import Kernels
 from workers.model.native.decoder import NativeDecoder
 from workers.model.native.placed import PlacedLayer
 from workers.model.stretch import LayerWeights
+from workers.model.tensor_parallel import Ranks
 
 
 class KernelDecoder:
@@ -29,10 +30,14 @@ class KernelDecoder:
         num_threads: int,
         threads_now: Callable[[], int],
         kernels: Kernels,
+        ranks: Ranks | None = None,
     ) -> None:
         """For batches of up to `max_rows` rows; `threads_now` says how many of the `num_threads`
-        compute one. Raises NotNative, ValueError, MemoryError."""
-        self._native = NativeDecoder(module, layout, max_rows, max_model_len, num_threads, kernels)
+        compute one. With `ranks` the module is one rank's part. Raises NotNative, ValueError,
+        MemoryError."""
+        self._native = NativeDecoder(
+            module, layout, max_rows, max_model_len, num_threads, kernels, ranks
+        )
         self._threads_now = threads_now
 
     @property

@@ -156,16 +156,17 @@ class Member {
     return {kDone, 0};
   }
 
+  int64_t capacity() const { return capacity_; }
   int pid_of(int64_t rank) const { return lines_[rank].pid.load(); }
 
   // Where this rank's part of the next sum goes.
-  float* own_part() { return failed_.load() ? aside_.get() : part(round_ + 1, rank_); }
+  float* own_part() { return failure_.load() ? aside_.get() : part(round_ + 1, rank_); }
   // A rank's part of the sum that was waited for last.
   const float* part_of(int rank) { return part(round_, rank); }
 
   // This rank's part of the next sum is there.
   void publish() {
-    if (failed_.load()) return;
+    if (failure_.load()) return;
     Line& line = lines_[rank_];
     line.round.store(++round_);
     wake(line);
@@ -255,10 +256,12 @@ class Member {
       syscall(SYS_futex, &line.round, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
   }
 
-  // Nobody shall wait for us.
+  // Nobody shall wait for us. What the first of our threads met, all of them say.
   Outcome fail(Outcome outcome) {
+    uint64_t none = 0;
+    if (!failure_.compare_exchange_strong(none, uint64_t(outcome.result) << 32 | outcome.rank))
+      return {int64_t(none >> 32), int64_t(none & UINT32_MAX)};
     uint32_t whole = 0;
-    failed_.store(true);
     header_->broken.compare_exchange_strong(whole, uint32_t(1 + outcome.rank));
     for (int rank = 0; rank < num_ranks_; rank++) wake(lines_[rank]);
     return outcome;
@@ -273,7 +276,7 @@ class Member {
   uint32_t round_;
   const int pid_;
   std::vector<int> pidfds_;
-  std::atomic<bool> failed_{false};
+  std::atomic<uint64_t> failure_{0};  // result and rank
   const std::unique_ptr<float[]> aside_;
 };
 
@@ -344,6 +347,7 @@ void onecopy_group_all_reduce(void* member, float* values, int64_t count, int64_
   *outcome = ((Member*)member)->all_reduce(values, count, timeout_ns);
 }
 
+int64_t onecopy_group_capacity(void* member) { return ((Member*)member)->capacity(); }
 // Of a rank that has joined, else 0.
 int onecopy_group_pid_of(void* member, int64_t rank) { return ((Member*)member)->pid_of(rank); }
 

@@ -26,7 +26,7 @@ import torch
 
 from allocator import ProcessState
 from workers.errors import GroupBroken, GroupInUse, RankEnded, RankLeft, RankTimedOut
-from workers.model.native.library import Unavailable
+from workers.model.native.library import Ranks, Unavailable
 
 FILE: Final = Path(__file__).with_name(f"_all_reduce{sysconfig.get_config_var('EXT_SUFFIX')}")
 _LINE: Final = 64
@@ -57,6 +57,7 @@ def load() -> Any:
         ("meet", None, [c_void_p, c_int64, POINTER(_Outcome)]),
         ("all_reduce", None, [c_void_p, c_void_p, c_int64, c_int64, POINTER(_Outcome)]),
         ("pid_of", c_int32, [c_void_p, c_int64]),
+        ("capacity", c_int64, [c_void_p]),
         ("leave", None, [c_void_p]),
         ("destroy", None, [c_void_p]),
     ):
@@ -133,8 +134,8 @@ class AllReduce:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' `values`, which have one shape, in fp32, rounded to their dtype:
-        `values` themselves where they are fp32, in one piece and on the processor. Raises RankTimedOut, RankEnded,
-        RankLeft, GroupBroken, ValueError."""
+        `values` themselves where they are fp32, in one piece and on the processor. Raises
+        RankTimedOut, RankEnded, RankLeft, GroupBroken, ValueError."""
         summed = values.to("cpu", torch.float32).contiguous()
         outcome = _Outcome()
         with self._lock:
@@ -148,6 +149,19 @@ class AllReduce:
     def raise_for(self, result: int, rank: int) -> None:
         """The error that native code met at that rank, if any. Raises as `sum`."""
         self._check(_Outcome(result, rank))
+
+    @property
+    def capacity(self) -> int:
+        """Numbers that are summed at a time."""
+        return int(self._library.onecopy_group_capacity(self.handle))
+
+    def native(self) -> Ranks:
+        """For native code that writes its part where the others read it. As long as this lives."""
+        functions = ("own_part", "part_of", "publish", "wait")
+        addresses = (
+            ctypes.cast(self._library[f"onecopy_group_{name}"], c_void_p) for name in functions
+        )
+        return Ranks(self.handle, *addresses, self._timeout_ns, self.num_ranks)
 
     def close(self) -> None:
         """Leave: who waits for this rank is told so. A second time does nothing."""

@@ -116,3 +116,9 @@ def test_a_number_out_of_bounds_is_refused_at_once(arguments: tuple[str, str]) -
     result = CliRunner().invoke(app, ["serve", "/no/such/model", *arguments])
     assert result.exit_code == 2
     assert arguments[0] in result.stderr
+
+
+def test_several_ranks_are_refused_at_once_by_name() -> None:
+    result = CliRunner().invoke(app, ["serve", "/no/such/model", "--tensor-parallel-size", "2"])
+    assert result.exit_code == 1
+    assert "--tensor-parallel-size is 2" in result.stderr

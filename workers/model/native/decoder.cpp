@@ -73,6 +73,21 @@ struct LayerSpec {
   Experts experts;
 };
 
+// Where a sublayer's result is the sum of what several ranks compute, each on columns of its own:
+// functions of all_reduce.cpp. A sum is a round: parts are written, published, waited for, read.
+struct Outcome {
+  int64_t result, rank;  // 0: done
+};
+struct Ranks {
+  void* group;  // null: there are no others
+  float* (*own_part)(void* group);
+  const float* (*part_of)(void* group, int32_t rank);
+  void (*publish)(void* group);
+  void (*wait)(void* group, int64_t timeout_ns, Outcome* outcome);
+  int64_t timeout_ns;
+  int32_t num_ranks;
+};
+
 struct DecoderSpec {
   int32_t hidden_size, intermediate_size, activation;
   const bf16* embedding;
@@ -90,6 +105,7 @@ struct DecoderSpec {
   int32_t rotary_dim, rotation, max_rows, max_model_len, num_threads;
   int32_t max_outputs, max_attended, max_head_dim, max_kv_heads;  // of any layer
   int32_t max_experts, max_top_k, expert_intermediate;            // likewise
+  Ranks ranks;
 };
 
 struct Call {
@@ -103,6 +119,7 @@ struct Call {
   float* logits;     // [num_logit_rows][vocab size]
   int32_t num_layers, num_rows, max_blocks, num_logit_rows, num_threads;
   int32_t norms_hidden;  // what goes out as `hidden` is the final norm's
+  Outcome outcome;       // of the ranks' sums: the first error
 };
 
 }  // extern "C"
@@ -212,13 +229,19 @@ class Decoder {
         release(p);
   }
 
-  bool forward(const Call& call) {
+  bool forward(Call& call) {
     // In a forked child the parent's threads don't exist, and their words may be in any state.
     if (!threads_->of_this_process()) threads_ = new Threads(spec_.num_threads);
     threads_->use(call.num_threads);
     call_ = &call;
     plan_attention();
-    return threads_->run([](void* self, int thread) { ((Decoder*)self)->step(thread); }, this);
+    for (Own& own : own_) own.outcome = {};
+    if (!threads_->run([](void* self, int thread) { ((Decoder*)self)->step(thread); }, this))
+      return false;
+    call.outcome = {};
+    for (const Own& own : own_)
+      if (!call.outcome.result) call.outcome = own.outcome;
+    return true;
   }
 
   int64_t hidden_stride() const { return hidden_stride_; }
@@ -229,6 +252,7 @@ class Decoder {
   struct Own {
     bf16 *hidden = nullptr, *normed = nullptr, *paired = nullptr, *row = nullptr;
     float* widened = nullptr;
+    Outcome outcome{};
     AttentionScratch<VectorsAttention>* scratch = nullptr;
 #if defined(SET_AMX)
     AttentionScratch<TilesAttention>* tiles_scratch = nullptr;
@@ -612,7 +636,41 @@ class Decoder {
   }
 
   void to_sublayer(int thread, const Linear& linear, const Operand& x, int sublayer) {
+    if (spec_.ranks.group) return sum_to_sublayer(thread, linear, x, sublayer);
     into_rows(thread, linear, x, sublayers_[sublayer], hidden_stride_);
+  }
+
+  // After an error threads go on, so that all of them come to every barrier; the group then lets
+  // nobody wait any more, and what is computed is of no use.
+  void sum_to_sublayer(int thread, const Linear& linear, const Operand& x, int sublayer) {
+    const Ranks& ranks = spec_.ranks;
+    float* part = ranks.own_part(ranks.group);
+    multiply(thread, linear, x, call_->num_rows,
+             [&](const Chunk& chunk, int block, const Product& product) {
+               each_row(chunk, product, rows_of(block),
+                        [&](int m, int output, int step, int count, F value) {
+                          alignas(64) float values[kLanes];
+                          store(values, value);
+                          float* row = part + (int64_t(block) * kRows + m) * hidden_stride_;
+                          scatter(row + output, step, values, std::min(count, kLanes));
+                        });
+             });
+    barrier(thread);
+    if (thread == 0) ranks.publish(ranks.group);
+    barrier(thread);
+    Outcome& outcome = own_[size_t(thread)].outcome;
+    if (!outcome.result) ranks.wait(ranks.group, ranks.timeout_ns, &outcome);
+    const int size = spec_.hidden_size;
+    const int end = threads_->share(thread + 1, call_->num_rows);
+    for (int row = threads_->share(thread, call_->num_rows); row < end; row++) {
+      const int64_t at = row * hidden_stride_;
+      for (int k = 0; k < size; k += kLanes) {
+        F sum = load(ranks.part_of(ranks.group, 0) + at + k);
+        for (int rank = 1; rank < ranks.num_ranks; rank++)
+          sum = sum + load(ranks.part_of(ranks.group, rank) + at + k);
+        store16(sublayers_[sublayer] + at + k, sum, size - k);
+      }
+    }
   }
 
   // Norm and rotate the heads of queries and keys; put keys and values into the blocks.
@@ -1006,10 +1064,11 @@ int64_t onecopy_decoder_workspace_bytes(void* decoder) {
 }
 // Elements from one row of the residual stream to the next.
 int64_t onecopy_decoder_hidden_stride(void* decoder) { return ((Decoder*)decoder)->hidden_stride(); }
-// 0, or 1 if no thread can be started.
-int onecopy_decoder_forward(void* decoder, const Call* call) {
+// 0, or 1 if no thread can be started, or 2 where the ranks can't go on.
+int onecopy_decoder_forward(void* decoder, Call* call) {
   try {
-    return ((Decoder*)decoder)->forward(*call) ? 0 : 1;
+    if (!((Decoder*)decoder)->forward(*call)) return 1;
+    return call->outcome.result ? 2 : 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -29,9 +29,11 @@ from workers.model.native.architecture import (
     rope_tables,
 )
 from workers.model.native.placed import PlacedLayer
+from workers.model.tensor_parallel import Ranks
 
 _ROPE_STEP: Final = 1024  # positions whose rotations are computed at a time
 _MAX_THREADS: Final = 256
+_PADDING: Final = 32  # rows.h's kPad
 _SPARE: Final = 16  # elements behind a rotation that a vector's load may reach
 
 Int32s = npt.NDArray[np.int32]
@@ -64,9 +66,10 @@ class NativeDecoder:
         max_model_len: int,
         num_threads: int,
         kernels: library.Kernels | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`kernels` are by default the best that this machine can run. Raises NotNative,
-        library.Unavailable, ValueError, MemoryError."""
+        """`kernels` are by default the best that this machine can run. With `ranks` the module is
+        one rank's part. Raises NotNative, library.Unavailable, ValueError, MemoryError."""
         self.kernels: Final = kernels or library.load()
         self._library = self.kernels.library
         if max_rows < 1 or max_model_len < 1 or not 1 <= num_threads <= _MAX_THREADS:
@@ -89,6 +92,9 @@ class NativeDecoder:
             for index, (structure, layer) in enumerate(zip(described.layers, layers, strict=True))
         )
         """Each with its weights where the module has them."""
+        self._ranks = ranks
+        if ranks is not None:
+            spec.ranks = _sums(ranks, max_rows * -(-spec.hidden_size // _PADDING) * _PADDING)
         self._sees_all = family_of(module).sees_all
         self._rotary: Any = getattr(base, "rotary_emb", None)
         self._rope_kinds = rope_tables(module)
@@ -158,7 +164,7 @@ class NativeDecoder:
         `norms_hidden` the final norm of it. Logits can be had where the last is the decoder's last.
 
         Where a token sees those behind it, all of a sequence's rows must come together.
-        Raises ValueError, and RuntimeError if threads can't be started.
+        Raises ValueError, RankError, and RuntimeError if threads can't be started.
         """
         num_rows, num_logit_rows = token_ids.size, logit_rows.size
         if num_threads is not None and not 1 <= num_threads <= self.num_threads:
@@ -224,8 +230,11 @@ class NativeDecoder:
             call.max_blocks = addresses.shape[1]
             call.num_logit_rows = num_logit_rows
             call.num_threads = num_threads or self.num_threads
-            if self._library.onecopy_decoder_forward(self._handle, ctypes.byref(call)):
+            failed = self._library.onecopy_decoder_forward(self._handle, ctypes.byref(call))
+            if failed == 1:
                 raise RuntimeError("the native decoder can't start its threads")
+            if failed and self._ranks is not None:
+                self._ranks.raise_for(call.result, call.failed_rank)
 
     def close(self) -> None:
         """Stop the threads and give the workspace back. A second time does nothing."""
@@ -296,6 +305,16 @@ def _check_whole(positions: Int32s, tables: Int32s) -> None:
     own = np.arange(positions.size) - np.repeat(starts, np.diff(starts, append=positions.size))
     if len(starts) != len(np.unique(tables)) or (own != positions).any():
         raise ValueError("rows of a sequence must come together, from its first to its last")
+
+
+def _sums(ranks: Ranks, num_values: int) -> library.Ranks:
+    """Raises NotNative where they can't sum so many values at once."""
+    sums: library.Ranks | None = ranks.native()
+    if sums is None:
+        raise NotNative("ranks that do not sum in memory that they share")
+    if ranks.capacity < num_values:
+        raise NotNative(f"sums of {ranks.capacity} numbers at a time: {num_values} are needed")
+    return sums
 
 
 def _check_range(name: str, array: Int32s, end: int) -> None:

@@ -24,8 +24,8 @@ struct Floats {
   };
 
   static void multiply(const Group& group, int width, const Block<Element>& x, float* out) {
-    const int64_t step = int64_t(group.step) * width;
-    const Rows rows{group.bf16_rows(width), step, group.step == 1 ? kGroup * step : width};
+    const int64_t stride = group.stride(width), step = group.step * stride;
+    const Rows rows{group.bf16_rows(width), step, group.step == 1 ? kGroup * step : stride};
     if (group.count < kGroup) {
       for (int m = 0; m < x.num_rows; m++)
         for (int r = 0; r < group.count; r++)

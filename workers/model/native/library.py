@@ -57,13 +57,15 @@ class NotThisProcessor(Unavailable):
 
 
 class Matrix(ctypes.Structure):
-    """Row-major [num_rows, width of the linear]; format 0 is bf16."""
+    """Row-major [num_rows, width of the linear], rows `stride` elements apart or, where that is 0,
+    one behind the other; format 0 is bf16."""
 
     _fields_: ClassVar = [
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("num_rows", c_int64),
         ("format", c_int32),
+        ("stride", c_int32),
     ]
 
 
@@ -148,6 +150,20 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Ranks(ctypes.Structure):
+    """Functions and handle of a group that sums; no other ranks where `group` is None."""
+
+    _fields_: ClassVar = [
+        ("group", c_void_p),
+        ("own_part", c_void_p),
+        ("part_of", c_void_p),
+        ("publish", c_void_p),
+        ("wait", c_void_p),
+        ("timeout_ns", c_int64),
+        ("num_ranks", c_int32),
+    ]
+
+
 class Decoder(ctypes.Structure):
     """DecoderSpec."""
 
@@ -179,6 +195,7 @@ class Decoder(ctypes.Structure):
         ("max_experts", c_int32),
         ("max_top_k", c_int32),
         ("expert_intermediate", c_int32),
+        ("ranks", Ranks),
     ]
 
 
@@ -200,6 +217,8 @@ class Call(ctypes.Structure):
         ("num_logit_rows", c_int32),
         ("num_threads", c_int32),
         ("norms_hidden", c_int32),
+        ("result", c_int64),
+        ("failed_rank", c_int64),
     ]
 
 

@@ -1,6 +1,7 @@
 // Weights as they lie in memory, and how an operation is cut into pieces of them.
 //
-// A matrix is row-major, `width` elements a row, and its format says what an element is. Pieces are
+// A matrix is row-major, `width` elements a row, and its format says what an element is. It may be
+// some columns of a wider one: then its rows are further apart. Pieces are
 // 32 rows, or 16 of each of two matrices whose outputs belong together. Knows nothing of how
 // products are made.
 #pragma once
@@ -16,6 +17,7 @@ struct Matrix {
   const bf16* bias;  // or null
   int64_t num_rows;
   int32_t format;
+  int32_t stride;  // elements from one row to the next; 0: `width`
 };
 
 // Up to three matrices with the same input, their outputs one after the other.
@@ -34,7 +36,10 @@ struct Group {
   int output;  // the first one's index among the linear's
   int step;
 
-  const bf16* bf16_rows(int width) const { return (const bf16*)matrix->weight + row * width; }
+  const bf16* bf16_rows(int width) const {
+    return (const bf16*)matrix->weight + row * stride(width);
+  }
+  int64_t stride(int width) const { return matrix->stride ? matrix->stride : width; }
   const bf16* biases() const { return matrix->bias ? matrix->bias + row : nullptr; }
 };
 

@@ -36,7 +36,7 @@ struct Tiles {
     const bf16* weights[2];
     for (int g = 0; g < 2; g++) weights[g] = first_row(chunk.groups[g % chunk.num_groups], width);
     alignas(64) float out[B][2][256];
-    const int64_t stride = int64_t(width) * 2;
+    const int64_t row = chunk.groups[0].stride(width), stride = row * 2;
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (B == 2) {
@@ -54,7 +54,7 @@ struct Tiles {
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
-      fetch_ahead(weights[0], width, k);
+      if (row == width) fetch_ahead(weights[0], width, k);
     }
     _tile_stored(0, out[0][0], 64);
     _tile_stored(1, out[0][1], 64);
@@ -72,7 +72,7 @@ struct Tiles {
   // A group at the end of its matrix begins earlier, so that it has 16 rows.
   static int skipped(const Group& group) { return kGroup - group.count; }
   static const bf16* first_row(const Group& group, int width) {
-    return group.bf16_rows(width) - int64_t(skipped(group)) * width;
+    return group.bf16_rows(width) - skipped(group) * group.stride(width);
   }
 
   // The next chunk's 32 rows follow this one's: a 32nd of them at each step, twice.

@@ -1,7 +1,8 @@
 """Parameters of a module as the kernels' structures refer to them.
 
 Owns which tensors are referred to. Invariants: each has the shape that its place asks for, lies on
-the processor in one piece and in a format of the kernels; none is copied.
+the processor in a format of the kernels, in one piece or, of a matrix, as columns of one; none is
+copied.
 """
 
 from typing import Any
@@ -34,11 +35,12 @@ class Weights:
         found = WeightFormat.of(tensor)
         if tensor.device.type != "cpu" or found is None:
             raise NotNative(f"weights in {tensor.dtype} on {tensor.device.type}")
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        is_laid_out = tensor.is_contiguous() or (tensor.dim() == 2 and _stride(tensor) > 0)
+        if tuple(tensor.shape) != shape or not is_laid_out:
             raise NotNative(f"a weight laid out as {list(tensor.shape)}, {tensor.stride()}")
         self.kept.append(tensor)
         self._seen.add(id(tensor))
-        width = tensor[0].numel() if tensor.dim() > 1 else 1
+        width = _stride(tensor) or (tensor[0].numel() if tensor.dim() > 1 else 1)
         return int(tensor.data_ptr()) + first_row * found.row_bytes(width)
 
     def norm(self, norm: Any, size: int, kind: NormKind) -> library.Norm:
@@ -69,6 +71,7 @@ class Weights:
             self.address(bias, shape[:1], first) if bias is not None else None,
             shape[0] if count is None else count,
             WeightFormat.of(weight),
+            _stride(weight),
         )
 
     def linear(self, modules: list[Any]) -> library.Linear:
@@ -95,6 +98,13 @@ class Weights:
             linear.matrices[index] = self.matrix(module.weight, module.bias, shape, first, size)
             first += size
         return linear
+
+
+def _stride(tensor: Any) -> int:
+    """Of some columns of a wider matrix: elements from one row to the next; else 0."""
+    if tensor.dim() != 2 or tensor.is_contiguous() or tensor.stride(1) != 1:
+        return 0
+    return int(tensor.stride(0)) if tensor.stride(0) > tensor.shape[1] else 0
 
 
 def _shape(module: Any) -> tuple[int, int]:
