@@ -23,7 +23,7 @@ from workers.model.native import load
 from workers.model.native.architecture import NotNative
 from workers.model.native.decoder import supports
 from workers.model.stretch import Placement
-from workers.model.tensor_parallel import Ranks, narrow
+from workers.model.tensor_parallel import Ranks, Shard, narrow
 from workers.skeleton.buffers import move_buffers
 from workers.skeleton.decoder import skeleton
 
@@ -32,13 +32,19 @@ class Model:
     """A decoder and its weights. Made by `build_model`."""
 
     def __init__(
-        self, module: Any, geometry: Geometry, placement: Placement, ranks: Ranks | None = None
+        self,
+        module: Any,
+        geometry: Geometry,
+        placement: Placement,
+        ranks: Ranks | None = None,
+        shard: Shard | None = None,
     ) -> None:
         self.geometry = geometry
         self.kernels: str | None = None
         """The native decoder's, once it computes."""
         self._placement = placement
         self._ranks = ranks
+        self._shard = shard
         self._modules = ModuleDecoder(module, geometry, placement.device)
         placement.use(self._modules)
 
@@ -103,6 +109,7 @@ class Model:
                 threads_now or (lambda: num_threads),
                 load(kernels),
                 self._ranks,
+                self._shard,
             )
         except (NotNative, MemoryError) as error:
             return str(error)
@@ -145,6 +152,7 @@ def build_model(
     module = skeleton(config, dtype)
     tensors = placement.tensors
     with architecture_errors(f"{type(module).__name__} can't be computed by this config.json"):
+        shard = None
         if ranks is not None:
             shard = narrow(module, ranks.rank, ranks.num_ranks)
             shard.sum_by(ranks)
@@ -154,4 +162,4 @@ def build_model(
         module.requires_grad_(False)
         module.eval()
         geometry = geometry_of(module, dtype, placement.device, eos_token_ids)
-        return Model(module, geometry, placement, ranks)
+        return Model(module, geometry, placement, ranks, shard)

@@ -4,6 +4,7 @@ Owns what a batch becomes for a call. Invariant: of a pass that raises nothing i
 know how the kernels are called, or where weights are.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from workers.model.native import Kernels
 from workers.model.native.decoder import NativeDecoder
 from workers.model.native.placed import PlacedLayer
 from workers.model.stretch import LayerWeights
-from workers.model.tensor_parallel import Ranks
+from workers.model.tensor_parallel import Ranks, Shard
 
 
 class KernelDecoder:
@@ -31,10 +32,14 @@ class KernelDecoder:
         threads_now: Callable[[], int],
         kernels: Kernels,
         ranks: Ranks | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """For batches of up to `max_rows` rows; `threads_now` says how many of the `num_threads`
-        compute one. With `ranks` the module is one rank's part. Raises NotNative, ValueError,
-        MemoryError."""
+        compute one. With `ranks` the module is that `shard`, one rank's part. Raises NotNative,
+        ValueError, MemoryError."""
+        self._all_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if ranks is not None and shard is not None:
+            self._all_logits = functools.partial(shard.all_logits, ranks=ranks)
         self._native = NativeDecoder(
             module, layout, max_rows, max_model_len, num_threads, kernels, ranks
         )
@@ -52,7 +57,7 @@ class KernelDecoder:
 
     def whole(self) -> "_Stretch":
         """All layers by the structures that were made with the decoder."""
-        return _Stretch(self._native, self._threads_now, None)
+        return _Stretch(self._native, self._threads_now, None, self._all_logits)
 
     def stretch(self, first: int, weights: Sequence[LayerWeights]) -> "_Stretch":
         """Layers by structures that point into `weights`, made here."""
@@ -60,7 +65,7 @@ class KernelDecoder:
         if not 0 < len(weights) == len(own):
             raise ValueError(f"{len(weights)} layers from {first} on of {len(self._native.layers)}")
         placed = tuple(layer.at(one) for layer, one in zip(own, weights, strict=True))
-        return _Stretch(self._native, self._threads_now, placed)
+        return _Stretch(self._native, self._threads_now, placed, self._all_logits)
 
 
 class _Stretch:
@@ -71,7 +76,9 @@ class _Stretch:
         native: NativeDecoder,
         threads_now: Callable[[], int],
         layers: tuple[PlacedLayer, ...] | None,
+        all_logits: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
+        self._all_logits = all_logits
         self._native = native
         self._threads_now = threads_now
         self._layers = layers
@@ -97,4 +104,8 @@ class _Stretch:
             layers=self._layers,
             hidden=hidden,
         )
-        return logits if self._is_last or hidden is None else hidden
+        if not self._is_last and hidden is not None:
+            return hidden
+        if self._all_logits is not None and len(logits):
+            return self._all_logits(logits)
+        return logits

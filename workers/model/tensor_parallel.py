@@ -9,6 +9,9 @@ refused by name. Does not know how ranks sum, or where weights are.
     colwise   rows of the weight, and of its bias    queries, keys, values; gate, up
     rowwise   columns of the weight                  output, down: the ranks' results are summed;
                                                      the first rank adds the bias
+    head      rows of the weight, and of its bias    logits: each rank's in their places
+
+Embeddings are whole: a rank reads the rows of its tokens where they lie, which is less than a sum.
 """
 
 from collections.abc import Mapping
@@ -66,12 +69,24 @@ class Shard:
     """Parameters that another rank has."""
     linears: list[Any] = field(default_factory=list)
     """Behind which ranks sum."""
+    head: Any = None
+    head_name: str = ""
+    vocab_size: int = 0
+    """The head's, before it was cut."""
+    ties: tuple[tuple[str, str], ...] = ()
+    """Names of what is one tensor in a checkpoint, of which either may be missing."""
 
     def views(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of whole weights, by the checkpoint's names, what the rank's module is made of."""
+        whole = dict(tensors)
+        for name, twin in self.ties:
+            tensor = whole.get(name, whole.get(twin))
+            if tensor is not None:
+                whole.setdefault(name, tensor)
+                whole.setdefault(twin, tensor)
         return {
             name: self._view(name, tensor)
-            for name, tensor in tensors.items()
+            for name, tensor in whole.items()
             if name not in self.left_out
         }
 
@@ -81,8 +96,20 @@ class Shard:
         def total(_linear: Any, _arguments: Any, values: torch.Tensor) -> torch.Tensor:
             return ranks.sum(values)
 
+        def all_logits(_head: Any, _arguments: Any, values: torch.Tensor) -> torch.Tensor:
+            return self.all_logits(values, ranks)
+
         for linear in self.linears:
             linear.register_forward_hook(total)
+        self.head.register_forward_hook(all_logits)
+
+    def all_logits(self, own: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        """Of this rank's logits # [..., its part of the vocabulary] those of all ranks. Raises
+        RankError."""
+        share = self.cuts[self.head_name].share
+        whole = own.new_zeros(*own.shape[:-1], self.vocab_size)
+        whole[..., share.begin : share.end] = own
+        return ranks.sum(whole)
 
     def _view(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         cut = self.cuts.get(name)
@@ -117,6 +144,7 @@ class _Narrowed:
         for attention in own:
             self._narrow_attention(names[attention], attention, heads)
         self._narrow_rest({names[attention] for attention in own})
+        self._narrow_head(names)
         self._tell_config(heads, head_dim(own[0]) or 0)
 
     def _refuse(self, what: str) -> None:
@@ -200,6 +228,15 @@ class _Narrowed:
             share = width_shares(widths.pop(), self.num_ranks)[self.rank]
             for name, linear, style in found:
                 (self._columns if style == "rowwise" else self._rows)(name, linear, share)
+
+    def _narrow_head(self, names: Mapping[Any, str]) -> None:
+        head = self.module.get_output_embeddings()
+        if type(head) is not torch.nn.Linear:
+            self._refuse("has no linear head")
+        self.shard.head, self.shard.head_name = head, f"{names[head]}.weight"
+        self.shard.vocab_size = head.out_features
+        self.shard.ties = tuple(self.module.all_tied_weights_keys.items())
+        self._rows(names[head], head, width_shares(head.out_features, self.num_ranks)[self.rank])
 
     def _rows(self, name: str, linear: Any, share: Share) -> None:
         self.shard.cuts[f"{name}.weight"] = _Cut(0, share)

@@ -35,7 +35,19 @@ ODD: dict[str, Any] = {"head_dim": 20, "hidden_size": 100, "intermediate_size": 
 PROMPTS = [[504, 3575, 282, 4649, 314], [1604, 3987, 46477, 24, 94, 727, 198]]
 LESS_THAN_A_COPY = 200_000_000  # of the 269 MB of SmolLM2 in bf16
 COMPUTED = [
-    *("arcee", "cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3", "gpt_neox", "granite"),
+    *(
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gpt_neox",
+        "granite",
+    ),
     *("helium", "llama", "llama-rope-scaled", "llama-tied", "mistral", "nemotron", "olmo", "phi"),
     *("qwen2", "qwen2-sliding", "qwen3", "seed_oss", "smollm3", "starcoder2"),
 ]

@@ -442,6 +442,28 @@ def test_layers_one_by_one_with_weights_elsewhere_give_the_same_bits(family: str
         assert torch.equal(logits, whole[start:stop])
 
 
+@pytest.mark.parametrize("family", ["llama", "phi odd", "starcoder2 odd", "mistral"])
+def test_columns_of_wider_matrices_are_read_where_they_lie(family: str) -> None:
+    """Beside them there is nothing that may be taken for a number."""
+    token_ids = prompt(70)
+    module = copy.deepcopy(model_of(family))
+    for linear in module.modules():
+        if isinstance(linear, torch.nn.Linear):
+            rows, columns = linear.weight.shape
+            wide = torch.full((rows, columns + 37), float("nan"), dtype=torch.bfloat16)
+            weight = wide[:, 19 : 19 + columns].copy_(linear.weight)
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+            assert not linear.weight.is_contiguous()
+    got = Sequences(module)
+    expected = Sequences(model_of(family))
+    for count in (1, 3, 5, 20, 70):  # other numbers of rows are multiplied in other ways
+        parts = [
+            sequences.compute((sequences.add(count), 0, token_ids[:count]))
+            for sequences in (got, expected)
+        ]
+        assert torch.equal(*parts)
+
+
 def test_layers_that_do_not_fit_are_refused() -> None:
     sequences = Sequences(model_of("llama"), max_rows=8)
     decoder = sequences.decoder

@@ -83,7 +83,7 @@ int64_t answer(const int64_t* command) {
     case 3: return (int64_t)onecopy_decoder_create((const DecoderSpec*)command[1]);
     case 4: return onecopy_decoder_workspace_bytes(decoder);
     case 5: return onecopy_decoder_hidden_stride(decoder);
-    case 6: return onecopy_decoder_forward(decoder, (const Call*)command[2]);
+    case 6: return onecopy_decoder_forward(decoder, (Call*)command[2]);
     case 7: return onecopy_decoder_counted(decoder, (uint64_t*)command[2]), 0;
     case 8: return onecopy_decoder_destroy(decoder), 0;
   }
