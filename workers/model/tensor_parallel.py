@@ -225,7 +225,12 @@ class _Narrowed:
             widths |= {linear.out_features for _, linear, style in found if style == "colwise"}
             if len(widths) != 1 or sum(style == "rowwise" for *_, style in found) != 1:
                 self._refuse(f"has parts of other widths at {prefix}")
-            share = width_shares(widths.pop(), self.num_ranks)[self.rank]
+            [width] = widths
+            for name, tensor in parent.named_parameters(prefix=prefix):
+                is_cut = self._style(name.rpartition(".")[0]) in _CUT
+                if not is_cut and width in tensor.shape:
+                    self._refuse(f"has {name} over all of a width that is cut")
+            share = width_shares(width, self.num_ranks)[self.rank]
             for name, linear, style in found:
                 (self._columns if style == "rowwise" else self._rows)(name, linear, share)
 

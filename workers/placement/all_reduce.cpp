@@ -157,7 +157,9 @@ class Member {
   }
 
   int64_t capacity() const { return capacity_; }
-  int pid_of(int64_t rank) const { return lines_[rank].pid.load(); }
+  int pid_of(int64_t rank) const {
+    return rank < 0 || rank >= num_ranks_ ? 0 : lines_[rank].pid.load();
+  }
 
   // Where this rank's part of the next sum goes.
   float* own_part() { return failure_.load() ? aside_.get() : part(round_ + 1, rank_); }
@@ -315,15 +317,16 @@ void onecopy_group_form(void* memory, int64_t num_ranks, int64_t capacity, uint3
   header->magic = kMagic;
 }
 
-// Null with an error: EINVAL: no group with such a rank in this memory. EBUSY: somebody has that
-// place. ENOMEM. Who `spins` has a processor to itself, as its peers have.
-void* onecopy_group_join(void* memory, int64_t num_bytes, int64_t rank, int32_t spins,
-                         int32_t* error) {
+// Null with an error: EINVAL: no group of so many ranks, with such a rank, in this memory. EBUSY:
+// somebody has that place. ENOMEM. Who `spins` has a processor to itself, as its peers have.
+void* onecopy_group_join(void* memory, int64_t num_bytes, int64_t rank, int64_t num_ranks,
+                         int32_t spins, int32_t* error) {
   Header* header = (Header*)memory;
   *error = EINVAL;
   if (num_bytes < int64_t(sizeof(Header)) || header->magic != kMagic) return nullptr;
-  const int64_t num_ranks = header->num_ranks, capacity = header->capacity;
-  if (num_ranks < 1 || num_ranks > kMaxRanks || rank < 0 || rank >= num_ranks) return nullptr;
+  const int64_t capacity = header->capacity;
+  if (num_ranks != header->num_ranks || num_ranks < 1 || num_ranks > kMaxRanks) return nullptr;
+  if (rank < 0 || rank >= num_ranks) return nullptr;
   if (capacity < 1 || capacity > num_bytes || num_bytes_of(num_ranks, capacity) > num_bytes)
     return nullptr;
   Member* member = nullptr;

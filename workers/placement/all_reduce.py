@@ -53,7 +53,7 @@ def load() -> Any:
         ("num_bytes", c_int64, [c_int64, c_int64]),
         ("in_use", c_int64, [c_void_p, c_int64]),
         ("form", None, [c_void_p, c_int64, c_int64, c_uint32]),
-        ("join", c_void_p, [c_void_p, c_int64, c_int64, c_int32, POINTER(c_int32)]),
+        ("join", c_void_p, [c_void_p, *(c_int64,) * 3, c_int32, POINTER(c_int32)]),
         ("meet", None, [c_void_p, c_int64, POINTER(_Outcome)]),
         ("all_reduce", None, [c_void_p, c_void_p, c_int64, c_int64, POINTER(_Outcome)]),
         ("pid_of", c_int32, [c_void_p, c_int64]),
@@ -111,14 +111,14 @@ class AllReduce:
         error = c_int32()
         spins = num_ranks <= len(os.sched_getaffinity(0))
         handle = self._library.onecopy_group_join(
-            memory.data_ptr(), memory.nbytes, rank, spins, byref(error)
+            memory.data_ptr(), memory.nbytes, rank, num_ranks, spins, byref(error)
         )
         if error.value == errno.EBUSY:
             raise GroupInUse(f"there is a rank {rank} already: each has one process")
         if error.value == errno.ENOMEM:
             raise MemoryError("no memory for a rank of a group")
         if not handle:
-            raise ValueError(f"no group with a rank {rank} in this memory")
+            raise ValueError(f"no group of {num_ranks} with a rank {rank} in this memory")
         self.handle: Final = c_void_p(handle)
         """For native code."""
         self._finalizer = weakref.finalize(self, _end, self._library, self.handle, memory)

@@ -196,8 +196,9 @@ def test_a_rank_that_never_comes_is_waited_for_until_the_deadline(lease: Lease) 
 
 def test_what_is_no_group_or_no_place_in_it_is_refused(lease: Lease) -> None:
     memory = lease(1)
-    with pytest.raises(ValueError, match="no group with a rank 1"):
-        AllReduce(memory, 1, 1)
+    for rank, num_ranks in ((1, 1), (-1, 1), (0, 2), (1, 2)):
+        with pytest.raises(ValueError, match=f"no group of {num_ranks} with a rank {rank}"):
+            AllReduce(memory, rank, num_ranks)
     with pytest.raises(ValueError, match="no group"):
         AllReduce(torch.zeros(4096, dtype=torch.uint8), 0, 1)
     with pytest.raises(ValueError, match="no group"):
