@@ -23,7 +23,8 @@ from workers.model.native import load
 from workers.model.native.architecture import NotNative
 from workers.model.native.decoder import supports
 from workers.model.stretch import Placement
-from workers.model.tensor_parallel import Ranks, Shard, narrow
+from workers.model.tensor_parallel import Shard, narrow
+from workers.ranks import Ranks
 from workers.skeleton.buffers import move_buffers
 from workers.skeleton.decoder import skeleton
 

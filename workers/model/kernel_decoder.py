@@ -16,7 +16,8 @@ from workers.model.native import Kernels
 from workers.model.native.decoder import NativeDecoder
 from workers.model.native.placed import PlacedLayer
 from workers.model.stretch import LayerWeights
-from workers.model.tensor_parallel import Ranks, Shard
+from workers.model.tensor_parallel import Shard
+from workers.ranks import Ranks
 
 
 class KernelDecoder:

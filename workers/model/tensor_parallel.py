@@ -16,40 +16,17 @@ Embeddings are whole: a rank reads the rows of its tokens where they lie, which 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 
 from workers.errors import UnsupportedCheckpoint
 from workers.model.shares import HeadShare, Share, head_shares, width_shares
+from workers.ranks import Ranks
 from workers.skeleton.decoder import attentions, head_dim
 
 _WHOLE: Final = frozenset({"replicate", "replicated_with_grad_allreduce"})
 _CUT: Final = frozenset({"colwise", "rowwise"})
-
-
-class Ranks(Protocol):
-    """The ranks that compute one model together, as one of them sees them."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def num_ranks(self) -> int: ...
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' `values`, which may be overwritten. Every rank calls it, in the
-        same order. Raises RankError."""
-
-    @property
-    def capacity(self) -> int:
-        """Numbers that native code may sum at a time."""
-
-    def native(self) -> Any:
-        """What native code sums by, a `workers.model.native.library.Ranks`; None where it can't."""
-
-    def raise_for(self, result: int, rank: int) -> None:
-        """The error that native code met. Raises RankError."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from workers.model.native.architecture import (
     rope_tables,
 )
 from workers.model.native.placed import PlacedLayer
-from workers.model.tensor_parallel import Ranks
+from workers.ranks import Ranks
 
 _ROPE_STEP: Final = 1024  # positions whose rotations are computed at a time
 _MAX_THREADS: Final = 256
