@@ -1,7 +1,7 @@
 """Blocks of any module, offloaded: the same bits as in memory."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,16 @@ def blocks_of(count: int) -> list[Block]:
     return [Block(seed).requires_grad_(False).eval() for seed in range(count)]
 
 
-def passes(
-    blocks: list[Block], order: Iterator[int] | range, num_passes: int
-) -> list[torch.Tensor]:
+def begin_anew(blocks: list[Block]) -> None:
+    for block in blocks:
+        block.num_calls.zero_()
+
+
+def passes(blocks: list[Block], order: Sequence[int], num_passes: int) -> list[torch.Tensor]:
     x = torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH)
-    calls = list(order)
     results = []
     for _ in range(num_passes):
-        for index in calls:
+        for index in order:
             x = blocks[index](x)
             results.append(x)
     return results
@@ -73,9 +75,10 @@ def assert_equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("count", range(1, 13))
 def test_every_depth_gives_the_same_bits(count: int, tmp_path: Path) -> None:
+    blocks = blocks_of(count)
+    expected = passes(blocks, range(count), 3)
     for depth in range(1, count + 1):
-        expected = passes(blocks_of(count), range(count), 3)
-        blocks = blocks_of(count)
+        begin_anew(blocks)
         with offload(blocks, depth=depth, directory=tmp_path) as offloaded:
             assert offloaded.indices == tuple(range(count))
             assert_equal(passes(blocks, range(count), 3), expected)
@@ -88,11 +91,12 @@ def test_every_depth_gives_the_same_bits(count: int, tmp_path: Path) -> None:
     ids=["repeated", "skipped", "backwards", "one alone", "anyhow"],
 )
 def test_blocks_may_be_called_in_any_order(order: tuple[int, ...], tmp_path: Path) -> None:
+    blocks = blocks_of(5)
+    expected = passes(blocks, order, 3)
     for depth in (1, 2, 3):
-        expected = passes(blocks_of(5), iter(order), 3)
-        blocks = blocks_of(5)
+        begin_anew(blocks)
         with offload(blocks, depth=depth, directory=tmp_path):
-            assert_equal(passes(blocks, iter(order), 3), expected)
+            assert_equal(passes(blocks, order, 3), expected)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -112,8 +116,7 @@ def test_an_error_in_mid_pass_leaves_the_next_one_right(tmp_path: Path) -> None:
             passes(blocks, range(failing), 1)
             with pytest.raises(RuntimeError, match="shape"):
                 blocks[failing](torch.zeros(1, 7))
-        for block in blocks:
-            block.num_calls.zero_()
+        begin_anew(blocks)
         assert_equal(passes(blocks, range(4), 2), expected)
 
 
