@@ -12,6 +12,7 @@ from typing import Final
 import torch
 
 from allocator import ALIGNMENT
+from workers.checkpoint.converted import OnWritten, converted_file, write_converted
 from workers.checkpoint.formats.checkpoint import Checkpoint, SourceTensor
 from workers.checkpoint.offloaded import OffloadedLayer, OffloadedLayers, find_layers
 from workers.config.encoder_settings import task_of
@@ -28,9 +29,12 @@ log = logging.getLogger("onecopy.instance")
 _MIB: Final = 1 << 20
 
 
-def choose(checkpoint: Checkpoint, settings: EngineSettings) -> OffloadedLayers | None:
-    """What is to be offloaded, None for nothing. Raises InvalidSetting where that can't be done, or
-    what stays is more than it may be; UnsupportedCheckpoint, CheckpointError."""
+def choose(
+    checkpoint: Checkpoint, settings: EngineSettings, on_written: OnWritten = lambda *_: None
+) -> OffloadedLayers | None:
+    """What is to be offloaded, None for nothing; layers that must be converted for that are written
+    to a file first. Raises InvalidSetting where that can't be done, or what stays is more than it
+    may be; UnsupportedCheckpoint, CheckpointError, DiskFull."""
     budget = settings.device_memory
     if settings.offload in ("none", "0") or (settings.offload == "auto" and budget is None):
         _check_fits(checkpoint.tensors(), budget)
@@ -46,12 +50,13 @@ def choose(checkpoint: Checkpoint, settings: EngineSettings) -> OffloadedLayers 
         )
     tensors = {one.name: one for one in checkpoint.tensors()}
     names = _names(checkpoint, list(tensors.values()))
-    found = find_layers(checkpoint, names, range(len(names)))
+    found = find_layers(checkpoint, names, range(len(names)), converted_file(checkpoint, "all"))
     sizes = _sizes(tensors, found)
     chosen = offloaded_layers(sizes, settings.offload, settings.offload_depth, budget)
     if not chosen:
         return None
-    gone = find_layers(checkpoint, names, chosen)
+    file = converted_file(checkpoint, ",".join(map(str, chosen)))
+    gone = write_converted(checkpoint, find_layers(checkpoint, names, chosen, file), on_written)
     layouts = [slot_layout(layer.tensors) for layer in gone.layers]
     log.info(
         "%d of %d layers are offloaded: %d MiB of weights stay, %d MiB are read in each pass, "

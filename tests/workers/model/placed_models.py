@@ -24,7 +24,8 @@ def logits_of(model: Model) -> list[torch.Tensor]:
     layout = model.geometry.kv_layout
     source = PrivateSource(layout)
     tables = [BlockTable(layout, source.lease(4)) for _ in range(2)]
-    beginnings = [prompt(21, seed=1), prompt(6, seed=2)]
+    most = model.geometry.vocab_size
+    beginnings = [[t % most for t in prompt(n, seed=s)] for n, s in ((21, 1), (6, 2))]
     batches = [
         [Part(table, tokens, 2) for table, tokens in zip(tables, beginnings, strict=True)],
         [Part(tables[0], [7], 1), Part(tables[1], [9], 0)],

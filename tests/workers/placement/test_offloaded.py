@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.workers.checkpoint.checkpoint_files import read_whole
+from allocator import DiskFull
+from tests.workers.checkpoint.checkpoint_files import read_whole, write_gguf
 from tests.workers.model.placed_models import NATIVE, logits_of, models_of
 from tests.workers.model.tiny_families import FAMILIES, save, tiny_model
-from workers.checkpoint import open_checkpoint
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.checkpoint.converted import write_converted
 from workers.checkpoint.offloaded import OffloadedLayers, decoded, find_layers
-from workers.errors import CheckpointChanged, ReadFailed, UnsupportedCheckpoint
+from workers.errors import CheckpointChanged, ReadFailed
 from workers.model.decoder import Model, build_model
 from workers.placement.layer_slots import LayerSlots, memory_bytes
 from workers.placement.offloaded import Offloaded
@@ -31,16 +34,26 @@ class Saved:
 
     folder: Path
     dtype: torch.dtype
+    file: Path | None = None
+    """In the folder, where it is no folder's model."""
+
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.file or self.folder, str(self.dtype).removeprefix("torch."))
+
+    def resident(self) -> Model:
+        return build_model(self.config(), Resident(read_whole(self.checkpoint())), self.dtype)
 
     def offloaded(self, indices: list[int] | None = None) -> OffloadedLayers:
         """Those layers, or all, of the checkpoint."""
-        checkpoint = open_checkpoint(self.folder)
+        checkpoint = self.checkpoint()
         names = names_of_layers(skeleton(self.config(), self.dtype))
-        found = find_layers(checkpoint, names, range(len(names)) if indices is None else indices)
+        chosen = range(len(names)) if indices is None else indices
+        found = find_layers(checkpoint, names, chosen, self.folder / "converted.layers")
+        found = write_converted(checkpoint, found, lambda *_: None)
         return decoded({"offloaded": found.encoded()}) or found
 
     def config(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads(open_checkpoint(self.folder).metadata()["config"])
+        found: dict[str, object] = json.loads(self.checkpoint().metadata()["config"])
         return found
 
     @contextmanager
@@ -48,7 +61,7 @@ class Saved:
         self, offloaded: OffloadedLayers, depth: int, reader: Reader | None = None
     ) -> Iterator[tuple[Model, LayerSlots]]:
         """With those layers read `depth` ahead."""
-        tensors = read_whole(open_checkpoint(self.folder))
+        tensors = read_whole(self.checkpoint())
         staying = {name: one for name, one in tensors.items() if name not in offloaded.names}
         layouts = [slot_layout(layer.tensors) for layer in offloaded.layers]
         with reader or Reader() as threads:
@@ -155,11 +168,42 @@ def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
         offloaded.files[0].check()
 
 
-def test_layers_that_must_be_converted_are_refused(tmp_path: Path) -> None:
-    saved("llama", tmp_path, torch.float32)
-    names = names_of_layers(skeleton(Saved(tmp_path, torch.bfloat16).config(), torch.bfloat16))
-    with pytest.raises(UnsupportedCheckpoint, match="is not stored as it is computed with"):
-        find_layers(open_checkpoint(tmp_path, "bfloat16"), names, [0])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_layers_that_must_be_converted_are_written_once(family: str, tmp_path: Path) -> None:
+    save(tiny_model(family), tmp_path)
+    files = Saved(tmp_path, torch.bfloat16)
+    whole = logits_of(files.resident())
+    offloaded = files.offloaded()
+    assert {Path(file.path).name for file in offloaded.files} == {"converted.layers"}
+    with files.model(offloaded, 1) as (model, _):
+        for got, expected in zip(logits_of(model), whole, strict=True):
+            assert torch.equal(got, expected)
+    before = (tmp_path / "converted.layers").stat()
+    assert files.offloaded() == offloaded
+    assert (tmp_path / "converted.layers").stat() == before
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_layers_of_a_gguf_file(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    files = Saved(tmp_path, torch.bfloat16, file)
+    whole = logits_of(files.resident())
+    with files.model(files.offloaded(), 1) as (model, _):
+        for got, expected in zip(logits_of(model), whole, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    save(tiny_model("llama"), tmp_path)
+    files = Saved(tmp_path, torch.bfloat16)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DiskFull, match=r"no room for [0-9,]+ bytes of converted layers"):
+            files.offloaded()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".part", ".layers")] == []
 
 
 def test_no_more_layers_are_in_memory_than_there_are_slots(tmp_path: Path) -> None:
