@@ -88,8 +88,10 @@ class OffloadedLayers(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def layout(self) -> str:
-        """What tells weight sets of one checkpoint apart that have other layers on the device."""
-        return "without layers " + ",".join(str(layer.index) for layer in self.layers)
+        """What tells weight sets of one checkpoint apart that have other layers on the device, or
+        know them in another file."""
+        indices = ",".join(str(layer.index) for layer in self.layers)
+        return f"without layers {indices} in {' '.join(file.identity for file in self.files)}"
 
     def encoded(self) -> str:
         """For the metadata of a weight set."""

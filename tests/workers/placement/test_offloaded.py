@@ -180,8 +180,11 @@ def test_layers_that_must_be_converted_are_written_once(family: str, tmp_path: P
             assert torch.equal(got, expected)
     before = (tmp_path / "converted.layers").stat()
     assert files.offloaded() == offloaded
+    assert files.offloaded().layout == offloaded.layout
     assert (tmp_path / "converted.layers").stat() == before
     assert [path.name for path in tmp_path.glob(".*")] == []
+    (tmp_path / "converted.layers").unlink()  # what is written anew is another weight set's
+    assert files.offloaded().layout != offloaded.layout
 
 
 def test_layers_of_a_gguf_file(tmp_path: Path) -> None:
