@@ -102,6 +102,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         str,
         Meta(
             pattern="^(auto|none|all|[0-9]{1,5})$",
+            extra={"is": "auto, none, all or a number of layers"},
             description="Layers that are read from the checkpoint's files when they are computed, "
             "instead of staying in memory: none, all, a number of them, or auto, as few as "
             "--device-memory allows.",
@@ -155,4 +156,13 @@ def checked(given: Mapping[str, object]) -> EngineSettings:
         kind = get_type_hints(EngineSettings)[name]
         if get_origin(kind) is Literal:
             what = f"it is one of {', '.join(get_args(kind))}"
+        elif said := _said_of(name):
+            what = f"it is {said}"
         raise InvalidSetting(f"{option(name)} is {given[name]!r}: {what}") from error
+
+
+def _said_of(name: str) -> str | None:
+    """What a setting is, where its type does not say it to a person."""
+    hint = get_type_hints(EngineSettings, include_extras=True)[name]
+    metas = (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Meta))
+    return next((one.extra["is"] for one in metas if one.extra), None)

@@ -3,7 +3,8 @@ needed.
 
 Owns that list and its form beside the other tensors of a weight set. Invariants: what is read from
 the files, run after run, is a tensor exactly as it is laid out; a file that has changed since is
-refused by whoever opens it. Does not know when a layer is read, or where to.
+refused by whoever opens it. Does not know when a layer is read, or where to, or how one is
+converted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,17 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-import torch
 
-from workers.checkpoint.formats.checkpoint import Checkpoint, SourceTensor
+from workers.checkpoint.formats.checkpoint import Checkpoint, SourceTensor, StoredBytes
 from workers.config.model_file import file_identity
-from workers.errors import CheckpointChanged, UnsupportedCheckpoint
+from workers.errors import CheckpointChanged
 
 if TYPE_CHECKING:
     from workers.skeleton.decoder import LayerNames
 
 KEY: Final = "offloaded"
 """Of a weight set's metadata."""
+FILE_ALIGNMENT: Final = 64
+"""Of a tensor in a file of converted layers."""
+FILE_BLOCK: Final = 4096
+"""Of a layer there."""
 
 
 class OffloadedFile(msgspec.Struct, frozen=True, array_like=True):
@@ -84,8 +88,10 @@ class OffloadedLayers(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def layout(self) -> str:
-        """What tells weight sets of one checkpoint apart that have other layers on the device."""
-        return "without layers " + ",".join(str(layer.index) for layer in self.layers)
+        """What tells weight sets of one checkpoint apart that have other layers on the device, or
+        know them in another file."""
+        indices = ",".join(str(layer.index) for layer in self.layers)
+        return f"without layers {indices} in {' '.join(file.identity for file in self.files)}"
 
     def encoded(self) -> str:
         """For the metadata of a weight set."""
@@ -99,42 +105,47 @@ def decoded(metadata: Mapping[str, str]) -> OffloadedLayers | None:
 
 
 def find_layers(
-    checkpoint: Checkpoint, layers: "Sequence[LayerNames]", indices: Sequence[int]
+    checkpoint: Checkpoint, layers: "Sequence[LayerNames]", indices: Sequence[int], converted: Path
 ) -> OffloadedLayers:
-    """Those layers of the checkpoint. Raises UnsupportedCheckpoint where one must be converted,
-    CheckpointError."""
+    """Those layers of the checkpoint. Of one that is not stored as it is computed with all tensors
+    are in the file `converted`, one after the other; that file's identity is "" until it was
+    written. Raises CheckpointError."""
     sources = {one.name: one for one in checkpoint.tensors()}
     numbers: dict[Path, int] = {}
     found = []
+    end = 0
     for index in indices:
         layer = layers[index]
-        tensors = {
-            name: _found(checkpoint, sources[layer.prefix + name], numbers) for name in layer.names
-        }
+        own = {name: sources[layer.prefix + name] for name in layer.names}
+        stored = {name: checkpoint.stored_runs(one.name) for name, one in own.items()}
+        if all(runs or not own[name].num_bytes for name, runs in stored.items()):
+            tensors = {name: _stored(own[name], stored[name], numbers) for name in own}
+        else:
+            end += -end % FILE_BLOCK
+            file = numbers.setdefault(converted, len(numbers))
+            tensors = {}
+            for name, source in own.items():
+                tensors[name] = _tensor(source, (FileRun(file, end, source.num_bytes),))
+                end += -(-source.num_bytes // FILE_ALIGNMENT) * FILE_ALIGNMENT
         found.append(OffloadedLayer(index, layer.prefix, tensors))
-    files = tuple(OffloadedFile(str(path), file_identity(path)) for path in numbers)
+    files = tuple(
+        OffloadedFile(str(path), "" if path == converted else file_identity(path))
+        for path in numbers
+    )
     return OffloadedLayers(files, tuple(found))
 
 
-def _found(
-    checkpoint: Checkpoint, source: SourceTensor, numbers: dict[Path, int]
+def _stored(
+    source: SourceTensor, runs: Sequence[StoredBytes], numbers: dict[Path, int]
 ) -> OffloadedTensor:
-    runs = checkpoint.stored_runs(source.name)
-    if not runs and source.num_bytes:
-        raise UnsupportedCheckpoint(
-            f"{source.name} of {checkpoint.path} is not stored as it is computed with, "
-            f"{_name(source.dtype)}, so its layer can't be read piece by piece when it is needed: "
-            "offload a safetensors checkpoint of that dtype, or choose its own with --dtype"
-        )
-    return OffloadedTensor(
-        _name(source.dtype),
-        source.shape,
+    files = [numbers.setdefault(run.file.resolve(), len(numbers)) for run in runs]
+    return _tensor(
+        source,
         tuple(
-            FileRun(numbers.setdefault(run.file.resolve(), len(numbers)), run.begin, run.num_bytes)
-            for run in runs
+            FileRun(file, run.begin, run.num_bytes) for file, run in zip(files, runs, strict=True)
         ),
     )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _tensor(source: SourceTensor, runs: tuple[FileRun, ...]) -> OffloadedTensor:
+    return OffloadedTensor(str(source.dtype).removeprefix("torch."), source.shape, runs)

@@ -62,19 +62,30 @@ class _Place:
 
     owner: torch.nn.Module
     name: str
-    tensor: torch.Tensor
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
     span: str
     offset: int
 
     @property
-    def is_buffer(self) -> bool:
-        return self.name in self.owner._buffers
+    def tensor(self) -> torch.Tensor:
+        """It as it is now."""
+        own = self.owner._parameters.get(self.name)
+        tensor = own if own is not None else self.owner._buffers[self.name]
+        assert tensor is not None  # noqa: S101 - it was there
+        return tensor
 
     def view(self, span: torch.Tensor) -> torch.Tensor:
         """It in the span's bytes, with a version of its own."""
-        dtype = self.tensor.dtype
-        elements = span[: span.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-        return elements.as_strided(self.tensor.shape, self.tensor.stride(), self.offset).data
+        itemsize = self.dtype.itemsize
+        elements = span[: span.numel() // itemsize * itemsize].view(self.dtype)
+        offset = int(elements.storage_offset()) + self.offset
+        return elements.as_strided(self.shape, self.stride, offset).data
+
+    def nothing(self) -> torch.Tensor:
+        """Of its dtype."""
+        return torch.empty(0, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +143,8 @@ class OffloadedBlocks:
             spans = {name: views[name].clone() for name in block.spans}
             back += [(place, place.view(spans[place.span])) for place in block.places]
         for place, tensor in back:
-            if _now(place).numel() == 0:
-                _now(place).data = tensor
+            if place.tensor.numel() == 0:
+                place.tensor.data = tensor
         self._slots = None
         self._ends.close()
 
@@ -166,7 +177,7 @@ class OffloadedBlocks:
                 _hook(stack, found, item, block)
             for block in self._blocks:
                 for place in block.places:
-                    _now(place).data = _nothing(place)
+                    place.tensor.data = place.nothing()
                 block.spans.update(dict.fromkeys(block.spans, torch.empty(0)))
             self._ends = stack.pop_all()
         return found
@@ -182,16 +193,16 @@ def _hook(stack: ExitStack, slots: LayerSlots, item: int, block: _Block) -> None
         spans = slots.views(item, slot)
         versions.clear()
         for place in places:
-            current = _now(place)
+            current = place.tensor
             current.data = place.view(spans[place.span])
             versions.append(current._version)
 
     @torch.inference_mode(False)
     def end(_module: Any, _arguments: Any, _result: Any) -> None:
         for place, version in zip(list(places), versions, strict=False):
-            current = _now(place)
+            current = place.tensor
             if current._version == version:
-                current.data = _nothing(place)
+                current.data = place.nothing()
             else:  # it was written to: from now on it is the block's own
                 current.data = current.data.clone()
                 places.remove(place)
@@ -199,17 +210,6 @@ def _hook(stack: ExitStack, slots: LayerSlots, item: int, block: _Block) -> None
 
     stack.callback(block.module.register_forward_pre_hook(begin).remove)
     stack.callback(block.module.register_forward_hook(end, always_call=True).remove)
-
-
-def _now(place: _Place) -> torch.Tensor:
-    own = place.owner._buffers if place.is_buffer else place.owner._parameters
-    tensor = own[place.name]
-    assert tensor is not None  # noqa: S101 - it was there
-    return tensor
-
-
-def _nothing(place: _Place) -> torch.Tensor:
-    return torch.empty(0, dtype=place.tensor.dtype)
 
 
 def _check(modules: tuple[torch.nn.Module, ...]) -> None:
@@ -259,7 +259,8 @@ def _block(module: torch.nn.Module, shared: set[int]) -> _Block:
         spans[key] = whole[begin:end]
         for owner, name, tensor in own:
             offset = (_begin_of(tensor) - begin) // tensor.dtype.itemsize
-            places.append(_Place(owner, name, tensor.detach().to("meta"), key, offset))
+            of = (tensor.dtype, tuple(tensor.shape), tensor.stride())
+            places.append(_Place(owner, name, *of, key, offset))
     return _Block(module, spans, places)
 
 

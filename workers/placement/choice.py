@@ -7,11 +7,13 @@ layers are read or computed.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from allocator import ALIGNMENT
+from workers.checkpoint.converted import OnWritten, converted_file, write_converted
 from workers.checkpoint.formats.checkpoint import Checkpoint, SourceTensor
 from workers.checkpoint.offloaded import OffloadedLayer, OffloadedLayers, find_layers
 from workers.config.encoder_settings import task_of
@@ -28,41 +30,79 @@ log = logging.getLogger("onecopy.instance")
 _MIB: Final = 1 << 20
 
 
-def choose(checkpoint: Checkpoint, settings: EngineSettings) -> OffloadedLayers | None:
-    """What is to be offloaded, None for nothing. Raises InvalidSetting where that can't be done, or
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Which layers of a checkpoint go."""
+
+    layers: OffloadedLayers
+    """Files that layers must be converted into may not be there yet."""
+    num_layers: int
+    """Of the model."""
+    staying_bytes: int
+    """Of all tensors that are in memory at any time."""
+    slots_bytes: int
+    """Of the slots of one instance."""
+    pass_bytes: int
+    """What is read in each pass."""
+
+
+def choose(
+    checkpoint: Checkpoint, settings: EngineSettings, on_written: OnWritten = lambda *_: None
+) -> OffloadedLayers | None:
+    """What is to be offloaded, None for nothing; layers that must be converted for that are written
+    to a file first. Raises as `propose` does, and DiskFull."""
+    proposal = propose(checkpoint, settings)
+    if proposal is None:
+        return None
+    if settings.offload != "auto" and _all_fits(checkpoint, settings):
+        log.warning(
+            "--offload %s makes this model slower, and all of it would fit in --device-memory",
+            settings.offload,
+        )
+    log.info(
+        "%d of %d layers are offloaded: %d MiB of weights stay, %d MiB are read in each pass, "
+        "through slots of %d MiB",
+        len(proposal.layers.layers),
+        proposal.num_layers,
+        proposal.staying_bytes // _MIB,
+        proposal.pass_bytes // _MIB,
+        proposal.slots_bytes // _MIB,
+    )
+    return write_converted(checkpoint, proposal.layers, on_written)
+
+
+def propose(checkpoint: Checkpoint, settings: EngineSettings) -> Proposal | None:
+    """What would be offloaded, None for nothing. Raises InvalidSetting where that can't be done, or
     what stays is more than it may be; UnsupportedCheckpoint, CheckpointError."""
     budget = settings.device_memory
     if settings.offload in ("none", "0") or (settings.offload == "auto" and budget is None):
         _check_fits(checkpoint.tensors(), budget)
         return None
-    if settings.offload == "auto" and _num_bytes(checkpoint.tensors()) <= (budget or 0):
+    if settings.offload == "auto" and _all_fits(checkpoint, settings):
         return None
     _check_can_be(checkpoint, settings)
-    if budget is not None and _num_bytes(checkpoint.tensors()) <= budget:
-        log.warning(
-            "--offload %s makes this model slower, and all of it fits: --device-memory is %d MiB",
-            settings.offload,
-            budget // _MIB,
-        )
     tensors = {one.name: one for one in checkpoint.tensors()}
     names = _names(checkpoint, list(tensors.values()))
-    found = find_layers(checkpoint, names, range(len(names)))
+    found = find_layers(checkpoint, names, range(len(names)), converted_file(checkpoint, "all"))
     sizes = _sizes(tensors, found)
     chosen = offloaded_layers(sizes, settings.offload, settings.offload_depth, budget)
     if not chosen:
         return None
-    gone = find_layers(checkpoint, names, chosen)
-    layouts = [slot_layout(layer.tensors) for layer in gone.layers]
-    log.info(
-        "%d of %d layers are offloaded: %d MiB of weights stay, %d MiB are read in each pass, "
-        "through slots of %d MiB",
-        len(chosen),
-        len(names),
-        (sizes.others + sum(sizes.layers) - sum(sizes.layers[i] for i in chosen)) // _MIB,
-        sum(read.num_bytes for layout in layouts for read in layout.reads) // _MIB,
-        memory_bytes(layouts, settings.offload_depth) // _MIB,
+    file = converted_file(checkpoint, ",".join(map(str, chosen)))
+    layers = find_layers(checkpoint, names, chosen, file)
+    layouts = [slot_layout(layer.tensors) for layer in layers.layers]
+    return Proposal(
+        layers=layers,
+        num_layers=len(names),
+        staying_bytes=sizes.others + sum(sizes.layers) - sum(sizes.layers[i] for i in chosen),
+        slots_bytes=memory_bytes(layouts, settings.offload_depth),
+        pass_bytes=sum(read.num_bytes for layout in layouts for read in layout.reads),
     )
-    return gone
+
+
+def _all_fits(checkpoint: Checkpoint, settings: EngineSettings) -> bool:
+    budget = settings.device_memory
+    return budget is not None and _num_bytes(checkpoint.tensors()) <= budget
 
 
 def _check_can_be(checkpoint: Checkpoint, settings: EngineSettings) -> None:

@@ -237,7 +237,7 @@ def _make_threads(
         _log.warning(
             "files are read by the interpreter's own threads, which other threads hold up (%s): "
             "install a C++ compiler, then onecopy again",
-            reason,
+            str(reason),  # with its frames the error would keep the reader
         )
         return PythonThreads(num_threads, piece_bytes, delay)
 

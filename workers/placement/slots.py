@@ -1,9 +1,10 @@
 """How the tensors of a layer lie in a slot, and which reads put them there. Pure.
 
-Owns offsets. Invariants: no two tensors overlap; where the file allows it, a byte lies at the same
-place within a block of `BLOCK` bytes as in its file, with nothing else in that block that is not
-read with it, so that whole blocks can be read straight into the slot; what lies together in a file
-is one read.
+Owns offsets. Invariants: no two tensors overlap; each begins at a multiple of `ALIGNMENT` bytes, as
+one that stays does, since libraries add in another order where it does not; where that allows it, a
+byte lies at the same place within a block of `BLOCK` bytes as in its file, with nothing else in
+that block that is not read with it, so that whole blocks can be read straight into the slot; what
+lies together in both is one read.
 
     file   ..|....aaaaaaaa|aabbbb..|..        blocks of 4 KiB
     slot     |....aaaaaaaa|aabbbb..|          one read
@@ -18,7 +19,7 @@ import torch
 from workers.checkpoint.offloaded import OffloadedTensor
 
 BLOCK: Final = 4096
-_ALIGNMENT: Final = 64
+ALIGNMENT: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +59,8 @@ def slot_layout(tensors: Mapping[str, OffloadedTensor]) -> SlotLayout:
     reads: list[SlotRead] = []
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: _place(item[1])):
-        itemsize = getattr(torch, tensor.dtype).itemsize
-        begin = tensor.runs[0].begin if tensor.runs else 0
-        if (
-            _continues(reads, tensor)
-            and not (reads[-1].offset + begin - reads[-1].begin) % itemsize
-        ):
-            offsets[name] = reads[-1].offset + begin - reads[-1].begin
-        elif len(tensor.runs) == 1 and not begin % itemsize:
-            offsets[name] = _up(end, BLOCK) + begin % BLOCK
-        else:
-            offsets[name] = _up(end, BLOCK if tensor.runs else _ALIGNMENT)
-        offset = offsets[name]
-        in_blocks = len(tensor.runs) == 1 and offset % BLOCK == begin % BLOCK
+        offset = offsets[name] = _next_offset(reads, end, tensor)
+        in_blocks = len(tensor.runs) == 1 and offset % BLOCK == tensor.runs[0].begin % BLOCK
         for run in tensor.runs:
             read = SlotRead(run.file, run.begin, run.num_bytes, offset, in_blocks)
             if reads and _adjoins(reads[-1], read):
@@ -88,12 +78,18 @@ def _place(tensor: OffloadedTensor) -> tuple[int, int, int]:
     return (0, tensor.runs[0].file, tensor.runs[0].begin)
 
 
-def _continues(reads: list[SlotRead], tensor: OffloadedTensor) -> bool:
-    """Whether it lies right behind what was read last, in one piece."""
-    if not reads or len(tensor.runs) != 1:
-        return False
-    last, run = reads[-1], tensor.runs[0]
-    return last.file == run.file and 0 <= run.begin - last.begin - last.num_bytes < BLOCK
+def _next_offset(reads: list[SlotRead], end: int, tensor: OffloadedTensor) -> int:
+    """For a tensor behind `end`: as in its file, if that is possible."""
+    if len(tensor.runs) == 1:
+        begin = tensor.runs[0].begin
+        if reads and reads[-1].file == tensor.runs[0].file:
+            last = reads[-1]
+            offset = last.offset + begin - last.begin
+            if end <= offset < end + BLOCK and not offset % ALIGNMENT:
+                return offset
+        if not begin % ALIGNMENT:
+            return _up(end, BLOCK) + begin % BLOCK
+    return _up(end, BLOCK if reads and reads[-1].in_blocks else ALIGNMENT)
 
 
 def _adjoins(last: SlotRead, read: SlotRead) -> bool:

@@ -222,7 +222,7 @@ class _Instance:
             checkpoint,
             self._loading,
             map_files=self._settings.map_files,
-            offloaded=choose(checkpoint, self._settings),
+            offloaded=choose(checkpoint, self._settings, self._converting),
             only=spec.weight_set,
         )
         return weights, ends
@@ -316,6 +316,9 @@ class _Instance:
                 writer_pid=writer_pid,
             )
         )
+
+    def _converting(self, num_bytes: int, total_bytes: int) -> None:
+        self._loading(num_bytes, total_bytes, os.getpid())
 
     def _ended(self, phase: str) -> None:
         now = time.monotonic()

@@ -1,21 +1,15 @@
 """A model computed in stretches, with weights that come and go, answers as it does in one piece."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.workers.checkpoint.checkpoint_files import read_whole
-from tests.workers.model.batches import logits_of
-from tests.workers.model.tiny_families import FAMILIES, save, tiny_model
-from workers.checkpoint import open_checkpoint
-from workers.model.decoder import Model, build_model
-from workers.model.stretch import Decoder, LayerWeights, Placement, Stretch
+from tests.workers.model.placed_models import NATIVE, Placed, logits_of, models_of
+from tests.workers.model.tiny_families import FAMILIES
+from workers.model.stretch import Decoder, LayerWeights, Stretch
 from workers.placement.resident import Resident
-
-NATIVE = ["llama", "qwen3", "gemma3", "gpt_neox", "mixtral", "phi"]
 
 
 class OneSlot:
@@ -58,25 +52,13 @@ def _copy(kept: Sequence[LayerWeights], placed: Sequence[LayerWeights]) -> None:
             place[name].copy_(tensor)
 
 
-Placed = Callable[[Mapping[str, torch.Tensor]], Placement]
-
-
-def _models(family: str, tmp_path: Path, dtype: torch.dtype) -> Callable[[Placed], Model]:
-    """The model with its weights placed in some way."""
-    checkpoint = open_checkpoint(save(tiny_model(family).to(dtype), tmp_path))
-    tensors = read_whole(checkpoint)
-    config = json.loads(checkpoint.metadata()["config"])
-
-    return lambda placed: build_model(config, placed(tensors), dtype)
-
-
 def _in_slots(length: int) -> Placed:
     return lambda tensors: OneSlot(tensors, length)
 
 
 @pytest.mark.parametrize("family", sorted({*FAMILIES, "gemma3", "llama"}))
 def test_modules_compute_the_same_bits_in_stretches(family: str, tmp_path: Path) -> None:
-    models = _models(family, tmp_path, torch.float32)
+    models = models_of(family, tmp_path, torch.float32)
     whole = logits_of(models(Resident))
     for length in (1, 2):
         for got, expected in zip(logits_of(models(_in_slots(length))), whole, strict=True):
@@ -85,7 +67,7 @@ def test_modules_compute_the_same_bits_in_stretches(family: str, tmp_path: Path)
 
 @pytest.mark.parametrize("family", NATIVE)
 def test_kernels_compute_the_same_bits_in_stretches(family: str, tmp_path: Path) -> None:
-    models = _models(family, tmp_path, torch.bfloat16)
+    models = models_of(family, tmp_path, torch.bfloat16)
     results = []
     for placed in (Resident, _in_slots(1), _in_slots(2)):
         model = models(placed)
@@ -111,6 +93,6 @@ def test_weights_of_another_layer_are_refused(tmp_path: Path) -> None:
             super().use(decoder)
 
     asked: list[Decoder] = []
-    model = _models("mixtral", tmp_path, torch.bfloat16)(Asks)
+    model = models_of("mixtral", tmp_path, torch.bfloat16)(Asks)
     assert model.accelerate(8, 128, 1) is None
     assert len(asked) == 2

@@ -14,7 +14,7 @@ from allocator import Client, RuntimeDir, connect
 from server.machine.proof import prove
 from tests.references import load
 from tests.workers.engine.driving import generated
-from tests.workers.model.batches import logits_of
+from tests.workers.model.placed_models import logits_of
 from tests.workers.model.ties import BF16_TIE_ULPS, ulps_below_the_best
 from tests.workers.model.tiny_families import FAMILIES, save, tiny_config, tiny_model
 from tests.workers.placement.ranks import Ranks

@@ -20,16 +20,22 @@ def tensor(*runs: tuple[int, int, int], dtype: str = "uint8") -> OffloadedTensor
 
 
 def test_what_lies_together_in_a_file_is_one_read() -> None:
-    layout = slot_layout({"b": tensor((0, 5000, 3000)), "a": tensor((0, 100, 4900))})
+    layout = slot_layout({"b": tensor((0, 4992, 3008)), "a": tensor((0, 128, 4800))})
     [read] = layout.reads
-    assert (read.begin, read.num_bytes, read.offset, read.in_blocks) == (100, 7900, 100, True)
-    assert layout.offsets == {"a": 100, "b": 5000}
+    assert (read.begin, read.num_bytes, read.offset, read.in_blocks) == (128, 7872, 128, True)
+    assert layout.offsets == {"a": 128, "b": 4992}
     assert layout.num_bytes == 2 * BLOCK
 
 
+def test_what_lies_together_at_an_odd_place_is_one_read_still() -> None:
+    layout = slot_layout({"a": tensor((0, 105, 640)), "b": tensor((0, 745, 64))})
+    [read] = layout.reads
+    assert (read.begin, read.num_bytes, read.offset, read.in_blocks) == (105, 704, 0, False)
+
+
 def test_what_lies_apart_shares_no_block() -> None:
-    layout = slot_layout({"a": tensor((0, 100, 50)), "b": tensor((0, 100_100, 50))})
-    assert [read.offset for read in layout.reads] == [100, BLOCK + 100_100 % BLOCK]
+    layout = slot_layout({"a": tensor((0, 128, 50)), "b": tensor((0, 100_032, 50))})
+    assert [read.offset for read in layout.reads] == [128, BLOCK + 100_032 % BLOCK]
 
 
 def test_a_tensor_of_several_runs_is_in_one_piece() -> None:
@@ -41,9 +47,10 @@ def test_a_tensor_of_several_runs_is_in_one_piece() -> None:
     ]
 
 
-def test_numbers_lie_where_torch_takes_them() -> None:
-    odd = tensor((0, 101, 8), dtype="float32")
-    assert slot_layout({"a": odd}).offsets["a"] % 4 == 0
+def test_every_tensor_is_aligned_as_one_that_stays() -> None:
+    layout = slot_layout({"a": tensor((0, 101, 8), dtype="float32"), "b": tensor((0, 109, 99))})
+    assert [offset % 64 for offset in layout.offsets.values()] == [0, 0]
+    assert len(layout.reads) == 2
 
 
 def test_an_empty_tensor_is_not_read() -> None:
@@ -83,6 +90,7 @@ def test_the_reads_put_every_byte_in_place(
         runs = tensors[name].runs
         wanted = b"".join(FILES[r.file][r.begin : r.begin + r.num_bytes] for r in runs)
         assert view.contiguous().view(torch.uint8).numpy().tobytes() == wanted
+        assert layout.offsets[name] % 64 == 0
         extents.append((layout.offsets[name], layout.offsets[name] + len(wanted)))
     filled = sorted(extent for extent in extents if extent[0] < extent[1])
     assert all(before[1] <= after[0] for before, after in pairwise(filled))
