@@ -101,13 +101,12 @@ bool lives(int pid) {
 
 class Member {
  public:
-  Member(Header* header, int rank, bool spins)
+  Member(Header* header, int rank)
       : header_(header),
         lines_((Line*)(header + 1)),
         parts_((float*)((char*)header + parts_at(header->num_ranks))),
         num_ranks_(int(header->num_ranks)),
         rank_(rank),
-        spins_(spins),
         capacity_(header->capacity),
         round_(header->first),
         pid_(getpid()),
@@ -223,9 +222,8 @@ class Member {
   Outcome wait_for(int rank, int64_t deadline) {
     Line& line = lines_[rank];
     if (const uint32_t broken = header_->broken.load()) return {kBroken, broken - 1};
-    const uint64_t most = spins_ ? kSpinTicks : 0;
-    for (const uint64_t start = ticks(); ticks() - start < most; pause_thread())
-      if (has_come(line)) return {kDone, 0};
+    if (has_come(line)) return {kDone, 0};
+    if (spin(line)) return {kDone, 0};
     while (!has_come(line)) {
       // Whatever ended it, what it published before counts.
       const bool left = line.state.load() == kHasLeft;
@@ -240,6 +238,22 @@ class Member {
       sleep(line, line.round.load(), rest, [&] { return !has_come(line); });
     }
     return {kDone, 0};
+  }
+
+  // Whether the rank came while this one span. Where spins are in vain, since there are more ranks than
+  // processors or others use them, they become shorter, but for one now and then that finds out anew.
+  bool spin(const Line& line) {
+    const uint64_t shortest = kSpinTicks / 64, usual = spin_ticks_.load(std::memory_order_relaxed);
+    const bool finds_out = num_spins_.fetch_add(1, std::memory_order_relaxed) % 64 == 0;
+    const uint64_t most = finds_out ? kSpinTicks : usual;
+    for (const uint64_t start = ticks(); ticks() - start < most; pause_thread())
+      if (has_come(line)) {
+        spin_ticks_.store(std::min(2 * most, kSpinTicks), std::memory_order_relaxed);
+        return true;
+      }
+    if (!finds_out)
+      spin_ticks_.store(std::max(usual / 2, shortest), std::memory_order_relaxed);
+    return false;
   }
 
   // Until the line is woken, or a slice is over; not at all where `still` does not hold any more.
@@ -273,11 +287,12 @@ class Member {
   Line* const lines_;
   float* const parts_;
   const int num_ranks_, rank_;
-  const bool spins_;
   const int64_t capacity_;
   uint32_t round_;
   const int pid_;
   std::vector<int> pidfds_;
+  std::atomic<uint64_t> spin_ticks_{kSpinTicks};
+  std::atomic<uint32_t> num_spins_{0};
   std::atomic<uint64_t> failure_{0};  // result and rank
   const std::unique_ptr<float[]> aside_;
 };
@@ -318,9 +333,9 @@ void onecopy_group_form(void* memory, int64_t num_ranks, int64_t capacity, uint3
 }
 
 // Null with an error: EINVAL: no group of so many ranks, with such a rank, in this memory. EBUSY:
-// somebody has that place. ENOMEM. Who `spins` has a processor to itself, as its peers have.
+// somebody has that place. ENOMEM.
 void* onecopy_group_join(void* memory, int64_t num_bytes, int64_t rank, int64_t num_ranks,
-                         int32_t spins, int32_t* error) {
+                         int32_t* error) {
   Header* header = (Header*)memory;
   *error = EINVAL;
   if (num_bytes < int64_t(sizeof(Header)) || header->magic != kMagic) return nullptr;
@@ -332,7 +347,7 @@ void* onecopy_group_join(void* memory, int64_t num_bytes, int64_t rank, int64_t 
   Member* member = nullptr;
   try {
     *error = ENOMEM;
-    member = new Member(header, int(rank), spins);
+    member = new Member(header, int(rank));
   } catch (const std::bad_alloc&) {
     return nullptr;
   }

@@ -14,7 +14,6 @@ forked from it. It is the lease's, and is used as long as any rank is a member.
 import ctypes
 import errno
 import functools
-import os
 import sysconfig
 import threading
 import weakref
@@ -53,7 +52,7 @@ def load() -> Any:
         ("num_bytes", c_int64, [c_int64, c_int64]),
         ("in_use", c_int64, [c_void_p, c_int64]),
         ("form", None, [c_void_p, c_int64, c_int64, c_uint32]),
-        ("join", c_void_p, [c_void_p, *(c_int64,) * 3, c_int32, POINTER(c_int32)]),
+        ("join", c_void_p, [c_void_p, *(c_int64,) * 3, POINTER(c_int32)]),
         ("meet", None, [c_void_p, c_int64, POINTER(_Outcome)]),
         ("all_reduce", None, [c_void_p, c_void_p, c_int64, c_int64, POINTER(_Outcome)]),
         ("pid_of", c_int32, [c_void_p, c_int64]),
@@ -109,9 +108,8 @@ class AllReduce:
         self._memory = memory  # as long as the handle is there
         self._lock = threading.Lock()
         error = c_int32()
-        spins = num_ranks <= len(os.sched_getaffinity(0))
         handle = self._library.onecopy_group_join(
-            memory.data_ptr(), memory.nbytes, rank, num_ranks, spins, byref(error)
+            memory.data_ptr(), memory.nbytes, rank, num_ranks, byref(error)
         )
         if error.value == errno.EBUSY:
             raise GroupInUse(f"there is a rank {rank} already: each has one process")
