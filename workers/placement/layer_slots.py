@@ -98,14 +98,6 @@ class LayerSlots:
             self.waited_s += time.monotonic() - since
         self._jobs[slot] = None
 
-    def is_read(self, item: int) -> bool:
-        """Whether reading the layer has ended, well or not; not of one that is in no slot."""
-        slot = next((held.slot for held in self._ring.held if held.item == item), None)
-        if slot is None:
-            return False
-        job = self._jobs[slot]
-        return job is None or self._reader.done(job)
-
     def forget(self) -> None:
         """Keep nothing of what is in the slots, and end what is on its way."""
         self._ring.forget()

@@ -187,7 +187,8 @@ def test_what_was_read_ahead_in_vain_is_read_again(tmp_path: Path) -> None:
         reader.open(file)
         slots = LayerSlots(layouts, 2, area, reader)
         slots.use(0)
-        wait_until(lambda: slots.is_read(1) and slots.is_read(2), "what is read ahead")
+        ahead = [job for job in slots._jobs if job is not None]
+        wait_until(lambda: len(ahead) == 2 and all(map(reader.done, ahead)), "what is read ahead")
         file.write_bytes(content)
         for item in (1, 2, 3):
             assert slots.views(item, slots.use(item))["a"].unique().tolist() == [item]
