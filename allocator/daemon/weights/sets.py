@@ -284,8 +284,8 @@ class WeightSets(SetTable):
         changed."""
         effects: list[Effect] = []
         changed: list[str] = []
+        self.given_up(session)
         for weight_set in list(self._sets.values()):
-            weight_set.waiters = deque(w for w in weight_set.waiters if w.session != session)
             if weight_set.writer == session:
                 changed.append(weight_set.key)
                 effects += self._lose_writer(weight_set)

@@ -23,6 +23,7 @@ from allocator.messages import (
     GetShare,
     GetStatistics,
     Hello,
+    Open,
     Share,
     UnpinBlocks,
     encode,
@@ -282,6 +283,26 @@ def test_a_request_on_its_way_is_answered_though_all_connections_begin_anew(
             writer.do.fill(7)
             writer.do.seal()
             assert waiter.receive() == "reader"
+
+
+def test_who_waited_and_does_not_ask_again_is_not_elected(
+    lossy: DaemonProcess, runtime_dir: RuntimeDir
+) -> None:
+    """It has heard that its request may be lost: nobody knows whether it still wants anything."""
+    request = encode(Open(key="k", fingerprint={}, wait_ms=60_000))
+    with ClientProcess(runtime_dir) as writer, lossy.connect() as memory:
+        assert writer.do.open("k", {}) == "writer"
+        with (
+            contextlib.closing(RawSession(runtime_dir)) as waiter,
+            contextlib.closing(RawSession(runtime_dir)) as other,
+        ):
+            waiter.send(request)
+            waiter.await_reply(waiter.send(encode(GetShare()), other.token))  # by then it waits
+            begin_anew(lossy)
+            assert memory.statistics().weight_sets[0].state == "loading"
+            writer.do.abandon()
+            assert memory.statistics().weight_sets == ()
+            assert waiter.lifeline.take_loss()
 
 
 def test_what_is_lost_while_the_books_are_compared_is_asked_again(

@@ -1,5 +1,6 @@
 """Whatever a client sends, the worst it gets is a typed error, and others are served as before."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -19,6 +20,7 @@ from allocator.messages import (
     Elected,
     Extent,
     Failed,
+    GetShare,
     GetStatistics,
     Hello,
     Message,
@@ -32,7 +34,9 @@ from allocator.messages import (
     Reserved,
     Seal,
     Sealed,
+    Share,
     Statistics,
+    StillLoading,
     decode_lifeline,
     decode_reply,
     encode,
@@ -292,6 +296,31 @@ def test_thousands_of_waiters_are_answered_and_forgotten(raw: RawClient, good: C
         for _ in range(12):
             assert type(raw.receive()).__name__ == "StillLoading"
     assert good.statistics().weight_sets[0].state == "loading"
+
+
+@pytest.mark.parametrize("again", [Open(key="k", fingerprint={}, wait_ms=60_000), GetShare()])
+def test_who_asks_again_waits_no_longer_for_what_it_had_asked_before(
+    raw: RawClient, good: Client, daemon: DaemonProcess, again: Request
+) -> None:
+    """As a client does that has given up, or whose answer was lost: elected by that, it would be
+    waited for by all others, and itself."""
+    waiting = encode(Open(key="k", fingerprint={}, wait_ms=60_000))
+    with (
+        contextlib.closing(RawClient(daemon.runtime_dir)) as writer,
+        contextlib.closing(RawClient(daemon.runtime_dir)) as next_one,
+    ):
+        assert elected(writer)
+        raw.send(waiting)
+        raw.send(encode(again))
+        assert isinstance(raw.receive(), StillLoading)
+        if isinstance(again, GetShare):
+            assert isinstance(raw.receive(), Share)
+        next_one.send(waiting)
+        writer.lifeline.close()
+        if isinstance(again, Open):
+            assert isinstance(raw.receive(), Elected)
+            raw.lifeline.close()
+        assert isinstance(next_one.receive(), Elected)
 
 
 def test_a_hundred_clients_that_come_while_the_daemon_is_busy_all_get_in(
