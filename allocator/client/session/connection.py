@@ -216,7 +216,10 @@ class Connection:
         count = sum(handle.backend == _EXPORTING for handle, _ in mappable(reply))
         descriptors: list[int] = []
         if count:
-            descriptors = self._lifeline.descriptors(request_id, count, patience_s)
+            try:
+                descriptors = self._lifeline.descriptors(request_id, count, patience_s)
+            except Unanswered as error:  # the reply came, but nothing can be mapped by it
+                raise _Lost(str(error)) from error
         self._is_behind = self._num_missed > missed
         self._ledger.enter(message, reply)
         return reply, descriptors
