@@ -80,7 +80,7 @@ test test-fast test-gpu: export OMP_WAIT_POLICY = PASSIVE
 test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
-test-fast: setup ## the quick tests of all rooms, for while one works (ARGS="..." goes to pytest)
+test-fast: setup ## the quick tests of all packages, for while one works (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)

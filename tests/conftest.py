@@ -1,4 +1,4 @@
-"""Fixtures for all rooms: a private runtime directory, a real allocator, a check for leaks."""
+"""Fixtures for all packages: a private runtime directory, a real allocator, a check for leaks."""
 
 import gc
 import importlib

@@ -17,7 +17,7 @@ from allocator.backends import Backend, for_handle
 from allocator.books import Books, SessionId
 from allocator.daemon.device.budget import DeviceMemory, Holder
 from allocator.daemon.journal.records import KeptDevice, SetKept
-from allocator.daemon.weights.state import Copy, WeightSet
+from allocator.daemon.weights.weight_set import Copy, WeightSet
 from allocator.digests import differing, digest
 from allocator.errors import AllocatorError
 from allocator.messages import Extent, Handle, Tier, decode_manifest

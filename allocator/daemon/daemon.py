@@ -35,10 +35,10 @@ from allocator.daemon.journal.records import (
     SessionEnded,
     boot_id,
 )
-from allocator.daemon.journal.state import StateJournal
+from allocator.daemon.journal.state_journal import StateJournal
 from allocator.daemon.own_segments import OwnSegments
 from allocator.daemon.settings import DaemonSettings
-from allocator.daemon.weights.state import ReplyTo, WeightSet
+from allocator.daemon.weights.weight_set import ReplyTo, WeightSet
 from allocator.errors import (
     AllocatorBusy,
     AllocatorError,

@@ -36,8 +36,8 @@ from allocator.errors import (
 )
 from allocator.lifeline import Lifeline
 from allocator.messages import Hello, Welcome
-from allocator.processes.state import ProcessState
-from allocator.requests import REQUESTS, mappable
+from allocator.processes.process_state import ProcessState
+from allocator.requests import REPEATABLE, mappable
 from allocator.runtime_dir import RuntimeDir
 
 log = logging.getLogger("onecopy.allocator")
@@ -150,7 +150,7 @@ class Connection:
                     reply, descriptors = self._exchange(message, frame, patience_s)
                     break
                 except _Lost:
-                    if not REQUESTS[type(message)].repeatable or time.monotonic() > deadline:
+                    if type(message) not in REPEATABLE or time.monotonic() > deadline:
                         raise
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)

@@ -23,7 +23,7 @@ from allocator.daemon.device.pool_requests import PoolRequests
 from allocator.daemon.device.set_requests import SetRequests
 from allocator.daemon.device.tier_requests import TierRequests, found_image
 from allocator.daemon.journal.records import QuotaKept, Record
-from allocator.daemon.weights.state import Answer, ReplyTo, WeightSet
+from allocator.daemon.weights.weight_set import Answer, ReplyTo, WeightSet
 from allocator.errors import OutOfDeviceMemory
 from allocator.messages import (
     Abandon,

@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from allocator.books import Books, Change, LeasesSealed, PinsChanged, SessionId
-from allocator.daemon.weights.state import Copy
+from allocator.daemon.weights.weight_set import Copy
 from allocator.messages import Extent, Handle, Message, Tier
 
 log = logging.getLogger("onecopy.allocator")

@@ -21,7 +21,8 @@ from typing import Final, Literal
 import msgspec
 
 from allocator.books import SessionId
-from allocator.daemon.weights.state import (
+from allocator.daemon.weights.table import SetTable
+from allocator.daemon.weights.weight_set import (
     TIERS,
     Answer,
     Copy,
@@ -29,7 +30,6 @@ from allocator.daemon.weights.state import (
     Free,
     WeightSet,
 )
-from allocator.daemon.weights.table import SetTable
 from allocator.errors import (
     FingerprintMismatch,
     InvalidMessage,

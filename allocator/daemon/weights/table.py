@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from allocator.books import SessionId
-from allocator.daemon.weights.state import Waiter, WeightSet
+from allocator.daemon.weights.weight_set import Waiter, WeightSet
 from allocator.errors import StaleGeneration, UnknownWeightSet
 from allocator.messages import Handle, Tier
 

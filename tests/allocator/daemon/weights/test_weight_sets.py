@@ -20,7 +20,7 @@ from allocator import (
     WeightSetBusy,
 )
 from allocator.daemon.weights.sets import WeightSets
-from allocator.daemon.weights.state import Answer, Discard, Effect, Free, ReplyTo, Waiter
+from allocator.daemon.weights.weight_set import Answer, Discard, Effect, Free, ReplyTo, Waiter
 from allocator.messages import (
     Elected,
     Extent,
