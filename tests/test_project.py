@@ -123,6 +123,7 @@ def deployed_commands() -> Iterator[list[str]]:
         yield service["command"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", list(deployed_commands()), ids=" ".join)
 def test_deployed_commands_exist(words: list[str]) -> None:
     module, function = PROJECT["scripts"]["onecopy"].split(":")

@@ -73,6 +73,7 @@ def test_circles_are_told_from_diamonds() -> None:
     assert circles({"a": "b", "b": "c", "c": "a", "d": "a"}) == [["a", "b", "c"]]
 
 
+@pytest.mark.slow
 def test_the_project_has_no_circle_and_nothing_for_tests_alone() -> None:
     run = subprocess.run(
         [sys.executable, ROOT / "tests/structure.py", "--json"],

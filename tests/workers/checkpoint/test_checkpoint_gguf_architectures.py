@@ -150,7 +150,13 @@ def read(path: Path) -> Any:
     return build_model(config, Resident(read_whole(checkpoint)), torch.float32)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if number % 8 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        for number, name in enumerate(MODELS)
+    ],
+)
 def test_tokens_are_those_of_the_model_it_was_made_of(name: str, tmp_path: Path) -> None:
     family, changes = MODELS[name]
     reference = tiny_model(family, **changes)

@@ -119,6 +119,7 @@ def test_any_text_matches_its_regular_expression(
     assert re.fullmatch(regex, text, re.ASCII)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1 << 30))
 def test_any_json_matches_its_schema(
@@ -135,6 +136,7 @@ def test_any_json_matches_its_schema(
     assert value.keys() <= SCHEMA["properties"].keys()
 
 
+@pytest.mark.slow
 def test_objects_choices_and_grammars(sampler: Sampler, tokenizer: tuple[Tokenizer, Path]) -> None:
     choices = ['yes "and" no', "ab", "abc", "tab\tlet", "é"]
     met = set()

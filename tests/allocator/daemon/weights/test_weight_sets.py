@@ -867,4 +867,4 @@ class Lives(RuleBasedStateMachine):
 Lives.TestCase.settings = settings(
     max_examples=150, stateful_step_count=50, deadline=None, derandomize=True
 )
-test_lives = Lives.TestCase
+test_lives = pytest.mark.slow(Lives.TestCase)
