@@ -14,7 +14,7 @@ import pytest
 from allocator import AbandonedRun, Room, RuntimeDir, WeightSetWriter
 from allocator.backends.runs import RunOwner
 from server.console.checks import checks_line
-from server.machine import checks, doctor, package_checks
+from server.machine import checks, device_checks, doctor, package_checks
 from server.machine.checks import Check
 from tests.daemon_process import DaemonProcess
 
@@ -403,7 +403,7 @@ def test_a_directory_that_can_be_made(tmp_path: Path) -> None:
 def test_nvidia(
     version: str | None, usable: dict[str, bool], failure: str | None, status: str, words: str
 ) -> None:
-    seen(checks.nvidia(version, usable, failure), status, words)
+    seen(device_checks.nvidia(version, usable, failure), status, words)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_nvidia(
     ],
 )
 def test_gpu(mode: str, status: str, words: str) -> None:
-    seen(checks.gpu("GPU-1", "Some GPU", 70_000_000_000, mode), status, words)
+    seen(device_checks.gpu("GPU-1", "Some GPU", 70_000_000_000, mode), status, words)
 
 
 def test_cpu() -> None:
@@ -429,23 +429,29 @@ def test_cpu() -> None:
     graviton = "processor\t: 0\nFeatures\t: fp asimd sve asimdhp i8mm bf16\nCPU part\t: 0xd40\n"
     old = "model name\t: Pentium\nflags\t\t: fpu sse2\n"
     platinum = "Intel(R) Xeon(R) Platinum 8481C: amx_bf16, avx512_bf16, avx2"
-    assert checks.cpu(sapphire).seen == platinum
-    assert checks.cpu(graviton).seen == "sve, bf16, i8mm"
-    assert checks.cpu(old).seen == "Pentium: no amx_bf16, avx512_bf16, avx2"
+    assert device_checks.cpu(sapphire).seen == platinum
+    assert device_checks.cpu(graviton).seen == "sve, bf16, i8mm"
+    assert device_checks.cpu(old).seen == "Pentium: no amx_bf16, avx512_bf16, avx2"
     amd = old.replace("sse2", "avx2 avx512_bf16")
-    assert checks.cpu(amd).seen == "Pentium: avx512_bf16, avx2; no amx_bf16"
-    seen(checks.cpu(amd), "info")
-    seen(checks.cpu(None), "info", "can't be read")
+    assert device_checks.cpu(amd).seen == "Pentium: avx512_bf16, avx2; no amx_bf16"
+    seen(device_checks.cpu(amd), "info")
+    seen(device_checks.cpu(None), "info", "can't be read")
 
 
 def test_cpu_kernels() -> None:
-    seen(checks.cpu_kernels({"avx2": "", "portable": ""}), "info")
+    seen(device_checks.cpu_kernels({"avx2": "", "portable": ""}), "info")
     assert (
-        checks.cpu_kernels({"avx2": "", "portable": ""}).seen == "avx2; portable by --cpu-kernels"
+        device_checks.cpu_kernels({"avx2": "", "portable": ""}).seen
+        == "avx2; portable by --cpu-kernels"
     )
-    withheld = checks.cpu_kernels({"amx": "the kernel does not grant it", "avx2": ""})
+    withheld = device_checks.cpu_kernels({"amx": "the kernel does not grant it", "avx2": ""})
     assert withheld.seen == "avx2; not amx: the kernel does not grant it"
-    seen(checks.cpu_kernels({"portable": "not compiled"}), "warning", "none", "apt install g++")
+    seen(
+        device_checks.cpu_kernels({"portable": "not compiled"}),
+        "warning",
+        "none",
+        "apt install g++",
+    )
 
 
 # --- what it adds up to
