@@ -17,6 +17,7 @@ from server.console.checks import checks_line
 from server.machine import checks, device_checks, doctor, package_checks
 from server.machine.checks import Check
 from tests.daemon_process import DaemonProcess
+from tests.system.running_server import Outcome, onecopy_here
 
 pytestmark = pytest.mark.slow
 
@@ -471,8 +472,9 @@ def test_the_summary() -> None:
 # --- the command, on this machine
 
 
-def run_doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def run_doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> Outcome:
+    """In a process of its own, which `prefix` may change."""
+    ended = subprocess.run(
         [*prefix, sys.executable, "-m", "server.cli", "doctor", *arguments],
         cwd=ROOT,
         capture_output=True,
@@ -480,17 +482,26 @@ def run_doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Comp
         check=False,
         timeout=600,
     )
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
-def report(*arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, dict[str, dict[str, Any]]]:
+def reported(ended: Outcome) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit status, and name → check of the one JSON document on stdout."""
-    ended = run_doctor("--json", *arguments, prefix=prefix)
     assert ended.stderr == ""
     document = json.loads(ended.stdout)
-    assert ended.returncode == (1 if document["status"] == "problem" else 0)
+    assert ended.status == (1 if document["status"] == "problem" else 0)
     found = {check["name"]: check for check in document["checks"]}
     assert len(found) == len(document["checks"])
-    return ended.returncode, found
+    return ended.status, found
+
+
+def report(*arguments: str, prefix: tuple[str, ...]) -> tuple[int, dict[str, dict[str, Any]]]:
+    return reported(run_doctor("--json", *arguments, prefix=prefix))
+
+
+def report_here(directory: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The same where nothing but the directory matters: in this process, a second sooner."""
+    return reported(onecopy_here("doctor", "--json", "--runtime-dir", str(directory)))
 
 
 def put(root: Path, files: dict[str, str]) -> None:
@@ -501,7 +512,7 @@ def put(root: Path, files: dict[str, str]) -> None:
 
 
 def test_the_command(runtime_dir: RuntimeDir) -> None:
-    status, found = report("--runtime-dir", str(runtime_dir.path))
+    status, found = report("--runtime-dir", str(runtime_dir.path), prefix=())
     # What the tests themselves need is there.
     for name in ("kernel", "python", "torch", "other packages", "smaps", "runtime directory"):
         assert found[name]["status"] == "ok", found[name]
@@ -509,14 +520,14 @@ def test_the_command(runtime_dir: RuntimeDir) -> None:
     assert (found["allocator"]["seen"], found["segments"]["seen"]) == ("none runs", "none")
     assert list(runtime_dir.path.iterdir()) == []
     table = run_doctor("--runtime-dir", str(runtime_dir.path))
-    assert table.returncode == status
+    assert table.status == status
     assert table.stdout.startswith("CHECK ")
     assert all(f"\n{name} " in table.stdout for name in found)
 
 
 def test_a_directory_that_is_not_there_yet(runtime_dir: RuntimeDir) -> None:
     missing = runtime_dir.path / "one" / "two"
-    _, found = report("--runtime-dir", str(missing))
+    _, found = report_here(missing)
     seen(Check(**found["runtime directory"]), "ok", str(missing), "made when onecopy starts")
     assert not missing.parent.exists()
 
@@ -566,13 +577,13 @@ def test_a_bad_runtime_dir(runtime_dir: RuntimeDir, fault: str) -> None:
             (path / "server.lock").mkdir(parents=True, mode=0o700)
             path.chmod(0o700)
             words = "server.lock is no file"
-    status, found = report("--runtime-dir", str(path))
+    status, found = report_here(path)
     assert status == 1
     seen(Check(**found["runtime directory"]), "problem", str(path), words)
     assert "allocator" not in found
     if fault == "open":
-        table = run_doctor("--runtime-dir", str(path))
-        assert table.returncode == 1
+        table = onecopy_here("doctor", "--runtime-dir", str(path))
+        assert table.status == 1
         assert "runtime directory  problem  " in table.stdout
         assert words in table.stdout
     for entry in runtime_dir.path.glob("bad/*"):
@@ -586,22 +597,21 @@ def test_a_bad_runtime_dir(runtime_dir: RuntimeDir, fault: str) -> None:
 def test_an_allocator_that_runs_is_killed_and_runs_again(
     runtime_dir: RuntimeDir, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
-    arguments = ("--runtime-dir", str(runtime_dir.path))
     daemon = start_daemon()
     with daemon.connect() as memory:
         # Not entered: once the daemon is gone, it can't even give up what it writes.
         writer = memory.open_weight_set("doctor", {})
         assert isinstance(writer, WeightSetWriter)
         writer.reserve(3 << 20)[:] = bytes(3 << 20)
-        _, found = report(*arguments)
+        _, found = report_here(runtime_dir.path)
         assert found["allocator"]["seen"] == f"runs, pid {daemon.pid}"
         seen(Check(**found["segments"]), "ok", "1, 3.1 MB, of the allocator")
         daemon.kill()
-    _, found = report(*arguments)  # its lock file is still there
+    _, found = report_here(runtime_dir.path)  # its lock file is still there
     assert found["allocator"]["seen"] == "none runs"
     seen(Check(**found["segments"]), "warning", "1, 3.1 MB", "start onecopy once")
     start_daemon()
-    _, found = report(*arguments)
+    _, found = report_here(runtime_dir.path)
     seen(Check(**found["segments"]), "ok")
 
 
