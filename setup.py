@@ -1,4 +1,5 @@
-"""The native kernels, compiled once for each instruction set; all else is in pyproject.toml.
+"""The native kernels, compiled once for each instruction set, and the reader of files; all else is
+in pyproject.toml.
 
 They are loaded through ctypes, not imported: which set a machine can run is decided there
 (workers/model/native/library.py). Without a compiler they are left out: `onecopy doctor` says so,
@@ -45,6 +46,18 @@ def kernels() -> list[Extension]:
     ]
 
 
+def reader() -> Extension:
+    """What fills memory from files (workers/placement/native_reading.py)."""
+    return Extension(
+        "workers.placement._reader",
+        [str(Path("workers", "placement", "reader.cpp"))],
+        language="c++",
+        extra_compile_args=["-O2", "-g0", "-std=c++17", "-pthread"],
+        extra_link_args=["-pthread"],
+        optional=True,
+    )
+
+
 class Build(build_ext):
     """Several at a time, each in a folder of its own, for they have one source."""
 
@@ -59,4 +72,4 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=kernels(), cmdclass={"build_ext": Build})
+    setup(ext_modules=[*kernels(), reader()], cmdclass={"build_ext": Build})

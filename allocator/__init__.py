@@ -17,7 +17,7 @@ from allocator.client.client import Client, connect
 from allocator.client.pool import Block, Lease
 from allocator.client.weights.weight_set import WeightSetReader, WeightSetWriter
 from allocator.daemon.leftovers import Role, remove_leftovers
-from allocator.daemon.settings import OPTIONS, option_arguments, parse_bytes
+from allocator.daemon.settings import OPTIONS, cache_folder, option_arguments, parse_bytes
 from allocator.digests import Digest
 from allocator.errors import (
     AllocatorBusy,
@@ -92,6 +92,7 @@ __all__ = [
     "WeightSetWriter",
     "abandoned_runs",
     "address_space_failure",
+    "cache_folder",
     "check_limits",
     "connect",
     "device_fault",

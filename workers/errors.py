@@ -3,6 +3,7 @@
 Invariant: a message names what to change.
 """
 
+from pathlib import Path
 from typing import ClassVar, Final
 
 _MAX_LENGTH: Final = 4096
@@ -61,6 +62,37 @@ class DeviceLost(BaseException):
     """Every call of this process to its device fails from now on: the instance must end, so that
     its requests go on in another. No `Exception`, since whoever keeps an error over one request
     from ending the instance must let this one pass."""
+
+
+class ReadFailed(WorkerError):
+    """Bytes of a file could not be brought into memory."""
+
+    code = "read_failed"
+
+    def __init__(self, message: str, errno: int, path: Path, begin: int) -> None:
+        """`errno` is 0 where the file ends before the byte `begin`."""
+        super().__init__(message)
+        self.errno: Final = errno
+        self.path: Final = path
+        self.begin: Final = begin
+
+
+class ReadCancelled(WorkerError):
+    """Somebody gave up the bytes that were waited for."""
+
+    code = "read_cancelled"
+
+
+class ReadTimedOut(WorkerError):
+    """Bytes of a file are not in memory yet."""
+
+    code = "read_timed_out"
+
+
+class ReaderClosed(WorkerError):
+    """Whoever read files has been closed, or is another process's."""
+
+    code = "reader_closed"
 
 
 class OutOfKVMemory(WorkerError):

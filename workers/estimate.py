@@ -30,16 +30,19 @@ import torch
 
 from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
 from workers.checkpoint.formats.checkpoint import SourceTensor
+from workers.checkpoint.offloaded import KEY as OFFLOADED
 from workers.checkpoint.plan import make_plan
 from workers.config.encoder_settings import task_of
 from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
 from workers.kv.layout import KVLayer, KVLayout
-from workers.messages import Estimate, RankEstimate
+from workers.messages import Estimate, OffloadEstimate, RankEstimate
 from workers.model.attention import DEFAULT_WORKSPACE_BYTES
 from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
+from workers.placement.choice import Proposal, propose
+from workers.placement.forecast import memory_bytes_per_s, read_bytes_per_s
 from workers.placement.resident import Resident
-from workers.settings import EngineSettings
+from workers.settings import EngineSettings, checked
 from workers.weight_format import float_dtype
 
 Part = Literal["column", "row", "replicated"]
@@ -81,6 +84,9 @@ def main() -> int:
         "--max-num-batched-tokens", type=int, default=EngineSettings().max_num_batched_tokens
     )
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--offload", default=EngineSettings().offload)
+    parser.add_argument("--offload-depth", type=int, default=EngineSettings().offload_depth)
+    parser.add_argument("--device-memory", type=int)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     try:
@@ -89,6 +95,13 @@ def main() -> int:
             max_model_len=arguments.max_model_len,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
             tensor_parallel_size=arguments.tensor_parallel_size,
+            settings=checked(
+                {
+                    "offload": arguments.offload,
+                    "offload_depth": arguments.offload_depth,
+                    "device_memory": arguments.device_memory,
+                }
+            ),
         )
     except WorkerError as error:
         return _failed(str(error))
@@ -105,8 +118,10 @@ def estimate(
     max_model_len: int | None = None,
     max_num_batched_tokens: int = EngineSettings().max_num_batched_tokens,
     tensor_parallel_size: int = 1,
+    settings: EngineSettings = EngineSettings(),  # noqa: B008 - frozen
 ) -> Estimate:
-    """All figures of `checkpoint`; lengths in tokens, None being the model's own.
+    """All figures of `checkpoint`; lengths in tokens, None being the model's own. Of the `settings`
+    those that say which layers are offloaded.
 
     Raises CheckpointError as loading it would, and InvalidSetting where the model is shorter than
     `max_model_len` or can't be split into `tensor_parallel_size` equal parts.
@@ -127,14 +142,21 @@ def estimate(
             f"--max-model-len is {max_model_len}, but this model was made for {limit} tokens"
         )
     layout = model.geometry.kv_layout
+    proposal = propose(checkpoint, settings)
+    if proposal is not None:
+        gone = proposal.layers.names
+        tensors = [one for one in tensors if one.name not in gone]
+        metadata = {**metadata, OFFLOADED: proposal.layers.encoded()}
     rank = None
     if tensor_parallel_size > 1:
+        if proposal is not None:
+            raise InvalidSetting("--offload and --tensor-parallel-size don't go together yet")
         rank = _rank(model, tensors, metadata, max_model_len, tensor_parallel_size)
     return Estimate(
         architecture=model.geometry.architecture,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(one.numel() for one in model.module.parameters()),
-        num_tensors=len(tensors),
+        num_tensors=len(shapes),
         max_model_len=max_model_len,
         segment_bytes=make_plan(tensors, metadata).segment_bytes,
         kv_bytes_per_token=layout.bytes_per_token,
@@ -144,6 +166,21 @@ def estimate(
         ),
         logits_bytes_per_sequence=model.geometry.vocab_size * (dtype.itemsize + 16),
         rank=rank,
+        offload=None if proposal is None else _offload(checkpoint, proposal),
+    )
+
+
+def _offload(checkpoint: Checkpoint, proposal: Proposal) -> OffloadEstimate:
+    files = {run.file for one in checkpoint.tensors() for run in checkpoint.stored_runs(one.name)}
+    if not files and checkpoint.path.is_file():  # converted, from there to a file beside it
+        files = {checkpoint.path}
+    return OffloadEstimate(
+        num_layers=proposal.num_layers,
+        num_offloaded=len(proposal.layers.layers),
+        slots_bytes=proposal.slots_bytes,
+        pass_bytes=proposal.pass_bytes,
+        read_bytes_per_s=read_bytes_per_s(sorted(files)) if files else 0,
+        memory_bytes_per_s=memory_bytes_per_s(),
     )
 
 

@@ -326,13 +326,27 @@ class RankEstimate(Message, frozen=True):
     kv_bytes_per_sequence: Count
 
 
+class OffloadEstimate(Message, frozen=True):
+    """Which layers are not in memory, in bytes: what their slots take of each instance, and what is
+    read in each pass. Bytes a second that this machine reads of the files and of its memory; 0 is
+    not known."""
+
+    num_layers: Count
+    num_offloaded: Count
+    slots_bytes: Count
+    pass_bytes: Count
+    read_bytes_per_s: Count
+    memory_bytes_per_s: Count
+
+
 class Estimate(Message, frozen=True):
     """What a model will take, from its headers alone, in bytes.
 
     `max_model_len` is the length that was asked for, or the model's own, and that of a full
     sequence. `prefill_bytes` is what a step of as many prompt tokens as the budget allows keeps for
     itself while it runs, `logits_bytes_per_sequence` what each sequence adds to a step that chooses
-    tokens. `rank` is there where more than one rank was asked for."""
+    tokens. `rank` is there where more than one rank was asked for, `offload` where layers are
+    offloaded: `segment_bytes` is what stays then."""
 
     architecture: Bounded
     dtype: Bounded
@@ -345,6 +359,7 @@ class Estimate(Message, frozen=True):
     prefill_bytes: Count
     logits_bytes_per_sequence: Count
     rank: RankEstimate | None
+    offload: OffloadEstimate | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()

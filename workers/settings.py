@@ -98,6 +98,32 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             description="Where the weights are: host, cuda:N or cuda:GPU-UUID.",
         ),
     ] = "host"
+    offload: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|none|all|[0-9]{1,5})$",
+            extra={"is": "auto, none, all or a number of layers"},
+            description="Layers that are read from the checkpoint's files when they are computed, "
+            "instead of staying in memory: none, all, a number of them, or auto, as few as "
+            "--device-memory allows.",
+        ),
+    ] = "auto"
+    offload_depth: Annotated[
+        int,
+        Meta(ge=1, le=64, description="Offloaded layers that are read ahead of the present one."),
+    ] = 1
+    device_memory: (
+        Annotated[
+            int,
+            Meta(
+                ge=1 << 20,
+                le=1 << 62,
+                description="What the weights may take of the device, those on their way included, "
+                "as 2GiB. Default: what they need.",
+            ),
+        ]
+        | None
+    ) = None
     map_files: Annotated[
         bool,
         Meta(
@@ -130,4 +156,13 @@ def checked(given: Mapping[str, object]) -> EngineSettings:
         kind = get_type_hints(EngineSettings)[name]
         if get_origin(kind) is Literal:
             what = f"it is one of {', '.join(get_args(kind))}"
+        elif said := _said_of(name):
+            what = f"it is {said}"
         raise InvalidSetting(f"{option(name)} is {given[name]!r}: {what}") from error
+
+
+def _said_of(name: str) -> str | None:
+    """What a setting is, where its type does not say it to a person."""
+    hint = get_type_hints(EngineSettings, include_extras=True)[name]
+    metas = (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Meta))
+    return next((one.extra["is"] for one in metas if one.extra), None)

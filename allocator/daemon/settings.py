@@ -16,17 +16,21 @@ _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS: Final = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def default_image_folder() -> Path:
-    """`$ONECOPY_IMAGE_DIR`, else below `$ONECOPY_CACHE_DIR`, systemd's `$CACHE_DIRECTORY`,
-    `$XDG_CACHE_HOME` or ~/.cache."""
-    if named := os.environ.get("ONECOPY_IMAGE_DIR"):
-        return Path(named)
+def cache_folder() -> Path:
+    """`$ONECOPY_CACHE_DIR`, systemd's `$CACHE_DIRECTORY`, or below `$XDG_CACHE_HOME` or
+    ~/.cache."""
     if ours := os.environ.get("ONECOPY_CACHE_DIR"):
-        return Path(ours) / "images"
+        return Path(ours)
     if given := os.environ.get("CACHE_DIRECTORY"):
-        return Path(given.split(":")[0]) / "images"
+        return Path(given.split(":")[0])
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "onecopy" / "images"
+    return Path(cache) / "onecopy"
+
+
+def default_image_folder() -> Path:
+    """`$ONECOPY_IMAGE_DIR`, else in the folder for caches."""
+    named = os.environ.get("ONECOPY_IMAGE_DIR")
+    return Path(named) if named else cache_folder() / "images"
 
 
 @dataclass(frozen=True)

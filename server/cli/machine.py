@@ -18,7 +18,10 @@ from server.models.source import find_model
 from server.units import size_text
 
 
-@takes_settings("num_instances", "max_model_len", "max_num_seqs", "dtype")
+@takes_settings(
+    *("num_instances", "max_model_len", "max_num_seqs", "dtype"),
+    *("device_memory", "offload", "offload_depth"),
+)
 def plan(
     model: Annotated[
         str,

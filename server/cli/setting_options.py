@@ -29,7 +29,7 @@ _NAMES: Final = {
     "hang_timeout_s": "--hang-timeout",
 }
 """Of those that are not called as their fields are."""
-_SIZES: Final = ("memory_limit", "attention_workspace")
+_SIZES: Final = ("memory_limit", "attention_workspace", "device_memory")
 _VARIABLES: Final = {"cpu_kernels": KERNELS_VARIABLE}
 _WHAT: Final = {"allowed_hosts": "NAME"}
 

@@ -32,6 +32,7 @@ def plan_table(plan: Plan) -> Table:
     sequences = _count(plan.load.num_instances * plan.load.max_num_seqs, "sequence")
     pairs: dict[str, list[tuple[int, int]]] = {
         "weights, held once": [(one.weights_bytes,) * 2 for _, one in devices],
+        "slots for offloaded layers": [(one.slots_bytes,) * 2 for _, one in devices],
         f"KV cache, {sequences}": [(0, one.kv_bytes_at_full_load) for _, one in devices],
         "private memory, about": [
             (one.private_bytes_at_start, one.private_bytes_at_full_load) for _, one in devices
@@ -41,6 +42,8 @@ def plan_table(plan: Plan) -> Table:
         ],
     }
     for label, sizes in pairs.items():
+        if label.startswith("slots") and plan.offload is None:
+            continue
         cells = [size_text(size) for pair in sizes for size in pair]
         table.add_row(label, *cells, style="bold" if label == "together" else "")
     return table
@@ -56,7 +59,7 @@ def plan_lines(plan: Plan) -> str:
     )
     if not device.kv_bytes_per_token:
         cache = "It embeds texts, and keeps nothing of them between its steps."
-    lines = ["", cache]
+    lines = ["", cache, *_offload_lines(plan)]
     if plan.split is None:
         return "\n".join(lines + _room_lines(load, device, plan.room))
     lines += [
@@ -76,13 +79,34 @@ def plan_lines(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _offload_lines(plan: Plan) -> list[str]:
+    """Which layers go, and what that costs."""
+    offload, weights = plan.offload, plan.device.weights_bytes
+    if offload is None:
+        return []
+    lines = [
+        f"{offload.num_offloaded} of {offload.num_layers} layers are offloaded: a pass reads "
+        f"{size_text(offload.pass_bytes)} of them."
+    ]
+    if offload.read_s:
+        speed = f"{size_text(offload.read_bytes_per_s)}/s, as measured here"
+        compute = offload.compute_s(weights)
+        lines.append(
+            f"Reading takes {offload.read_s:.2g} s of each pass ({speed}), computing one token "
+            f"{compute:.2g} s or more: at most {offload.hidden(weights):.0%} of reading can be "
+            "hidden, and more where a pass computes more: several requests at once, or a prompt."
+        )
+    return lines
+
+
 def _room_lines(load: Load, device: DevicePlan, room: Room) -> list[str]:
     """Whether it fits, and what would."""
     if device.weights_bytes > room.shared_memory_bytes:
         return [
             f"Does not fit: the weights need {size_text(device.weights_bytes)} of shared memory, "
             f"{size_text(room.shared_memory_bytes)} may be used. Raise --memory-limit or --memory "
-            "where you gave it, else enlarge /dev/shm (`onecopy doctor` says how)."
+            "where you gave it, else enlarge /dev/shm (`onecopy doctor` says how). Or leave "
+            "layers on disk: `--device-memory BYTES` says what the weights may take."
         ]
     left = room.memory_bytes - room.other_processes_bytes
     there = (

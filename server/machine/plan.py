@@ -32,7 +32,7 @@ from allocator import (
 from server.models.source import ModelSource
 from server.settings import MAX_INSTANCES
 from workers import MAX_NUM_SEQS, EngineSettings
-from workers.messages import Estimate, decode_estimate
+from workers.messages import Estimate, OffloadEstimate, decode_estimate
 
 LOADING_PRIVATE_BYTES: Final = 33_000_000
 ATTACHED_PRIVATE_BYTES: Final = 26_200_000
@@ -70,6 +70,8 @@ class DevicePlan(BaseModel, frozen=True):
     instances at their full length, and each process in its largest step."""
 
     weights_bytes: int
+    slots_bytes: int
+    """For layers that are offloaded, of all instances."""
     kv_bytes_per_token: int
     kv_bytes_per_sequence: int
     kv_bytes_at_full_load: int
@@ -104,6 +106,34 @@ class Room(BaseModel, frozen=True):
     """Of all sequences of as many instances together; 0 for a model that keeps none."""
 
 
+class Offload(BaseModel, frozen=True):
+    """Layers that are read when they are needed. Bytes a second of this machine; 0: not known."""
+
+    num_layers: int
+    num_offloaded: int
+    slots_bytes: int
+    """Of each instance."""
+    pass_bytes: int
+    """Read in each pass."""
+    read_bytes_per_s: int
+    memory_bytes_per_s: int
+
+    @property
+    def read_s(self) -> float:
+        """A pass reads for so long."""
+        return self.pass_bytes / self.read_bytes_per_s if self.read_bytes_per_s else 0.0
+
+    def compute_s(self, weights_bytes: int) -> float:
+        """A pass for one token computes for at least as long: all weights are read once, those that
+        are `weights_bytes` and those in slots."""
+        return (weights_bytes + self.pass_bytes) / self.memory_bytes_per_s
+
+    def hidden(self, weights_bytes: int) -> float:
+        """What part of reading can be hidden behind computing one token, at most:
+        min(compute, transfer) / transfer."""
+        return min(1.0, self.compute_s(weights_bytes) / self.read_s) if self.read_s else 1.0
+
+
 class Split(BaseModel, frozen=True):
     """The tensors' bytes, by what tensor parallelism does with them; padding and manifest aside."""
 
@@ -134,6 +164,7 @@ class Plan(BaseModel, frozen=True):
     """Each device, where every rank has its own."""
     rank_room: Room | None = None
     """Only for a machine that was given: this one is a single device."""
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True)
@@ -156,10 +187,16 @@ class _Device:
     """Of each instance, on this device."""
     prefill_bytes: int
     logits_bytes_per_sequence: int
+    slots_bytes: int = 0
+    """Of each instance."""
+
+    def held(self, num_instances: int) -> int:
+        """Shared memory that is held whatever the load."""
+        return self.weights_bytes + num_instances * self.slots_bytes
 
     def at_start(self, num_instances: int) -> int:
         """Bytes when all are ready and idle."""
-        return self.weights_bytes + self.private_at_start(num_instances)
+        return self.held(num_instances) + self.private_at_start(num_instances)
 
     def at_full_load(self, num_instances: int, max_num_seqs: int) -> int:
         """Bytes at most."""
@@ -186,6 +223,7 @@ class _Device:
         private = self.private_at_start(instances)
         return DevicePlan(
             weights_bytes=self.weights_bytes,
+            slots_bytes=instances * self.slots_bytes,
             kv_bytes_per_token=self.kv_bytes_per_token,
             kv_bytes_per_sequence=self.kv_bytes_per_sequence,
             kv_bytes_at_full_load=instances * sequences * self.kv_bytes_per_sequence,
@@ -199,19 +237,20 @@ class _Device:
         """What of it `machine` could hold."""
         instances, sequences = load.num_instances, load.max_num_seqs
         left = machine.memory_bytes - OTHER_PROCESSES_BYTES
-        weights_fit = self.weights_bytes <= min(machine.shared_memory_bytes, left)
+        weights_fit = self.held(1) <= min(machine.shared_memory_bytes, left)
 
         def starts(count: int) -> bool:
-            return weights_fit and self.at_start(count) <= left
+            shared = self.held(count) <= machine.shared_memory_bytes
+            return weights_fit and shared and self.at_start(count) <= left
 
         def holds(num_instances: int, max_num_seqs: int) -> bool:
             kv_bytes = num_instances * max_num_seqs * self.kv_bytes_per_sequence
-            shared = self.weights_bytes + kv_bytes <= machine.shared_memory_bytes
+            shared = self.held(num_instances) + kv_bytes <= machine.shared_memory_bytes
             return shared and self.at_full_load(num_instances, max_num_seqs) <= left
 
         kv_bytes = instances * sequences * self.kv_bytes_per_sequence
         for_kv = left - self.at_full_load(instances, sequences) + kv_bytes
-        for_kv = min(for_kv, machine.shared_memory_bytes - self.weights_bytes)
+        for_kv = min(for_kv, machine.shared_memory_bytes - self.held(instances))
         kv_tokens = longest = 0
         if self.kv_bytes_per_token:
             # Blocks are held as a whole, and may take more than their tokens do.
@@ -247,6 +286,7 @@ def make_plan(model: str, path: Path, estimate: Estimate, load: Load, machine: M
         num_ranks=size,
         prefill_bytes=estimate.prefill_bytes,
         logits_bytes_per_sequence=estimate.logits_bytes_per_sequence,
+        slots_bytes=estimate.offload.slots_bytes if estimate.offload else 0,
     )
     split = rank_device = rank_room = None
     if rank := estimate.rank:
@@ -279,7 +319,12 @@ def make_plan(model: str, path: Path, estimate: Estimate, load: Load, machine: M
         split=split,
         rank_device=rank_device,
         rank_room=rank_room,
+        offload=_offload(estimate.offload),
     )
+
+
+def _offload(found: OffloadEstimate | None) -> Offload | None:
+    return None if found is None else Offload(**msgspec.structs.asdict(found))
 
 
 def read_estimate(
@@ -290,6 +335,9 @@ def read_estimate(
     command = module_command("workers.estimate", str(source.path), "--dtype", engine.dtype)
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     command += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
+    command += ["--offload", engine.offload, "--offload-depth", str(engine.offload_depth)]
+    if engine.device_memory is not None:
+        command += ["--device-memory", str(engine.device_memory)]
     if engine.max_model_len is not None:
         command += ["--max-model-len", str(engine.max_model_len)]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -27,7 +27,10 @@ WORDS = {"terminal", "output", "exact", "fails"}
 BESIDE_THE_README = ("docs/clients.md", "docs/memory.md", "docs/operations.md")
 """Documents whose commands ask the server that the README starts, in this order: the last ends it.
 """
-BY_THEMSELVES = ("docs/serving.md", "docs/in-a-program.md", "CONTRIBUTING.md")
+BY_THEMSELVES = (
+    *("docs/serving.md", "docs/in-a-program.md", "docs/placement.md"),
+    "CONTRIBUTING.md",
+)
 """Documents whose commands start what they need."""
 
 _NOT_RUN = "not-run: "

@@ -28,6 +28,8 @@ from allocator import (
 )
 from workers.checkpoint.formats.checkpoint import Checkpoint
 from workers.checkpoint.load import fill
+from workers.checkpoint.offloaded import KEY as OFFLOADED
+from workers.checkpoint.offloaded import OffloadedLayers, decoded
 from workers.checkpoint.open import open_checkpoint
 from workers.checkpoint.plan import FORMAT_VERSION, make_plan
 from workers.errors import CheckpointChanged, CheckpointCorrupt
@@ -59,6 +61,16 @@ class AttachedWeights:
     def num_bytes(self) -> int:
         """The segment's size, and that of files mapped beside it."""
         return self.reader.handle.num_bytes + sum(file.num_bytes for file in self.reader.files)
+
+    @property
+    def offloaded(self) -> OffloadedLayers | None:
+        """Where the layers are that are not among its tensors."""
+        return decoded(self.metadata)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What its metadata say of the model, wherever its layers are."""
+        return {name: text for name, text in self.metadata.items() if name != OFFLOADED}
 
     def identity(self, computed_by: str | None) -> str:
         """What tells the keys and values of these weights from all others: the weights' bytes, as
@@ -100,20 +112,23 @@ def attach(
     on_progress: OnProgress | None = None,
     *,
     map_files: bool = False,
+    offloaded: OffloadedLayers | None = None,
     only: str = "",
 ) -> AttachedWeights:
     """As `attach_weights`, with what else the weight set tells. `map_files` maps the checkpoint's
     own files instead of copying them, where nothing in them needs converting: nothing is read at
     the start, but who changes such a file in place changes the weights of whoever serves them.
-    With `only`, a key, what would be another set is not loaded.
+    `offloaded` layers stay in their files, and the set says where. With `only`, a key, what would
+    be another set is not loaded.
 
     Raises as `attach_weights` does, and CheckpointChanged."""
     files = checkpoint.fingerprint()
     map_files = map_files and can_be_mapped(checkpoint)
+    layout = "files" if map_files else "plain"
     fingerprint = {
         **files,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        "layout": "files" if map_files else "plain",
+        "layout": layout if offloaded is None else f"{layout} {offloaded.layout}",
         "format": str(FORMAT_VERSION),
         "names": f"transformers {importlib.metadata.version('transformers')}",  # its tables' names
     }
@@ -127,7 +142,8 @@ def attach(
     if isinstance(opened, WeightSetWriter):
         if map_files:
             return _attached(_map(opened, checkpoint), loaded=True)
-        return _attached(_load(opened, checkpoint, files, on_progress), loaded=True)
+        reader = _load(opened, checkpoint, files, offloaded, on_progress)
+        return _attached(reader, loaded=True)
     return _attached(opened, loaded=False)
 
 
@@ -180,10 +196,15 @@ def _load(
     writer: WeightSetWriter,
     checkpoint: Checkpoint,
     files: dict[str, str],
+    offloaded: OffloadedLayers | None,
     on_progress: OnProgress | None,
 ) -> WeightSetReader:
     with writer:  # an error on the way gives the election back
-        plan = make_plan(checkpoint.tensors(), metadata_of(checkpoint))
+        tensors, metadata = checkpoint.tensors(), metadata_of(checkpoint)
+        if offloaded is not None:
+            tensors = [tensor for tensor in tensors if tensor.name not in offloaded.names]
+            metadata = {**metadata, OFFLOADED: offloaded.encoded()}
+        plan = make_plan(tensors, metadata)
         mapping = writer.reserve_uncommitted(plan.segment_bytes)
         done = reported = 0
 

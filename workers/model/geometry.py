@@ -65,7 +65,7 @@ def geometry_of(
     for part in attentions(module):
         groups = getattr(part, "num_key_value_groups", 1)
         layers.append(KVLayer(config.num_attention_heads // groups, head_dim(part) or 0))
-    parameters = {part.data_ptr(): part for part in module.parameters()}.values()
+    parameters = list(module.parameters())
     return Geometry(
         architecture=type(module).__name__,
         vocab_size=config.vocab_size,

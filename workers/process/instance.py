@@ -66,7 +66,8 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
-from workers.placement.resident import Resident
+from workers.placement.choice import choose
+from workers.placement.place import place
 from workers.process import linux
 from workers.process.cores import SharedCores
 from workers.process.inbox import named
@@ -114,6 +115,8 @@ class _Instance:
         self._phases: dict[str, float] = {}
         self._phase_start = spec.requested_at
         self._cores: SharedCores | None = None
+        self._resources = contextlib.ExitStack()
+        """What must end before the session."""
         self._warm_up: Callable[[], None] | None = None
         """A first pass, where none was made yet."""
 
@@ -122,6 +125,7 @@ class _Instance:
         with contextlib.ExitStack() as stack:
             try:
                 memory = stack.enter_context(self._connect())
+                stack.enter_context(self._resources)
                 engine = self._start(memory)
             except (WorkerError, AllocatorError) as error:
                 return self._failed(error.code, str(error))
@@ -162,7 +166,8 @@ class _Instance:
         if task_of(weights.metadata) == "embed":
             return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
-        model = build_model(config, Resident(weights.tensors), dtype, eos_token_ids)
+        placement = place(memory, weights, settings.offload_depth, self._resources)
+        model = build_model(config, placement, dtype, eos_token_ids)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = settings.attention_workspace
@@ -217,6 +222,7 @@ class _Instance:
             checkpoint,
             self._loading,
             map_files=self._settings.map_files,
+            offloaded=choose(checkpoint, self._settings, self._converting),
             only=spec.weight_set,
         )
         return weights, ends
@@ -291,7 +297,7 @@ class _Instance:
             loaded=weights.loaded,
             weight_set=weights.reader.key,
             startup_ms=self._phases,
-            metadata=weights.metadata,
+            metadata=weights.facts,
             cpu_kernels=kernels or "",
         )
         # What the checkpoint says went into it; the server would drop what does not fit, and wait.
@@ -310,6 +316,9 @@ class _Instance:
                 writer_pid=writer_pid,
             )
         )
+
+    def _converting(self, num_bytes: int, total_bytes: int) -> None:
+        self._loading(num_bytes, total_bytes, os.getpid())
 
     def _ended(self, phase: str) -> None:
         now = time.monotonic()

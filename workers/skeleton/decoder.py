@@ -7,7 +7,7 @@ runs. Does not know weights, or how the architecture is computed.
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -128,3 +128,23 @@ def layers_of(module: Any) -> tuple[torch.nn.Module, ...]:
         ):
             return tuple(layers)
     raise UnsupportedCheckpoint(f"{type(module).__name__} has no list of layers")
+
+
+class LayerNames(NamedTuple):
+    """What the names of a layer's tensors begin with, and the rest of each."""
+
+    prefix: str
+    names: tuple[str, ...]
+
+
+def names_of_layers(module: Any) -> tuple[LayerNames, ...]:
+    """Of each layer the parameters that are its alone. Raises UnsupportedCheckpoint."""
+    names = {part: name for name, part in module.named_modules()}
+    ties = module.all_tied_weights_keys
+    tied = {*ties.keys(), *ties.values()}
+    found = []
+    for layer in layers_of(module):
+        prefix = f"{names[layer]}."
+        own = tuple(name for name, _ in layer.named_parameters() if prefix + name not in tied)
+        found.append(LayerNames(prefix, own))
+    return tuple(found)

@@ -23,7 +23,7 @@ from server.machine.plan import (
     make_plan,
     read_machine,
 )
-from workers.messages import Estimate, RankEstimate
+from workers.messages import Estimate, OffloadEstimate, RankEstimate
 
 MB = 1_000_000
 RANK = RankEstimate(
@@ -43,6 +43,7 @@ def plan(
     given: bool = True,
     embeds: bool = False,
     sequence_bytes: int = 20 * MB,
+    offload: OffloadEstimate | None = None,
     **load: int,
 ) -> Plan:
     """1 GB of weights, 20 MB a sequence unless it `embeds`, 40 MB a step."""
@@ -58,6 +59,7 @@ def plan(
         prefill_bytes=40 * MB,
         logits_bytes_per_sequence=MB,
         rank=RANK if size > 1 else None,
+        offload=offload,
     )
     asked: dict[str, Any] = {"num_instances": 2, "max_num_seqs": 4, **load}
     shared = memory_bytes if shared_memory_bytes is None else shared_memory_bytes
@@ -220,3 +222,27 @@ def test_a_model_that_embeds_keeps_nothing() -> None:
     assert (narrow.room.fits_at_start, narrow.room.fits_at_full_load) == (True, False)
     assert narrow.room.max_model_len == 0
     assert "tokens in all" not in plan_lines(narrow)
+
+
+def test_slots_are_each_instance_s_own() -> None:
+    offload = OffloadEstimate(
+        num_layers=24,
+        num_offloaded=20,
+        slots_bytes=100 * MB,
+        pass_bytes=4_000 * MB,
+        read_bytes_per_s=2_000 * MB,
+        memory_bytes_per_s=20_000 * MB,
+    )
+    made = plan(offload=offload)
+    assert made.device.slots_bytes == 200 * MB
+    without = plan().device
+    assert made.device.total_bytes_at_start == without.total_bytes_at_start + 200 * MB
+    assert made.offload is not None
+    assert made.offload.hidden(made.device.weights_bytes) == pytest.approx(0.25 / 2)
+    text = plan_lines(made)
+    assert "20 of 24 layers are offloaded: a pass reads 4.00 GB" in text
+    assert "at most 12% of reading can be hidden" in text
+    least = made.device.total_bytes_at_full_load + OTHER_PROCESSES_BYTES
+    assert plan(least, offload=offload).room.fits_at_full_load
+    assert not plan(least - 1, offload=offload).room.fits_at_full_load
+    assert not plan(shared_memory_bytes=1_099 * MB, offload=offload).room.weights_fit
