@@ -13,7 +13,7 @@
 PYTHON ?= python3
 MODEL ?= demo
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 
 ifeq ($(origin ENV_PYTHON),undefined)
 ENV_PYTHON := .venv/bin/python
@@ -71,6 +71,7 @@ check: setup ## ruff, layout, mypy strict, import directions
 	@$(ENV_PYTHON) -m mypy
 	@$(ENV_PYTHON) -m pytest -q tests/test_imports.py
 
+# One process more than two cores: for more than a third of their time tests wait for what others do.
 # Files in the order in which they are found: the short ones of workers/ come last, and no process
 # is left with a long one.
 PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
@@ -80,7 +81,7 @@ test test-fast test-gpu: export OMP_WAIT_POLICY = PASSIVE
 test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
-test-fast: setup ## the quick tests of all rooms, for while one works (ARGS="..." goes to pytest)
+test-fast: setup ## the quick tests of all packages, for while one works (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)

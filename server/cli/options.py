@@ -22,7 +22,7 @@ from server.admin.weight_sets import NoSuchModel
 from server.background import WorkEnded
 from server.cli.setting_options import option
 from server.errors import ServerError
-from server.fleet.fleet import StartError
+from server.fleet.starts import StartError
 from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
 from server.models.source import ModelNotFound

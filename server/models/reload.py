@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Final
 
 from server.errors import ServerError
-from server.fleet.fleet import MOST_FAILURES, Fleet, StartError
+from server.fleet.fleet import Fleet
 from server.fleet.instance import Instance
 from server.fleet.router import Router
+from server.fleet.starts import MOST_FAILURES, StartError
 from server.generation import SamplingDefaults
 from server.models.files import ModelFiles, ModelWatch
 from server.models.in_flight import InFlight

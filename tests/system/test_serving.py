@@ -189,9 +189,9 @@ def test_no_request_blocks_the_stream_of_another(demo: Server) -> None:
 
 def test_models_health_and_version(demo: Server) -> None:
     assert [model.id for model in demo.client().models.list()] == [demo.model]
-    health = httpx.get(f"{demo.url}/health")
+    health = httpx.get(f"{demo.url}/health", timeout=TIMEOUT_S)
     assert (health.status_code, health.json()["num_ready"]) == (200, 2)
-    assert httpx.get(f"{demo.url}/version").json()["version"]
+    assert httpx.get(f"{demo.url}/version", timeout=TIMEOUT_S).json()["version"]
 
 
 def test_errors_have_openai_bodies(demo: Server) -> None:
@@ -203,7 +203,10 @@ def test_errors_have_openai_bodies(demo: Server) -> None:
     assert too_long.value.code == "context_length_exceeded"
     assert "8192" in too_long.value.message
     broken = httpx.post(
-        f"{demo.url}/v1/completions", content=b"{", headers={"content-type": "application/json"}
+        f"{demo.url}/v1/completions",
+        content=b"{",
+        headers={"content-type": "application/json"},
+        timeout=TIMEOUT_S,
     )
     assert broken.status_code == 400
     assert set(broken.json()["error"]) == {"message", "type", "param", "code"}

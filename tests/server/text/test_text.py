@@ -23,6 +23,7 @@ CONTEXT = 8192
 quick = settings(max_examples=150, deadline=None)
 
 
+@pytest.mark.slow
 def test_nothing_of_it_imports_torch_or_transformers(tokenizer_dir: Path) -> None:
     code = (
         "import asyncio, sys; from pathlib import Path; import server.api.app\n"

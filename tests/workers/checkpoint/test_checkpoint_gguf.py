@@ -120,6 +120,7 @@ def test_every_truncation_is_refused(tiny: Path, tmp_path: Path) -> None:
             open_checkpoint(path).tensors()
 
 
+@pytest.mark.slow
 def test_random_damage_to_the_header_never_gives_another_error(tiny: Path, tmp_path: Path) -> None:
     good = tiny.read_bytes()
     header_bytes = GGUFReader(tiny).data_offset

@@ -13,6 +13,7 @@ import gguf
 import pytest
 import torch
 
+from tests.quick import few_quick
 from tests.workers.checkpoint.checkpoint_files import read_whole
 from tests.workers.checkpoint.gguf_converter import CONVERTERS, convert
 from tests.workers.engine.driving import generated
@@ -150,7 +151,7 @@ def read(path: Path) -> Any:
     return build_model(config, Resident(read_whole(checkpoint)), torch.float32)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few_quick(MODELS))
 def test_tokens_are_those_of_the_model_it_was_made_of(name: str, tmp_path: Path) -> None:
     family, changes = MODELS[name]
     reference = tiny_model(family, **changes)

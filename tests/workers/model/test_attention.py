@@ -165,6 +165,7 @@ def attended(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (300, None), (None, 30.0)])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.slow
 def test_what_a_call_takes_is_within_its_workspace(
     num_heads: int, num_kv_heads: int, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
