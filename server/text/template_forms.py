@@ -8,6 +8,7 @@ transformers makes of it; otherwise it takes the form that the template reads; n
 is chosen depends on the template alone. Knows no Jinja: it is given a function that renders.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
@@ -24,7 +25,12 @@ _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called, the name that most templates read first."""
 
 
-_NOTHING_SAID: Final[tuple[Message, ...]] = ({}, {"content": None}, {"content": ""})
+_NOTHING_SAID: Final[tuple[Message, ...]] = (
+    {},
+    {"content": None},
+    {"content": ""},
+    {"content": [{"type": "text", "text": ""}]},
+)
 _NO_ARGUMENTS: Final[tuple[Any, ...]] = ({}, "{}")
 
 
@@ -110,9 +116,10 @@ class Forms:
             yield [user, one]
         elif role == "tool":
             one |= {"name": _NAME, "tool_call_id": _CALL_ID}
-            for arguments in _NO_ARGUMENTS:
-                yield [user, _calling(arguments), one]
-                yield [user, _calling(arguments), one, _said("assistant"), user]
+            for arguments, said in itertools.product(_NO_ARGUMENTS, _NOTHING_SAID):
+                call = {**_calling(arguments), **said}
+                yield [user, call, one]
+                yield [user, call, one, _said("assistant"), user]
         else:
             yield [one, user]
             yield [one, user, _said("assistant"), user]

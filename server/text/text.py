@@ -212,6 +212,10 @@ class Text:
         )
         return await self._encode(prompt, add_special_tokens, "messages")
 
+    def rendered(self, chat: Chat, *, context_tokens: int) -> str:
+        """A chat as the model's template writes it. Blocks; raises as `encode_chat` does."""
+        return self._checked(self._chat_renderer(chat, context_tokens), context_tokens)
+
     def _chat_renderer(self, chat: Chat, context_tokens: int) -> Callable[[], str]:
         template = self._chat_template
         if template is None:

@@ -13,13 +13,12 @@ import gguf
 import pytest
 import torch
 
-from tests.workers.checkpoint.checkpoint_files import read_whole
 from tests.workers.checkpoint.gguf_converter import CONVERTERS, convert
-from tests.workers.engine.driving import generated
 from tests.workers.model.tiny_families import LONGROPE, tiny_model
 from tests.workers.tiny_models import generate, prompt
 from workers.checkpoint import open_checkpoint
 from workers.checkpoint.formats.gguf_architectures import ARCHITECTURES
+from workers.conformance.greedy import generated, read_whole
 from workers.errors import CheckpointCorrupt, CheckpointNotFound, UnsupportedCheckpoint
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident

@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.references import parameters, transformers_reads
-from tests.workers.checkpoint.checkpoint_files import read_whole, same_bytes, write_gguf
+from tests.workers.checkpoint.checkpoint_files import same_bytes, write_gguf
 from workers.checkpoint import open_checkpoint
+from workers.conformance.greedy import read_whole
 from workers.errors import UnsupportedCheckpoint
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident

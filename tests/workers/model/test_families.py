@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from allocator import Client, RuntimeDir
 from tests.daemon_process import DaemonProcess
 from tests.workers.checkpoint.test_checkpoint_sharing import loaded_in_a_process
-from tests.workers.engine.driving import generated
 from tests.workers.model.tiny_families import FAMILIES, LONGROPE, REFUSED, save, tiny_model
 from tests.workers.tiny_models import CONFIGS, generate, prompt, smallest_gap, tensors_of
 from workers.checkpoint import attach, open_checkpoint
+from workers.conformance.greedy import generated
 from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
 from workers.model.decoder import Model, build_model, preload
 from workers.placement.resident import Resident
