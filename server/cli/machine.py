@@ -23,6 +23,7 @@ from server.machine.doctor import clear_up, examine
 from server.machine.plan import Load, make_plan, read_estimate, read_machine
 from server.machine.served_check import served_models
 from server.models.source import find_model
+from server.text.given import GivenText
 from server.units import size_text
 from workers import ReferenceName
 
@@ -79,7 +80,7 @@ def plan(
         console.out.print(plan_lines(made), markup=False)
 
 
-@takes_settings("chat_template")
+@takes_settings("chat_template", "pre_tokenizer")
 def check(
     model: Annotated[
         str,
@@ -122,7 +123,7 @@ def check(
             source=find_model(model),
             against=against,
             python=reference_python or sys.executable,
-            chat_template=options["chat_template"],
+            given=GivenText(options["chat_template"], options["pre_tokenizer"]),
             dtype=dtype,
             computes=not tokens_only,
         )

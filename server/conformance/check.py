@@ -33,9 +33,9 @@ from server.conformance.samples import CHATS, NUM_NEW, PROMPTS, TEXTS, SampleCha
 from server.errors import ServerError
 from server.models.source import ModelSource
 from server.text.chat_template import Chat
+from server.text.given import NOTHING_GIVEN, GivenText
 from server.text.loaded_text import KeptTokenizer, LoadedText
 from server.text.text import Text
-from server.text.tokenizer_files import tokenizer_folder
 from workers import ReferenceFailed, ReferenceMissing, ReferenceName
 from workers.messages import GreedyRequest, decode_greedy_comparison
 
@@ -62,7 +62,8 @@ class Checked:
     source: ModelSource
     against: ReferenceName | None = None
     python: str = sys.executable
-    chat_template: Path | None = None
+    given: GivenText = NOTHING_GIVEN
+    """What goes before the model's own files."""
     dtype: str = "float32"
     computes: bool = True
     """Whether tokens are generated, for which all weights are read."""
@@ -87,7 +88,7 @@ def check(checked: Checked, tell: Callable[[str], None] = lambda _what: None) ->
             "transformers, or give the .gguf file"
         )
     tell("reading the tokenizer")
-    loaded = LoadedText.of(KeptTokenizer.of(checked.source.path, checked.chat_template))
+    loaded = LoadedText.of(KeptTokenizer.of(checked.source.path, checked.given))
     try:
         tell(f"asking {checked.reference} for tokens")
         parts = [tokens_part(checked, loaded.text)]
@@ -165,7 +166,7 @@ def chats_part(checked: Checked, loaded: LoadedText) -> Part:
     """The prompts of all chats. All libraries mean by a template what transformers makes of it; of
     a GGUF file it is asked what it makes of the file's own."""
     is_reference = checked.reference == "transformers"
-    folder = tokenizer_folder(checked.source.path)
+    folder = loaded.tokenizer.folder()
     request = {
         **_for_transformers(checked, folder),
         "template": loaded.tokenizer.chat_template,

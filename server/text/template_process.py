@@ -28,6 +28,7 @@ from server.text.template_wire import ADDRESS_SPACE_BYTES, HEADER_BYTES, frame
 _F_SETSIG: Final = 10  # fcntl(2)
 _CONTINUED: Final = "CONTINUED7QZ "
 _MAX_PROBE_CHARS: Final = 1 << 20
+_OF_EVERY_CHAT: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class _Refused(Exception):
@@ -36,6 +37,10 @@ class _Refused(Exception):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class _Broken(Exception):
+    """What was given is no template."""
 
 
 class _Template:
@@ -51,13 +56,35 @@ class _Template:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        return self._environment.from_string(self._source)
+        """Raises `_Broken`."""
+        try:
+            return self._environment.from_string(self._source)
+        except Exception as error:
+            # Not syntax alone: what is nested too deeply is an error of recursion, or of memory.
+            raise _Broken(f"{type(error).__name__}: {error}") from error
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        """The variables that it reads."""
-        return frozenset(
-            jinja2.meta.find_undeclared_variables(self._environment.parse(self._source))
+        """The variables that it reads. Raises `_Broken`."""
+        assert self._compiled  # noqa: S101 - else it can't be parsed either
+        read = jinja2.meta.find_undeclared_variables(self._environment.parse(self._source))
+        return frozenset(read)
+
+    def _check_reads(self, name: str, param: str) -> None:
+        """Raises `_Refused` where `name`, which a request sets by its `param`, is not read."""
+        if name in self._names:
+            return
+        if name == param:
+            raise _Refused(
+                f"This model's chat template does not read {name!r}: it would be ignored. Omit it.",
+                param,
+            )
+        known = {*self._environment.globals, *self._special_tokens, *_OF_EVERY_CHAT}
+        own = ", ".join(sorted(self._names - known)) or "nothing"
+        raise _Refused(
+            f"This model's chat template does not read {name!r}, which {param!r} would set. Of "
+            f"such variables it reads {own}. Correct the name, or omit it.",
+            param,
         )
 
     @cached_property
@@ -66,12 +93,7 @@ class _Template:
 
     def rendered(self, request: Mapping[str, Any]) -> str:
         for name, param in request["needed"].items():
-            if name not in self._names:
-                raise _Refused(
-                    f"This model's chat template does not read {name!r}: {param!r} would be "
-                    "ignored. Omit it.",
-                    param,
-                )
+            self._check_reads(name, param)
         try:
             messages = self._forms.prepared(request["messages"])
         except FormError as error:
@@ -151,13 +173,15 @@ def _chosen(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> _
     return templates["default"]
 
 
-def _answer(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> dict[str, str]:
+def _answer(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {"text": _chosen(templates, request).rendered(request)}
     except MemoryError:
         return {"error": "the chat template used too much memory"}
     except _Refused as refused:
         return {"error": str(refused), "param": refused.param}
+    except _Broken as error:
+        return {"error": str(error)[:2000], "broken": True}
     except Exception as error:  # noqa: BLE001 - whatever a template raises is its answer
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
 

@@ -16,6 +16,7 @@ from server.conformance.check import Checked, chats_part, check, computed_part, 
 from server.conformance.differences import Part, compared_ids, expected_prompt
 from server.conformance.samples import CHATS, NUM_NEW, PROMPTS, TEXTS
 from server.models.source import find_model
+from server.text.given import GivenText
 from server.text.loaded_text import KeptTokenizer, LoadedText
 from tests.server.text.gguf.corpus import trained
 from tests.server.text.gguf.record import NUM_TOKENS, metadata_of, write_file
@@ -65,7 +66,7 @@ def text_of() -> Iterator[Any]:
     opened: list[LoadedText] = []
 
     def load(folder: Path, chat_template: Path | None = None) -> LoadedText:
-        opened.append(LoadedText.of(KeptTokenizer.of(folder, chat_template)))
+        opened.append(LoadedText.of(KeptTokenizer.of(folder, GivenText(chat_template))))
         return opened[-1]
 
     yield load
@@ -151,7 +152,8 @@ def test_a_given_template_is_compared_in_place_of_the_models(
 ) -> None:
     (other / "chat_template.jinja").write_text("nothing")
     (given := tmp_path / "given.jinja").write_text(TEMPLATE)
-    part = chats_part(Checked(find_model(str(other)), chat_template=given), text_of(other, given))
+    checked = Checked(find_model(str(other)), given=GivenText(given))
+    part = chats_part(checked, text_of(other, given))
     assert counts(part) == (len(CHATS), len(CHATS), 0, 0)
 
 

@@ -43,6 +43,16 @@ def test_a_tensor_without_a_place_is_named(name: str, tmp_path: Path) -> None:
         open_checkpoint(path).tensors()
 
 
+def test_a_tensor_of_rotations_that_is_not_read_is_named(tmp_path: Path) -> None:
+    """Beside factors of longrope, llama.cpp goes by `rope_freqs` alone."""
+    factors = {f"rope_factors_{one}.weight": np.ones(8, np.float32) for one in ("long", "short")}
+    tensors = {**factors, "rope_freqs.weight": np.full(8, 2, np.float32)}
+    path = write_gguf(tmp_path / "odd.gguf", tensors=tensors)
+    with pytest.raises(UnsupportedCheckpoint, match=r"rope_freqs\.weight has no place in llama"):
+        open_checkpoint(path).tensors()
+    assert open_checkpoint(write_gguf(tmp_path / "a.gguf", tensors=factors)).tensors()
+
+
 def test_a_parameter_without_a_tensor_is_named(tmp_path: Path) -> None:
     tensors = {"blk.0.attn_q.bias": np.zeros(32, np.float32)}
     path = write_gguf(tmp_path / "odd.gguf", tensors=tensors)
