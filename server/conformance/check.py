@@ -166,7 +166,7 @@ def chats_part(checked: Checked, loaded: LoadedText) -> Part:
     """The prompts of all chats. All libraries mean by a template what transformers makes of it; of
     a GGUF file it is asked what it makes of the file's own."""
     is_reference = checked.reference == "transformers"
-    folder = loaded.tokenizer.folder()
+    folder = loaded.tokenizer.folder() if checked.is_file else checked.source.path
     request = {
         **_for_transformers(checked, folder),
         "template": loaded.tokenizer.chat_template,
@@ -181,7 +181,7 @@ def chats_part(checked: Checked, loaded: LoadedText) -> Part:
         expected_prompt(forms, chat.needed)
         for chat, forms in zip(CHATS, answer["chats"], strict=True)
     ]
-    if not loaded.text.has_chat_template and not any(theirs):
+    if not loaded.text.has_chat_template and all(one.prompt is None for one in theirs):
         return Part(name="chats", skipped="the model has no chat template")
     ours = [_rendered(loaded.text, chat) for chat in CHATS]
     found = compared_prompts([chat.name for chat in CHATS], ours, theirs)

@@ -5,6 +5,7 @@ Invariant: what can't be judged is no agreement.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel
@@ -12,6 +13,8 @@ from pydantic import BaseModel
 from workers.messages import GreedyComparison
 
 PartName = Literal["tokens", "chats", "greedy"]
+_NOTATIONS: Final = ("'type': 'text'", '"type": "text"', '\\"city')
+"""Of parts in Python's and JSON's notation, and of arguments that are a text within one."""
 NOTHING: Final = "refused"
 """In place of a prompt, where the template refuses the chat."""
 
@@ -67,28 +70,52 @@ def compared_ids(
     return near, found
 
 
-def expected_prompt(forms: Sequence[Mapping[str, str]], needed: Sequence[str]) -> str | None:
+@dataclass(frozen=True)
+class ExpectedPrompt:
+    """Of one chat; None: the template refuses it."""
+
+    prompt: str | None
+    needed: tuple[str, ...]
+    """What is lost where it is not in the prompt."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the chat was lost on the way, or garbled."""
+        return self.prompt is not None and _is_whole(self.prompt, self.needed)
+
+    def agrees(self, ours: str | None) -> bool:
+        """What the reference loses may be refused, or kept."""
+        if ours == self.prompt:
+            return True
+        return not self.is_whole and (ours is None or _is_whole(ours, self.needed))
+
+
+def _is_whole(prompt: str, needed: Sequence[str]) -> bool:
+    garbled = any(notation in prompt for notation in _NOTATIONS)
+    return not garbled and all(text in prompt for text in needed)
+
+
+def expected_prompt(forms: Sequence[Mapping[str, str]], needed: Sequence[str]) -> ExpectedPrompt:
     """Of what a template made of one chat in several forms (strings or parts, arguments as objects
-    or as text) the first in which nothing is lost; None where it refuses each."""
+    or as text) the first in which nothing is lost, else the first at all."""
     prompts = [form["text"] for form in forms if "text" in form]
-    whole = (
-        prompt
-        for prompt in prompts
-        if all(text in prompt for text in needed) and "'type': 'text'" not in prompt
-    )
-    return next(whole, prompts[0] if prompts else None)
+    whole = (prompt for prompt in prompts if _is_whole(prompt, needed))
+    return ExpectedPrompt(next(whole, prompts[0] if prompts else None), tuple(needed))
 
 
 def compared_prompts(
-    names: Sequence[str], ours: Sequence[str | None], theirs: Sequence[str | None]
+    names: Sequence[str], ours: Sequence[str | None], theirs: Sequence[ExpectedPrompt]
 ) -> list[Difference]:
     """Those that differ; None is a chat that is refused."""
     return [
         Difference(
-            sample=name, ours=one or NOTHING, theirs=other or NOTHING, at=_parting(one, other)
+            sample=name,
+            ours=one or NOTHING,
+            theirs=other.prompt or NOTHING,
+            at=_parting(one, other.prompt),
         )
         for name, one, other in zip(names, ours, theirs, strict=True)
-        if one != other
+        if not other.agrees(one)
     ]
 
 

@@ -31,6 +31,8 @@ _NOTHING_SAID: Final[tuple[Message, ...]] = (
     {"content": ""},
     {"content": [{"type": "text", "text": ""}]},
 )
+_NULLS: Final = ("None", "null")
+"""What is written of a content that is none."""
 _NO_ARGUMENTS: Final[tuple[Any, ...]] = ({}, "{}")
 
 
@@ -94,10 +96,11 @@ class Forms:
             marks = _MARKS if form == "parts" else _MARKS[:1]
             parts = [{"type": "text", "text": mark} for mark in marks]
             content = marks[0] if form == "text" else parts
-            self._reads[key] = any(
-                all(mark in prompt for mark in marks) and not _shows_notation(prompt, marks[0])
-                for prompt in self._prompts(self._chats_with(role, content))
-            )
+            prompts = self._prompts(self._chats_with(role, content))
+            shown = [prompt for prompt in prompts if all(mark in prompt for mark in marks)]
+            # In one place it may be read, and in another be written as it is.
+            notation = any(_shows_notation(prompt, marks[0]) for prompt in shown)
+            self._reads[key] = bool(shown) and not notation
         return self._reads[key]
 
     def _chats_with(self, role: str, content: Any) -> Iterator[list[Message]]:
@@ -160,7 +163,7 @@ class Forms:
                 key = (f"no content, {calls}, {mark}", json.dumps(content))
                 if key not in self._reads:
                     self._reads[key] = any(
-                        mark in prompt and "None" not in prompt
+                        mark in prompt and not any(null in prompt for null in _NULLS)
                         for prompt in self._prompts(self._chats_without_content(calls, content))
                     )
                 if self._reads[key]:

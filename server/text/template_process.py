@@ -43,7 +43,7 @@ class _Broken(Exception):
     """What was given is no template."""
 
 
-class _Template:
+class Template:
     """One, compiled when it is first needed, and what was found out of it."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -108,6 +108,7 @@ class _Template:
             add_generation_prompt=request["add_generation_prompt"],
             others=request["variables"],
         )
+        _check_calls(messages, prompt)
         return _up_to_mark(prompt) if request["continues_last"] else prompt
 
     def _written(
@@ -137,6 +138,21 @@ class _Template:
         return "".join(parts)
 
 
+def _check_calls(messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
+    """Raises `_Refused` where a call of a tool is not in the prompt: templates that know of none
+    drop it in silence."""
+    for index, message in enumerate(messages):
+        for number, call in enumerate(message.get("tool_calls") or ()):
+            function = call.get("function") if isinstance(call, dict) else None
+            name = function.get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and name not in prompt:
+                raise _Refused(
+                    f"The model's chat template does not write messages[{index}].tool_calls"
+                    f"[{number}]: the call of {name[:80]!r} would be lost. Say it in the content.",
+                    "messages",
+                )
+
+
 def _mark_end(message: dict[str, Any]) -> None:
     content = message.get("content")
     if isinstance(content, str):
@@ -160,7 +176,7 @@ def _up_to_mark(prompt: str) -> str:
     return prompt[:begin] if is_as_it_was else prompt[:begin].rstrip()
 
 
-def _chosen(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> _Template:
+def _chosen(templates: Mapping[str, Template], request: Mapping[str, Any]) -> Template:
     """Of several the one for tools, where there are some, else the default one."""
     if request["tools"] is not None and "tool_use" in templates:
         return templates["tool_use"]
@@ -173,7 +189,8 @@ def _chosen(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> _
     return templates["default"]
 
 
-def _answer(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> dict[str, Any]:
+def answered(templates: Mapping[str, Template], request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the process answers."""
     try:
         return {"text": _chosen(templates, request).rendered(request)}
     except MemoryError:
@@ -197,14 +214,13 @@ def _serve(stream: Any) -> None:
 
     setup = receive()
     templates = {
-        name: _Template(source, setup["special_tokens"])
-        for name, source in setup["sources"].items()
+        name: Template(source, setup["special_tokens"]) for name, source in setup["sources"].items()
     }
     while True:
         request = receive()
         # Should the parent die meanwhile, nobody else ends a template that never does.
         signal.alarm(request["deadline_s"])
-        answer = _answer(templates, request)
+        answer = answered(templates, request)
         signal.alarm(0)
         stream.write(frame(answer))
         stream.flush()

@@ -87,7 +87,7 @@ def splits() -> str:
 def templates() -> str:
     """Whose templates are rendered as transformers renders them."""
     names = [one.name for one in PUBLISHED]
-    return f"{len(names)} templates of the forms that these have: {', '.join(sorted(names))}.\n"
+    return f"{len(names)}: {', '.join(sorted(names))}.\n"
 
 
 TABLES: Final[Mapping[str, Callable[[], str]]] = {

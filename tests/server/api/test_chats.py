@@ -14,7 +14,8 @@ from tests.server.echo_model import DEADLINE_S, EchoModel, chat, echo_server, er
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
     "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
-    "{% for call in m.tool_calls or [] %}!{{ call.function.arguments | tojson }}{% endfor %}"
+    "{% for call in m.tool_calls or [] %}!{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}"
     "{% if 'tool_calls' in m %}?{% endif %}{% if m.name %}@{{ m.name }}{% endif %}{% endfor %}"
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
     "{% for one in documents or [] %}[{{ one.text }}]{% endfor %}"
@@ -78,7 +79,7 @@ def http(model: EchoModel, templated: Text) -> Iterator[httpx.Client]:
                     {"role": "tool", "tool_call_id": "1", "content": "12"},
                 ]
             },
-            '<user>hi<assistant>!{"city": "x"}?<tool>12<answer>',
+            '<user>hi<assistant>!look{"city": "x"}?<tool>12<answer>',
         ),
         (
             {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from server.conformance.check import Checked, chats_part, check, computed_part, tokens_part
-from server.conformance.differences import Part, compared_ids, expected_prompt
+from server.conformance.differences import ExpectedPrompt, Part, compared_ids, expected_prompt
 from server.conformance.samples import CHATS, NUM_NEW, PROMPTS, TEXTS
 from server.models.source import find_model
 from server.text.given import GivenText
@@ -274,6 +274,13 @@ def test_what_is_not_composed_is_near_where_only_that_is_the_difference() -> Non
 def test_the_form_that_loses_nothing_is_expected() -> None:
     lost, notation, whole = {"text": "[]"}, {"text": "[{'type': 'text', 'text': 'a'}]"}, "[a]"
     forms = [{"error": "no"}, lost, notation, {"text": whole}, {"text": "[a] more"}]
-    assert expected_prompt(forms, ["a"]) == whole
-    assert expected_prompt([lost], ["a"]) == "[]"
-    assert expected_prompt([{"error": "no"}], ["a"]) is None
+    assert expected_prompt(forms, ["a"]) == ExpectedPrompt(whole, ("a",))
+    assert expected_prompt([lost], ["a"]) == ExpectedPrompt("[]", ("a",))
+    assert expected_prompt([{"error": "no"}], ["a"]) == ExpectedPrompt(None, ("a",))
+
+
+def test_what_is_lost_there_may_be_refused_here_or_kept() -> None:
+    whole, lost = ExpectedPrompt("[a]", ("a",)), ExpectedPrompt("[]", ("a",))
+    assert (whole.is_whole, lost.is_whole) == (True, False)
+    assert [whole.agrees(ours) for ours in ("[a]", "a", None)] == [True, False, False]
+    assert [lost.agrees(ours) for ours in ("[]", "[a]", None, "[b]")] == [True, True, True, False]
