@@ -258,7 +258,7 @@ def _scored_merges(vocabulary: Vocabulary) -> list[str]:
 
 def _bpe(vocabulary: Vocabulary, merges: list[str], **settings: Any) -> Parts:
     # What begins so would be taken for the head of a file of merges; pairs are larger.
-    in_pairs = any(merge.startswith("#version") for merge in merges)
+    in_pairs = "#version" in "\n".join(merges)
     return {
         "type": "BPE",
         "dropout": None,

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from server.errors import ServerError
 from server.text.chat_template import Chat
-from server.text.gguf import pipeline
+from server.text.gguf import merges, pipeline
 from server.text.gguf.endings import ending_ids
 from server.text.gguf.metadata import GGUFDamaged, read_metadata
 from server.text.gguf.pipeline import UnknownTokenizer
@@ -395,6 +395,26 @@ def test_a_merge_that_looks_like_a_heading_is_none() -> None:
         }
     )
     assert isinstance(tokenizer_of(metadata), Tokenizer)
+
+
+@pytest.mark.parametrize("bits", [1, 6, 20])
+def test_merges_by_score_are_all_pairs_that_make_a_token(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them share a slot of the table in which halves are looked up."""
+    monkeypatch.setattr(merges, "_TABLE_BITS", bits)
+    tokens = trained(True, 900)["tokens"]
+    scores = [-float(index * 37 % 101) for index in range(len(tokens))]
+    order = sorted(range(len(tokens)), key=lambda index: -scores[index])
+    known = set(tokens)
+    expected = [
+        f"{tokens[index][:place]} {tokens[index][place:]}"
+        for index in order
+        for place in range(1, len(tokens[index]))
+        if tokens[index][:place] in known and tokens[index][place:] in known
+    ]
+    assert len(expected) > 100
+    assert merges.scored_merges(tokens, scores) == expected
 
 
 def test_merges_that_name_no_tokens_are_left_out() -> None:
