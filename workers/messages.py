@@ -350,6 +350,8 @@ class Estimate(Message, frozen=True):
 # --- greedy tokens and a reference's word on them (JSON, `python -m workers.conformance.program`)
 
 Verdict = Literal["same", "tie", "differs"]
+GENERATES_NOTHING_STATUS: Final = 4
+"""How that process ends where the model is for something else."""
 
 
 class GreedyRequest(Message, frozen=True):

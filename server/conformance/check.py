@@ -37,7 +37,11 @@ from server.text.given import NOTHING_GIVEN, GivenText
 from server.text.loaded_text import KeptTokenizer, LoadedText
 from server.text.text import Text
 from workers import ReferenceFailed, ReferenceMissing, ReferenceName
-from workers.messages import GreedyRequest, decode_greedy_comparison
+from workers.messages import (
+    GENERATES_NOTHING_STATUS,
+    GreedyRequest,
+    decode_greedy_comparison,
+)
 
 _CONTEXT_TOKENS: Final = 1 << 20
 _COMPOSES_NONE: Final = "what is near holds characters that llama.cpp does not compose"
@@ -256,7 +260,9 @@ def computed_part(checked: Checked, text: Text) -> Part:
         env=module_environment(**quiet),
         check=False,
     )
+    words = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    if ended.returncode == GENERATES_NOTHING_STATUS:
+        return Part(name="greedy", skipped=words)
     if ended.returncode != 0:
-        words = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         return Part(name="greedy", failed=words or f"exit status {ended.returncode}")
     return greedy_part(PROMPTS, decode_greedy_comparison(ended.stdout))

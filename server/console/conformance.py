@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from rich.table import Table
+from rich.text import Text
 
 from server.conformance.check import Conformance
 from server.conformance.differences import Difference
@@ -33,12 +34,12 @@ def conformance_table(found: Conformance) -> Table:
     table.add_column("BY")
     for part in found.parts:
         if part.failed or part.skipped:
-            table.add_row(_WHAT[part.name], *"----", part.failed or part.skipped)
+            table.add_row(_WHAT[part.name], *"----", Text(part.failed or part.skipped))
             continue
         differ = part.num_compared - part.num_same - part.num_near
         counts = (part.num_compared, part.num_same, part.num_near, differ)
         by = f"{part.reference}; {part.note}" if part.note else part.reference
-        table.add_row(_WHAT[part.name], *map(str, counts), by)
+        table.add_row(_WHAT[part.name], *map(str, counts), Text(by))
     return table
 
 

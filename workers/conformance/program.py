@@ -5,7 +5,7 @@ Reads a `GreedyRequest` from standard input, writes a `GreedyComparison`. Owns t
 first, then, once our weights are gone, the reference's word on each, given all of ours before it,
 so that one difference hides nothing that comes after it. The weights are read into private memory:
 no allocator is needed, and none that runs is disturbed. A model or a reference that fails is one
-line on standard error, and exit status 1.
+line on standard error, and exit status 1; one that generates nothing is another, and status 4.
 """
 
 import json
@@ -23,6 +23,7 @@ from workers.conformance.reference import ask_reference
 from workers.conformance.ties import ROUNDED_TIE_GAP, TIE_ULPS
 from workers.errors import UnsupportedCheckpoint, WorkerError
 from workers.messages import (
+    GENERATES_NOTHING_STATUS,
     ComparedPrompt,
     GreedyComparison,
     GreedyRequest,
@@ -38,6 +39,10 @@ _PROGRAMS: Final = {
     "transformers": "transformers_logits.py",
     "llama.cpp": "llamacpp_logits.py",
 }
+
+
+class GeneratesNothing(UnsupportedCheckpoint):
+    """The model is for something else."""
 
 
 def compare(request: GreedyRequest) -> GreedyComparison:
@@ -69,7 +74,7 @@ def _ours(request: GreedyRequest) -> tuple[str, str, list[list[int]]]:
     checkpoint = open_checkpoint(request.model, request.dtype)
     metadata = metadata_of(checkpoint)
     if task_of(metadata) == "embed":
-        raise UnsupportedCheckpoint("it embeds texts, and generates none")
+        raise GeneratesNothing("it embeds texts, and generates none")
     tensors = read_whole(checkpoint)
     dtype = checkpoint.dtype or float_dtype(tensors)
     model = build_model(json.loads(metadata["config"]), Resident(tensors), dtype)
@@ -101,6 +106,9 @@ def main() -> int:
     """Answer one request."""
     try:
         answer = compare(decode_greedy_request(sys.stdin.buffer.read()))
+    except GeneratesNothing as error:
+        _failed(str(error))
+        return GENERATES_NOTHING_STATUS
     except WorkerError as error:
         return _failed(str(error))
     except Exception as error:  # noqa: BLE001

@@ -20,7 +20,7 @@ ReferenceName = Literal["transformers", "llama.cpp"]
 MISSING_STATUS: Final = 3
 """How a program ends that does not find its library."""
 _PACKAGES: Final[Mapping[ReferenceName, str]] = {
-    "transformers": "transformers",
+    "transformers": "transformers torch",
     "llama.cpp": "xllamacpp",
 }
 _QUIET: Final = {

@@ -147,6 +147,14 @@ def test_a_model_without_a_template_has_no_chats_to_compare(other: Path, text_of
     assert part.holds
 
 
+def test_a_model_that_embeds_has_no_tokens_to_compare(other: Path, text_of: Any) -> None:
+    step = {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}
+    (other / "modules.json").write_text(json.dumps([step]))
+    part = computed_part(Checked(find_model(str(other))), text_of(other).text)
+    assert part.skipped == "it embeds texts, and generates none"
+    assert part.holds
+
+
 def test_a_given_template_is_compared_in_place_of_the_models(
     other: Path, tmp_path: Path, text_of: Any
 ) -> None:
