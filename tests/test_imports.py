@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "workers", "allocator")  # imports point to the right only
 DOORS = ("messages", "client")  # the modules of a package that another package may import
 FLOORS_OF_SERVER = (
-    *("cli", "console", "machine", "admin", "api", "api/openai"),
+    *("cli", "console", "conformance", "machine", "admin", "api", "api/openai"),
     *("models", "fleet", "text", "processes"),
 )  # imports point to the right only; what lies beside the folders is above them (serve) or below
 NEVER_IN_PACKAGE = {

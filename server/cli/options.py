@@ -27,7 +27,7 @@ from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
 from server.models.source import ModelNotFound
 from server.serve import AddressInUse
-from workers import CheckpointError, InvalidSetting
+from workers import CheckpointError, InvalidSetting, ReferenceMissing
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -65,6 +65,7 @@ def one_line_errors() -> Iterator[None]:
         NoSuchModel,
         NothingToProve,
         PlanFailed,
+        ReferenceMissing,
         ServerError,
         StartError,
         WorkEnded,

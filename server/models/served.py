@@ -50,7 +50,7 @@ class ServedModel:
         self.sleeper = Sleeper(self.fleet, self.router, runtime_dir, settings.drain_timeout_s, turn)
         self.reloader = Reloader(
             settings.model_named,
-            settings.chat_template,
+            settings.given_text,
             self.fleet,
             self.router,
             self.watch,

@@ -83,6 +83,33 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "moshi": ({"sliding_window": 8, "ffn_dim": 96}, "other means than a sliding window"),
 }
 
+REFUSED_BY_NAME: tuple[tuple[str, str], ...] = (
+    ("bart", "not a decoder"),
+    ("bert", "layers without a known attention"),
+    ("bloom", "does not take another attention function"),
+    ("codegen", "does not take another attention function"),
+    ("deepseek_v3", "kv_lora_rank"),
+    ("doge", "layers without a known attention"),
+    ("falcon", "does not take another attention function"),
+    ("falcon_h1", "layers of type"),
+    ("gemma4", "more than text"),
+    ("gpt_bigcode", "the values of the buffer"),
+    ("gpt_neo", "does not take another attention function"),
+    ("gptj", "does not take another attention function"),
+    ("gpt_oss", "attention sinks"),
+    ("jamba", "layers of type"),
+    ("llama4_text", "chunked_attention"),
+    ("mamba", "layers of type"),
+    ("mpt", "does not take another attention function"),
+    ("qwen3_5_text", "layers of type"),
+    ("qwen3_next", "layers of type"),
+    ("rwkv", "does not take another attention function"),
+    ("t5", "not a decoder"),
+    ("xlnet", "does not take another attention function"),
+    ("zamba2", "layers of type"),
+)
+"""Before anything of them is loaded: model_type, and what the message says."""
+
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """Of one of `FAMILIES` or of `tiny_models.CONFIGS`."""

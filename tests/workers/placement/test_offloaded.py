@@ -13,7 +13,7 @@ import torch
 
 from allocator import DiskFull
 from tests.leaks import wait_until
-from tests.workers.checkpoint.checkpoint_files import read_whole, write_gguf
+from tests.workers.checkpoint.checkpoint_files import write_gguf
 from tests.workers.model.placed_models import NATIVE, logits_of, models_of
 from tests.workers.model.tiny_families import FAMILIES, save, tiny_model
 from tests.workers.placement.test_slots import tensor
@@ -26,6 +26,7 @@ from workers.checkpoint.offloaded import (
     decoded,
     find_layers,
 )
+from workers.conformance.greedy import read_whole
 from workers.errors import (
     CacheNotWritable,
     CheckpointChanged,
