@@ -38,7 +38,7 @@ constexpr bool kWidens = sizeof(Vectors::Element) == 4;
 // Operations whose time is counted.
 enum Timed { kNorm, kQkv, kRotate, kAttend, kOutput, kGateUp, kDown, kLogits, kWait, kNumTimed };
 
-constexpr int kTasksEach = 4;  // of attention, that a thread should have to choose from
+constexpr int kTasksEach = 8;  // of attention, that a thread should have to choose from
 
 }  // namespace
 
