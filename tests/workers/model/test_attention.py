@@ -115,6 +115,48 @@ def test_every_sequence_attends_to_its_own_keys(
         batch.commit()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (8, 1), (4, 4)])
+def test_a_single_query_in_16_bits_is_exact_and_the_same_in_any_company(
+    num_heads: int, num_kv_heads: int, dtype: torch.dtype
+) -> None:
+    """Its heads are computed together; a call for each is the measure."""
+    generator = torch.Generator().manual_seed(7)
+    layout = KVLayout((KVLayer(num_kv_heads, 64),), dtype)
+    pasts = [0, 3, 40, 700]
+    query = rows(len(pasts), num_heads, generator, 64).to(dtype)
+    key, value = (rows(len(pasts), num_kv_heads, generator, 64).to(dtype) for _ in range(2))
+    histories = [
+        [rows(past, num_kv_heads, generator, 64).to(dtype) for _ in range(2)] for past in pasts
+    ]
+
+    def computed(*indices: int) -> torch.Tensor:
+        parts = []
+        for index in indices:
+            table = table_of(layout, pasts[index] + 1)
+            table.write(0, *histories[index])
+            table.commit(pasts[index])
+            parts.append(Part(table, [0], 1))
+        own = list(indices)
+        given = (query[:, :, own], key[:, :, own], value[:, :, own])
+        module = Layer(num_heads // num_kv_heads)
+        return attend(module, *given, None, batch=Batch.of(parts))[0]
+
+    together = computed(0, 1, 2, 3)
+    assert torch.equal(together[:, [2, 0]], computed(2, 0))
+    for index, (keys, values) in enumerate(histories):
+        own = slice(index, index + 1)
+        assert torch.equal(together[:, own], computed(index))
+        keys = torch.cat([keys, key[:, :, own]], dim=2)
+        values = torch.cat([values, value[:, :, own]], dim=2)
+        exact = plain(query[:, :, own], keys, values, None, None)
+        for_each_head = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, own], keys, values, enable_gqa=True
+        ).transpose(1, 2)
+        error, theirs = ((one - exact).abs().mean() for one in (together[:, own], for_each_head))
+        assert error <= 1.2 * theirs
+
+
 # --- the workspace
 
 
