@@ -37,18 +37,18 @@ def attend(
     softcap: float | None = None,
     batch: Batch | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write the new keys and values to each sequence's blocks, then attend to all that is in them.
 
-    Returns [1, num_tokens, num_heads, head_dim]. Raises `UnsupportedCheckpoint` for what the plain
-    formula does not cover, and `OutOfKVMemory`.
+    `s_aux` [num_heads] are attention sinks: the score of one more key of each head, whose value is
+    zero. Returns [1, num_tokens, num_heads, head_dim]. Raises `UnsupportedCheckpoint` for what the
+    plain formula does not cover, and `OutOfKVMemory`.
     """
     if batch is None:
         raise UnsupportedCheckpoint(f"{type(module).__name__} does not hand the batch on")
-    if attention_mask is not None or any(
-        kwargs.get(name) is not None for name in ("s_aux", "position_bias")
-    ):
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedCheckpoint(f"{type(module).__name__} biases its attention scores")
     layer: int = module.layer_idx  # type: ignore[assignment]
     results: list[torch.Tensor] = []
@@ -58,6 +58,7 @@ def attend(
         copies = _copies(queries, key)
         if (
             softcap is None
+            and s_aux is None
             and copies * _copied_bytes(key, part, sliding_window) <= workspace_bytes // 2
         ):
             results += _by_queries(
@@ -73,6 +74,7 @@ def attend(
                     scaling,
                     sliding_window,
                     softcap,
+                    s_aux,
                     workspace_bytes,
                 )
             )
@@ -183,10 +185,12 @@ def _by_queries_and_keys(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
     workspace_bytes: int,
 ) -> torch.Tensor:
     """softmax(cap(q k^T * scaling)) v in fp32, where a soft cap is cap(x) = softcap *
-    tanh(x / softcap) (Gemma 2, arXiv:2408.00118 §2). The softmax is gathered over chunks of keys
+    tanh(x / softcap) (Gemma 2, arXiv:2408.00118 §2). A sink is in the softmax from the beginning,
+    with a value of zero (gpt-oss, arXiv:2508.10925 §2). The softmax is gathered over chunks of keys
     with its running maximum and sum (M. Milakov and N. Gimelshein, "Online normalizer calculation
     for softmax", arXiv:1805.02867).
 
@@ -203,8 +207,12 @@ def _by_queries_and_keys(
         stop = min(start + query_chunk, num_queries)
         count = stop - start
         part = queries[0, :, start:stop].float().reshape(num_kv_heads, group * count, head_dim)
-        highest = part.new_full((num_kv_heads, group * count, 1), float("-inf"))
-        total = torch.zeros_like(highest)
+        if sinks is None:
+            highest = part.new_full((num_kv_heads, group * count, 1), float("-inf"))
+            total = torch.zeros_like(highest)
+        else:
+            highest = sinks.float().repeat_interleave(count).view(num_kv_heads, group * count, 1)
+            total = torch.ones_like(highest)
         gathered = torch.zeros_like(part)
         end = past + stop
         for first in range(_first_key(past + start, window), end, key_chunk):
