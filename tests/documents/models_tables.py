@@ -33,6 +33,7 @@ PARTICULAR: Final[Mapping[str, str]] = {
     "nemotron olmo persimmon starcoder2",
     "scaled residuals and logits": "granite",
     "position tables instead of rotation": "gpt2 opt biogpt",
+    "attention sinks": "granite_swa gpt_oss",
     "experts": "mixtral qwen2_moe qwen3_moe olmoe phimoe granitemoe dots1 glm4_moe ernie4_5_moe "
     "minimax_m2",
 }
