@@ -38,11 +38,22 @@ class MemoryGroup:
         return self._figures("memory.events" if is_second else "memory.oom_control")["oom_kill"]
 
     @property
-    def held_bytes(self) -> int:
-        """What is charged to it now and can't be given up: private and shared memory."""
+    def memory(self) -> tuple[int, int]:
+        """What is charged to it now: private and shared memory, which can't be given up; and that
+        with the files that are mapped."""
         figures = self._figures("memory.stat")
         private = figures.get("anon", figures.get("total_rss", 0))
-        return private + figures.get("total_shmem", figures.get("shmem", 0))
+        shared = figures.get("total_shmem", figures.get("shmem", 0))
+        mapped = figures.get("file_mapped", figures.get("total_mapped_file", 0))
+        return private + shared, private + max(shared, mapped)
+
+    def limit(self, num_bytes: int) -> None:
+        """From now on; what is over it is given up. Raises OSError where that can't be done. The
+        most that was charged counts anew, where the kernel allows that."""
+        (self.folder / _limit_file(self.folder)).write_text(str(num_bytes))
+        for name in ("memory.peak", "memory.max_usage_in_bytes"):
+            with contextlib.suppress(OSError):
+                (self.folder / name).write_text("0")
 
     def _figures(self, name: str) -> dict[str, int]:
         lines = (self.folder / name).read_text().splitlines()
@@ -57,8 +68,7 @@ def memory_group(limit_bytes: int, name: str = "bench") -> Iterator[MemoryGroup]
     folder = parent / f"onecopy-{name}-{os.getpid()}"
     folder.mkdir()
     try:
-        limit = "memory.max" if is_second else "memory.limit_in_bytes"
-        (folder / limit).write_text(str(limit_bytes))
+        (folder / _limit_file(folder)).write_text(str(limit_bytes))
         yield MemoryGroup(folder)
     finally:
         for pid in (folder / "cgroup.procs").read_text().split():
@@ -68,3 +78,7 @@ def memory_group(limit_bytes: int, name: str = "bench") -> Iterator[MemoryGroup]
         while (folder / "cgroup.procs").read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
         folder.rmdir()
+
+
+def _limit_file(folder: Path) -> str:
+    return "memory.max" if (folder / "memory.max").exists() else "memory.limit_in_bytes"

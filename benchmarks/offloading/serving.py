@@ -39,14 +39,12 @@ class Watch:
 
     def __init__(self, group: MemoryGroup | None, pid: int) -> None:
         self._group, self._pid = group, pid
-        self._most = 0
+        self.most_bytes = 0
+        """Private and shared memory."""
+        self.most_resident_bytes = 0
+        """With the files that are mapped."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-
-    @property
-    def most_bytes(self) -> int:
-        """Private and shared memory; pages of files don't count."""
-        return self._most
 
     def __enter__(self) -> "Watch":
         self._thread.start()
@@ -58,28 +56,32 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK_S):
-            held = self._group.held_bytes if self._group else held_bytes(self._pid)
-            self._most = max(self._most, held)
+            held, resident = self._group.memory if self._group else memory_of(self._pid)
+            self.most_bytes = max(self.most_bytes, held)
+            self.most_resident_bytes = max(self.most_resident_bytes, resident)
 
 
-def held_bytes(pid: int) -> int:
-    """Of the process and all that descend from it, shared memory once: what each has of it alone,
-    and its share of the rest (proc(5), smaps_rollup)."""
-    found = 0
+def memory_of(pid: int) -> tuple[int, int]:
+    """Of the process and all that descend from it, what is shared once: private and shared memory,
+    and these with the files that are mapped (proc(5), smaps_rollup)."""
+    held = resident = 0
     for one in tree(pid):
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
-                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
-                    found += int(line.split()[1]) * 1024
-    return found
+                name, _, rest = line.partition(":")
+                if name in ("Pss_Anon", "Pss_Shmem", "Pss_File"):
+                    resident += int(rest.split()[0]) * 1024
+                if name in ("Pss_Anon", "Pss_Shmem"):
+                    held += int(rest.split()[0]) * 1024
+    return held, resident
 
 
 @contextlib.contextmanager
-def group_or_none(limit_bytes: int) -> Iterator[MemoryGroup | str]:
+def group_or_none(limit_bytes: int, name: str = "bench") -> Iterator[MemoryGroup | str]:
     """Why not, where none can be made."""
     with contextlib.ExitStack() as stack:
         try:
-            found: MemoryGroup | str = stack.enter_context(memory_group(limit_bytes))
+            found: MemoryGroup | str = stack.enter_context(memory_group(limit_bytes, name))
         except OSError as error:
             found = str(error)
         yield found
@@ -119,6 +121,7 @@ def measure_serving(
                 "ready_s": round(ready_ms / 1000, 1),
                 **answers,
                 "most_held_bytes": watch.most_bytes,
+                "most_resident_bytes": watch.most_resident_bytes,
                 "most_charged_bytes": own.most_bytes if own else None,
                 "oom_kills": own.num_oom_kills if own else None,
                 "within_limit": watch.most_bytes <= limit and not (own and own.num_oom_kills),
