@@ -76,14 +76,14 @@ def blocks_beside_peers(
         for _ in range(rounds):
             for one in running.values():
                 one.turn(size.passes)
-    figures = {
-        name: {
-            "pass_s": spread(one.pass_s, 3),
-            "most_resident_bytes": one.most_resident,
-            "most_charged_bytes": one.group.most_bytes if one.group else None,
+        figures = {
+            name: {
+                "pass_s": spread(one.pass_s, 3),
+                "most_resident_bytes": one.most_resident,
+                "most_charged_bytes": one.group.most_bytes if one.group else None,
+            }
+            for name, one in running.items()
         }
-        for name, one in running.items()
-    }
     of_ours = running[_OURS].pass_s
     for name, one in running.items():
         pairs = zip(one.pass_s, of_ours, strict=True)
@@ -120,7 +120,7 @@ def _started(
         try:
             if not process.stdout.readline().startswith(json.dumps({"ready": True})):
                 process.wait(timeout=60)
-                raise RuntimeError(log.read_text(errors="replace").strip()[-400:])
+                raise RuntimeError(log.read_text(errors="replace").strip().splitlines()[-1])
             if found:
                 room = _ROOM_BLOCKS * size.block_bytes + (16 << 20)
                 found.limit(found.memory[0] + room)

@@ -6,6 +6,7 @@ too, so nobody has the weights there. Resident is what is mapped, private memory
 """
 
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -36,6 +37,7 @@ ABSENT = {
     "group_offloading": "diffusers' is for modules of diffusers; see `blocks`",
 }
 _PROGRAMS = Path(__file__).parents[1] / "peers"
+_LAID_OUT_ANEW = ("disk_offload", "airllm")
 _START_S = 400
 
 
@@ -73,9 +75,11 @@ class _Running:
     most_held: int = 0
     most_resident: int = 0
 
-    def turn(self, work: Work, number: int) -> None:
-        """One answer is measured. Raises RuntimeError, OSError."""
+    def turn(self, work: Work, number: int, files: Path) -> None:
+        """One answer is measured; `files` are in the page cache only as far as it has them there
+        in its own group. Raises RuntimeError, OSError."""
         rng = random.Random(number)
+        _drop_cached(files)
         resume(self.engine.pid)
         try:
             with deadline(work.turn_s):
@@ -127,7 +131,7 @@ def side_by_side(place: Place, work: Work, rounds: int, options: Sequence[str]) 
             for name in tuple(order):
                 say(f"round {number + 1}: {name}")
                 try:
-                    running[name].turn(work, number)
+                    running[name].turn(work, number, place.models)
                 except (RuntimeError, OSError) as error:
                     if name == OURS:
                         raise
@@ -166,13 +170,23 @@ def _start(
         command = [*program, str(place.models / "bf16.gguf"), str(NUM_THREADS), "1", "2048"]
     else:
         program = [str(python), str(_PROGRAMS / "offload_peer.py")]
-        rest = [str(place.model), str(place.models / "offload"), str(NUM_THREADS)]
-        rest.append(str(place.device_memory))
-        _prepare([*program, f"{name}-prepare", *rest], place.folder / f"{name}-prepare.log")
+        own_files = place.models / "offload"
+        rest = [str(place.model), str(own_files), str(NUM_THREADS), str(place.device_memory)]
+        if name in _LAID_OUT_ANEW and not (own_files / f"{name}.complete").exists():
+            _prepare([*program, f"{name}-prepare", *rest], place.folder / f"{name}-prepare.log")
+            (own_files / f"{name}.complete").touch()
         command = [*program, name, *rest]
     log = place.folder / f"{name}.log"
     engine = stack.enter_context(started(name, command, {}, version, log, within=within))
     return _Running(engine, own, [], [])
+
+
+def _drop_cached(folder: Path) -> None:
+    """Pages of its files that nobody has mapped: they may be charged to another group."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _prepare(command: Sequence[str], log: Path) -> None:

@@ -112,7 +112,8 @@ def curves_picture(
     top: float,
     levels: Mapping[str, float] | None = None,
 ) -> str:
-    """Points (x, y), y from 0 to `top`, joined to a curve each; `levels` are lines at a height."""
+    """Points (x, y) joined to a curve each; those below 0 or above `top` are drawn there. `levels`
+    are lines at a height."""
     bottom, height = 300, 300 - _TOP
     picture = Picture(title, bottom + 48)
     places = sorted({x for curve in curves.values() for x, _ in curve})
@@ -120,7 +121,7 @@ def curves_picture(
 
     def at(x: float, y: float) -> tuple[float, float]:
         share = places.index(x) / max(1, len(places) - 1)
-        return _LEFT + 20 + share * (width - 40), bottom - max(0.0, y) / top * height
+        return _LEFT + 20 + share * (width - 40), bottom - min(max(0.0, y), top) / top * height
 
     for tick in _ticks(0, top):
         _, y = at(places[0], tick)
