@@ -44,7 +44,7 @@ _MODEL = LlamaSize(24, 2048, 8192, 32, 32)
 _TINY_MODEL = LlamaSize(8, 1024, 2816, 16, 16)
 _RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _BARS = ("0.5", "1", "2")
-_STAGE_S = {"overlap": 600, "memory": 120, "blocks": 240, "serving": 420, "engines": 1500}
+_STAGE_S = {"overlap": 600, "memory": 120, "blocks": 240, "serving": 420, "engines": 3000}
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for files, on the disk that is measured")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write SVGs there")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", default="16+16", metavar="IN+OUT")
+    parser.add_argument("--tokens", default="16+8", metavar="IN+OUT")
     parser.add_argument("--budget", type=int, metavar="BYTES", help="default: a third of the model")
     parser.add_argument(
         "--processes", type=int, default=630 << 20, help="bytes of the budget that are not weights'"
@@ -190,7 +190,7 @@ class _Run:
             device_memory=budget - self.arguments.processes,
         )
         return side_by_side(
-            place, Work(num_in, num_out, 240), min(self.rounds, 3), self.arguments.serve
+            place, Work(num_in, num_out, 400), min(self.rounds, 3), self.arguments.serve
         )
 
     def _draw(self, name: str, text: str) -> None:

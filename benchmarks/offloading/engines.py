@@ -2,10 +2,12 @@
 group with the same limit: onecopy over REST, and other packages' ways to do it.
 
 All stay loaded and take turns; who is not measured is stopped. In a group the page cache counts
-too, so nobody has the weights there. Resident is what is mapped, private memory and files.
+too, so nobody has the weights there. Resident is what is mapped, private memory and files. Whoever
+is ended in its group for want of memory is measured in a larger one, which its figures tell.
 """
 
 import contextlib
+import dataclasses
 import os
 import random
 import subprocess
@@ -39,6 +41,7 @@ ABSENT = {
 _PROGRAMS = Path(__file__).parents[1] / "peers"
 _LAID_OUT_ANEW = ("disk_offload", "airllm")
 _START_S = 400
+_WIDER = 4
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,16 @@ class Place:
     device_memory: int
     """Of onecopy's weights, within the limit."""
 
+    def wider(self) -> "Place":
+        """For whoever was ended within the limit: what it takes is to be known all the same."""
+        return dataclasses.replace(self, limit_bytes=_WIDER * self.limit_bytes)
+
 
 @dataclass
 class _Running:
     engine: Engine
     group: MemoryGroup | None
+    limit_bytes: int
     tok_per_s: list[float]
     ttft_s: list[float]
     most_held: int = 0
@@ -96,6 +104,11 @@ class _Running:
         self.most_held = max(self.most_held, watch.most_bytes)
         self.most_resident = max(self.most_resident, watch.most_resident_bytes)
 
+    @property
+    def was_killed(self) -> bool:
+        """For want of memory."""
+        return self.group is not None and self.group.num_oom_kills > 0
+
     def figures(self, ours: "_Running") -> dict[str, Any]:
         """Of all turns."""
         pairs = zip(ours.tok_per_s, self.tok_per_s, strict=False)
@@ -103,6 +116,7 @@ class _Running:
             "version": self.engine.version,
             "tok_per_s": spread(self.tok_per_s, 3),
             "ttft_s": spread(self.ttft_s, 2),
+            "limit_bytes": self.limit_bytes,
             "most_held_bytes": self.most_held,
             "most_resident_bytes": self.most_resident,
             "most_charged_bytes": self.group.most_bytes if self.group else None,
@@ -131,7 +145,14 @@ def side_by_side(place: Place, work: Work, rounds: int, options: Sequence[str]) 
             for name in tuple(order):
                 say(f"round {number + 1}: {name}")
                 try:
-                    running[name].turn(work, number, place.models)
+                    try:
+                        running[name].turn(work, number, place.models)
+                    except (RuntimeError, OSError):
+                        if name == OURS or not running[name].was_killed:
+                            raise
+                        say(f"{name} needs more than the limit: it starts with {_WIDER} times that")
+                        running[name] = _start(name, place.wider(), stack, options)
+                        running[name].turn(work, number, place.models)
                 except (RuntimeError, OSError) as error:
                     if name == OURS:
                         raise
@@ -155,11 +176,12 @@ def side_by_side(place: Place, work: Work, rounds: int, options: Sequence[str]) 
 def _start(
     name: str, place: Place, stack: contextlib.ExitStack, options: Sequence[str]
 ) -> _Running:
-    group = stack.enter_context(group_or_none(place.limit_bytes, name))
+    limit = place.limit_bytes
+    group = stack.enter_context(group_or_none(limit, f"{name}-{limit}"))
     own = group if isinstance(group, MemoryGroup) else None
     within = own.enter if own else ()
     if name == OURS:
-        return _Running(stack.enter_context(_ours(place, within, options)), own, [], [])
+        return _Running(stack.enter_context(_ours(place, within, options)), own, limit, [], [])
     environment_of, packages = PEERS[name]
     if environment_of not in place.pythons:
         raise RuntimeError(f"not measured: --peer {environment_of}=PYTHON was not given")
@@ -176,9 +198,9 @@ def _start(
             _prepare([*program, f"{name}-prepare", *rest], place.folder / f"{name}-prepare.log")
             (own_files / f"{name}.complete").touch()
         command = [*program, name, *rest]
-    log = place.folder / f"{name}.log"
+    log = place.folder / f"{name}-{limit}.log"
     engine = stack.enter_context(started(name, command, {}, version, log, within=within))
-    return _Running(engine, own, [], [])
+    return _Running(engine, own, limit, [], [])
 
 
 def _drop_cached(folder: Path) -> None:
