@@ -122,7 +122,7 @@ def _started(
                 process.wait(timeout=60)
                 raise RuntimeError(log.read_text(errors="replace").strip().splitlines()[-1])
             if found:
-                room = _ROOM_BLOCKS * size.block_bytes + (16 << 20)
+                room = _ROOM_BLOCKS * size.block_bytes + (64 << 20)
                 found.limit(found.memory[0] + room)
             yield _Running(process.stdin, process.stdout, process.pid, found, [])
         finally:
