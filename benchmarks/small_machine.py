@@ -15,23 +15,20 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from _client import Stream, completion, random_prompt, stream
+from _control_group import memory_group
 from _machine import describe_machine
 from _processes import Load, end_on_sigterm, tree
 from _server import running_server, server_status, wait_ready
 
-_GROUPS = Path("/sys/fs/cgroup")
-_ENTER = 'echo $$ > "$0" && exec "$@"'
 _MOUNT = 'mount -t tmpfs -o "size=$0" tmpfs /dev/shm && exec "$@"'
 _LOOK_S = 0.5
 
@@ -50,12 +47,11 @@ def main() -> None:
     arguments = parser.parse_args()
     end_on_sigterm()
     places: dict[str, dict[str, Any]] = {}
-    with _memory_group(arguments.group) as group:
-        enter = ["sh", "-c", _ENTER, str(group / "cgroup.procs")]
-        places["control_group"] = _measured(arguments, enter) | {
+    with memory_group(arguments.group) as group:
+        places["control_group"] = _measured(arguments, group.enter) | {
             "limit_bytes": arguments.group,
-            "most_bytes": _most_bytes(group),
-            "oom_kills": _num_oom_kills(group),
+            "most_bytes": group.most_bytes,
+            "oom_kills": group.num_oom_kills,
         }
     mount = ["unshare", "-m", "sh", "-c", _MOUNT, str(arguments.shm)]
     places["shm"] = _measured(arguments, mount) | {"limit_bytes": arguments.shm}
@@ -140,44 +136,6 @@ def _anonymous_bytes(pid: int) -> int:
                 if line.startswith("Private_Dirty:"):
                     found += int(line.split()[1]) * 1024
     return found
-
-
-# --- a control group
-
-
-@contextlib.contextmanager
-def _memory_group(limit_bytes: int) -> Iterator[Path]:
-    """Its folder, of whichever version has the memory controller here. Raises OSError."""
-    is_second = (_GROUPS / "cgroup.controllers").exists()
-    parent = _GROUPS if is_second else _GROUPS / "memory"
-    folder = parent / f"onecopy-bench-{os.getpid()}"
-    folder.mkdir()
-    try:
-        limit = "memory.max" if is_second else "memory.limit_in_bytes"
-        (folder / limit).write_text(str(limit_bytes))
-        yield folder
-    finally:
-        for pid in (folder / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while (folder / "cgroup.procs").read_text() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        folder.rmdir()
-
-
-def _most_bytes(group: Path) -> int:
-    """The most that was ever charged to it, pages of files that could be given up included."""
-    for name in ("memory.peak", "memory.max_usage_in_bytes"):
-        with contextlib.suppress(FileNotFoundError):
-            return int((group / name).read_text())
-    return 0
-
-
-def _num_oom_kills(group: Path) -> int:
-    is_second = (group / "memory.events").exists()
-    text = (group / ("memory.events" if is_second else "memory.oom_control")).read_text()
-    return int(dict(line.split() for line in text.splitlines())["oom_kill"])
 
 
 if __name__ == "__main__":

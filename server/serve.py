@@ -60,9 +60,7 @@ async def serve(settings: Settings) -> None:
             ModelFiles.at, settings.model, settings.model_given, settings.chat_template
         )
         # A tokenizer that is missing is no reason to load first.
-        tokenizer = await asyncio.to_thread(
-            KeptTokenizer.of, settings.model, settings.chat_template
-        )
+        tokenizer = await asyncio.to_thread(KeptTokenizer.of, settings.model, settings.given_text)
         stack.callback(tokenizer.close)
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, field_validator
 
 from server.cache_salt import SaltedBy
 from server.generation import NO_ADVICE, SamplingDefaults
+from server.text.given import GivenText
 from workers import EngineSettings
 
 MAX_INSTANCES: Final = 256
@@ -42,6 +43,11 @@ class Settings(BaseModel):
     chat_template: Path | None = Field(
         default=None,
         description="A file with the chat template to use in place of the model's own, in Jinja.",
+    )
+    pre_tokenizer: str | None = Field(
+        default=None,
+        description="How a GGUF file's text is cut into words, by a name of llama.cpp's such as "
+        "llama-bpe or qwen2, in place of what the file says, or does not say.",
     )
     sampling_defaults: SamplingDefaults = NO_ADVICE
     runtime_dir: Path
@@ -90,6 +96,11 @@ class Settings(BaseModel):
     )
     engine: InstanceOf[EngineSettings] = EngineSettings()
     """Of each instance."""
+
+    @property
+    def given_text(self) -> GivenText:
+        """What goes before the model's own files."""
+        return GivenText(self.chat_template, self.pre_tokenizer)
 
     @property
     def num_threads(self) -> int:

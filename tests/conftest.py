@@ -1,4 +1,4 @@
-"""Fixtures for all rooms: a private runtime directory, a real allocator, a check for leaks."""
+"""Fixtures for all packages: a private runtime directory, a real allocator, a check for leaks."""
 
 import gc
 import importlib
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from allocator import Client, RuntimeDir
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import ROOT, DaemonProcess
 from tests.leaks import Leaks, adopt_orphans
 
 settings.register_profile(
@@ -37,11 +37,16 @@ _STARTED = frozenset(
 """Fixtures that start processes of ours for each test, or load a real model."""
 
 
+_BEGUN_FIRST = ROOT / "tests/workers/model/native/test_native.py"
+"""The longest of the files that would come near the end, and leave a process alone with it."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs one of these is slow; files that are so by themselves carry the mark."""
     for item in items:
         if isinstance(item, pytest.Function) and not _STARTED.isdisjoint(item.fixturenames):
             item.add_marker("slow")
+    items.sort(key=lambda item: item.path != _BEGUN_FIRST)
 
 
 def pytest_collection_finish() -> None:

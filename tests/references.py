@@ -9,7 +9,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.quantization_config import GgufConfig
+
+from workers.conformance.transformers_logits import judged
 
 
 @contextlib.contextmanager
@@ -76,3 +78,10 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
 def parameters(model: Any) -> dict[str, torch.Tensor]:
     """By name; tied ones by each of their names."""
     return dict(model.named_parameters(remove_duplicate=False))
+
+
+def ulps_below_the_best(model: Any, prompt: Sequence[int], new: Sequence[int]) -> list[float]:
+    """Of each token of `new`: by how many bf16 ulps the model, given all tokens before it, prefers
+    its own choice. 0 for the same choice."""
+    _, gaps, ulps = judged(model, prompt, new)
+    return [gap / ulp for gap, ulp in zip(gaps, ulps, strict=True)]

@@ -1,8 +1,8 @@
-"""How the three rooms are built, in figures: `python tests/structure.py [--json] [CHECKOUT]`.
+"""How the three packages are built, in figures: `python tests/structure.py [--json] [CHECKOUT]`.
 
 Owns the measuring. Invariant: sources are parsed, never run, so that any checkout can be measured,
 one of long ago, too. A folder's files are its own; those of folders inside it are theirs. A file at
-a room's top is a place of its own: what the folders share, or a door to other rooms.
+a package's top is a place of its own: what the folders share, or a door to other packages.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-ROOMS = ("allocator", "workers", "server")
-USERS = (*ROOMS, "benchmarks", "deploy")
+PACKAGES = ("allocator", "workers", "server")
+USERS = (*PACKAGES, "benchmarks", "deploy")
 """Who may be the reason that something is there, beside programs in documents. Tests are none."""
 PLAIN_DECORATORS = {
     *("property", "cached_property", "staticmethod", "classmethod", "abstractmethod", "override"),
@@ -38,14 +38,14 @@ class Definition(NamedTuple):
 
 
 class Structure:
-    """One checkout's rooms, parsed."""
+    """One checkout's packages, parsed."""
 
     def __init__(self, root: Path):
         self.root = root
         self.paths = {
             dotted(path.relative_to(root)): path
-            for room in ROOMS
-            for path in sorted((root / room).rglob("*.py"))
+            for package in PACKAGES
+            for path in sorted((root / package).rglob("*.py"))
         }
         self._trees = {name: ast.parse(path.read_text()) for name, path in self.paths.items()}
 
@@ -78,9 +78,9 @@ class Structure:
             yield module
 
     def place(self, module: str) -> str:
-        """The module's folder, or the module itself at a room's top."""
+        """The module's folder, or the module itself at a package's top."""
         folder = self.folder(module)
-        return module if folder in ROOMS else folder
+        return module if folder in PACKAGES else folder
 
     @cached_property
     def arrows(self) -> dict[str, set[str]]:
@@ -94,16 +94,16 @@ class Structure:
                     found[self.place(module)].add(self.place(other))
         return found
 
-    def lines(self, room: str) -> dict[str, int]:
-        """Path → number of lines, of a room's modules without what folders hand out."""
+    def lines(self, package: str) -> dict[str, int]:
+        """Path → number of lines, of a package's modules without what folders hand out."""
         return {
             path.relative_to(self.root).as_posix(): len(path.read_text().splitlines())
             for name, path in self.paths.items()
-            if name.split(".")[0] == room and path.name != "__init__.py"
+            if name.split(".")[0] == package and path.name != "__init__.py"
         }
 
     def unused(self) -> list[Definition]:
-        """What nobody but tests refers to, by name: neither a room nor a benchmark."""
+        """What nobody but tests refers to, by name: neither a package nor a benchmark."""
         used = self._names_used()
         return [
             definition
@@ -226,24 +226,24 @@ def measured(root: Path) -> dict[str, object]:
     structure = Structure(root)
     files: dict[str, dict[str, int]] = defaultdict(dict)
     for module in structure.paths:
-        room = module.split(".")[0]
+        package = module.split(".")[0]
         folder = structure.folder(module)
-        if structure.paths[module].name != "__init__.py" or folder == room:
-            files[room][folder] = files[room].get(folder, 0) + 1
-    rooms = {}
-    for room in ROOMS:
-        lines = structure.lines(room)
+        if structure.paths[module].name != "__init__.py" or folder == package:
+            files[package][folder] = files[package].get(folder, 0) + 1
+    packages = {}
+    for package in PACKAGES:
+        lines = structure.lines(package)
         longest = max(lines, key=lines.__getitem__)
-        within = {one for one in structure.arrows if re.split("[/.]", one)[0] == room}
-        rooms[room] = {
-            "files_at_the_top": files[room].get(room, 0),
+        within = {one for one in structure.arrows if re.split("[/.]", one)[0] == package}
+        packages[package] = {
+            "files_at_the_top": files[package].get(package, 0),
             "folders": len([one for one in within if "/" in one]),
-            "most_files_in_a_folder": max(files[room].values()),
-            "files_per_folder": files[room],
+            "most_files_in_a_folder": max(files[package].values()),
+            "files_per_folder": files[package],
             "imports_between_modules": sum(
-                len({one for one in imported if one.split(".")[0] == room})
+                len({one for one in imported if one.split(".")[0] == package})
                 for name, imported in structure.imports.items()
-                if name.split(".")[0] == room
+                if name.split(".")[0] == package
             ),
             "imports_between_folders": sum(len(structure.arrows[one] & within) for one in within),
             "lines": sum(lines.values()),
@@ -251,7 +251,7 @@ def measured(root: Path) -> dict[str, object]:
             "longest_file": [longest, lines[longest]],
         }
     return {
-        "rooms": rooms,
+        "packages": packages,
         "circles_of_modules": circles(structure.imports),
         "circles_of_folders": circles(structure.arrows),
         "used_by_tests_only": [
@@ -270,12 +270,12 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    rooms = found["rooms"]
-    assert isinstance(rooms, dict)
-    figures = [name for name in rooms["allocator"] if name != "files_per_folder"]
-    print(f"{'':26}" + "".join(f"{room:>42}" for room in rooms))
+    packages = found["packages"]
+    assert isinstance(packages, dict)
+    figures = [name for name in packages["allocator"] if name != "files_per_folder"]
+    print(f"{'':26}" + "".join(f"{package:>42}" for package in packages))
     for figure in figures:
-        cells = [rooms[room][figure] for room in rooms]
+        cells = [packages[package][figure] for package in packages]
         shown = [" ".join(map(str, one)) if isinstance(one, list) else str(one) for one in cells]
         print(f"{figure:26}" + "".join(f"{one:>42}" for one in shown))
     for name in ("circles_of_modules", "circles_of_folders", "used_by_tests_only"):

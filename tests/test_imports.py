@@ -1,7 +1,7 @@
-"""The three rooms stay three: who may import whom, and what nobody may do.
+"""The three packages stay three: who may import whom, and what nobody may do.
 
 Owns the rules as tables and a checker that reads sources with `ast`, `if TYPE_CHECKING` included.
-Invariant: every module of the rooms is read, and each rule is shown to be able to fail. Does not
+Invariant: every module of the packages is read, and each rule is shown to be able to fail. Does not
 know what the modules do; only the last test runs any of them.
 """
 
@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("server", "workers", "allocator")  # imports point to the right only
-DOORS = ("messages", "client")  # the modules of a room that another room may import
+PACKAGES = ("server", "workers", "allocator")  # imports point to the right only
+DOORS = ("messages", "client")  # the modules of a package that another package may import
 FLOORS_OF_SERVER = (
-    *("cli", "console", "machine", "admin", "api", "api/openai"),
+    *("cli", "console", "conformance", "machine", "admin", "api", "api/openai"),
     *("models", "fleet", "text", "processes"),
 )  # imports point to the right only; what lies beside the folders is above them (serve) or below
-NEVER_IN_ROOM = {
+NEVER_IN_PACKAGE = {
     "server": ("torch",),
     "workers": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers"),
     "allocator": ("fastapi", "starlette", "uvicorn", "jinja2", "tokenizers", "transformers"),
@@ -71,11 +71,11 @@ def is_within(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def modules_of(root: Path) -> dict[str, str]:
-    """Path relative to `root` → source, for every Python file in the rooms."""
+    """Path relative to `root` → source, for every Python file in the packages."""
     return {
         path.relative_to(root).as_posix(): path.read_text()
-        for room in ROOMS
-        for path in sorted((root / room).rglob("*.py"))
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*.py"))
     }
 
 
@@ -140,19 +140,19 @@ class Reader:
 
 
 def crossing(path: str, name: str, modules: frozenset[str]) -> str | None:
-    """What is wrong with importing `name` at `path`, as far as rooms go."""
+    """What is wrong with importing `name` at `path`, as far as packages go."""
     here, there = path.split("/")[0], name.split(".")[0]
-    if there not in ROOMS or there == here:
+    if there not in PACKAGES or there == here:
         return None
-    if ROOMS.index(there) < ROOMS.index(here):
-        return f"{here} imports {name}: imports point down only, {' → '.join(ROOMS)}"
+    if PACKAGES.index(there) < PACKAGES.index(here):
+        return f"{here} imports {name}: imports point down only, {' → '.join(PACKAGES)}"
     # Longest prefix that is a module; what is left of the name is something the module hands out.
     module = name
     while module not in modules and "." in module:
         module = module.rpartition(".")[0]
     if module == there or module in {f"{there}.{door}" for door in DOORS}:
         return None
-    return f"{here} imports {module}: of another room only {', '.join(DOORS)} or its __init__"
+    return f"{here} imports {module}: of another package only {', '.join(DOORS)} or its __init__"
 
 
 def floor_of(name: str) -> int | None:
@@ -166,7 +166,7 @@ def floor_of(name: str) -> int | None:
 def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
     """Every broken rule of one module, as `path:line: what`; `modules` are all the dotted names."""
     reader, found = Reader(path, source), set[tuple[int, str]]()
-    room = path.split("/")[0]
+    package = path.split("/")[0]
     here = floor_of(dotted(path))
     for line, name in reader.imports:
         there = floor_of(name)
@@ -174,8 +174,8 @@ def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
             found.add((line, f"{path} never imports {name}, which lies above it"))
         if wrong := crossing(path, name, modules):
             found.add((line, wrong))
-        if is_within(name, NEVER_IN_ROOM[room]):
-            found.add((line, f"{room} never imports {name.split('.')[0]}"))
+        if is_within(name, NEVER_IN_PACKAGE[package]):
+            found.add((line, f"{package} never imports {name.split('.')[0]}"))
         for folder, never in NEVER_IN_FOLDER.items():
             if path.startswith(folder) and is_within(name, never):
                 found.add((line, f"{folder} never imports {name}"))
@@ -198,9 +198,9 @@ def violations(path: str, source: str, modules: frozenset[str]) -> list[str]:
     return [f"{path}:{line}: {what}" for line, what in sorted(found)]
 
 
-def test_rooms_keep_the_rules() -> None:
+def test_packages_keep_the_rules() -> None:
     sources = modules_of(ROOT)
-    assert {path.split("/")[0] for path in sources} == set(ROOMS)
+    assert {path.split("/")[0] for path in sources} == set(PACKAGES)
     names = frozenset(map(dotted, sources))
     broken = [line for path, source in sources.items() for line in violations(path, source, names)]
     assert not broken, "\n".join(broken)
@@ -269,28 +269,32 @@ MODULES = frozenset(
             "imports point down only",
         ),
         ("workers/engine/generate.py", "import server", "imports point down only"),
-        ("server/api/app.py", "import workers.engine.generate", "of another room only"),
-        ("server/api/app.py", "from workers.engine.generate import Engine", "of another room only"),
-        ("server/api/app.py", "from workers.engine import generate", "of another room only"),
+        ("server/api/app.py", "import workers.engine.generate", "of another package only"),
+        (
+            "server/api/app.py",
+            "from workers.engine.generate import Engine",
+            "of another package only",
+        ),
+        ("server/api/app.py", "from workers.engine import generate", "of another package only"),
         (
             "server/api/openai/chat.py",
             "from allocator.daemon.pool.arena import Arena",
-            "of another room only",
+            "of another package only",
         ),
         (
             "workers/engine/generate.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import allocator.digests",
-            "of another room only",
+            "of another package only",
         ),
         (
             "workers/engine/generate.py",
             "def f():\n    import allocator.daemon.pool.arena",
-            "of another room only",
+            "of another package only",
         ),
         (
             "workers/engine/generate.py",
             "import importlib\nimportlib.import_module('allocator.daemon.pool.arena')",
-            "of another room only",
+            "of another package only",
         ),
         ("server/api/app.py", "import torch", "never imports torch"),
         ("server/api/app.py", "from torch.nn import functional", "never imports torch"),

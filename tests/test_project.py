@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-ROOMS = ("server", "workers", "allocator")
+PACKAGES = ("server", "workers", "allocator")
 CONTRACT = {
     *("help", "setup", "serve", "fmt", "check", "test", "test-fast", "test-gpu", "bench", "clean"),
     *("gpu-report", "gpu-wheels"),
@@ -69,8 +69,8 @@ def closure() -> set[str]:
 def test_every_package_is_listed() -> None:
     on_disk = {
         path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-        for room in ROOMS
-        for path in (ROOT / room).rglob("*.py")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
     }
     assert on_disk == set(PYPROJECT["tool"]["setuptools"]["packages"])
 
@@ -123,6 +123,7 @@ def deployed_commands() -> Iterator[list[str]]:
         yield service["command"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", list(deployed_commands()), ids=" ".join)
 def test_deployed_commands_exist(words: list[str]) -> None:
     module, function = PROJECT["scripts"]["onecopy"].split(":")

@@ -1,4 +1,4 @@
-"""The measuring of `tests/structure.py`, on rooms that are small enough to count by hand."""
+"""The measuring of `tests/structure.py`, on packages that are small enough to count by hand."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.structure import ROOMS, Structure, circles, measured
+from tests.structure import PACKAGES, Structure, circles, measured
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {
@@ -59,7 +59,7 @@ def test_a_program_in_a_document_is_a_use(checkout: Path) -> None:
 
 def test_figures_of_a_checkout(checkout: Path) -> None:
     found = measured(checkout)
-    allocator = found["rooms"]["allocator"]
+    allocator = found["packages"]["allocator"]
     assert allocator["files_per_folder"] == {"allocator": 2, "allocator/inner": 1}
     assert allocator["longest_file"] == ["allocator/inner/b.py", 14]
     assert (allocator["files_at_the_top"], allocator["folders"]) == (2, 1)
@@ -73,6 +73,7 @@ def test_circles_are_told_from_diamonds() -> None:
     assert circles({"a": "b", "b": "c", "c": "a", "d": "a"}) == [["a", "b", "c"]]
 
 
+@pytest.mark.slow
 def test_the_project_has_no_circle_and_nothing_for_tests_alone() -> None:
     run = subprocess.run(
         [sys.executable, ROOT / "tests/structure.py", "--json"],
@@ -81,7 +82,7 @@ def test_the_project_has_no_circle_and_nothing_for_tests_alone() -> None:
         check=True,
     )
     found = json.loads(run.stdout)
-    assert set(found["rooms"]) == set(ROOMS)
+    assert set(found["packages"]) == set(PACKAGES)
     assert found["circles_of_modules"] == []
     assert found["circles_of_folders"] == []
     assert found["used_by_tests_only"] == []

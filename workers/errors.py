@@ -52,6 +52,12 @@ class UnsupportedCheckpoint(CheckpointError):
     code = "unsupported_checkpoint"
 
 
+class CacheNotWritable(WorkerError):
+    """A file that is made once can't be written where such files are."""
+
+    code = "cache_not_writable"
+
+
 class InvalidSetting(WorkerError):
     """The instance was told something that this model can't do."""
 

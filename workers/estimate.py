@@ -23,6 +23,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
@@ -33,7 +34,7 @@ from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.offloaded import KEY as OFFLOADED
 from workers.checkpoint.plan import make_plan
 from workers.config.encoder_settings import task_of
-from workers.errors import InvalidSetting, UnsupportedCheckpoint, WorkerError
+from workers.errors import InvalidSetting, ReadFailed, UnsupportedCheckpoint, WorkerError
 from workers.kv.layout import KVLayer, KVLayout
 from workers.messages import Estimate, OffloadEstimate, RankEstimate
 from workers.model.attention import DEFAULT_WORKSPACE_BYTES
@@ -179,9 +180,16 @@ def _offload(checkpoint: Checkpoint, proposal: Proposal) -> OffloadEstimate:
         num_offloaded=len(proposal.layers.layers),
         slots_bytes=proposal.slots_bytes,
         pass_bytes=proposal.pass_bytes,
-        read_bytes_per_s=read_bytes_per_s(sorted(files)) if files else 0,
+        read_bytes_per_s=_measured(sorted(files)) if files else 0,
         memory_bytes_per_s=memory_bytes_per_s(),
     )
+
+
+def _measured(files: list[Path]) -> int:
+    try:
+        return read_bytes_per_s(files)
+    except (OSError, ReadFailed):
+        return 0  # whoever serves it will be told
 
 
 def _prefill_bytes(model: Model, num_tokens: int, max_model_len: int) -> int:

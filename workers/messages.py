@@ -362,8 +362,48 @@ class Estimate(Message, frozen=True):
     offload: OffloadEstimate | None = None
 
 
+# --- greedy tokens and a reference's word on them (JSON, `python -m workers.conformance.program`)
+
+Verdict = Literal["same", "tie", "differs"]
+GENERATES_NOTHING_STATUS: Final = 4
+"""How that process ends where the model is for something else."""
+
+
+class GreedyRequest(Message, frozen=True):
+    """Generate `num_new` tokens behind each prompt, and ask `against`, run by the interpreter
+    `python`, what it would have chosen in the place of each."""
+
+    model: Bounded
+    dtype: Bounded
+    prompts: tuple[tuple[TokenId, ...], ...]
+    num_new: Count
+    against: Literal["transformers", "llama.cpp"]
+    python: Bounded
+
+
+class ComparedPrompt(Message, frozen=True):
+    """Our tokens; the reference's choice at each, given all of ours before it; how far above ours
+    that is for it (in logits), and what to make of that."""
+
+    token_ids: tuple[TokenId, ...]
+    reference_ids: tuple[TokenId, ...]
+    gaps: tuple[float, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+class GreedyComparison(Message, frozen=True):
+    """Of all prompts, by which reference, and how ours were computed."""
+
+    dtype: Bounded
+    computed_by: Bounded
+    reference: Bounded
+    prompts: tuple[ComparedPrompt, ...]
+
+
 _encoder = msgspec.msgpack.Encoder()
 _estimate: msgspec.json.Decoder[Estimate] = msgspec.json.Decoder(Estimate)
+_greedy_request: msgspec.json.Decoder[GreedyRequest] = msgspec.json.Decoder(GreedyRequest)
+_greedy: msgspec.json.Decoder[GreedyComparison] = msgspec.json.Decoder(GreedyComparison)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)
 _from_instance: msgspec.msgpack.Decoder[FromInstance] = msgspec.msgpack.Decoder(FromInstance)
 _start: msgspec.msgpack.Decoder[Start] = msgspec.msgpack.Decoder(Start)
@@ -398,3 +438,13 @@ def decode_from_forkserver(frame: bytes) -> FromForkserver:
 def decode_estimate(document: bytes) -> Estimate:
     """Raises `msgspec.DecodeError` on anything but a valid document."""
     return _estimate.decode(document)
+
+
+def decode_greedy_request(document: bytes) -> GreedyRequest:
+    """Raises `msgspec.DecodeError` on anything but a valid document."""
+    return _greedy_request.decode(document)
+
+
+def decode_greedy_comparison(document: bytes) -> GreedyComparison:
+    """Raises `msgspec.DecodeError` on anything but a valid document."""
+    return _greedy.decode(document)

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from allocator import messages
 from allocator.backends import PoolWindow, for_handle
@@ -24,6 +24,7 @@ from allocator.client.session.connection import Connection, expect
 from allocator.client.session.shortage import Shortage
 from allocator.errors import (
     AllocatorGone,
+    DeviceError,
     DoubleFree,
     SharedMemoryFull,
     Unanswered,
@@ -46,6 +47,7 @@ class _Mapped:
     epoch: int
     users: Counter[int] = field(default_factory=Counter)
     """By offset, how many Leases and Blocks."""
+    is_open: bool = True
     _bytes: "torch.Tensor | None" = field(default=None, repr=False)  # most can't be touched
 
     def as_bytes(self) -> "torch.Tensor":
@@ -65,7 +67,13 @@ class _Mapped:
         self.users[extent.offset] -= 1
         if not self.users[extent.offset]:
             del self.users[extent.offset]
-            self.window.unmap(extent, discard=discard)
+            if self.is_open:
+                self.window.unmap(extent, discard=discard)
+
+    def close(self) -> None:
+        """Nothing of it is mapped any more."""
+        self.is_open = False
+        self.window.close()
 
 
 @dataclass(eq=False)
@@ -143,6 +151,9 @@ class Block(_Held):
         self._pool.release_blocks([self])
 
 
+H = TypeVar("H", bound=_Held)
+
+
 class PoolClient:
     """One session's part of the pool. Thread-safe."""
 
@@ -170,18 +181,12 @@ class PoolClient:
 
     def release(self, leases: Sequence[Lease]) -> None:
         """Give them back, all at once. Raises DoubleFree, and then gives nothing back. Where no
-        allocator answers, the next one that knows the session gets them back."""
-        with self._turn():
-            _end(leases)
-            for lease in leases:
-                lease._mapped.unmap(lease.extent, discard=True)
-            self._give_back(
-                [
-                    LeaseId(lease.extent.offset, lease.generation)
-                    for lease in leases
-                    if lease._mapped is self._current
-                ]
-            )
+        allocator answers, the next one that knows the session gets them back. What a device does
+        not unmap stays leased while this session lasts: the first such DeviceError is raised once
+        the others are given back."""
+        with self._turn(), _unmapped(leases, discard=True) as gone:
+            current = [lease for lease in gone if lease._mapped is self._current]
+            self._give_back([LeaseId(one.extent.offset, one.generation) for one in current])
 
     def put(self, blocks: Sequence[tuple[bytes, Lease]]) -> list[Block | None]:
         """Seal leased extents under their digests and go on with them read-only. None where the
@@ -216,11 +221,8 @@ class PoolClient:
 
     def release_blocks(self, blocks: Sequence[Block]) -> None:
         """Unmap and unpin them. As for `release`."""
-        with self._turn():
-            _end(blocks)
-            for block in blocks:
-                block._mapped.unmap(block.extent, discard=False)
-            self._unpin([block.digest for block in blocks if block._mapped is self._current])
+        with self._turn(), _unmapped(blocks, discard=False) as gone:
+            self._unpin([block.digest for block in gone if block._mapped is self._current])
 
     def share(self) -> messages.Share:
         """What this session holds of the pool, and how much it should while others lack room."""
@@ -235,7 +237,7 @@ class PoolClient:
         with self._lock:
             self._closed = True
             if self._current is not None:
-                self._current.window.close()
+                self._current.close()
                 self._current = None
 
     # --- steps
@@ -296,11 +298,9 @@ class PoolClient:
     def _give_up(self, leases: Sequence[Lease]) -> None:
         """They may be blocks by now, which others map: not to be written any more, nor discarded.
         Those that are not go back with the next request."""
-        for lease in leases:
-            lease._held = False
-            lease._mapped.unmap(lease.extent, discard=False)
         ids = tuple(LeaseId(lease.extent.offset, lease.generation) for lease in leases)
-        self._connection.give_up(messages.Return(leases=ids))
+        with _unmapped(leases, discard=False):
+            self._connection.give_up(messages.Return(leases=ids))
 
     def _map(
         self,
@@ -310,26 +310,20 @@ class PoolClient:
         *,
         writable: bool,
     ) -> _Mapped:
-        done: list[Extent] = []
         shortage = Shortage(self._connection)
-        try:
+        with contextlib.ExitStack() as always, contextlib.ExitStack() as undo:
+            always.callback(close_all, descriptors)
             mapped = self._window_of(pool)
-            try:
-                for index, extent in enumerate(extents):
-                    descriptor = descriptors[index] if descriptors else None
-                    while True:
-                        try:
-                            mapped.map(extent, writable=writable, descriptor=descriptor)
-                            break
-                        except SharedMemoryFull as error:
-                            shortage(error)
-                    done.append(extent)
-            except BaseException:
-                for extent in done:
-                    mapped.unmap(extent, discard=writable)
-                raise
-        finally:
-            close_all(descriptors)
+            for index, extent in enumerate(extents):
+                descriptor = descriptors[index] if descriptors else None
+                while True:
+                    try:
+                        mapped.map(extent, writable=writable, descriptor=descriptor)
+                        break
+                    except SharedMemoryFull as error:
+                        shortage(error)
+                undo.callback(mapped.unmap, extent, discard=writable)
+            undo.pop_all()
         return mapped
 
     def _give_back(self, leases: Sequence[LeaseId]) -> None:
@@ -348,10 +342,29 @@ class PoolClient:
             # Another pool means an allocator that did not adopt ours: what is mapped of the old one
             # stays as it is, for whoever still views it. In the same pool others may hold it now.
             if current is not None and current.segment == pool.segment:
-                current.window.close()
+                current.close()
             current = _Mapped(for_handle(pool).open_pool(pool), pool.segment, epoch)
             self._current = current
         return current
+
+
+@contextlib.contextmanager
+def _unmapped(held: Sequence[H], *, discard: bool) -> Iterator[list[H]]:
+    """None of them is held any more; those that are not mapped either. Raises as `_end` does, and
+    at last the first DeviceError with which one stayed mapped."""
+    _end(held)
+    gone: list[H] = []
+    errors: list[DeviceError] = []
+    for one in held:
+        try:
+            one._mapped.unmap(one.extent, discard=discard)
+        except DeviceError as error:
+            errors.append(error)
+        else:
+            gone.append(one)
+    yield gone
+    if errors:
+        raise errors[0]
 
 
 def _end(held: Sequence[_Held]) -> None:

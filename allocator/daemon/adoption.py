@@ -8,6 +8,7 @@ their digests; what a process held that is gone is free.
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import msgspec
@@ -16,7 +17,7 @@ from allocator.backends import Backend, for_handle
 from allocator.books import Books, SessionId
 from allocator.daemon.device.budget import DeviceMemory, Holder
 from allocator.daemon.journal.records import KeptDevice, SetKept
-from allocator.daemon.weights.state import Copy, WeightSet
+from allocator.daemon.weights.weight_set import Copy, WeightSet
 from allocator.digests import differing, digest
 from allocator.errors import AllocatorError
 from allocator.messages import Extent, Handle, Tier, decode_manifest
@@ -44,9 +45,10 @@ def adopt(
     quotas: dict[tuple[str, str], int],
     now: float,
 ) -> Adopted:
-    """The device's memory with everything of `kept` that is still true; nothing of it where it
-    contradicts itself. `sessions` are those of the device and `holders` whom they are charged to,
-    whether or not their processes live: the caller ends the dead ones."""
+    """The device's memory with everything of `kept` that is still true; of one that contradicts
+    itself the quotas alone, which say nothing of memory. `sessions` are those of the device and
+    `holders` whom they are charged to, whether or not their processes live: the caller ends the
+    dead ones."""
 
     def attempt(kept: KeptDevice, books: Mapping[SessionId, Books]) -> Adopted:
         proof = _Proof(kept, books, backend, host_tier, now)
@@ -58,7 +60,8 @@ def adopt(
         return attempt(kept, sessions)
     except (AllocatorError, AssertionError, LookupError, ValueError, OSError) as error:
         log.error("nothing is adopted of %s: %s: %s", backend.device, type(error).__name__, error)  # noqa: TRY400
-        return attempt(KeptDevice(), {number: Books() for number in sessions})
+        bare = KeptDevice(quotas=kept.quotas)
+        return attempt(bare, {number: Books() for number in sessions})
 
 
 class _Proof:
@@ -195,17 +198,19 @@ def _wrong_bytes(copy: Copy) -> str:
         mapping = for_handle(copy.handle).map(copy.handle, writable=False)
     except (OSError, AllocatorError) as error:
         return str(error)
-    begin, end = copy.manifest.offset, copy.manifest.offset + copy.manifest.num_bytes
-    described = mapping.buffer[begin:end]
-    if digest(described) != copy.manifest_digest:
-        return "its manifest"
-    try:
-        entries = decode_manifest(described).tensors
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return str(error)
-    finally:
-        del described
+    with closing(mapping):
+        return _wrong_bytes_in(mapping.buffer, copy.manifest, copy.manifest_digest)
+
+
+def _wrong_bytes_in(segment: memoryview, manifest: Extent, manifest_digest: str) -> str:
+    """As `_wrong_bytes`. No view of the segment is left."""
+    begin, end = manifest.offset, manifest.offset + manifest.num_bytes
+    with segment[begin:end] as described:
+        if digest(described) != manifest_digest:
+            return "its manifest"
+        try:
+            entries = decode_manifest(described).tensors
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return str(error)
     own = {name: entry for name, entry in entries.items() if entry.segment == 0}
-    wrong = differing(mapping.buffer, own)
-    mapping.close()
-    return ", ".join(wrong[:5])
+    return ", ".join(differing(segment, own)[:5])

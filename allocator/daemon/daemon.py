@@ -1,9 +1,10 @@
 """The allocator: one process that owns devices' memory and says who may map what.
 
 Owns the sockets, the sessions, the journal and the loop. Invariants: one daemon a runtime
-directory; a request is answered exactly once, now or when what it waits for happens; whatever a
-client sends, the worst it gets is a typed error; a broken invariant of our own ends the process,
-since handing out wrong memory is worse than restarting. Never imports torch.
+directory; a request is answered exactly once: now, when what it waits for happens, or when its
+session asks for something else; whatever a client sends, the worst it gets is a typed error; a
+broken invariant of our own ends the process, since handing out wrong memory is worse than
+restarting. Never imports torch.
 """
 
 import contextlib
@@ -34,10 +35,10 @@ from allocator.daemon.journal.records import (
     SessionEnded,
     boot_id,
 )
-from allocator.daemon.journal.state import StateJournal
+from allocator.daemon.journal.state_journal import StateJournal
 from allocator.daemon.own_segments import OwnSegments
 from allocator.daemon.settings import DaemonSettings
-from allocator.daemon.weights.state import ReplyTo, WeightSet
+from allocator.daemon.weights.weight_set import ReplyTo, WeightSet
 from allocator.errors import (
     AllocatorBusy,
     AllocatorError,
@@ -226,6 +227,7 @@ class Daemon:
         elif loss is Loss.ALL:
             for session in self._sessions:
                 if session.lifeline is not None:
+                    self._devices[session.device].stop_waiting(session)
                     tell_to_ask_again(session.lifeline)
 
     def _close(self) -> None:

@@ -57,7 +57,7 @@ def generate(model: Any, device: str, prompts: list[list[int]], max_tokens: int)
 
 
 def judge(model: Any, device: str, prompt: list[int], new: list[int]) -> dict[str, Any]:
-    """As tests/workers/model/ties.py does."""
+    """As workers/conformance/ties.py does."""
     ids = torch.tensor([[*prompt, *new]], device=device)
     logits = model(ids, logits_to_keep=len(new) + 1).logits[0, :-1].float()
     best = logits.max(dim=-1)

@@ -14,6 +14,8 @@ _SERVE_EXAMPLES: Final = """Examples: `onecopy serve demo`; `onecopy serve ./Qwe
 --instances 4 --max-model-len 4096`; `onecopy serve model.gguf --uds /run/llm.sock`."""
 _PLAN_EXAMPLES: Final = """Examples: `onecopy plan demo`; `onecopy plan ./Qwen3-0.6B --instances 8
 --max-model-len 4096`; `onecopy plan model.gguf --memory 16GB --json`."""
+_CHECK_EXAMPLES: Final = """Examples: `onecopy check ./Qwen3-0.6B`; `onecopy check model.gguf
+--reference-python ~/llamacpp/bin/python`; `onecopy check ./big --tokens-only --json`."""
 
 app = typer.Typer(
     name="onecopy",
@@ -50,6 +52,7 @@ app.command()(memory.wake)
 app.command()(memory.pin)
 app.command()(memory.evict)
 app.command(epilog=_PLAN_EXAMPLES)(machine.plan)
+app.command(epilog=_CHECK_EXAMPLES)(machine.check)
 app.command()(machine.doctor)
 app.command()(serving.stop)
 

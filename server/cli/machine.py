@@ -1,5 +1,6 @@
-"""Commands to ask before anything runs: plan, doctor."""
+"""Commands to ask before anything runs: plan, check, doctor."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -8,14 +9,23 @@ from allocator import parse_bytes
 from server import console
 from server.cli.options import JsonOption, RuntimeDirOption, one_line_errors, print_json
 from server.cli.setting_options import Options, engine_settings, takes_settings
+from server.conformance.check import Checked
+from server.conformance.check import check as compare
 from server.console.checks import checks_line, checks_table
+from server.console.conformance import (
+    conformance_heading,
+    conformance_lines,
+    conformance_table,
+)
 from server.console.plan import plan_heading, plan_lines, plan_table
 from server.machine import checks
 from server.machine.doctor import clear_up, examine
 from server.machine.plan import Load, make_plan, read_estimate, read_machine
 from server.machine.served_check import served_models
 from server.models.source import find_model
+from server.text.given import GivenText
 from server.units import size_text
+from workers import ReferenceName
 
 
 @takes_settings(
@@ -71,6 +81,65 @@ def plan(
         console.out.print(plan_heading(made), markup=False)
         console.out.print(plan_table(made))
         console.out.print(plan_lines(made), markup=False)
+
+
+@takes_settings("chat_template", "pre_tokenizer")
+def check(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="`demo`, a Hugging Face folder, a .gguf file, or a hub id.", show_default=False
+        ),
+    ],
+    options: Options,
+    against: Annotated[
+        ReferenceName | None,
+        typer.Option(
+            help="What to compare with. Default: transformers for a folder, llama.cpp for a GGUF "
+            "file.",
+            show_default=False,
+        ),
+    ] = None,
+    reference_python: Annotated[
+        str | None,
+        typer.Option(
+            help="The Python interpreter of another environment, which has the reference.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What to compute in: float32, bfloat16 or float16.")
+    ] = "float32",
+    tokens_only: Annotated[
+        bool, typer.Option("--tokens-only", help="Generate nothing, so that no weights are read.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what MODEL's texts, chats and prompts become here with what another library makes of
+    them; exit 1 where something differs, or can't be compared.
+
+    Needs no server, and disturbs none. Computes in private memory: first here, then there.
+    """
+    with one_line_errors():
+        engine_settings({"dtype": dtype})
+        checked = Checked(
+            source=find_model(model),
+            against=against,
+            python=reference_python or sys.executable,
+            given=GivenText(options["chat_template"], options["pre_tokenizer"]),
+            dtype=dtype,
+            computes=not tokens_only,
+        )
+        with console.err.status("") as status:
+            found = compare(checked, status.update)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+    else:
+        console.out.print(conformance_heading(found), markup=False)
+        console.out.print(conformance_table(found))
+        console.out.print(conformance_lines(found), markup=False)
+    if not found.same:
+        raise typer.Exit(1)
 
 
 def doctor(

@@ -22,12 +22,12 @@ from server.admin.weight_sets import NoSuchModel
 from server.background import WorkEnded
 from server.cli.setting_options import option
 from server.errors import ServerError
-from server.fleet.fleet import StartError
+from server.fleet.starts import StartError
 from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
 from server.models.source import ModelNotFound
 from server.serve import AddressInUse
-from workers import CheckpointError, InvalidSetting
+from workers import CheckpointError, InvalidSetting, ReferenceMissing
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -65,6 +65,7 @@ def one_line_errors() -> Iterator[None]:
         NoSuchModel,
         NothingToProve,
         PlanFailed,
+        ReferenceMissing,
         ServerError,
         StartError,
         WorkEnded,

@@ -92,9 +92,10 @@ def _offload_lines(plan: Plan) -> list[str]:
         speed = f"{size_text(offload.read_bytes_per_s)}/s, as measured here"
         compute = offload.compute_s(weights)
         lines.append(
-            f"Reading takes {offload.read_s:.2g} s of each pass ({speed}), computing one token "
-            f"{compute:.2g} s or more: at most {offload.hidden(weights):.0%} of reading can be "
-            "hidden, and more where a pass computes more: several requests at once, or a prompt."
+            f"Reading takes {offload.read_s:.2g} s of each pass ({speed}). One token computes for "
+            f"{compute:.2g} s if the weights come as fast as this memory gives them: then "
+            f"{offload.hidden(weights):.0%} of reading can be hidden behind it, and more where a "
+            "pass computes for longer: several requests at once, or a prompt."
         )
     return lines
 

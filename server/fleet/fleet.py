@@ -1,64 +1,44 @@
 """The instances of one model: how many there should be, how many there are, and in what state.
 
-Owns the supervision: starts instances, hears of their ends, replaces those that ended or hang.
-Invariants: while the fleet is not draining, the number of live instances goes to `num_wanted`; an
-instance that hangs answers no more before its requests go elsewhere; an instance that never became
-ready is tried again ever more slowly.
+Owns their number: starts instances, replaces those that ended, drains those that are too many.
+What becomes of each is in `supervision`. Invariants: while the fleet is not draining, the number of
+live instances goes to `num_wanted`; an instance that never became ready is tried again ever more
+slowly.
 """
 
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Final
-
-import msgspec
 
 from allocator import RuntimeDir
 from server.background import Background
 from server.fleet.forks import Forks, ForksListeners, Preload
-from server.fleet.hangs import LONGEST_END_S, Hang, hang_of, overdue
+from server.fleet.hangs import LONGEST_END_S, Hang
 from server.fleet.instance import Instance, Listeners
 from server.fleet.model_state import ModelState
 from server.fleet.roster import Roster
-from server.fleet.starts import Starts
-from server.processes.endings import Ending, OutOfMemoryKills, ending_of
+from server.fleet.specs import of_other_files, spec_of
+from server.fleet.starts import StartError, Starts
+from server.fleet.supervision import Supervision
+from server.processes.endings import OutOfMemoryKills
 from server.processes.orphans import Orphans
 from server.processes.vital_signs import LOOK_EVERY_S
 from server.settings import Settings
 from workers.client import Engines, ForkserverBusy, ForkserverEnded
 from workers.messages import (
     Drain,
-    Exited,
-    FromInstance,
     InstanceSpec,
-    Loading,
-    Ready,
-    Started,
-    StartFailed,
-    StepOutput,
     ToInstance,
 )
 
 log = logging.getLogger("onecopy.server")
 
-_HOW_AWAITED_S: Final = 3.0
-"""How long to wait for the forkserver's word on how an instance ended."""
 _KILLED_S: Final = 1.0
 """What processes may take to end that the kernel kills."""
-
-
-MOST_FAILURES: Final = 3
-"""Starts in a row that fail, after which nobody waits for the next one any more."""
-
-
-class StartError(Exception):
-    """The model can't be served. The message is for a person."""
 
 
 class Fleet:
@@ -73,8 +53,6 @@ class Fleet:
     ):
         """`tokenizer` is where instances find the model's tokenizer.json."""
         self._settings = settings
-        self.model = ModelState(settings.model, tokenizer)
-        """As it is served now."""
         self._runtime_dir = runtime_dir
         self._listeners = listeners
         self._background = Background()
@@ -86,11 +64,21 @@ class Fleet:
         self._num_alone = 0
         self._draining = False
         self._memory_kills = OutOfMemoryKills()
+        self._supervision = Supervision(
+            ModelState(settings.model, tokenizer),
+            self._engines,
+            self._roster,
+            self._starts,
+            listeners,
+            self._memory_kills,
+            settings.hang_timeout_s,
+            self._fill_up,
+        )
         self._forks = Forks(
             self._preload,
             ForksListeners(
                 self._on_forks_up,
-                self._on_forkserver_event,
+                self._supervision.on_forkserver_event,
                 self._on_forks_ended,
                 self._starts.delay_s,
             ),
@@ -100,9 +88,18 @@ class Fleet:
         self.num_wanted = settings.num_instances
         self.asleep = False
         """No instance runs, and none is to be started, until `wake`."""
-        self.num_replaced = 0
 
     # --- what others may ask
+
+    @property
+    def model(self) -> ModelState:
+        """As it is served now."""
+        return self._supervision.model
+
+    @property
+    def num_replaced(self) -> int:
+        """Instances that had been ready and were lost."""
+        return self._supervision.num_replaced
 
     @property
     def instances(self) -> list[Instance]:
@@ -143,9 +140,7 @@ class Fleet:
     @property
     def allocator_silent_since(self) -> float | None:
         """Since when the allocator has not answered an instance; None where it answers all."""
-        beats = [one.leash.look() for one in self.instances if not one.is_gone]
-        times = [beat.silent_since for beat in beats if beat is not None and beat.silent_since]
-        return min(times, default=None)
+        return self._roster.allocator_silent_since
 
     @property
     def awaits_allocator(self) -> bool:
@@ -155,16 +150,14 @@ class Fleet:
 
     async def send(self, instance: Instance, message: ToInstance) -> bool:
         """False where the instance is not connected (any more)."""
-        sent = await self._engines.send(instance.name, message)
-        instance.num_sent += sent
-        return sent
+        return await self._supervision.send(instance, message)
 
     # --- life
 
     def launch(self) -> None:
         """Begin: the forkserver imports, then the instances start. Returns at once."""
         self._background.keep("the watch over the forkserver", self._forks.keep)
-        self._background.keep("the watch over messages of instances", self._watch_engines)
+        self._background.keep("the watch over messages", self._supervision.watch_engines)
         self._background.keep("the watch over hung processes", self._keep_looking)
 
     async def wait_ready(self, most_failures: int | None = None) -> None:
@@ -210,13 +203,7 @@ class Fleet:
             raise StartError("the server is shutting down, or the model sleeps")
         if not self._forks.is_up:
             raise StartError("the process that instances are forked from is not up: try again")
-        spec = msgspec.structs.replace(
-            self._spec(),
-            model=str(model),
-            tokenizer=str(tokenizer),
-            weight_set="",
-            eos_token_ids=None,
-        )
+        spec = of_other_files(self._spec(), model, tokenizer)
         try:
             instance = self._fork(spec, self.model.epoch + 1)
         except (ForkserverBusy, ForkserverEnded, OSError) as error:
@@ -238,7 +225,7 @@ class Fleet:
         are started; those of before go on until `retire`."""
         if instance.ready is None or instance.state != "ready":
             raise StartError("the instance that was tried out ended: try again")
-        self.model = ModelState(model, tokenizer, instance.epoch, instance.ready)
+        self._supervision.model = ModelState(model, tokenizer, instance.epoch, instance.ready)
         self._starts.error = None
         self._fill_up()
 
@@ -322,7 +309,7 @@ class Fleet:
         for instance in self.instances:
             if instance.pid is None and not instance.is_gone:
                 how = "its forkserver ended before it began"
-                self._give_up(instance, Hang(how, by_itself=False))
+                self._supervision.give_up(instance, Hang(how, by_itself=False))
         if faulty:
             self._starts.failed()
             if self.model.facts is None:
@@ -331,100 +318,6 @@ class Fleet:
                     "torch and transformers; its own message is above"
                 )
             self._roster.tell_of_change()
-
-    def _on_forkserver_event(self, event: object) -> None:
-        match event:
-            case Started(name=name, pid=pid) if instance := self._roster.get(name):
-                self._know_pid(instance, pid)
-                self._roster.tell_of_change()
-            case Exited(name=name, status=status) if instance := self._roster.get(name):
-                self._on_exit(instance, status)
-
-    async def _watch_engines(self) -> None:
-        while True:
-            name, message = await self._engines.receive()
-            instance = self._roster.get(name)
-            if instance is None or instance.is_gone:
-                continue
-            if message is None:
-                # Whatever it said, some request would be without it.
-                self._give_up(instance, Hang("it sent what can't be read", by_itself=True))
-                continue
-            try:
-                await self._on_message(instance, message)
-            except Exception:
-                log.exception("a message of instance %s could not be taken", name)
-                self._give_up(instance, Hang("its message could not be taken", by_itself=False))
-
-    async def _on_message(self, instance: Instance, message: FromInstance) -> None:
-        match message:
-            case StepOutput():
-                instance.load = message
-                for output in message.outputs:
-                    self._listeners.output(instance.name, output)
-            case Loading():
-                if instance.state == "starting":
-                    instance.move("loading")
-                if instance.loading is None or instance.loading.num_bytes != message.num_bytes:
-                    instance.came_on_at = time.monotonic()
-                instance.loading = message
-                self._roster.tell_of_change()
-            case Ready():
-                self._on_ready(instance, message)
-                if instance.state == "draining":  # it was not there yet when it was told first
-                    await self.send(instance, Drain())
-            case StartFailed(message=text) if instance.state != "ready":
-                instance.start_error = text
-                if instance.epoch == self.model.epoch:
-                    self._starts.error = text
-                log.error("instance %s can't start: %s", instance.name, text)
-                self._roster.tell_of_change()
-
-    def _on_ready(self, instance: Instance, message: Ready) -> None:
-        instance.ready = message
-        self._know_pid(instance, message.pid)
-        if instance.epoch == self.model.epoch:
-            if self.model.ready is None:
-                self.model = replace(self.model, ready=message)
-            self._starts.succeeded()
-        if instance.state != "draining":
-            instance.move("ready")
-            self._listeners.ready(instance)
-        log.info(
-            "instance %s ready: pid %d, %.0f ms from the request, %s",
-            instance.name,
-            message.pid,
-            message.startup_ms.get("total", 0.0),
-            "loaded the weights" if message.loaded else "attached to the shared weights",
-        )
-        self._roster.tell_of_change()
-        self._fill_up()
-
-    def _know_pid(self, instance: Instance, pid: int) -> None:
-        instance.pid = pid
-        try:
-            instance.leash.watch(pid, partial(self._on_pidfd, instance))
-        except OSError as error:  # descriptors ran out; the next look tries again
-            log.warning("the end of instance %s can't be seen now: %s", instance.name, error)
-
-    def _on_pidfd(self, instance: Instance, status: int | None) -> None:
-        if status is not None:
-            self._on_exit(instance, status)
-            return
-        # The forkserver has taken the status, and will say it; unless it hangs or is gone.
-        loop = asyncio.get_running_loop()
-        loop.call_later(_HOW_AWAITED_S, self._on_exit, instance, None)
-
-    def _on_exit(self, instance: Instance, status: int | None) -> None:
-        """Its process is gone."""
-        if instance.state == "ended":
-            return
-        if not instance.is_gone:
-            beat = instance.leash.look()
-            names = beat.names if beat is not None else None
-            kills = self._memory_kills.just_now()
-            self._lose(instance, ending_of(status, out_of_memory=kills, names=names))
-        self._forget(instance)
 
     # --- hung processes
 
@@ -435,81 +328,10 @@ class Fleet:
             for instance in self.instances:
                 await asyncio.sleep(0)  # each look reads files; there may be hundreds
                 if not instance.is_gone:
-                    self._look_at(instance)
+                    self._supervision.look_at(instance)
             self._forks.look(asked=any(one.pid is None for one in self.instances))
             self._orphans.look(time.monotonic())
             self._fill_up()
-
-    def _look_at(self, instance: Instance) -> None:
-        has_requests = bool(self._listeners.num_requests(instance))
-        hang = overdue(instance, has_requests=has_requests)
-        if hang is None and instance.pid is not None:
-            self._know_pid(instance, instance.pid)
-            if self._settings.hang_timeout_s:
-                before = instance.unresponsive_since
-                hang = hang_of(instance, instance.pid, self._settings.hang_timeout_s)
-                if (before is None) != (instance.unresponsive_since is None):
-                    self._tell_of_silence(instance)
-        if hang is not None:
-            self._give_up(instance, hang)
-
-    def _tell_of_silence(self, instance: Instance) -> None:
-        """Before it is given up, it gets no further request; and it may come back."""
-        if instance.unresponsive_since is not None:
-            log.warning(
-                "instance %s (pid %s, %s) does not move any more: %s",
-                instance.name,
-                instance.pid,
-                instance.state,
-                instance.signs,
-            )
-        else:
-            log.info("instance %s moves again", instance.name)
-            if instance.answers:
-                self._listeners.ready(instance)
-        self._roster.tell_of_change()
-
-    def _give_up(self, instance: Instance, hang: Hang) -> None:
-        """Its requests go elsewhere, whatever it may still do before it is gone."""
-        beat = instance.leash.look()
-        names = beat.names if beat is not None else None
-        ending = Ending(hang.how, hang.by_itself, names, given_up=True)
-        instance.leash.kill()
-        if instance.unresponsive_since is None:
-            instance.unresponsive_since = time.monotonic()
-        self._lose(instance, ending)
-        if instance.pid is None:  # nobody will tell of its end
-            self._forget(instance)
-        self._fill_up()
-
-    def _lose(self, instance: Instance, ending: Ending) -> None:
-        """It answers no more, and what becomes of its process is nobody's concern."""
-        name, was = instance.name, instance.state
-        instance.move("unresponsive")
-        if was == "draining":
-            log.info("instance %s ended: %s", name, ending.how)
-        else:
-            log.warning("instance %s (pid %s), %s, ended: %s", name, instance.pid, was, ending.how)
-        is_current = instance.epoch == self.model.epoch
-        if was in ("starting", "loading") and ending.by_itself and is_current:
-            self._starts.failed()
-            if self.model.facts is None and self.start_error is None and not ending.given_up:
-                self._starts.error = (
-                    f"the first instance ended before it was ready: {ending.how}. If it was out "
-                    "of memory, `onecopy plan` says how much the model takes."
-                )
-        elif was == "ready":
-            self.num_replaced += 1
-        self._listeners.lost(instance, ending)
-        self._roster.tell_of_change()
-
-    def _forget(self, instance: Instance) -> None:
-        instance.move("ended")
-        instance.leash.close()
-        self._roster.remove(instance)
-        self._engines.forget(instance.name)
-        self._roster.tell_of_change()
-        self._fill_up()
 
     # --- doing
 
@@ -518,9 +340,8 @@ class Fleet:
         return self._roster.of(self.model.epoch)
 
     def _fill_up(self) -> None:
-        if self._draining or self.asleep or not self._forks.is_up:
-            return
-        if not self._starts.may_be_tried:
+        may_start = self._forks.is_up and self._starts.may_be_tried
+        if self._draining or self.asleep or not may_start:
             return
         # The first one alone: it loads the weights, or shows that they can't be served; the others
         # then attach, instead of waiting for it on the same cores.
@@ -560,21 +381,8 @@ class Fleet:
 
     def _spec(self) -> InstanceSpec:
         """Of the next instance of the model as it is served."""
-        name = f"i{self._num_named}"
-        settings, model = self._settings, self.model
-        return InstanceSpec(
-            name=name,
-            runtime_dir=str(self._runtime_dir.path),
-            engines=self._engines.expect(name),
-            server_pid=os.getpid(),
-            model=str(model.path),
-            served_model_name=settings.served_model_name,
-            requested_at=time.monotonic(),
-            settings=settings.engine,
-            num_threads=settings.num_threads,
-            tokenizer=str(model.tokenizer),
-            weight_set=model.weight_set or "",
-            eos_token_ids=model.facts.eos_token_ids if model.facts is not None else None,
+        return spec_of(
+            f"i{self._num_named}", self._settings, self.model, self._runtime_dir, self._engines
         )
 
     async def _drain_instance(self, instance: Instance) -> None:
@@ -583,4 +391,4 @@ class Fleet:
         self._roster.tell_of_change()
         if was in ("starting", "loading"):  # nothing is lost with it
             instance.leash.kill()
-        await self.send(instance, Drain())
+        await self._supervision.send(instance, Drain())

@@ -5,11 +5,13 @@ others never wait for a request in here, since its instance is an additional one
 ends that instance too is over.
 """
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from server.fleet.homeless import LONGEST_S
 from server.fleet.instance import Instance
 from server.fleet.requests import Request
 
@@ -23,26 +25,24 @@ class Quarantine:
     """The line, and those whose turn it is."""
 
     def __init__(
-        self, want: Callable[[int], None], place: Callable[[Request, Instance], None]
+        self,
+        want: Callable[[int], None],
+        place: Callable[[Request, Instance], None],
+        recovers: Callable[[], bool],
+        give_up: Callable[[Request], None],
     ) -> None:
         """`want` asks for so many instances for one request each; `place` gives a request to one of
-        them."""
+        them; `recovers` says whether any can be expected; `give_up` ends a request whose turn does
+        not come."""
         self._want = want
         self._place = place
+        self._recovers = recovers
+        self._give_up = give_up
         self._waiting: deque[Request] = deque()
         self._running: dict[str, Request] = {}  # by the name of its instance
 
     def __contains__(self, request: Request) -> bool:
         return request in self._waiting or request in self._running.values()
-
-    @property
-    def moves(self) -> bool:
-        """Whether any of them has its turn."""
-        return bool(self._running)
-
-    def is_waiting(self, request: Request) -> bool:
-        """Whether its turn is yet to come."""
-        return request in self._waiting
 
     def add(self, request: Request) -> None:
         """It goes on here; first of all, where its instance was taken from it by somebody else."""
@@ -57,6 +57,7 @@ class Quarantine:
                 request.num_blamed,
             )
             self._waiting.append(request)
+        self._await_turn(request)
         self._ask()
 
     def remove(self, request: Request) -> None:
@@ -71,6 +72,20 @@ class Quarantine:
         if self._waiting:
             request = self._running[instance.name] = self._waiting.popleft()
             self._place(request, instance)
+
+    def _await_turn(self, request: Request) -> None:
+        """As long as there are instances for requests alone, or any can be expected."""
+        request.num_waits += 1
+        loop = asyncio.get_running_loop()
+        loop.call_later(LONGEST_S, self._lose_turn, request, request.num_waits)
+
+    def _lose_turn(self, request: Request, num_waits: int) -> None:
+        if request.ended or request.num_waits != num_waits:
+            return
+        if self._recovers() or self._running or request not in self._waiting:
+            self._await_turn(request)
+        else:
+            self._give_up(request)
 
     def _leave(self, request: Request) -> bool:
         if request in self._waiting:

@@ -49,6 +49,13 @@ class Roster:
         alone = [one for one in self._instances.values() if one.answers and one.alone]
         return [one for one in alone if one.epoch == epoch]
 
+    @property
+    def allocator_silent_since(self) -> float | None:
+        """Since when the allocator has not answered one of them; None where it answers all."""
+        beats = [one.leash.look() for one in self.all if not one.is_gone]
+        times = [beat.silent_since for beat in beats if beat is not None and beat.silent_since]
+        return min(times, default=None)
+
     async def change(self) -> None:
         """Until anything about any instance changed."""
         changed = asyncio.get_running_loop().create_future()

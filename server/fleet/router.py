@@ -18,7 +18,9 @@ from server.background import Background
 from server.errors import Asleep, DeadlineExceeded, InstanceFailed, NotReady, Overloaded
 from server.fleet import embedding
 from server.fleet.fleet import Fleet
+from server.fleet.homeless import Homeless
 from server.fleet.instance import Instance, Listeners
+from server.fleet.loads import Loads
 from server.fleet.quarantine import Quarantine
 from server.fleet.requests import Embedding, Request, Stream
 from server.generation import NO_OPTIONS, RequestOptions
@@ -30,42 +32,6 @@ log = logging.getLogger("onecopy.server")
 
 _RETRY_AFTER_S: Final = 2
 _ASLEEP_S: Final = 30
-_PATIENCE_S: Final = 2.0
-"""How long a request whose instance ended waits for the replacement before it joins a busy one."""
-_HOMELESS_S: Final = 60.0
-"""How long a request waits for a new instance when there is none left, and none can be started."""
-
-
-class ModelAsItWas:
-    """The router, for requests for the model as it is at one moment, whatever is loaded later. See
-    `server.generation.Generator`."""
-
-    def __init__(self, router: "Router"):
-        self._router = router
-        self._epoch = router.epoch
-        self.facts = router.facts
-
-    @property
-    def num_ready(self) -> int:
-        return self._router.num_ready
-
-    @property
-    def asleep(self) -> bool:
-        return self._router.asleep
-
-    async def submit(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        sampling: SamplingParams,
-        options: RequestOptions = NO_OPTIONS,
-    ) -> Stream:
-        return await self._router.submit(request_id, token_ids, sampling, options, self._epoch)
-
-    async def embed(
-        self, request_id: str, inputs: Sequence[Sequence[int]], dimensions: int = 0
-    ) -> list[bytes]:
-        return await self._router.embed(request_id, inputs, dimensions, self._epoch)
 
 
 class Router:
@@ -74,15 +40,17 @@ class Router:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._streams: dict[str, Request] = {}
-        self._homeless: list[Request] = []
+        self._homeless = Homeless(self._may_join, lambda: self._recovers, self._move, self._give_up)
         self._num_spread = 0
         self._background = Background()
         self._fleet: Fleet | None = None
-        self._quarantine = Quarantine(self._want_alone, self._place_alone)
+        self._quarantine = Quarantine(
+            self._want_alone, self._place_alone, lambda: self._recovers, self._turn_lost
+        )
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
-        self._given: dict[str, set[str]] = {}  # ids of requests, by the name of their instance
+        self._loads = Loads()
         self.listeners = Listeners(
             output=self._on_output,
             ready=self._on_ready,
@@ -116,7 +84,7 @@ class Router:
 
     def num_requests(self, instance: Instance) -> int:
         """Those that it was given and that have not ended."""
-        return len(self._given.get(instance.name, ()))
+        return self._loads.num(instance.name)
 
     @property
     def facts(self) -> ModelFacts:
@@ -183,7 +151,7 @@ class Router:
             raise NotReady("the model was loaded anew just now: ask again", retry_after_s=1)
         if not num_ready:
             # Those that all ended a moment ago are being replaced: the request waits for one.
-            if self._fleet is None or not self._fleet.recovers:
+            if self._fleet is None or not self._recovers:
                 text = "no instance is ready at the moment"
                 raise NotReady(text, retry_after_s=_RETRY_AFTER_S)
             num_ready = self._fleet.num_wanted
@@ -250,8 +218,7 @@ class Router:
     def give_up_all(self) -> None:
         """End what still runs, with an error that its client sees: nobody will go on with it."""
         for stream in list(self._streams.values()):
-            stream.fail(InstanceFailed("the server was stopped before the answer was complete"))
-            self._end(stream)
+            self._fail(stream, "the server was stopped before the answer was complete")
 
     async def close(self) -> None:
         """Nothing of it goes on."""
@@ -285,57 +252,33 @@ class Router:
         none then, unless it was moved meanwhile."""
         assert self._fleet is not None  # noqa: S101 - there are instances
         stream.instance = instance
-        self._give(stream, instance)
+        self._loads.give(stream.request_id, instance.name)
         if await self._fleet.send(instance, stream.message()):
             return True
-        self._take_from(instance, stream)
+        self._loads.take(stream.request_id, instance.name)
         if stream.instance is instance:
             stream.instance = None
         return False
 
-    def _give(self, stream: Request, instance: Instance) -> None:
-        self._given.setdefault(instance.name, set()).add(stream.request_id)
-
-    def _take_from(self, instance: Instance, stream: Request) -> None:
-        given = self._given.get(instance.name, set())
-        given.discard(stream.request_id)
-        if not given:
-            self._given.pop(instance.name, None)
-
     def _await_instance(self, stream: Request) -> None:
-        """It waits for one that becomes ready. After a while it joins a busy one, if there is any,
-        and after a long while it is given up. For the model as it was before, none will come."""
+        """It waits for one that becomes ready. For the model as it was before, none will come."""
         if stream.epoch != self.epoch and not self._instances(stream.epoch):
             self._outdated(stream)
-            return
-        stream.num_waits += 1
-        self._homeless.append(stream)
-        loop = asyncio.get_running_loop()
-        loop.call_later(_PATIENCE_S, self._lose_patience, stream, stream.num_waits)
-        loop.call_later(_HOMELESS_S, self._give_up, stream, stream.num_waits)
+        else:
+            self._homeless.add(stream)
 
-    def _lose_patience(self, stream: Request, num_waits: int) -> None:
-        if stream not in self._homeless or stream.num_waits != num_waits:
-            return
-        if self._instances(stream.epoch) or stream.epoch != self.epoch:
-            self._homeless.remove(stream)
-            self._move(stream)
+    def _may_join(self, stream: Request) -> bool:
+        return bool(self._instances(stream.epoch)) or stream.epoch != self.epoch
 
-    def _give_up(self, stream: Request, num_waits: int) -> None:
-        if stream not in self._homeless or stream.num_waits != num_waits:
-            return
-        if self._fleet is not None and self._fleet.recovers:  # on a slow machine it takes longer
-            loop = asyncio.get_running_loop()
-            loop.call_later(_HOMELESS_S, self._give_up, stream, num_waits)
-            return
-        stream.fail(InstanceFailed("its instance ended, and none took its place in time"))
-        self._end(stream)
+    @property
+    def _recovers(self) -> bool:
+        return self._fleet is not None and self._fleet.recovers
+
+    def _give_up(self, stream: Request) -> None:
+        self._fail(stream, "its instance ended, and none took its place in time")
 
     def _outdated(self, stream: Request) -> None:
-        stream.fail(
-            InstanceFailed("the model was loaded anew, and the last instance of before ended")
-        )
-        self._end(stream)
+        self._fail(stream, "the model was loaded anew, and the last instance of before ended")
 
     def _move(self, stream: Request) -> None:
         self._background.once(
@@ -347,8 +290,7 @@ class Router:
     def _not_placed(self, stream: Request, error: Exception) -> None:
         """An error of ours, which is in the log, ends the request that it is about."""
         if not stream.ended:
-            stream.fail(InstanceFailed(f"the server could not go on with this request: {error}"))
-            self._end(stream)
+            self._fail(stream, f"the server could not go on with this request: {error}")
 
     # --- what may end instances
 
@@ -363,7 +305,7 @@ class Router:
         if stream.epoch != instance.epoch:
             self._outdated(stream)
             return
-        self._give(stream, instance)  # from now on it has something to do
+        self._loads.give(stream.request_id, instance.name)  # from now on it has something to do
         self._background.once(
             f"placing request {stream.request_id} alone",
             partial(self._send_alone, stream, instance),
@@ -375,21 +317,8 @@ class Router:
         if not sent and stream.instance is None and not stream.ended:
             self._quarantine.add(stream)
 
-    def _await_turn(self, stream: Request) -> None:
-        """It waits for an instance for itself, as long as there are any."""
-        stream.num_waits += 1
-        loop = asyncio.get_running_loop()
-        loop.call_later(_HOMELESS_S, self._lose_turn, stream, stream.num_waits)
-
-    def _lose_turn(self, stream: Request, num_waits: int) -> None:
-        if stream.ended or stream.num_waits != num_waits:
-            return
-        recovers = self._fleet is not None and self._fleet.recovers
-        if recovers or self._quarantine.moves or not self._quarantine.is_waiting(stream):
-            self._await_turn(stream)
-            return
-        stream.fail(InstanceFailed("no instance could be started for this request alone"))
-        self._end(stream)
+    def _turn_lost(self, stream: Request) -> None:
+        self._fail(stream, "no instance could be started for this request alone")
 
     # --- told by the fleet
 
@@ -412,12 +341,10 @@ class Router:
             if instance.epoch == self.epoch:
                 self._quarantine.offer(instance)
             return
-        waiting, self._homeless = self._homeless, []
-        for stream in waiting:
-            self._move(stream)
+        self._homeless.place_all()
 
     def _on_lost(self, instance: Instance, ending: Ending) -> None:
-        for request_id in self._given.pop(instance.name, set()):
+        for request_id in self._loads.take_all(instance.name):
             stream = self._streams.get(request_id)
             if stream is None or stream.instance is not instance:
                 continue
@@ -429,13 +356,11 @@ class Router:
             was_alone = stream in self._quarantine
             stream.num_blamed += 1
             if was_alone:
-                stream.fail(
-                    InstanceFailed(
-                        f"{stream.num_blamed} instances ended by themselves while they computed "
-                        f"this request, the last one with nothing else to do ({ending.how})"
-                    )
+                self._fail(
+                    stream,
+                    f"{stream.num_blamed} instances ended by themselves while they computed "
+                    f"this request, the last one with nothing else to do ({ending.how})",
                 )
-                self._end(stream)
             else:
                 self._rehouse(stream)
 
@@ -448,7 +373,6 @@ class Router:
                 self._outdated(stream)
                 return
             self._quarantine.add(stream)
-            self._await_turn(stream)
             return
         idle = [one for one in self._instances(stream.epoch) if not self.num_requests(one)]
         log.info("request %s moves to %s", stream.request_id, "an idle one" if idle else "the next")
@@ -457,14 +381,18 @@ class Router:
         else:
             self._await_instance(stream)
 
+    def _fail(self, stream: Request, why: str) -> None:
+        """No instance goes on with it."""
+        stream.fail(InstanceFailed(why))
+        self._end(stream)
+
     def _end(self, stream: Request) -> None:
         stream.ended = True
         self._streams.pop(stream.request_id, None)
         if stream.timer is not None:
             stream.timer.cancel()
         if stream.instance is not None:
-            self._take_from(stream.instance, stream)
-        if stream in self._homeless:
-            self._homeless.remove(stream)
+            self._loads.take(stream.request_id, stream.instance.name)
+        self._homeless.remove(stream)
         self._quarantine.remove(stream)
         self._rest()

@@ -9,8 +9,9 @@ import logging
 from typing import Final
 
 from allocator import AllocatorError, Client, RuntimeDir, connect
-from server.fleet.fleet import MOST_FAILURES, Fleet, StartError
+from server.fleet.fleet import Fleet
 from server.fleet.router import Router
+from server.fleet.starts import MOST_FAILURES, StartError
 
 log = logging.getLogger("onecopy.server")
 

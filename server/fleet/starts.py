@@ -8,6 +8,12 @@ from typing import Final
 
 _FIRST_RETRY_S: Final = 0.1
 _LAST_RETRY_S: Final = 30.0
+MOST_FAILURES: Final = 3
+"""Starts in a row that fail, after which nobody waits for the next one any more."""
+
+
+class StartError(Exception):
+    """The model can't be served. The message is for a person."""
 
 
 class Starts:

@@ -31,7 +31,7 @@ from allocator import (
     memory_bounds,
     remove_abandoned,
 )
-from server.machine import checks, package_checks
+from server.machine import checks, device_checks, package_checks
 from server.machine.checks import Check
 from workers import NotThisProcessor, usable_kernels
 
@@ -172,7 +172,9 @@ def _left_behind(own_prefix: str) -> Check:
 
 def _devices() -> list[Check]:
     usable = {one: os.access(one, os.R_OK | os.W_OK) for one in _nvidia_files()}
-    found = [checks.nvidia(read_text("/proc/driver/nvidia/version"), usable, _libcuda_failure())]
+    found = [
+        device_checks.nvidia(read_text("/proc/driver/nvidia/version"), usable, _libcuda_failure())
+    ]
     if usable:
         found += _gpus()
     reasons = {
@@ -180,7 +182,11 @@ def _devices() -> list[Check]:
         for name, reason in usable_kernels().items()
         if not isinstance(reason, NotThisProcessor)
     }
-    return [*found, checks.cpu(read_text("/proc/cpuinfo")), checks.cpu_kernels(reasons)]
+    return [
+        *found,
+        device_checks.cpu(read_text("/proc/cpuinfo")),
+        device_checks.cpu_kernels(reasons),
+    ]
 
 
 def _gpus() -> list[Check]:
@@ -189,7 +195,7 @@ def _gpus() -> list[Check]:
     except InvalidSetting as error:
         return [checks.info("GPU", f"nothing more is known: {error}")]
     return [
-        checks.gpu(one.name, one.model, one.total_bytes - one.used_bytes, one.compute_mode)
+        device_checks.gpu(one.name, one.model, one.total_bytes - one.used_bytes, one.compute_mode)
         for one in usages
     ]
 

@@ -124,12 +124,12 @@ class Offload(BaseModel, frozen=True):
         return self.pass_bytes / self.read_bytes_per_s if self.read_bytes_per_s else 0.0
 
     def compute_s(self, weights_bytes: int) -> float:
-        """A pass for one token computes for at least as long: all weights are read once, those that
-        are `weights_bytes` and those in slots."""
+        """A pass for one token that is bound by memory: all weights are read once, those that are
+        `weights_bytes` and those in slots."""
         return (weights_bytes + self.pass_bytes) / self.memory_bytes_per_s
 
     def hidden(self, weights_bytes: int) -> float:
-        """What part of reading can be hidden behind computing one token, at most:
+        """What part of reading can be hidden behind computing one token so:
         min(compute, transfer) / transfer."""
         return min(1.0, self.compute_s(weights_bytes) / self.read_s) if self.read_s else 1.0
 

@@ -9,17 +9,18 @@ model as it was served. Knows nothing of HTTP.
 import asyncio
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from server.errors import ServerError
-from server.fleet.fleet import MOST_FAILURES, Fleet, StartError
+from server.fleet.fleet import Fleet
 from server.fleet.instance import Instance
 from server.fleet.router import Router
+from server.fleet.starts import MOST_FAILURES, StartError
 from server.generation import SamplingDefaults
 from server.models.files import ModelFiles, ModelWatch
 from server.models.in_flight import InFlight
 from server.models.source import ModelNotFound, ModelSource, find_model
+from server.text.given import GivenText
 from server.text.loaded_text import KeptTokenizer, LoadedText
 from workers import CheckpointError
 
@@ -38,7 +39,7 @@ class Reloader:
     def __init__(
         self,
         model: str,
-        chat_template: Path | None,
+        given_text: GivenText,
         fleet: Fleet,
         router: Router,
         watch: ModelWatch,
@@ -47,12 +48,12 @@ class Reloader:
         serve: Callable[[LoadedText, SamplingDefaults], LoadedText | None],
         is_served: Callable[[], bool],
     ):
-        """`model` as a person named it, and the template to use in place of its own; `turn` is held
+        """`model` as a person named it, and what goes before its own files; `turn` is held
         by whoever changes the fleet as a whole; `serve` lets requests that come from now on be
         answered by that model, and gives back the text of before; `is_served` says whether there is
         any yet."""
         self._model = model
-        self._chat_template = chat_template
+        self._given_text = given_text
         self._fleet = fleet
         self._router = router
         self._watch = watch
@@ -72,9 +73,9 @@ class Reloader:
             try:
                 source = await asyncio.to_thread(find_model, self._model)
                 files = await asyncio.to_thread(
-                    ModelFiles.at, source.path, source.given, self._chat_template
+                    ModelFiles.at, source.path, source.given, self._given_text.chat_template
                 )
-                loaded = await asyncio.to_thread(_load, source, self._chat_template)
+                loaded = await asyncio.to_thread(_load, source, self._given_text)
             except (ModelNotFound, CheckpointError, ServerError) as error:
                 raise CannotReload(f"the model is served as before: {error}") from error
             try:
@@ -132,8 +133,8 @@ class Reloader:
         await asyncio.gather(*self._retiring, return_exceptions=True)
 
 
-def _load(source: ModelSource, chat_template: Path | None) -> LoadedText:
-    tokenizer = KeptTokenizer.of(source.path, chat_template)
+def _load(source: ModelSource, given: GivenText) -> LoadedText:
+    tokenizer = KeptTokenizer.of(source.path, given)
     try:
         return LoadedText.of(tokenizer)
     except BaseException:

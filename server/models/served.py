@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from allocator import RuntimeDir
 from server.fleet.fleet import Fleet
-from server.fleet.router import ModelAsItWas, Router
+from server.fleet.model_as_it_was import ModelAsItWas
+from server.fleet.router import Router
 from server.fleet.sleep import Sleeper
 from server.generation import SamplingDefaults
 from server.models.files import ModelFiles, ModelWatch
@@ -49,7 +50,7 @@ class ServedModel:
         self.sleeper = Sleeper(self.fleet, self.router, runtime_dir, settings.drain_timeout_s, turn)
         self.reloader = Reloader(
             settings.model_named,
-            settings.chat_template,
+            settings.given_text,
             self.fleet,
             self.router,
             self.watch,

@@ -37,11 +37,15 @@ _LOOK_EVERY_S: Final = 0.25
 
 class TemplateFailed(Exception):
     """The template has an error, refused the messages, or used too much. The message says which;
-    `param` is what it can't do, where the template is not to blame."""
+    `param` is what it can't do, where the template is not to blame; `is_its_answer`: it ran, and
+    this is what came of it, so that other messages may be taken."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, *, is_its_answer: bool = False
+    ) -> None:
         super().__init__(message)
         self.param = param
+        self.is_its_answer = is_its_answer
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,9 @@ class ChatTemplate:
                     if number == _MAX_TRIES - 1:
                         raise TemplateFailed(str(interrupted)) from interrupted
         if "error" in answer:
-            raise TemplateFailed(str(answer["error"]), answer.get("param"))
+            raise TemplateFailed(
+                str(answer["error"]), answer.get("param"), is_its_answer=not answer.get("broken")
+            )
         return str(answer["text"])
 
     def close(self) -> None:

@@ -87,6 +87,8 @@ class Detokenizer:
                 self._window = self._window[self._num_shown :]
                 self._num_shown = len(self._window)
                 self._num_chars = len(self._decode(self._window))
+            elif len(self._window) - self._num_shown > 4 * self._MAX_HELD:
+                self._forget_silent(text)
             return piece
         if len(self._window) - self._num_shown <= self._MAX_HELD:
             return ""
@@ -95,6 +97,14 @@ class Detokenizer:
         if len(self._window) > 4 * self._MAX_HELD:
             self._forget(text)
         return piece
+
+    def _forget_silent(self, text: str) -> None:
+        """Drops ids that show nothing from a window that would grow with them: those between the
+        first that is not shown, which may be the blank that a decoder drops at a text's begin, and
+        the last."""
+        shorter = [*self._window[: self._num_shown + 1], *self._window[-self._MAX_HELD :]]
+        if self._decode(shorter) == text:
+            self._window = shorter
 
     def _forget(self, text: str) -> None:
         """Drops ids whose text is out from a window that would grow with the sequence."""

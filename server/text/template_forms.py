@@ -8,6 +8,7 @@ transformers makes of it; otherwise it takes the form that the template reads; n
 is chosen depends on the template alone. Knows no Jinja: it is given a function that renders.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
@@ -24,7 +25,14 @@ _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called, the name that most templates read first."""
 
 
-_NOTHING_SAID: Final[tuple[Message, ...]] = ({}, {"content": None}, {"content": ""})
+_NOTHING_SAID: Final[tuple[Message, ...]] = (
+    {},
+    {"content": None},
+    {"content": ""},
+    {"content": [{"type": "text", "text": ""}]},
+)
+_NULLS: Final = ("None", "null")
+"""What is written of a content that is none."""
 _NO_ARGUMENTS: Final[tuple[Any, ...]] = ({}, "{}")
 
 
@@ -88,10 +96,11 @@ class Forms:
             marks = _MARKS if form == "parts" else _MARKS[:1]
             parts = [{"type": "text", "text": mark} for mark in marks]
             content = marks[0] if form == "text" else parts
-            self._reads[key] = any(
-                all(mark in prompt for mark in marks) and not _shows_notation(prompt, marks[0])
-                for prompt in self._prompts(self._chats_with(role, content))
-            )
+            prompts = self._prompts(self._chats_with(role, content))
+            shown = [prompt for prompt in prompts if all(mark in prompt for mark in marks)]
+            # In one place it may be read, and in another be written as it is.
+            notation = any(_shows_notation(prompt, marks[0]) for prompt in shown)
+            self._reads[key] = bool(shown) and not notation
         return self._reads[key]
 
     def _chats_with(self, role: str, content: Any) -> Iterator[list[Message]]:
@@ -110,9 +119,10 @@ class Forms:
             yield [user, one]
         elif role == "tool":
             one |= {"name": _NAME, "tool_call_id": _CALL_ID}
-            for arguments in _NO_ARGUMENTS:
-                yield [user, _calling(arguments), one]
-                yield [user, _calling(arguments), one, _said("assistant"), user]
+            for arguments, said in itertools.product(_NO_ARGUMENTS, _NOTHING_SAID):
+                call = {**_calling(arguments), **said}
+                yield [user, call, one]
+                yield [user, call, one, _said("assistant"), user]
         else:
             yield [one, user]
             yield [one, user, _said("assistant"), user]
@@ -153,7 +163,7 @@ class Forms:
                 key = (f"no content, {calls}, {mark}", json.dumps(content))
                 if key not in self._reads:
                     self._reads[key] = any(
-                        mark in prompt and "None" not in prompt
+                        mark in prompt and not any(null in prompt for null in _NULLS)
                         for prompt in self._prompts(self._chats_without_content(calls, content))
                     )
                 if self._reads[key]:

@@ -28,6 +28,7 @@ from server.text.template_wire import ADDRESS_SPACE_BYTES, HEADER_BYTES, frame
 _F_SETSIG: Final = 10  # fcntl(2)
 _CONTINUED: Final = "CONTINUED7QZ "
 _MAX_PROBE_CHARS: Final = 1 << 20
+_OF_EVERY_CHAT: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class _Refused(Exception):
@@ -38,7 +39,11 @@ class _Refused(Exception):
         self.param = param
 
 
-class _Template:
+class _Broken(Exception):
+    """What was given is no template."""
+
+
+class Template:
     """One, compiled when it is first needed, and what was found out of it."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -51,13 +56,35 @@ class _Template:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        return self._environment.from_string(self._source)
+        """Raises `_Broken`."""
+        try:
+            return self._environment.from_string(self._source)
+        except Exception as error:
+            # Not syntax alone: what is nested too deeply is an error of recursion, or of memory.
+            raise _Broken(f"{type(error).__name__}: {error}") from error
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        """The variables that it reads."""
-        return frozenset(
-            jinja2.meta.find_undeclared_variables(self._environment.parse(self._source))
+        """The variables that it reads. Raises `_Broken`."""
+        assert self._compiled  # noqa: S101 - else it can't be parsed either
+        read = jinja2.meta.find_undeclared_variables(self._environment.parse(self._source))
+        return frozenset(read)
+
+    def _check_reads(self, name: str, param: str) -> None:
+        """Raises `_Refused` where `name`, which a request sets by its `param`, is not read."""
+        if name in self._names:
+            return
+        if name == param:
+            raise _Refused(
+                f"This model's chat template does not read {name!r}: it would be ignored. Omit it.",
+                param,
+            )
+        known = {*self._environment.globals, *self._special_tokens, *_OF_EVERY_CHAT}
+        own = ", ".join(sorted(self._names - known)) or "nothing"
+        raise _Refused(
+            f"This model's chat template does not read {name!r}, which {param!r} would set. Of "
+            f"such variables it reads {own}. Correct the name, or omit it.",
+            param,
         )
 
     @cached_property
@@ -66,12 +93,7 @@ class _Template:
 
     def rendered(self, request: Mapping[str, Any]) -> str:
         for name, param in request["needed"].items():
-            if name not in self._names:
-                raise _Refused(
-                    f"This model's chat template does not read {name!r}: {param!r} would be "
-                    "ignored. Omit it.",
-                    param,
-                )
+            self._check_reads(name, param)
         try:
             messages = self._forms.prepared(request["messages"])
         except FormError as error:
@@ -86,6 +108,7 @@ class _Template:
             add_generation_prompt=request["add_generation_prompt"],
             others=request["variables"],
         )
+        _check_calls(messages, prompt)
         return _up_to_mark(prompt) if request["continues_last"] else prompt
 
     def _written(
@@ -115,6 +138,21 @@ class _Template:
         return "".join(parts)
 
 
+def _check_calls(messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
+    """Raises `_Refused` where a call of a tool is not in the prompt: templates that know of none
+    drop it in silence."""
+    for index, message in enumerate(messages):
+        for number, call in enumerate(message.get("tool_calls") or ()):
+            function = call.get("function") if isinstance(call, dict) else None
+            name = function.get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and name not in prompt:
+                raise _Refused(
+                    f"The model's chat template does not write messages[{index}].tool_calls"
+                    f"[{number}]: the call of {name[:80]!r} would be lost. Say it in the content.",
+                    "messages",
+                )
+
+
 def _mark_end(message: dict[str, Any]) -> None:
     content = message.get("content")
     if isinstance(content, str):
@@ -138,7 +176,7 @@ def _up_to_mark(prompt: str) -> str:
     return prompt[:begin] if is_as_it_was else prompt[:begin].rstrip()
 
 
-def _chosen(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> _Template:
+def _chosen(templates: Mapping[str, Template], request: Mapping[str, Any]) -> Template:
     """Of several the one for tools, where there are some, else the default one."""
     if request["tools"] is not None and "tool_use" in templates:
         return templates["tool_use"]
@@ -151,13 +189,16 @@ def _chosen(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> _
     return templates["default"]
 
 
-def _answer(templates: Mapping[str, _Template], request: Mapping[str, Any]) -> dict[str, str]:
+def answered(templates: Mapping[str, Template], request: Mapping[str, Any]) -> dict[str, Any]:
+    """What the process answers."""
     try:
         return {"text": _chosen(templates, request).rendered(request)}
     except MemoryError:
         return {"error": "the chat template used too much memory"}
     except _Refused as refused:
         return {"error": str(refused), "param": refused.param}
+    except _Broken as error:
+        return {"error": str(error)[:2000], "broken": True}
     except Exception as error:  # noqa: BLE001 - whatever a template raises is its answer
         return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
@@ -173,14 +214,13 @@ def _serve(stream: Any) -> None:
 
     setup = receive()
     templates = {
-        name: _Template(source, setup["special_tokens"])
-        for name, source in setup["sources"].items()
+        name: Template(source, setup["special_tokens"]) for name, source in setup["sources"].items()
     }
     while True:
         request = receive()
         # Should the parent die meanwhile, nobody else ends a template that never does.
         signal.alarm(request["deadline_s"])
-        answer = _answer(templates, request)
+        answer = answered(templates, request)
         signal.alarm(0)
         stream.write(frame(answer))
         stream.flush()

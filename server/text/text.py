@@ -32,7 +32,6 @@ from workers import MAX_TOKENIZER_BYTES, CheckpointError, end_tokens, read_file,
 INLINE_CHARS: Final = 8192
 """Up to that many are encoded where the event loop runs (some 3 ms); more in a thread."""
 
-_NO_TEMPLATE: Final = ("TemplateSyntaxError", "TemplateAssertionError")
 MAX_CHARS_PER_COMPOSED: Final = 4
 """A normalizer may make one character of several; Unicode composition of four at most."""
 
@@ -135,7 +134,7 @@ class Text:
                 Chat([{"role": "user", "content": "x"}]), max_chars=MAX_CHARS
             )
         except TemplateFailed as error:
-            if str(error).startswith(_NO_TEMPLATE):
+            if not error.is_its_answer:
                 raise BadChatTemplate(f"The chat template can't be used: {error}") from error
 
     @property
@@ -211,6 +210,10 @@ class Text:
             self._render_thread, self._checked, render, context_tokens
         )
         return await self._encode(prompt, add_special_tokens, "messages")
+
+    def rendered(self, chat: Chat, *, context_tokens: int) -> str:
+        """A chat as the model's template writes it. Blocks; raises as `encode_chat` does."""
+        return self._checked(self._chat_renderer(chat, context_tokens), context_tokens)
 
     def _chat_renderer(self, chat: Chat, context_tokens: int) -> Callable[[], str]:
         template = self._chat_template

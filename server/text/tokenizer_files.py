@@ -70,26 +70,33 @@ def default_cache_dir() -> Path:
     return Path("~/.cache/onecopy").expanduser()
 
 
-def tokenizer_folder(model_path: Path, cache_dir: Path | None = None) -> Path:
+def tokenizer_folder(
+    model_path: Path, cache_dir: Path | None = None, pre_tokenizer: str | None = None
+) -> Path:
     """The folder with `tokenizer.json` (and what goes with it) for a model.
 
     `model_path` is a Hugging Face folder, a file inside one, or a `.gguf` file. The first call for
-    a GGUF file takes a second, later ones a `stat`. Raises `TokenizerFilesError`.
+    a GGUF file takes a second, later ones a `stat`; `pre_tokenizer` goes before the file's own.
+    Raises `TokenizerFilesError`.
     """
     if not model_path.exists():
         raise TokenizerMissing(f"{model_path} does not exist")
     if _is_gguf(model_path):
-        return _built_folder(model_path.resolve(), cache_dir or default_cache_dir())
+        cache_dir = cache_dir or default_cache_dir()
+        return _built_folder(model_path.resolve(), cache_dir, pre_tokenizer)
     folder = model_path if model_path.is_dir() else model_path.parent
     if not os.path.lexists(folder / "tokenizer.json"):
         raise TokenizerMissing(_what_is_missing(folder))
     return folder
 
 
-def tokenizer_file(model_path: Path, cache_dir: Path | None = None) -> Path:
+def tokenizer_file(
+    model_path: Path, cache_dir: Path | None = None, pre_tokenizer: str | None = None
+) -> Path:
     """Where `tokenizer_folder` has, or will have, the model's tokenizer.json. Builds nothing."""
     if _is_gguf(model_path):
-        folder = _final_folder(model_path.resolve(), cache_dir or default_cache_dir())
+        cache_dir = cache_dir or default_cache_dir()
+        folder = _final_folder(model_path.resolve(), cache_dir, pre_tokenizer)
     else:
         folder = model_path if model_path.is_dir() else model_path.parent
     return folder / "tokenizer.json"
@@ -117,8 +124,9 @@ def _what_is_missing(folder: Path) -> str:
     )
 
 
-def _key(file: Path) -> str:
-    """Changes whenever the file or the code that converts it may have changed."""
+def _key(file: Path, pre_tokenizer: str | None) -> str:
+    """Changes whenever the file, what is said of it, or the code that converts it may have
+    changed."""
     stat = file.stat()
     parts = (
         FORMAT_VERSION,
@@ -126,22 +134,23 @@ def _key(file: Path) -> str:
         stat.st_mtime_ns,
         stat.st_ino,
         stat.st_dev,
+        *((pre_tokenizer,) if pre_tokenizer is not None else ()),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _final_folder(file: Path, cache_dir: Path) -> Path:
+def _final_folder(file: Path, cache_dir: Path, pre_tokenizer: str | None) -> Path:
     if os.fsencode(cache_dir).decode(errors="ignore") != str(cache_dir):
         raise CacheNotWritable(
             f"The name of the cache {os.fsencode(cache_dir)!r} is no UTF-8. Set ONECOPY_CACHE_DIR "
             "to another folder."
         )
     stem = re.sub(r"[^A-Za-z0-9._-]", "_", file.stem)[:64]
-    return cache_dir / "tokenizers" / f"{stem}-{_key(file)}"
+    return cache_dir / "tokenizers" / f"{stem}-{_key(file, pre_tokenizer)}"
 
 
-def _built_folder(file: Path, cache_dir: Path) -> Path:
-    final = _final_folder(file, cache_dir)
+def _built_folder(file: Path, cache_dir: Path, pre_tokenizer: str | None) -> Path:
+    final = _final_folder(file, cache_dir, pre_tokenizer)
     home = final.parent
     if (final / "tokenizer.json").is_file():
         return final
@@ -156,7 +165,7 @@ def _built_folder(file: Path, cache_dir: Path) -> Path:
         ) from error
     try:
         _sweep(home)
-        _run_builder(file, unfinished)
+        _run_builder(file, unfinished, pre_tokenizer)
         try:
             unfinished.rename(final)
         except OSError:
@@ -181,10 +190,11 @@ def _sweep(home: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_builder(file: Path, out: Path) -> None:
+def _run_builder(file: Path, out: Path, pre_tokenizer: str | None) -> None:
+    given = [] if pre_tokenizer is None else [pre_tokenizer]
     try:
         done = subprocess.run(  # noqa: S603 - our own module, by a fixed command
-            module_command("server.text.gguf.build", str(file), str(out)),
+            module_command("server.text.gguf.build", str(file), str(out), *given),
             env=module_environment(OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -5,14 +5,15 @@ from typing import get_args
 import pytest
 
 from allocator.books import Books, LeasesBegan, LeasesEnded, PinsChanged, ReadsChanged
+from allocator.journaled import JOURNALED
 from allocator.messages import Extent, LeaseId, Reply, Request
-from allocator.requests import REQUESTS
+from allocator.requests import REPEATABLE
 
 
 def test_every_request_has_its_row() -> None:
-    assert set(REQUESTS) == set(get_args(Request))
-    replies = {reply for row in REQUESTS.values() for reply in row.changes}
-    assert replies <= set(get_args(Reply))
+    assert set(JOURNALED) == set(get_args(Request))
+    assert {reply for row in JOURNALED.values() for reply in row} <= set(get_args(Reply))
+    assert set(get_args(Request)) >= REPEATABLE
 
 
 LEASED = LeasesBegan(generation=3, extents=(Extent(offset=0, num_bytes=64),))

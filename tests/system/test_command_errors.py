@@ -139,6 +139,7 @@ def test_a_directory_behind_one_that_may_not_be_entered(
     assert_one_line(outcome, str(inner), "Permission denied. Choose another")
 
 
+@pytest.mark.slow
 def test_a_lock_that_is_no_file(directory: Path) -> None:
     with_a_folder_for_a_lock(directory)
     assert_one_line(run(("stop",), directory), "server.lock is no file: remove what lies there")

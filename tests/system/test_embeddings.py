@@ -184,7 +184,7 @@ def test_each_model_refuses_what_it_is_not_for(server: Server, demo: Server) -> 
         demo.client().embeddings.create(model=demo.model, input="Hello")
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="other", input="Hello")
-    [listed] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    [listed] = httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
     assert (listed["id"], listed["max_model_len"], listed["task"]) == ("org/minilm", 256, "embed")
 
 

@@ -18,7 +18,7 @@ LONG = " ".join(WORDS[(7 * i + i // 5) % len(WORDS)] for i in range(700))
 
 def tokens(server: Server, which: str) -> dict[str, float]:
     """Of each instance, the prompt tokens that it looked up ("queries") or found ("hits")."""
-    text = httpx.get(f"{server.url}/metrics").text
+    text = httpx.get(f"{server.url}/metrics", timeout=TIMEOUT_S).text
     found = re.findall(rf'prefix_cache_{which}_total\{{instance="(\w+)"\}} (\S+)', text)
     return {name: float(count) for name, count in found}
 

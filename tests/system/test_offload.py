@@ -69,7 +69,8 @@ def test_the_texts_are_those_of_a_model_in_memory_through_everything(
     assert texts_of(server) == expected
     instances = server.remember()["instances"]
     assert shared_bytes(server) < set_bytes
-    assert leased_bytes(server) > 0
+    layer_bytes = (set_bytes - shared_bytes(server)) / 6
+    assert 4 * layer_bytes <= leased_bytes(server) < 5 * layer_bytes  # two slots of each instance
     assert server.onecopy("verify", "--digests").status == 0
 
     os.kill(instances[0]["pid"], signal.SIGKILL)
@@ -94,7 +95,7 @@ def test_the_texts_are_those_of_a_model_in_memory_through_everything(
     server.stop()
 
 
-def test_a_file_that_can_not_be_read_fails_requests_and_ends_nothing(
+def test_a_file_that_changes_fails_requests_and_ends_nothing(
     make_server: Callable[..., Server], tiny: Path
 ) -> None:
     server = make_server(str(tiny), "--instances", "1", "--offload", "4", "--no-prefix-caching")
@@ -104,18 +105,17 @@ def test_a_file_that_can_not_be_read_fails_requests_and_ends_nothing(
     content = weights.read_bytes()
     with weights.open("r+b") as file:
         file.truncate(len(content) // 3)
-        refused = ask(server)
-        assert refused.status_code == 500, refused.text
+        assert ask(server).status_code == 500
         assert "became shorter while it was read" in server.log.read_text()
         file.write(content)
-    assert texts_of(server) == expected
+    assert ask(server).status_code == 500
+    assert "is not the file any more" in server.log.read_text()
     assert [one["pid"] for one in server.remember()["instances"]] == [one["pid"] for one in before]
-    # It is another file now, as far as anyone who starts can tell.
-    os.kill(before[0]["pid"], signal.SIGKILL)
-    server.wait_instances(
-        lambda found: "is not the file any more" in server.log.read_text(), "the refusal"
-    )
-    server.onecopy("stop", "--now")
+    reloaded = server.onecopy("reload")
+    assert reloaded.status == 0, reloaded.stderr
+    server.remember()
+    assert texts_of(server) == expected
+    server.onecopy("stop")
     server.process.wait(TIMEOUT_S)
 
 

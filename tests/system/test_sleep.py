@@ -69,10 +69,12 @@ def test_it_sleeps_and_wakes_with_the_same_weights(server: Server, level: str, t
     (weights,) = memory["weight_sets"]
     assert (weights["state"], weights["tier"]) == ("asleep", tier)
     assert memory["used_bytes"] == memory["pool"]["cached_bytes"]  # what was computed stays
-    health = httpx.get(f"{server.url}/health")
+    health = httpx.get(f"{server.url}/health", timeout=TIMEOUT_S)
     assert (health.status_code, health.json()["status"]) == (503, "asleep")
     refused = httpx.post(
-        f"{server.url}/v1/completions", json={"model": server.model, "prompt": PROMPT}
+        f"{server.url}/v1/completions",
+        json={"model": server.model, "prompt": PROMPT},
+        timeout=TIMEOUT_S,
     )
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "asleep"
@@ -111,7 +113,7 @@ def test_the_memory_is_drawn_for_people(server: Server) -> None:
 
 
 def test_metrics_tell_the_same(server: Server) -> None:
-    text = httpx.get(f"{server.url}/metrics").text
+    text = httpx.get(f"{server.url}/metrics", timeout=TIMEOUT_S).text
     figures = dict(re.findall(r"^(onecopy_allocator_\w+)\{device=\"host\"\} (\S+)$", text, re.M))
     memory = memory_of(server)
     assert float(figures["onecopy_allocator_used_bytes"]) == memory["used_bytes"] > 0
@@ -127,7 +129,7 @@ def test_metrics_tell_what_the_prefix_cache_found(server: Server) -> None:
     body = {"model": server.model, "prompt": prompt, "max_tokens": 2}
     for _ in range(2):
         httpx.post(f"{server.url}/v1/completions", json=body, timeout=TIMEOUT_S).raise_for_status()
-    text = httpx.get(f"{server.url}/metrics").text
+    text = httpx.get(f"{server.url}/metrics", timeout=TIMEOUT_S).text
     found = re.findall(r"^onecopy_instance_prefix_cache_hits_total\{.*\} (\S+)$", text, re.M)
     assert sum(float(one) for one in found) >= 64
     held = re.findall(r"^onecopy_instance_kv_bytes\{.*\} (\S+)$", text, re.M)

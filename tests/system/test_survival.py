@@ -184,13 +184,15 @@ def test_a_stopped_allocator_holds_nobody_up(
         scrapes = [
             pool.submit(httpx.get, f"{server.url}/metrics", timeout=TIMEOUT_S) for _ in range(32)
         ]
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).status_code == 200
         answers = [one.result().text for one in scrapes]
     assert all("onecopy_allocator_up 0.0" in one for one in answers)
     wait_until(lambda: server.status()["allocator"]["silent_s"], "an instance to say so")
     os.kill(status["allocator"]["pid"], signal.SIGCONT)
     wait_until(
-        lambda: "onecopy_allocator_up 1.0" in httpx.get(f"{server.url}/metrics").text,
+        lambda: (
+            "onecopy_allocator_up 1.0" in httpx.get(f"{server.url}/metrics", timeout=TIMEOUT_S).text
+        ),
         "the allocator to answer",
     )
     # And where it must end, nothing of it is left.

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.workers.engine.driving import generated
 from tests.workers.model.tiny_families import LONGROPE, tiny_config, tiny_model
 from tests.workers.tiny_models import generate, prompt, tensors_of
 from workers.config.context_length import max_positions
+from workers.conformance.greedy import generated
 from workers.errors import UnsupportedCheckpoint
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident

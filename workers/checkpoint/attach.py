@@ -202,7 +202,8 @@ def _load(
     with writer:  # an error on the way gives the election back
         tensors, metadata = checkpoint.tensors(), metadata_of(checkpoint)
         if offloaded is not None:
-            tensors = [tensor for tensor in tensors if tensor.name not in offloaded.names]
+            gone = offloaded.names
+            tensors = [tensor for tensor in tensors if tensor.name not in gone]
             metadata = {**metadata, OFFLOADED: offloaded.encoded()}
         plan = make_plan(tensors, metadata)
         mapping = writer.reserve_uncommitted(plan.segment_bytes)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from workers.checkpoint.formats.checkpoint import Checkpoint, SourceTensor, StoredBytes
+from workers.checkpoint.formats.checkpoint import Checkpoint, SourceTensor, StoredBytes, digest
 from workers.config.model_file import file_identity
 from workers.errors import CheckpointChanged
 
@@ -24,8 +24,8 @@ KEY: Final = "offloaded"
 """Of a weight set's metadata."""
 FILE_ALIGNMENT: Final = 64
 """Of a tensor in a file of converted layers."""
-FILE_BLOCK: Final = 4096
-"""Of a layer there."""
+FILE_BLOCK: Final = 1 << 16
+"""Of a layer there: what any kernel can map."""
 
 
 class OffloadedFile(msgspec.Struct, frozen=True, array_like=True):
@@ -34,15 +34,13 @@ class OffloadedFile(msgspec.Struct, frozen=True, array_like=True):
     path: str
     identity: str
 
-    def check(self) -> Path:
-        """Where it is. Raises CheckpointChanged, and as `file_status` does."""
-        path = Path(self.path)
-        if file_identity(path) != self.identity:
+    def check(self, identity: str) -> None:
+        """Of what is there, or open, now. Raises CheckpointChanged."""
+        if identity != self.identity:
             raise CheckpointChanged(
-                f"{path} is not the file any more that the offloaded layers were found in: "
+                f"{self.path} is not the file any more that the offloaded layers were found in: "
                 "`onecopy reload` serves what it is now"
             )
-        return path
 
 
 class FileRun(msgspec.Struct, frozen=True, array_like=True):
@@ -91,7 +89,7 @@ class OffloadedLayers(msgspec.Struct, frozen=True, array_like=True):
         """What tells weight sets of one checkpoint apart that have other layers on the device, or
         know them in another file."""
         indices = ",".join(str(layer.index) for layer in self.layers)
-        return f"without layers {indices} in {' '.join(file.identity for file in self.files)}"
+        return f"without {digest(indices, *(file.identity for file in self.files))}"
 
     def encoded(self) -> str:
         """For the metadata of a weight set."""

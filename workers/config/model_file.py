@@ -82,7 +82,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def file_identity(path: Path) -> str:
     """Changes whenever the file's content may have changed, without reading it. Raises as
     `file_status` does."""
-    status = file_status(path)
+    return identity_of(file_status(path))
+
+
+def identity_of(status: os.stat_result) -> str:
+    """The same of a file that is open."""
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 

@@ -5,7 +5,7 @@ Invariant: who ends has left the schedule, its blocks and its grammar at once, a
 
 import logging
 
-from workers.engine.room import KVRoom
+from workers.engine.kv_room import KVRoom
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import GenerationSequence
 from workers.errors import for_the_wire, unexpected

@@ -19,9 +19,9 @@ from workers.engine.drafts import propose
 from workers.engine.ends import Ends, refusal
 from workers.engine.forward import Forward
 from workers.engine.grammar_wait import GrammarWait
+from workers.engine.kv_room import KVRoom
 from workers.engine.next_tokens import NextTokens
 from workers.engine.protocol import OTHER_TASK
-from workers.engine.room import KVRoom
 from workers.engine.room_sharing import RoomSharing
 from workers.engine.scheduler import Chunk, Scheduler
 from workers.engine.sequence import GenerationSequence

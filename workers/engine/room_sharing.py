@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from workers.engine.ends import Ends
-from workers.engine.room import KVRoom
+from workers.engine.kv_room import KVRoom
 from workers.engine.scheduler import Chunk, Scheduler
 from workers.messages import Output
 

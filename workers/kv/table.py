@@ -29,6 +29,8 @@ class BlockTable:
         self.layout = layout
         self.blocks: list[KVBlock] = []
         self._addresses = array("q")
+        self._found_runs: tuple[int, int, list[tuple[int, int, int]]] = (0, 0, [])
+        """What `_runs` found last: all layers of a pass read the same blocks."""
         self.extend(blocks)
         self.num_tokens = num_tokens
         """Tokens whose keys and values are here, in every layer."""
@@ -41,12 +43,14 @@ class BlockTable:
     def extend(self, blocks: Sequence[KVBlock]) -> None:
         """Room for further tokens."""
         self.blocks += blocks
+        self._found_runs = (0, 0, [])
         self._addresses.extend(block.address for block in blocks)
 
     def clear(self) -> list[KVBlock]:
         """Hold nothing any more. Returns the blocks, the caller's to release."""
         blocks, self.blocks = self.blocks, []
         self._addresses = array("q")
+        self._found_runs = (0, 0, [])
         self.num_tokens = 0
         return blocks
 
@@ -67,7 +71,15 @@ class BlockTable:
     def read(self, layer: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the keys and values of the tokens [start, stop), committed or just written,
         each [1, num_heads, stop - start, head_dim]."""
-        return self._read(layer, 0, start, stop), self._read(layer, 1, start, stop)
+        first = start // self.layout.block_size
+        parts = [
+            self._planes(layer, begin, count, step).permute(0, 2, 1, 3, 4).flatten(2, 3)
+            for begin, count, step in self._runs(first, self.layout.num_blocks(stop))
+        ]
+        both = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        skipped = first * self.layout.block_size
+        keys, values = both[:, None, :, start - skipped : stop - skipped].unbind()
+        return keys, values
 
     def commit(self, num_new: int) -> None:
         """Every layer has `num_new` more tokens: they now belong to the sequence."""
@@ -84,42 +96,39 @@ class BlockTable:
         while done < rows.shape[1]:
             block, inside = divmod(position, size)
             count = min(size - inside, rows.shape[1] - done)
-            run = self._planes(layer, which, block, 1, 0)[0]
+            run = self._planes(layer, block, 1, 0)[which, 0]
             run[:, inside : inside + count] = rows[:, done : done + count]
             done, position = done + count, position + count
 
-    def _read(self, layer: int, which: int, start: int, stop: int) -> torch.Tensor:
-        first = start // self.layout.block_size
-        parts = [
-            self._planes(layer, which, begin, count, step).permute(1, 0, 2, 3).flatten(1, 2)
-            for begin, count, step in self._runs(first, self.layout.num_blocks(stop))
-        ]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        skipped = first * self.layout.block_size
-        return whole[None, :, start - skipped : stop - skipped]
-
-    def _planes(self, layer: int, which: int, first: int, count: int, step: int) -> torch.Tensor:
-        """Keys (0) or values (1) of `count` blocks that begin `step` bytes behind one another, as a
-        view [count, num_heads, block_size, head_dim]."""
+    def _planes(self, layer: int, first: int, count: int, step: int) -> torch.Tensor:
+        """Keys and values of `count` blocks that begin `step` bytes behind one another, as a view
+        [2, count, num_heads, block_size, head_dim]."""
         layout, shape = self.layout, self.layout.layers[layer]
-        block = self.blocks[first]
-        start = block.offset + layout.layer_offsets[layer] + which * layout.plane_bytes(shape)
+        block, size = self.blocks[first], self.layout.block_size
         itemsize = layout.dtype.itemsize
         return torch.as_strided(
             block.storage.view(layout.dtype),
-            (count, shape.num_heads, layout.block_size, shape.head_dim),
+            (2, count, shape.num_heads, size, shape.head_dim),
             (
+                shape.num_heads * size * shape.head_dim,
                 step // itemsize,
-                layout.block_size * shape.head_dim,
+                size * shape.head_dim,
                 shape.head_dim,
                 1,
             ),
-            start // itemsize,
+            (block.offset + layout.layer_offsets[layer]) // itemsize,
         )
 
-    def _runs(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def _runs(self, first: int, end: int) -> list[tuple[int, int, int]]:
         """(first, count, step) of blocks [first, end) that begin `step` bytes behind one another:
         most do, for they are leased so."""
+        found_first, found_end, found = self._found_runs
+        if (found_first, found_end) != (first, end):
+            found = list(self._find_runs(first, end))
+            self._found_runs = (first, end, found)
+        return found
+
+    def _find_runs(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         while first < end:
             before, index, step = self.blocks[first], first + 1, 0
             while index < end:

@@ -3,13 +3,14 @@
 Invariants: a sequence's queries meet its own keys only; what a call takes beyond its arguments and
 result, scores and copied keys included, stays within the workspace, however long the sequence (but
 at least one query meets one key at a time, whatever they take); for a sequence alone that fits the
-workspace the call is the one that transformers' own `sdpa` makes, so that the bits agree. Does not
-know weights, scheduling or sampling.
+workspace the call is the one that transformers' own `sdpa` makes, so that the bits agree, but for a
+single query in 16 bits on the processor. Does not know weights, scheduling or sampling.
 """
 
 from typing import Any, Final
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from workers.errors import UnsupportedCheckpoint
@@ -36,18 +37,18 @@ def attend(
     softcap: float | None = None,
     batch: Batch | None = None,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write the new keys and values to each sequence's blocks, then attend to all that is in them.
 
-    Returns [1, num_tokens, num_heads, head_dim]. Raises `UnsupportedCheckpoint` for what the plain
-    formula does not cover, and `OutOfKVMemory`.
+    `s_aux` [num_heads] are attention sinks: the score of one more key of each head, whose value is
+    zero. Returns [1, num_tokens, num_heads, head_dim]. Raises `UnsupportedCheckpoint` for what the
+    plain formula does not cover, and `OutOfKVMemory`.
     """
     if batch is None:
         raise UnsupportedCheckpoint(f"{type(module).__name__} does not hand the batch on")
-    if attention_mask is not None or any(
-        kwargs.get(name) is not None for name in ("s_aux", "position_bias")
-    ):
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
         raise UnsupportedCheckpoint(f"{type(module).__name__} biases its attention scores")
     layer: int = module.layer_idx  # type: ignore[assignment]
     results: list[torch.Tensor] = []
@@ -57,6 +58,7 @@ def attend(
         copies = _copies(queries, key)
         if (
             softcap is None
+            and s_aux is None
             and copies * _copied_bytes(key, part, sliding_window) <= workspace_bytes // 2
         ):
             results += _by_queries(
@@ -72,6 +74,7 @@ def attend(
                     scaling,
                     sliding_window,
                     softcap,
+                    s_aux,
                     workspace_bytes,
                 )
             )
@@ -122,6 +125,9 @@ def _by_queries(
         # At exactly the window's length the mask hides nothing, but transformers makes one, and a
         # mask selects another kernel.
         hides = window if window is not None and past + stop >= window else None
+        if hides is None and stop - start == 1 and _copies_for_each_head(queries, keys):
+            results.append(_one_query(queries[:, :, start:stop], keys, values, scaling))
+            continue
         if hides is not None or 1 < stop - start < num_keys:
             mask = _mask(batch, stop - start, num_keys, hides, queries.device)
         result, _ = sdpa_attention_forward(
@@ -135,6 +141,25 @@ def _by_queries(
         )
         results.append(result)
     return results
+
+
+def _copies_for_each_head(queries: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Whether torch arranges keys and values anew for each head that reads them: on the processor,
+    in 16 bits, which then takes longer than all else."""
+    shared = queries.shape[1] > keys.shape[1]
+    return shared and queries.device.type == "cpu" and queries.element_size() == 2
+
+
+def _one_query(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """[1, 1, num_heads, head_dim] for one that sees all of `keys`: the heads that share a key head
+    are as many queries of that one. Rounds as the call for each head does, not always alike."""
+    _, num_heads, _, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    by_group = query.reshape(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    result = scaled_dot_product_attention(by_group, keys, values, scale=scaling)
+    return result.reshape(1, 1, num_heads, values.shape[-1])
 
 
 def _mask(
@@ -160,10 +185,12 @@ def _by_queries_and_keys(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
     workspace_bytes: int,
 ) -> torch.Tensor:
     """softmax(cap(q k^T * scaling)) v in fp32, where a soft cap is cap(x) = softcap *
-    tanh(x / softcap) (Gemma 2, arXiv:2408.00118 §2). The softmax is gathered over chunks of keys
+    tanh(x / softcap) (Gemma 2, arXiv:2408.00118 §2). A sink is in the softmax from the beginning,
+    with a value of zero (gpt-oss, arXiv:2508.10925 §2). The softmax is gathered over chunks of keys
     with its running maximum and sum (M. Milakov and N. Gimelshein, "Online normalizer calculation
     for softmax", arXiv:1805.02867).
 
@@ -180,8 +207,12 @@ def _by_queries_and_keys(
         stop = min(start + query_chunk, num_queries)
         count = stop - start
         part = queries[0, :, start:stop].float().reshape(num_kv_heads, group * count, head_dim)
-        highest = part.new_full((num_kv_heads, group * count, 1), float("-inf"))
-        total = torch.zeros_like(highest)
+        if sinks is None:
+            highest = part.new_full((num_kv_heads, group * count, 1), float("-inf"))
+            total = torch.zeros_like(highest)
+        else:
+            highest = sinks.float().repeat_interleave(count).view(num_kv_heads, group * count, 1)
+            total = torch.ones_like(highest)
         gathered = torch.zeros_like(part)
         end = past + stop
         for first in range(_first_key(past + start, window), end, key_chunk):

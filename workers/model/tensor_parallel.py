@@ -180,6 +180,8 @@ class _Narrowed:
             is_cut = self._style(f"{prefix}.{name}".rpartition(".")[0]) in _CUT
             if not is_cut and tensor.numel() > width:
                 self._refuse(f"has {prefix}.{name} over all heads")
+        if hasattr(attention, "sinks"):
+            self._refuse(f"has sinks at {prefix}")
         if hasattr(attention, "num_key_value_groups"):
             attention.num_key_value_groups = heads.queries.size // heads.keys_values.size
 

@@ -6,25 +6,28 @@
 
 Owns what a module's blocks become for that. Invariants: a block computes on tensors of the same
 values, dtypes, shapes and strides as before; while it does not compute, its offloaded tensors are
-empty, so that nobody takes something else for them; what a block writes to a buffer is kept. What
-several blocks have in common stays where it is, and so does what is small. For one thread at a
-time, on the processor, without gradients.
+empty, so that nobody takes something else for them, and nothing that it returned lies in a slot;
+what a block writes to a tensor is kept, unless it is written by way of `.data`. What several blocks
+have in common stays where it is, and so does what is small. For one thread at a time, on the
+processor, without gradients.
 """
 
 import mmap
 import os
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import torch
+from torch.utils._pytree import tree_map
 
-from allocator import Client
+from allocator import Client, cache_folder
 from workers.checkpoint.offloaded import FileRun, OffloadedTensor
 from workers.errors import InvalidSetting
 from workers.placement.budget import Sizes, offloaded_layers
@@ -46,10 +49,11 @@ def offload(
     memory: Client | None = None,
 ) -> "OffloadedBlocks":
     """From now on keep as many of the blocks in memory as fit into `budget_bytes`, with the slots
-    for the others, none where it is None; the others lie in a file in `directory` (default: the
-    folder for temporary files), which nobody else sees, and are read `depth` ahead in the order of
-    `blocks`, over and over. They may be called in any order, some of them not at all or several
-    times. Slots are leased from the allocator that `memory` is connected to, else private.
+    for the others, none where it is None; the others lie in a file in `directory` (default: where
+    onecopy's caches are, since /tmp may be memory), which nobody else sees, and are read `depth`
+    ahead in the order of `blocks`, over and over. They may be called in any order, some of them not
+    at all or several times. Slots are leased from the allocator that `memory` is connected to, else
+    private.
 
     Raises InvalidSetting where the budget is too small or a block is not on the processor, OSError
     where the file can't be written: the blocks are as they were then."""
@@ -94,6 +98,8 @@ class _Block:
     spans: dict[str, torch.Tensor]
     """uint8; whatever its tensors lie in."""
     places: list[_Place]
+    own: set[str] = field(default_factory=set)
+    """Spans that were written to, and are in memory since."""
 
     @property
     def num_bytes(self) -> int:
@@ -112,16 +118,12 @@ class OffloadedBlocks:
         memory: Client | None,
     ) -> None:
         _check(modules)
-        blocks = [_block(module, _shared(modules)) for module in modules]
-        sizes = Sizes(
-            layers=tuple(block.num_bytes for block in blocks),
-            slots=tuple(_layout(block, 0).num_bytes if block.spans else 0 for block in blocks),
-            others=0,
-        )
-        offload_what = "all" if budget_bytes is None else "auto"
-        self.indices = offloaded_layers(sizes, offload_what, depth, budget_bytes)
+        blocks = [_block(module) for module in modules]
+        _keep_shared(blocks)
+        self.indices = _chosen(blocks, _all_bytes(modules), depth, budget_bytes)
         """Of the blocks that are read."""
         self._blocks = [blocks[index] for index in self.indices]
+        self._computes = False
         self._slots: LayerSlots | None = None
         self._ends = ExitStack()
         if self._blocks:
@@ -137,14 +139,17 @@ class OffloadedBlocks:
         then all is as it was. Idempotent."""
         if self._slots is None:
             return
-        back = []
+        back: list[tuple[_Place, torch.Tensor]] = []
         for item, block in enumerate(self._blocks):
             views = self._slots.views(item, self._slots.use(item))
-            spans = {name: views[name].clone() for name in block.spans}
-            back += [(place, place.view(spans[place.span])) for place in block.places]
+            spans = {name: views[name].clone() for name in block.spans if name not in block.own}
+            back += [
+                (place, place.view(spans[place.span]))
+                for place in block.places
+                if place.span in spans
+            ]
         for place, tensor in back:
-            if place.tensor.numel() == 0:
-                place.tensor.data = tensor
+            place.tensor.data = tensor
         self._slots = None
         self._ends.close()
 
@@ -162,7 +167,7 @@ class OffloadedBlocks:
     def _begin(self, depth: int, directory: Path | str | None, memory: Client | None) -> LayerSlots:
         with ExitStack() as stack:
             reader = stack.enter_context(Reader())
-            layouts = _written(self._blocks, Path(directory or tempfile.gettempdir()), reader)
+            layouts = _written(self._blocks, _folder(directory), reader)
             num_bytes = memory_bytes(layouts, depth)
             if memory is None:
                 area = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -174,7 +179,8 @@ class OffloadedBlocks:
                 slots = lease.tensor()
             found = LayerSlots(layouts, depth, slots, reader)
             for item, block in enumerate(self._blocks):
-                _hook(stack, found, item, block)
+                stack.callback(_restoring(block.module))
+                vars(block.module)["forward"] = partial(self._forward, item, block.module.forward)
             for block in self._blocks:
                 for place in block.places:
                     place.tensor.data = place.nothing()
@@ -182,34 +188,90 @@ class OffloadedBlocks:
             self._ends = stack.pop_all()
         return found
 
+    def _forward(
+        self, item: int, forward: Callable[..., Any], *arguments: Any, **named: Any
+    ) -> Any:
+        """The block's own, with its tensors in a slot meanwhile, however it ends."""
+        slots = self._slots
+        assert slots is not None  # noqa: S101 - else it has its own forward again
+        if self._computes:
+            raise InvalidSetting(
+                "a block is called while another one computes: offload the outer ones only, and "
+                "call them from one thread at a time"
+            )
+        self._computes = True
+        try:
+            with torch.inference_mode(False):
+                spans = slots.views(item, slots.use(item))
+            with _placed(self._blocks[item], spans):
+                result = forward(*arguments, **named)
+                return tree_map(partial(_out_of, next(iter(spans.values()))), result)
+        finally:
+            self._computes = False
 
-def _hook(stack: ExitStack, slots: LayerSlots, item: int, block: _Block) -> None:
-    places = list(block.places)
-    versions: list[int] = []
 
-    @torch.inference_mode(False)
-    def begin(_module: Any, _arguments: Any) -> None:
-        slot = slots.use(item)
-        spans = slots.views(item, slot)
-        versions.clear()
+@contextmanager
+def _placed(block: _Block, spans: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Its tensors lie in these spans. What was written to is the block's own afterwards, with all
+    that lies in the same span."""
+    places = [place for place in block.places if place.span not in block.own]
+    versions = []
+    with torch.inference_mode(False):
         for place in places:
-            current = place.tensor
-            current.data = place.view(spans[place.span])
-            versions.append(current._version)
+            place.tensor.data = place.view(spans[place.span])
+            versions.append(place.tensor._version)
+    try:
+        yield
+    finally:
+        with torch.inference_mode(False):
+            pairs = zip(places, versions, strict=True)
+            written = {place.span for place, version in pairs if place.tensor._version != version}
+            own = {name: spans[name].clone() for name in written}
+            for place in places:
+                is_own = place.span in own
+                place.tensor.data = place.view(own[place.span]) if is_own else place.nothing()
+            block.own.update(written)
 
-    @torch.inference_mode(False)
-    def end(_module: Any, _arguments: Any, _result: Any) -> None:
-        for place, version in zip(list(places), versions, strict=False):
-            current = place.tensor
-            if current._version == version:
-                current.data = place.nothing()
-            else:  # it was written to: from now on it is the block's own
-                current.data = current.data.clone()
-                places.remove(place)
-        versions.clear()
 
-    stack.callback(block.module.register_forward_pre_hook(begin).remove)
-    stack.callback(block.module.register_forward_hook(end, always_call=True).remove)
+def _out_of(span: torch.Tensor, value: Any) -> Any:
+    """The value; of a tensor that lies in the same memory as the span a copy."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return value
+    slots = span.untyped_storage().data_ptr()
+    return value.clone() if value.untyped_storage().data_ptr() == slots else value
+
+
+def _restoring(module: torch.nn.Module) -> Callable[[], None]:
+    """What gives the module the `forward` back that it has now."""
+    own = vars(module)
+    before = own.get("forward")
+
+    def restore() -> None:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+    return restore
+
+
+def _chosen(
+    blocks: list[_Block], all_bytes: int, depth: int, budget_bytes: int | None
+) -> tuple[int, ...]:
+    layers = tuple(block.num_bytes for block in blocks)
+    sizes = Sizes(
+        layers=layers,
+        slots=tuple(_layout(block, 0).num_bytes if block.spans else 0 for block in blocks),
+        others=all_bytes - sum(layers),
+    )
+    everything = [index for index, block in enumerate(blocks) if block.spans]
+    least = min(sizes.needed(everything, depth), all_bytes)
+    if budget_bytes is not None and budget_bytes < least:
+        raise InvalidSetting(
+            f"budget_bytes is {budget_bytes:,}, and {least:,} is the least: of {all_bytes:,} "
+            f"bytes {sum(layers):,} can be offloaded, {depth} blocks ahead"
+        )
+    return offloaded_layers(sizes, "all" if budget_bytes is None else "auto", depth, budget_bytes)
 
 
 def _check(modules: tuple[torch.nn.Module, ...]) -> None:
@@ -224,12 +286,30 @@ def _check(modules: tuple[torch.nn.Module, ...]) -> None:
                 )
 
 
-def _shared(modules: tuple[torch.nn.Module, ...]) -> set[int]:
-    """The storages that tensors of several blocks lie in."""
-    users: Counter[int] = Counter()
-    for module in modules:
-        users.update({tensor.untyped_storage().data_ptr() for _, _, tensor in _tensors(module)})
-    return {storage for storage, count in users.items() if count > 1}
+def _keep_shared(blocks: list[_Block]) -> None:
+    """What lies in bytes of several blocks is none's to offload."""
+    extents = sorted(
+        (span.data_ptr(), span.data_ptr() + span.numel(), number, name)
+        for number, block in enumerate(blocks)
+        for name, span in block.spans.items()
+    )
+    shared: set[tuple[int, str]] = set()
+    reach, holder = 0, (-1, "")
+    for begin, end, number, name in extents:
+        if begin < reach and holder[0] != number:
+            shared |= {holder, (number, name)}
+        if end > reach:
+            reach, holder = end, (number, name)
+    for number, name in shared:
+        block = blocks[number]
+        del block.spans[name]
+        block.places[:] = [place for place in block.places if place.span != name]
+
+
+def _all_bytes(modules: tuple[torch.nn.Module, ...]) -> int:
+    """Of all parameters and buffers, what is common once."""
+    tensors = [one for module in modules for one in (*module.parameters(), *module.buffers())]
+    return sum({(one.data_ptr(), one.nbytes): one.nbytes for one in tensors}.values())
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.Tensor]]:
@@ -242,17 +322,17 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, to
                     yield owner, name, tensor
 
 
-def _block(module: torch.nn.Module, shared: set[int]) -> _Block:
+def _block(module: torch.nn.Module) -> _Block:
     by_storage: dict[int, list[tuple[torch.nn.Module, str, torch.Tensor]]] = defaultdict(list)
     for owner, name, tensor in _tensors(module):
         by_storage[tensor.untyped_storage().data_ptr()].append((owner, name, tensor))
     spans: dict[str, torch.Tensor] = {}
     places: list[_Place] = []
-    for address, own in by_storage.items():
+    for own in by_storage.values():
         begin = min(_begin_of(tensor) for _, _, tensor in own)
         begin -= begin % _ALIGNMENT
         end = max(_end_of(tensor) for _, _, tensor in own)
-        if address in shared or end - begin < _LEAST_BYTES:
+        if end - begin < _LEAST_BYTES:
             continue
         key = str(len(spans))
         whole = torch.empty(0, dtype=torch.uint8).set_(own[0][2].untyped_storage())
@@ -283,6 +363,14 @@ def _layout(block: _Block, begin: int, file: int = 0) -> SlotLayout:
         tensors[name] = OffloadedTensor("uint8", (span.numel(),), (run,))
         begin += -(-span.numel() // _ALIGNMENT) * _ALIGNMENT
     return slot_layout(tensors)
+
+
+def _folder(directory: Path | str | None) -> Path:
+    if directory is not None:
+        return Path(directory)
+    folder = cache_folder() / "layers"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def _written(blocks: Iterable[_Block], directory: Path, reader: Reader) -> list[SlotLayout]:

@@ -50,7 +50,7 @@ def choose(
     checkpoint: Checkpoint, settings: EngineSettings, on_written: OnWritten = lambda *_: None
 ) -> OffloadedLayers | None:
     """What is to be offloaded, None for nothing; layers that must be converted for that are written
-    to a file first. Raises as `propose` does, and DiskFull."""
+    to a file first. Raises as `propose` does, DiskFull and CacheNotWritable."""
     proposal = propose(checkpoint, settings)
     if proposal is None:
         return None
@@ -106,15 +106,18 @@ def _all_fits(checkpoint: Checkpoint, settings: EngineSettings) -> bool:
 
 
 def _check_can_be(checkpoint: Checkpoint, settings: EngineSettings) -> None:
+    asked = "--device-memory" if settings.offload == "auto" else "--offload"
     if not settings.device.startswith("host"):
         raise InvalidSetting(
-            f"--offload reads layers into the host's memory, and --device is {settings.device}: "
-            "models on a GPU must fit there"
+            f"{asked} lets layers be read into the host's memory, and --device is "
+            f"{settings.device}: a model on a GPU must fit there, so leave out {asked}"
         )
     if settings.map_files:
-        raise InvalidSetting("--map-files leaves to the kernel what --offload does: give up one")
+        raise InvalidSetting(
+            f"--map-files leaves to the kernel what {asked} does: leave out one of them"
+        )
     if task_of(checkpoint.metadata()) == "embed":
-        raise InvalidSetting("a model that embeds is not offloaded: leave out --offload")
+        raise InvalidSetting(f"a model that embeds is not offloaded: leave out {asked}")
 
 
 def _names(checkpoint: Checkpoint, tensors: Sequence[SourceTensor]) -> list[LayerNames]:

@@ -2,7 +2,7 @@
 can be hidden behind computing.
 
 Owns two short measurements. Invariant: nothing is written, and what was in the page cache of the
-files is there or not afterwards, as the kernel likes.
+files may be gone from there, for as far as was measured.
 """
 
 import mmap
@@ -27,7 +27,7 @@ def read_bytes_per_s(files: Sequence[Path]) -> int:
     size = min(_MOST_BYTES, largest.stat().st_size) // _PIECE_BYTES * _PIECE_BYTES
     if not size:
         return 0
-    _give_up_pages(largest)
+    _give_up_pages(largest, size)
     area = mmap.mmap(-1, _PIECE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
     address = torch.frombuffer(area, dtype=torch.uint8).data_ptr()
     with Reader() as reader:
@@ -38,10 +38,10 @@ def read_bytes_per_s(files: Sequence[Path]) -> int:
         return int(size / (time.monotonic() - since))
 
 
-def _give_up_pages(file: Path) -> None:
+def _give_up_pages(file: Path, num_bytes: int) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, num_bytes, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

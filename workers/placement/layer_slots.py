@@ -11,26 +11,29 @@ read that failed nothing is kept. Does not know what computes the layers.
 
 import time
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 
+from workers.errors import DeviceLost, ReadFailed, ReadTimedOut
 from workers.placement.reader import Read, Reader
 from workers.placement.ring import Fill, Ring
 from workers.placement.slots import BLOCK, SlotLayout
-
-_PATIENCE_S: Final = 60.0
-"""How long a layer may take to be read: beyond that the disk hangs."""
 
 
 class LayerSlots:
     """For layers of these layouts, in the order in which they are used."""
 
     def __init__(
-        self, layouts: Sequence[SlotLayout], depth: int, memory: torch.Tensor, reader: Reader
+        self,
+        layouts: Sequence[SlotLayout],
+        depth: int,
+        memory: torch.Tensor,
+        reader: Reader,
+        patience_s: float = 20.0,
     ) -> None:
         """`memory`: `memory_bytes(layouts, depth)` of the processor's, uint8, from a multiple of
-        `BLOCK` on. The layouts' files are those of the reader."""
+        `BLOCK` on. The layouts' files are those of the reader. A layer that takes longer than
+        `patience_s` to be read will never be."""
         self._layouts = layouts
         self._ring = Ring(len(layouts), depth)
         size = _slot_bytes(layouts)
@@ -38,6 +41,8 @@ class LayerSlots:
             raise ValueError(f"{self._ring.num_slots} slots of {size} bytes need other memory")
         self._slots = [memory[i * size : (i + 1) * size] for i in range(self._ring.num_slots)]
         self._reader = reader
+        self._patience_s = patience_s
+        self._hangs = False
         self._jobs: list[int | None] = [None] * self._ring.num_slots
         self.waited_s = 0.0
         """For layers that were not there yet when they were needed, altogether."""
@@ -53,23 +58,45 @@ class LayerSlots:
 
     def use(self, item: int) -> int:
         """Wait until the layer is in a slot, and tell in which. It stays there until the next call.
-        Raises ReadFailed, ReadTimedOut."""
+        Raises ReadFailed; DeviceLost where the disk hangs."""
         try:
             slot, fills = self._ring.use(item)
             for fill in fills:
                 self._start(fill)
-            job = self._jobs[slot]
-            if job is not None:
-                if not self._reader.done(job):
-                    since = time.monotonic()
-                    self._reader.wait(job, _PATIENCE_S)
-                    self.waited_s += time.monotonic() - since
-                self._reader.wait(job, 0)  # raises what went wrong
-                self._jobs[slot] = None
+            try:
+                self._finish(slot)
+            except ReadFailed:
+                if any(fill.slot == slot for fill in fills):
+                    raise
+                self._start(Fill(item, slot))  # what was wrong when it was read ahead may be right
+                self._finish(slot)
+        except ReadTimedOut as error:
+            self._hangs = True
+            raise DeviceLost(str(error)) from error
         except BaseException:
             self.forget()
             raise
         return slot
+
+    def close(self) -> None:
+        """End the reader. One whose disk hangs ends with the process."""
+        if not self._hangs:
+            self._reader.close()
+
+    def _finish(self, slot: int) -> None:
+        job = self._jobs[slot]
+        if job is None:
+            return
+        since = time.monotonic()
+        is_there = self._reader.done(job)
+        try:
+            self._reader.wait(job, self._patience_s)
+        except ReadFailed:
+            self._jobs[slot] = None
+            raise
+        if not is_there:
+            self.waited_s += time.monotonic() - since
+        self._jobs[slot] = None
 
     def forget(self) -> None:
         """Keep nothing of what is in the slots, and end what is on its way."""

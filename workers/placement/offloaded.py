@@ -5,7 +5,7 @@ Invariants: results are those of `resident`, bit for bit; no more layers are in 
 slots, whatever the pass does. Does not know which layers those are, or why.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -22,11 +22,13 @@ class Offloaded:
         tensors: Mapping[str, torch.Tensor],
         offloaded: OffloadedLayers,
         slots: LayerSlots,
+        check_files: Callable[[], None] = lambda: None,
     ) -> None:
         """`tensors`: those that stay, by the checkpoint's names; `slots` are for the layers of
-        `offloaded`, in that order."""
+        `offloaded`, in that order. `check_files` raises where a file is not what it was."""
         self._items = {layer.index: item for item, layer in enumerate(offloaded.layers)}
         self._slots = slots
+        self._check_files = check_files
         self._decoder: Decoder | None = None
         self._order: list[tuple[int, Stretch | None]] = []
         """First layer, and the stretch where the layers stay."""
@@ -62,9 +64,15 @@ class Offloaded:
             first = stop
 
     def stretches(self) -> Iterator[Stretch]:
-        """All layers in order. Raises ReadFailed, ReadTimedOut."""
+        """All layers in order. Raises ReadFailed, DeviceLost; CheckpointChanged where a file has
+        changed meanwhile, behind the last layer: what was computed is not to be used then."""
         for first, staying in self._order:
             yield staying or self._in_slot(first, self._slots.use(self._items[first]))
+        try:
+            self._check_files()
+        except BaseException:
+            self._slots.forget()
+            raise
 
     def _in_slot(self, layer: int, slot: int) -> Stretch:
         found = self._placed.get((layer, slot))

@@ -4,11 +4,15 @@ Owns what a placement needs of a process: memory for slots, open files, threads 
 know which layers are offloaded, or why: the weight set says so.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 from allocator import Client
 from workers.checkpoint import AttachedWeights
 from workers.checkpoint.offloaded import OffloadedLayers
+from workers.config.model_file import identity_of
+from workers.errors import CheckpointNotFound
 from workers.model.stretch import Placement
 from workers.placement.layer_slots import LayerSlots, memory_bytes
 from workers.placement.offloaded import Offloaded
@@ -19,19 +23,38 @@ from workers.placement.slots import slot_layout
 
 def place(memory: Client, weights: AttachedWeights, depth: int, resources: ExitStack) -> Placement:
     """A placement that `resources` end before the session does; offloaded layers are read `depth`
-    ahead. Raises CheckpointChanged, OutOfDeviceMemory, QuotaExceeded."""
+    ahead. Raises CheckpointChanged, CheckpointNotFound, OutOfDeviceMemory, QuotaExceeded."""
     offloaded = weights.offloaded
     if offloaded is None:
         return Resident(weights.tensors)
-    return Offloaded(weights.tensors, offloaded, _slots(memory, offloaded, depth, resources))
-
-
-def _slots(
-    memory: Client, offloaded: OffloadedLayers, depth: int, resources: ExitStack
-) -> LayerSlots:
     layouts = [slot_layout(layer.tensors) for layer in offloaded.layers]
-    lease = memory.lease(memory_bytes(layouts, depth))
-    reader = resources.enter_context(Reader())
+    reader = Reader()
+    with ExitStack() as stack:
+        stack.callback(reader.close)
+        check_files = open_files(reader, offloaded)
+        lease = memory.lease(memory_bytes(layouts, depth))
+        stack.pop_all()
+    slots = LayerSlots(layouts, depth, lease.tensor(), reader)
+    resources.callback(slots.close)
+    return Offloaded(weights.tensors, offloaded, slots, check_files)
+
+
+def open_files(reader: Reader, offloaded: OffloadedLayers) -> Callable[[], None]:
+    """All files, in order. Returns what raises CheckpointChanged once one of them is not what it
+    was; raises it, and CheckpointNotFound."""
+    numbers = []
     for file in offloaded.files:
-        reader.open(file.check())
-    return LayerSlots(layouts, depth, lease.tensor(), reader)
+        try:
+            numbers.append(reader.open(Path(file.path)))
+        except OSError as error:
+            raise CheckpointNotFound(
+                f"{file.path}, in which offloaded layers are, can't be read ({error.strerror}): "
+                "`onecopy reload` finds them anew"
+            ) from error
+
+    def check() -> None:
+        for number, file in zip(numbers, offloaded.files, strict=True):
+            file.check(identity_of(reader.status(number)))
+
+    check()
+    return check

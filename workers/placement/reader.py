@@ -109,6 +109,11 @@ class Reader:
         self._opened(file)
         return _NAMES[self._threads.access(file)]
 
+    def status(self, file: int) -> os.stat_result:
+        """Of the file as it is now, whatever lies at its path. Raises ValueError, ReaderClosed."""
+        self._check_process()
+        return os.fstat(self._opened(file).descriptor)
+
     def start(self, reads: Sequence[Read]) -> int:
         """A job's number, at once. Its pieces are read behind those of all jobs before it, several
         at a time. Raises ValueError, ReaderClosed, OSError where no thread is to be had."""

@@ -13,7 +13,7 @@ sequence. Knows neither models nor when a sequence ends.
 from workers.grammar.compiler import GrammarCompiler
 from workers.sampling.choice import Sampled, sample
 from workers.sampling.logprobs import prompt_logprobs
-from workers.sampling.state import SequenceSampler, invalid_params
+from workers.sampling.sequence_sampler import SequenceSampler, invalid_params
 from workers.sampling.tokens import Tokens
 
 __all__ = [

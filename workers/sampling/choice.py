@@ -16,7 +16,7 @@ from workers.sampling.logprobs import token_logprobs
 from workers.sampling.pieces import largest
 from workers.sampling.rules import apply_rules
 from workers.sampling.scratch import groups
-from workers.sampling.state import SequenceSampler
+from workers.sampling.sequence_sampler import SequenceSampler
 
 _NOT_FINITE = "the model's logits are not finite"
 _NOTHING_LEFT = "the request's rules leave no token to choose"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from workers.errors import GrammarFailed
 from workers.grammar.bitmask import clear_bits
-from workers.sampling.state import SequenceSampler
+from workers.sampling.sequence_sampler import SequenceSampler
 
 _NEVER: Final = float("-inf")
 

@@ -107,8 +107,10 @@ def attentions(module: Any) -> list[Any]:
     for index in indices:
         if not found[index].is_causal:
             raise UnsupportedCheckpoint(f"{type(module).__name__} is not causal in layer {index}")
-        if hasattr(found[index], "sinks"):
-            raise UnsupportedCheckpoint(f"{type(module).__name__} has attention sinks")
+        size = head_dim(found[index])
+        if getattr(found[index], "v_head_dim", size) != size:
+            name = type(module).__name__
+            raise UnsupportedCheckpoint(f"{name} has values of another size than keys")
     return [found[index] for index in indices]
 
 

@@ -36,8 +36,8 @@ from allocator.errors import (
 )
 from allocator.lifeline import Lifeline
 from allocator.messages import Hello, Welcome
-from allocator.processes.state import ProcessState
-from allocator.requests import REQUESTS, mappable
+from allocator.processes.process_state import ProcessState
+from allocator.requests import REPEATABLE, mappable
 from allocator.runtime_dir import RuntimeDir
 
 log = logging.getLogger("onecopy.allocator")
@@ -150,7 +150,7 @@ class Connection:
                     reply, descriptors = self._exchange(message, frame, patience_s)
                     break
                 except _Lost:
-                    if not REQUESTS[type(message)].repeatable or time.monotonic() > deadline:
+                    if type(message) not in REPEATABLE or time.monotonic() > deadline:
                         raise
         if isinstance(reply, messages.Failed):
             raise BY_CODE.get(reply.code, AllocatorError)(reply.message)
@@ -216,7 +216,10 @@ class Connection:
         count = sum(handle.backend == _EXPORTING for handle, _ in mappable(reply))
         descriptors: list[int] = []
         if count:
-            descriptors = self._lifeline.descriptors(request_id, count, patience_s)
+            try:
+                descriptors = self._lifeline.descriptors(request_id, count, patience_s)
+            except Unanswered as error:  # the reply came, but nothing can be mapped by it
+                raise _Lost(str(error)) from error
         self._is_behind = self._num_missed > missed
         self._ledger.enter(message, reply)
         return reply, descriptors

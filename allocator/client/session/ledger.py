@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from allocator.books import Books
+from allocator.journaled import changes
 from allocator.messages import (
     MAX_BATCH,
     Abandon,
@@ -21,7 +22,6 @@ from allocator.messages import (
     Return,
     UnpinBlocks,
 )
-from allocator.requests import changes
 
 T = TypeVar("T")
 

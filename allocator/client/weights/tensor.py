@@ -1,7 +1,7 @@
 """Tensors over mapped bytes. Owns the step from manifest entry to aliased tensor.
 
-Invariant: a tensor made here keeps its mapping alive, and never copies. The only file of the room
-that imports torch, and only when a client asks for tensors.
+Invariant: a tensor made here keeps its mapping alive, and never copies. Imported, and
+torch with it, only when a client asks for tensors.
 """
 
 import math

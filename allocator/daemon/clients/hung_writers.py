@@ -7,7 +7,7 @@ waited for at each of them, is given up.
 from typing import Final
 
 from allocator.daemon.clients.sessions import Session
-from allocator.processes.state import ProcessState
+from allocator.processes.process_state import ProcessState
 
 PATIENCE_S: Final = 10.0
 

@@ -18,7 +18,7 @@ from allocator.books import SessionId
 from allocator.daemon.device.eviction import AnyEffect, Evicted, Eviction, FreeExtent
 from allocator.daemon.pool.kv_pool import KVPool
 from allocator.daemon.weights.sets import WeightSets
-from allocator.daemon.weights.state import WeightSet
+from allocator.daemon.weights.weight_set import WeightSet
 from allocator.errors import OutOfDeviceMemory, QuotaExceeded
 from allocator.messages import MAX_BYTES, BlockToPut, Extent, LeaseId, QuotaStatistics
 

@@ -4,8 +4,8 @@
                  └─► afterwards: what the session holds now goes into the journal
 
 Owns the table, the one place of the daemon in which a request's type is looked at. Invariants: a
-change is in the journal before its reply leaves; a refused request changes nothing. Knows nothing
-of sockets.
+change is in the journal before its reply leaves; a refused request changes nothing; a session waits
+for one thing at a time. Knows nothing of sockets.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from allocator.backends import Backend
+from allocator.books import SessionId
 from allocator.daemon.clients.sessions import Session
 from allocator.daemon.device.budget import DeviceMemory, Holder
 from allocator.daemon.device.looking import Looking
@@ -22,7 +23,7 @@ from allocator.daemon.device.pool_requests import PoolRequests
 from allocator.daemon.device.set_requests import SetRequests
 from allocator.daemon.device.tier_requests import TierRequests, found_image
 from allocator.daemon.journal.records import QuotaKept, Record
-from allocator.daemon.weights.state import ReplyTo, WeightSet
+from allocator.daemon.weights.weight_set import Answer, ReplyTo, WeightSet
 from allocator.errors import OutOfDeviceMemory
 from allocator.messages import (
     Abandon,
@@ -102,6 +103,8 @@ class Device:
         sets, tiers = SetRequests(parts), TierRequests(parts, host_tier_limit)
         looking = Looking(parts, around, host_tier_limit, num_adopted_sets)
         self._relieve_at = 0.0
+        self._may_wait: set[SessionId] = set()
+        """Sessions whose last request is answered later, if it has not been since."""
         self._rows: Mapping[type[Request], Handler] = {
             # weight sets
             Open: Handler(sets.open, about_room=True),
@@ -147,14 +150,27 @@ class Device:
     def dispatch(
         self, session: Session, reply_to: ReplyTo, request: Request, now: float
     ) -> Reply | None:
-        """Do it. None where the answer comes later. Raises AllocatorError."""
+        """Do it. None where the answer comes later, and before the session's next. Raises
+        AllocatorError."""
+        self.stop_waiting(session)
         row, asked = self._rows[type(request)], Asked(session, reply_to, now)
         reply = self._with_room(row, asked, request) if row.about_room else row.do(asked, request)
-        if reply is not None:
+        if reply is None:
+            self._may_wait.add(session.number)
+        else:
             self._parts.notes.changes(session.number, request, reply)
         if row.unpins:
             self._pool.shed()
         return reply
+
+    def stop_waiting(self, session: Session) -> None:
+        """Whatever this session waited for, it asks for something else now, or has to ask again: a
+        client has one request on its way, and has given up those before."""
+        if session.number not in self._may_wait:
+            return
+        self._may_wait.remove(session.number)
+        for weight_set, waiter in self.memory.sets.given_up(session.number):
+            self._parts.apply([Answer(waiter, self.still_loading(weight_set))])
 
     def _with_room(self, row: Handler, asked: Asked, request: Request) -> Reply | None:
         """Refused only by a look at the device that is no older than the request."""
@@ -186,6 +202,7 @@ class Device:
 
     def end_session(self, session: Session, now: float) -> None:
         """All that it held comes back."""
+        self._may_wait.discard(session.number)
         imaged = [
             (one.key, one.fingerprint)
             for one in self.memory.sets

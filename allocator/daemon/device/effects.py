@@ -14,7 +14,7 @@ from allocator.daemon.device.segments import PoolSegment, Segments
 from allocator.daemon.journal.history import History
 from allocator.daemon.journal.records import BlockGone
 from allocator.daemon.weights.image_folder import ImageFolder
-from allocator.daemon.weights.state import Answer, Discard, Free, ReplyTo
+from allocator.daemon.weights.weight_set import Answer, Discard, Free, ReplyTo
 from allocator.errors import DiskError
 from allocator.messages import Handle, Reply
 

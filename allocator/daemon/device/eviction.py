@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from allocator.daemon.pool.kv_pool import KVPool
 from allocator.daemon.weights.sets import WeightSets
-from allocator.daemon.weights.state import Effect
+from allocator.daemon.weights.weight_set import Effect
 from allocator.messages import Extent
 
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from allocator.daemon.clients.sessions import Session, Sessions
 from allocator.daemon.device.budget import DeviceMemory
 from allocator.daemon.device.parts import Around, Asked, Parts
-from allocator.daemon.weights.state import WeightSet
+from allocator.daemon.weights.weight_set import WeightSet
 from allocator.messages import (
     MAX_BYTES,
     MAX_FRAME_BYTES,

@@ -2,7 +2,7 @@
 
 Owns the way from the numbers to records. Invariant: what `records` gives says the same as all that
 was noted one by one. What a session holds follows from the table of requests
-(`allocator.requests`); what a set or the pool is, is noted here.
+(`allocator.journaled`); what a set or the pool is, is noted here.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from allocator.daemon.journal.records import (
 )
 from allocator.daemon.pool.kv_pool import KVPool
 from allocator.daemon.weights.sets import WeightSets
-from allocator.daemon.weights.state import WeightSet
+from allocator.daemon.weights.weight_set import WeightSet
+from allocator.journaled import changes
 from allocator.messages import MAX_BATCH, Handle, Reply, Request
-from allocator.requests import changes
 
 _PART_OF_A_SET: Final = (WriteBegan, WriteEnded)
 """Changes that the journal tells otherwise: whoever writes a set is part of what the set is."""

@@ -11,14 +11,14 @@ from pathlib import Path
 from allocator.backends import Backend
 from allocator.daemon.clients.sessions import Session, Sessions
 from allocator.daemon.device.budget import DeviceMemory
+from allocator.daemon.device.device_room import DeviceRoom
 from allocator.daemon.device.effects import Effects
 from allocator.daemon.device.notes import Notes
-from allocator.daemon.device.room import DeviceRoom
 from allocator.daemon.device.segments import PoolSegment, Segments
 from allocator.daemon.journal.history import History
 from allocator.daemon.journal.records import Note
 from allocator.daemon.weights.image_folder import ImageFolder
-from allocator.daemon.weights.state import ReplyTo
+from allocator.daemon.weights.weight_set import ReplyTo
 from allocator.messages import Handle, Reply
 
 

@@ -10,7 +10,7 @@ from allocator.backends import for_handle
 from allocator.backends.room import size
 from allocator.daemon.device.parts import Asked, Parts
 from allocator.daemon.device.tier_requests import found_image
-from allocator.daemon.weights.state import Waiter, WeightSet
+from allocator.daemon.weights.weight_set import Waiter, WeightSet
 from allocator.errors import InvalidMessage, OutOfDeviceMemory
 from allocator.messages import (
     Abandon,

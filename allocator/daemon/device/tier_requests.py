@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from allocator.backends.room import size
 from allocator.daemon.device.parts import Asked, Parts
-from allocator.daemon.weights.state import Waiter
+from allocator.daemon.weights.weight_set import Waiter
 from allocator.errors import OutOfDeviceMemory, UnknownWeightSet
 from allocator.messages import Done, Handle, Moved, Moving, Sleep
 

@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from allocator.books import Books, Change, LeasesSealed, PinsChanged, SessionId
-from allocator.daemon.weights.state import Copy
+from allocator.daemon.weights.weight_set import Copy
 from allocator.messages import Extent, Handle, Message, Tier
 
 log = logging.getLogger("onecopy.allocator")
@@ -233,8 +233,8 @@ def boot_id() -> str:
 
 
 def read_records(payloads: Iterable[bytes]) -> Kept:
-    """What a journal says; nothing where it is of another boot or version, or contradicts
-    itself."""
+    """What a journal says; nothing where it is of another boot or version; of one that contradicts
+    itself the quotas alone, which say nothing of memory."""
     try:
         records = [decode_record(payload) for payload in payloads]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -255,5 +255,8 @@ def read_records(payloads: Iterable[bytes]) -> Kept:
             record.enter(kept)
     except LookupError as error:
         log.error("the journal contradicts itself, nothing is adopted: %r", error)  # noqa: TRY400
-        return Kept()
+        kept = Kept()
+        for record in records:
+            if isinstance(record, QuotaKept):
+                record.enter(kept)
     return kept

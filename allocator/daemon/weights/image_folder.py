@@ -13,7 +13,7 @@ from pathlib import Path
 
 from allocator import images
 from allocator.backends import for_handle
-from allocator.daemon.weights.state import Copy
+from allocator.daemon.weights.weight_set import Copy
 from allocator.errors import AllocatorError, DiskError, ImageCorrupt, InvalidMessage
 from allocator.messages import Extent, Handle
 from allocator.processes.identity import ProcessIdentity

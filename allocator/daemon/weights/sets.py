@@ -21,7 +21,8 @@ from typing import Final, Literal
 import msgspec
 
 from allocator.books import SessionId
-from allocator.daemon.weights.state import (
+from allocator.daemon.weights.table import SetTable
+from allocator.daemon.weights.weight_set import (
     TIERS,
     Answer,
     Copy,
@@ -29,7 +30,6 @@ from allocator.daemon.weights.state import (
     Free,
     WeightSet,
 )
-from allocator.daemon.weights.table import SetTable
 from allocator.errors import (
     FingerprintMismatch,
     InvalidMessage,
@@ -284,8 +284,8 @@ class WeightSets(SetTable):
         changed."""
         effects: list[Effect] = []
         changed: list[str] = []
+        self.given_up(session)
         for weight_set in list(self._sets.values()):
-            weight_set.waiters = deque(w for w in weight_set.waiters if w.session != session)
             if weight_set.writer == session:
                 changed.append(weight_set.key)
                 effects += self._lose_writer(weight_set)

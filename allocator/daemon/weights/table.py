@@ -5,9 +5,10 @@ Owns the table, and the generations. Invariant: a generation never comes twice. 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from allocator.daemon.weights.state import Waiter, WeightSet
+from allocator.books import SessionId
+from allocator.daemon.weights.weight_set import Waiter, WeightSet
 from allocator.errors import StaleGeneration, UnknownWeightSet
 from allocator.messages import Handle, Tier
 
@@ -78,17 +79,27 @@ class SetTable:
     # --- who waits
 
     def wait(self, key: str, waiter: Waiter) -> None:
-        """Queue behind the writer of `key`: answered by an effect, or taken out by `expired`."""
+        """Queue behind the writer of `key`: answered by an effect, or taken out by `expired` or
+        `given_up`."""
         self._sets[key].waiters.append(waiter)
 
     def expired(self, now: float) -> list[tuple[WeightSet, Waiter]]:
         """Take out the waiters whose deadline has passed."""
-        late: list[tuple[WeightSet, Waiter]] = []
+        return self._taken_out(lambda waiter: waiter.deadline <= now)
+
+    def given_up(self, session: SessionId) -> list[tuple[WeightSet, Waiter]]:
+        """Take out what a session waits for no longer: it has asked for something else, or never
+        hears of this. Were it elected, all others would wait for a writer that knows nothing of
+        it."""
+        return self._taken_out(lambda waiter: waiter.session == session)
+
+    def _taken_out(self, is_done: Callable[[Waiter], bool]) -> list[tuple[WeightSet, Waiter]]:
+        done: list[tuple[WeightSet, Waiter]] = []
         for weight_set in self._sets.values():
-            if any(waiter.deadline <= now for waiter in weight_set.waiters):
-                late += [(weight_set, w) for w in weight_set.waiters if w.deadline <= now]
-                weight_set.waiters = deque(w for w in weight_set.waiters if w.deadline > now)
-        return late
+            if any(map(is_done, weight_set.waiters)):
+                done += [(weight_set, w) for w in weight_set.waiters if is_done(w)]
+                weight_set.waiters = deque(w for w in weight_set.waiters if not is_done(w))
+        return done
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of any waiter."""

@@ -19,8 +19,8 @@ from _server import onecopy, running_server, server_status, wait_ready
 from gpu.figures import process_bytes, settles, used_bytes
 from gpu.stage import NotRun, Stage, main
 
-from tests.workers.model.ties import BF16_TIE_ULPS
 from tests.workers.tiny_models import write_tokenizer
+from workers.conformance.ties import BF16_TIE_ULPS
 
 _PEER = Path(__file__).parent.parent / "peer.py"
 _RANDOM = LlamaSize(num_layers=24, hidden=2048, inner=5632)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -28,6 +29,9 @@ from server.api.openai.structured import grammar_for
 from server.errors import InvalidRequest
 from server.text.chat_template import Chat
 from server.text.token_texts import TokenTexts
+
+_OFF_UNLESS_READ: Final = ("enable_thinking", "thinking")
+"""Variables of which false asks for what a template does that does not read them."""
 
 
 def routes(front: Front, bodies: BodyReader) -> APIRouter:
@@ -103,8 +107,13 @@ def routes(front: Front, bodies: BodyReader) -> APIRouter:
 
 def _chat(body: ChatRequest) -> Chat:
     """What the template is asked for."""
-    needed = {"tools": "tools", "documents": "documents"}
     variables = dict(body.chat_template_kwargs or {})
+    needed = {
+        name: "chat_template_kwargs"
+        for name, value in variables.items()
+        if value is not None and not (value is False and name in _OFF_UNLESS_READ)
+    }
+    needed |= {name: name for name in ("tools", "documents") if getattr(body, name)}
     if body.reasoning_effort is not None:
         if variables.setdefault("reasoning_effort", body.reasoning_effort) != body.reasoning_effort:
             raise InvalidRequest(
@@ -112,12 +121,14 @@ def _chat(body: ChatRequest) -> Chat:
                 param="chat_template_kwargs",
             )
         needed["reasoning_effort"] = "reasoning_effort"
+    if body.add_generation_prompt is False and not body.continue_final_message:
+        needed["add_generation_prompt"] = "add_generation_prompt"
     return Chat(
         messages=[message.for_template() for message in body.messages],
         tools=body.tools,
         documents=body.documents,
         variables=variables,
-        needed={name: param for name, param in needed.items() if getattr(body, param)},
+        needed=needed,
         add_generation_prompt=body.add_generation_prompt is not False,
         continues_last=bool(body.continue_final_message),
     )

@@ -1,27 +1,31 @@
 """A GGUF file's tokenizer, written as the files that a Hugging Face folder has.
 
 Owns what is in such a folder, and the process that writes it (`python -m server.text.gguf.build
-SOURCE OUT`). Invariant: whatever a file says, that process takes no more than `BUILD_BYTES`; it
-ends with a line that says what is wrong with the file. Does not know where folders are kept.
+SOURCE OUT [PRE_TOKENIZER]`). Invariant: whatever a file says, that process takes no more than
+`BUILD_BYTES`; it ends with a line that says what is wrong with the file. Does not know where
+folders are kept.
 """
 
 import errno
 import gc
 import json
 import os
+import re
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from server.errors import ServerError
 from server.text.gguf.endings import ending_ids
 from server.text.gguf.metadata import read_metadata
-from server.text.gguf.pipeline import tokenizer_json
-from server.text.gguf.vocabulary import vocabulary
+from server.text.gguf.pipeline import CUT_BY_NAME, PRE, tokenizer_json
+from server.text.gguf.splits import UnknownSplit
+from server.text.gguf.vocabulary import BadVocabulary, vocabulary
 from workers import CheckpointError
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Raised when `build` writes something else for the same file, so that old folders are not used."""
 SPECIAL_IDS_FILE: Final = "special_ids.json"
 """Beside the usual files: what a GGUF file says that these have no place for."""
@@ -39,6 +43,8 @@ _NAMED: Final = {
     "cls": "cls",
 }
 """What a template calls a token, and what a GGUF file does."""
+_TEMPLATE: Final = "tokenizer.chat_template"
+_TEMPLATE_NAME: Final = re.compile(r"\.[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _UNSPLIT: Final = (
     "does not say how text is cut into words (tokenizer.ggml.pre), as files before May 2024 did "
     "not: it is cut as llama.cpp does it then, which is wrong for most models. Download a newer "
@@ -46,13 +52,16 @@ _UNSPLIT: Final = (
 )
 
 
-def build(source: Path, out: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja (where the file has one)
-    and `SPECIAL_IDS_FILE` for a GGUF file into `out`. Raises ServerError, CheckpointError."""
+def build(source: Path, out: Path, pre_tokenizer: str | None = None) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, chat templates (where the file has some) and
+    `SPECIAL_IDS_FILE` for a GGUF file into `out`; `pre_tokenizer` goes before what it says of how
+    text is cut into words. Raises ServerError, CheckpointError."""
     metadata = read_metadata(source)
+    if pre_tokenizer is not None:
+        metadata[PRE] = _instead(source, metadata, pre_tokenizer)
     words = vocabulary(metadata)
     tokenizer = tokenizer_json(metadata, words)
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in metadata:
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and PRE not in metadata:
         sys.stderr.write(f"{source.name} {_UNSPLIT}\n")
     named = {
         f"{name}_token": words.tokens[token_id]
@@ -62,10 +71,41 @@ def build(source: Path, out: Path) -> None:
     special = {"format": FORMAT_VERSION, "end_token_ids": ending_ids(words)}
     _write(out / "tokenizer_config.json", json.dumps(named, indent=1))
     _write(out / SPECIAL_IDS_FILE, json.dumps(special, indent=1))
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str) and template:
-        _write(out / "chat_template.jinja", template)
+    for name, template in chat_templates(metadata).items():
+        others = out / "additional_chat_templates"
+        file = others / f"{name}.jinja" if name else out / "chat_template.jinja"
+        file.parent.mkdir(exist_ok=True)
+        _write(file, template)
     _write(out / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
+
+
+def _instead(source: Path, metadata: Mapping[str, Any], pre_tokenizer: str) -> str:
+    """Raises UnknownSplit where it would not be used."""
+    if (kind := metadata.get("tokenizer.ggml.model")) not in CUT_BY_NAME:
+        raise UnknownSplit(
+            f"its tokenizer is of the kind {str(kind)[:80]!r}, whose text is not cut into words by "
+            "a name: omit --pre-tokenizer"
+        )
+    if (said := metadata.get(PRE, pre_tokenizer)) != pre_tokenizer:
+        sys.stderr.write(
+            f"{source.name} says that its text is cut into words as {str(said)[:80]!r} does it; "
+            f"as --pre-tokenizer asks for, it is cut as {pre_tokenizer!r} does it.\n"
+        )
+    return pre_tokenizer
+
+
+def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """By name, those of `tokenizer.chat_template.NAME`; that of all chats has none. Raises
+    BadVocabulary where a name can be none of a file."""
+    found = {}
+    for key, template in metadata.items():
+        begin, _, name = key.partition(_TEMPLATE)
+        if begin or not isinstance(template, str) or not template:
+            continue
+        if name and not _TEMPLATE_NAME.fullmatch(name):
+            raise BadVocabulary(f"it calls a chat template {name[:80]!r}, which is no name")
+        found[name.removeprefix(".")] = template
+    return found
 
 
 def _write(file: Path, content: str) -> None:
@@ -82,7 +122,7 @@ def _main() -> int:
     resource.setrlimit(resource.RLIMIT_DATA, (bound, most))
     gc.disable()  # a million strings are made, and looking through them takes as long again
     try:
-        build(Path(sys.argv[1]), Path(sys.argv[2]))
+        build(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
     except (ServerError, CheckpointError) as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 1

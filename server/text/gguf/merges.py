@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 _BASE: Final = 0x9E3779B97F4A7C15
-_FILTER_BITS: Final = 22
+_TABLE_BITS: Final = 20
 
 
 def scored_merges(tokens: Sequence[str], scores: Sequence[float]) -> list[str]:
@@ -92,23 +92,28 @@ def _powers(base: int, count: int) -> Any:
 
 
 class _Members:
-    """Numbers that can be asked for. A small table turns most others away, and the rest is
-    sought."""
+    """Numbers that can be asked for: one in each slot of a large table, and the few that found
+    theirs taken in a small list that is searched."""
 
     def __init__(self, numbers: Any):
-        self._sorted = np.sort(numbers)
-        self._table = np.zeros(1 << _FILTER_BITS, bool)
-        self._table[self._slots(numbers)] = True
+        self._numbers = numbers
+        self._slots = np.full(1 << _TABLE_BITS, -1, np.int32)
+        slots = self._slots_of(numbers)
+        self._slots[slots] = np.arange(len(numbers), dtype=np.int32)
+        self._others = np.sort(numbers[numbers[self._slots[slots]] != numbers])
 
-    def holds(self, numbers: Any) -> Any:
-        """Whether it holds each. # [num_numbers]"""
-        held = self._table[self._slots(numbers)]
-        candidates = numbers[held]
-        at = np.searchsorted(self._sorted, candidates)
-        at[at == len(self._sorted)] = 0
-        held[held] = self._sorted[at] == candidates
+    def holds(self, asked: Any) -> Any:
+        """For each, whether it is one of them. # [num_asked]"""
+        found = self._slots[self._slots_of(asked)]
+        taken = np.flatnonzero(found >= 0)
+        held = np.zeros(len(asked), bool)
+        same = self._numbers[found[taken]] == asked[taken]
+        held[taken[same]] = True
+        if len(self._others):
+            left = taken[~same]
+            at = np.searchsorted(self._others, asked[left])
+            held[left] = self._others[np.minimum(at, len(self._others) - 1)] == asked[left]
         return held
 
-    @staticmethod
-    def _slots(numbers: Any) -> Any:
-        return (numbers >> np.uint64(64 - _FILTER_BITS)).astype(np.int64)
+    def _slots_of(self, numbers: Any) -> Any:
+        return (numbers * np.uint64(_BASE)) >> np.uint64(64 - _TABLE_BITS)

@@ -32,6 +32,10 @@ from server.text.gguf.vocabulary import (
     is_list,
 )
 
+PRE: Final = "tokenizer.ggml.pre"
+CUT_BY_NAME: Final = ("gpt2", "whitespace")
+"""The kinds of tokenizers whose text is cut into words as that says."""
+
 
 class UnknownTokenizer(ServerError):
     """A kind of tokenizer that can't be built from a GGUF file."""
@@ -99,7 +103,7 @@ def _merged_bytes(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Parts:
 
 
 def _gemma4(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Parts:
-    return _merged_bytes(vocabulary, {**metadata, "tokenizer.ggml.pre": "gemma4"})
+    return _merged_bytes(vocabulary, {**metadata, PRE: "gemma4"})
 
 
 def _merged_by_score(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Parts:
@@ -220,7 +224,7 @@ _KINDS: Final[Mapping[str, Callable[[Vocabulary, Mapping[str, Any]], Parts]]] = 
 
 
 def _split_of(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Split:
-    name = metadata.get("tokenizer.ggml.pre", DEFAULT)
+    name = metadata.get(PRE, DEFAULT)
     if not isinstance(name, str):
         raise BadVocabulary("its tokenizer.ggml.pre is no text")
     return split_named(name)
@@ -254,7 +258,7 @@ def _scored_merges(vocabulary: Vocabulary) -> list[str]:
 
 def _bpe(vocabulary: Vocabulary, merges: list[str], **settings: Any) -> Parts:
     # What begins so would be taken for the head of a file of merges; pairs are larger.
-    in_pairs = any(merge.startswith("#version") for merge in merges)
+    in_pairs = "#version" in "\n".join(merges)
     return {
         "type": "BPE",
         "dropout": None,

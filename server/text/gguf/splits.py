@@ -229,5 +229,6 @@ def split_named(name: str) -> Split:
     except KeyError:
         raise UnknownSplit(
             f"it says that its text is cut into words as {name[:80]!r} does it "
-            "(tokenizer.ggml.pre), which is not known here"
+            "(tokenizer.ggml.pre), which is not known here; --pre-tokenizer NAME would have it cut "
+            "as a known one"
         ) from None

@@ -120,6 +120,13 @@ class DeviceProgram(client_program.ClientProgram):
         self.put(blocks)
         return max(seen)
 
+    def unmap_behind(self, offset: int) -> None:
+        """As nobody should: what the library still takes for mapped is so no more."""
+        lease = self.leases[offset]
+        with current(find(self.memory.device).ordinal) as driver:
+            address = lease._mapped.window.address + offset
+            call(driver.cuMemUnmap, address, lease.extent.num_bytes)
+
     # --- with tensors
 
     def take_tensor(self) -> list[Any]:

@@ -7,6 +7,8 @@ test_cuda_sequence.py: nothing here says anything about a real GPU.
 import hashlib
 import os
 import resource
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +16,21 @@ from pathlib import Path
 import pytest
 
 from allocator import RuntimeDir
+from allocator.client.session.connection import Connection
+from allocator.lifeline import close_all
+from allocator.messages import (
+    PROTOCOL_VERSION,
+    GetStatistics,
+    Hello,
+    Lease,
+    Leased,
+    Reply,
+    Statistics,
+)
 from tests.allocator.backends.device_client import DeviceClient
 from tests.allocator.backends.simulated_driver.build import GRANULARITY, build, environment
 from tests.allocator.processes import Refused
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import TIMEOUT_S, DaemonProcess
 from tests.leaks import wait_until
 
 UUIDS = [f"cuda:GPU-{c * 4}-{c * 2}-{c * 2}-{c * 2}-{c * 6}" for c in ("d0", "d1")]
@@ -198,6 +211,70 @@ def test_many_leases_at_once_do_not_run_out_of_descriptors(
         lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) <= before + 3,  # noqa: PTH208
         "the daemon's descriptors back",
     )
+
+
+def test_what_the_driver_refuses_to_unmap_keeps_nothing_else_leased(
+    daemon: DaemonProcess, start: Start
+) -> None:
+    client = start()
+    offsets = client.do.lease(GRANULARITY, 5)
+    for offset in offsets[1:3]:
+        client.do.unmap_behind(offset)
+    with pytest.raises(Refused, match=r"DriverError: .*cuMemUnmap"):
+        client.do.release_leases(offsets)
+    with daemon.connect(device=UUIDS[0]) as memory:
+        assert memory.statistics().pool.num_leases == 2
+        assert len(set(client.do.lease(GRANULARITY, 3)) & {offsets[0], *offsets[3:]}) == 3
+        client.kill()
+        wait_until(lambda: memory.statistics().pool.num_leases == 0, "all are back")
+
+
+@pytest.fixture
+def withholding(
+    driver: dict[str, str], start_daemon: Callable[..., DaemonProcess]
+) -> DaemonProcess:
+    """A daemon that sends the first descriptors once it gets SIGUSR1, and says before that all
+    connections began anew: as where that happens while a reply is on its way."""
+    program = (
+        "import runpy, signal\n"
+        "import allocator.daemon.clients.exports as exports\n"
+        "from allocator.lifeline import tell_to_ask_again\n"
+        "send, held = exports.send_exports, []\n"
+        "def withhold(*arguments):\n"
+        "    if mappable(arguments[3]) and not held:\n"
+        "        held.append(arguments)\n"
+        "    else:\n"
+        "        send(*arguments)\n"
+        "def let_go(*_):\n"
+        "    tell_to_ask_again(held[0][1])\n"
+        "    send(*held[0])\n"
+        "from allocator.requests import mappable\n"
+        "exports.send_exports = withhold\n"
+        "signal.signal(signal.SIGUSR1, let_go)\n"
+        "runpy.run_module('allocator', run_name='__main__', alter_sys=True)\n"
+    )
+    return start_daemon("--device", "cuda:0", program=program)
+
+
+def test_where_descriptors_may_be_lost_they_are_asked_for_again(
+    withholding: DaemonProcess, runtime_dir: RuntimeDir
+) -> None:
+    hello = Hello(version=PROTOCOL_VERSION, device=UUIDS[0])
+    session = Connection(runtime_dir, hello, TIMEOUT_S)
+    answers: list[tuple[Reply, list[int]]] = []
+    request = Lease(num_bytes=GRANULARITY, count=1)
+    asking = threading.Thread(target=lambda: answers.append(session.exchange(request)))
+    asking.start()
+    wait_until(lambda: session._lifeline.connection.gettimeout(), "it waits for descriptors")
+    withholding.process.send_signal(signal.SIGUSR1)
+    asking.join()
+    [(leased, descriptors)] = answers
+    assert isinstance(leased, Leased)
+    assert len(descriptors) == 1
+    statistics = session.request(GetStatistics(), Statistics)
+    assert statistics.pool.num_leases == 1
+    close_all(descriptors)
+    session.close()
 
 
 def test_clients_go_on_when_the_daemon_is_killed(

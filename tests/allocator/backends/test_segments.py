@@ -226,6 +226,7 @@ def own_shm() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.slow
 def test_the_doctor_tells_of_what_is_left_behind_and_removes_it(
     elsewhere: RuntimeDir, runtime_dir: RuntimeDir, own_shm: Path
 ) -> None:

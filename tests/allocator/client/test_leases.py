@@ -532,7 +532,10 @@ def test_whose_session_was_cut_can_no_longer_reach_what_is_anothers_now(
         assert lost.buffer
     assert bytes(found.buffer[:5]) == b"found"
     assert mine.extent != found.extent
-    mine.release()
+    memory.release_many([lost, mine])
+    assert bytes(found.buffer[:5]) == b"found"
+    assert [lease.is_held for lease in (lost, mine, found)] == [False, False, True]
+    assert memory.statistics().pool.num_leases == 1
 
 
 # --- room

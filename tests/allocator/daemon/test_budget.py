@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 
 from allocator.daemon.device.budget import DeviceMemory, Holder
 from allocator.daemon.device.eviction import AnyEffect, Evicted, FreeExtent
-from allocator.daemon.weights.state import Answer, Free, Waiter
+from allocator.daemon.weights.weight_set import Answer, Free, Waiter
 from allocator.errors import (
     AllocatorError,
     DoubleFree,

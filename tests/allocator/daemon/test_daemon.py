@@ -314,6 +314,7 @@ def test_a_signal_leaves_nothing(
     assert client.do.digest() == digest_of(1, MIB)
 
 
+@pytest.mark.slow
 def test_a_signal_just_after_a_client_has_left_is_not_missed(runtime_dir: RuntimeDir) -> None:
     """One that comes between the last bytecode and the poll: a chance of one in ten, so often."""
     for _ in range(50):

@@ -1,5 +1,6 @@
 """Whatever a client sends, the worst it gets is a typed error, and others are served as before."""
 
+import contextlib
 import os
 import socket
 import struct
@@ -19,6 +20,7 @@ from allocator.messages import (
     Elected,
     Extent,
     Failed,
+    GetShare,
     GetStatistics,
     Hello,
     Message,
@@ -32,14 +34,16 @@ from allocator.messages import (
     Reserved,
     Seal,
     Sealed,
+    Share,
     Statistics,
+    StillLoading,
     decode_lifeline,
     decode_reply,
     encode,
 )
 from tests.allocator.daemon.raw_session import commit, requests_socket
 from tests.allocator.processes import in_fork
-from tests.daemon_process import DaemonProcess
+from tests.daemon_process import TIMEOUT_S, DaemonProcess
 from tests.leaks import wait_until
 
 REQUEST_ID = b"request1"
@@ -50,7 +54,7 @@ class RawClient:
     """A lifeline and a socket on which anything can be sent."""
 
     def __init__(self, runtime_dir: RuntimeDir, receive_limit: int = 0):
-        self.lifeline = Lifeline.connect(runtime_dir.lifeline, 5.0, HELLO)
+        self.lifeline = Lifeline.connect(runtime_dir.lifeline, TIMEOUT_S, HELLO)
         self.token = self.lifeline.welcome.token
         self._context = zmq.Context(io_threads=1)
         self._context.setsockopt(zmq.RCVHWM, receive_limit)
@@ -60,7 +64,7 @@ class RawClient:
         self.socket.send_multipart([REQUEST_ID, self.token if token is None else token, payload])
 
     def receive(self) -> Reply:
-        assert self.socket.poll(5000), "no reply"
+        assert self.socket.poll(int(TIMEOUT_S * 1000)), "no reply"
         request_id, frame = self.socket.recv_multipart()
         assert request_id == REQUEST_ID
         return decode_reply(frame)
@@ -294,6 +298,31 @@ def test_thousands_of_waiters_are_answered_and_forgotten(raw: RawClient, good: C
     assert good.statistics().weight_sets[0].state == "loading"
 
 
+@pytest.mark.parametrize("again", [Open(key="k", fingerprint={}, wait_ms=60_000), GetShare()])
+def test_who_asks_again_waits_no_longer_for_what_it_had_asked_before(
+    raw: RawClient, good: Client, daemon: DaemonProcess, again: Request
+) -> None:
+    """As a client does that has given up, or whose answer was lost: elected by that, it would be
+    waited for by all others, and itself."""
+    waiting = encode(Open(key="k", fingerprint={}, wait_ms=60_000))
+    with (
+        contextlib.closing(RawClient(daemon.runtime_dir)) as writer,
+        contextlib.closing(RawClient(daemon.runtime_dir)) as next_one,
+    ):
+        assert elected(writer)
+        raw.send(waiting)
+        raw.send(encode(again))
+        assert isinstance(raw.receive(), StillLoading)
+        if isinstance(again, GetShare):
+            assert isinstance(raw.receive(), Share)
+        next_one.send(waiting)
+        writer.lifeline.close()
+        if isinstance(again, Open):
+            assert isinstance(raw.receive(), Elected)
+            raw.lifeline.close()
+        assert isinstance(next_one.receive(), Elected)
+
+
 def test_a_hundred_clients_that_come_while_the_daemon_is_busy_all_get_in(
     daemon: DaemonProcess,
 ) -> None:
@@ -307,7 +336,7 @@ def test_a_hundred_clients_that_come_while_the_daemon_is_busy_all_get_in(
                 status = 1
                 try:
                     os.write(write, b"s")
-                    Lifeline.connect(daemon.runtime_dir.lifeline, 10.0, HELLO)
+                    Lifeline.connect(daemon.runtime_dir.lifeline, TIMEOUT_S, HELLO)
                     status = 0
                 finally:
                     os._exit(status)
@@ -330,7 +359,7 @@ def test_another_user_is_refused_by_the_kernels_word(daemon: DaemonProcess, good
 
     def connect() -> str:
         with pytest.raises(Unauthorized) as refused:
-            Lifeline.connect(daemon.runtime_dir.lifeline, 5.0, HELLO)
+            Lifeline.connect(daemon.runtime_dir.lifeline, TIMEOUT_S, HELLO)
         return str(refused.value)
 
     for _ in range(20):  # it may be refused before or after it has said Hello

@@ -14,11 +14,13 @@ from tests.server.echo_model import DEADLINE_S, EchoModel, chat, echo_server, er
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
     "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
-    "{% for call in m.tool_calls or [] %}!{{ call.function.arguments | tojson }}{% endfor %}"
+    "{% for call in m.tool_calls or [] %}!{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}{% endfor %}"
     "{% if 'tool_calls' in m %}?{% endif %}{% if m.name %}@{{ m.name }}{% endif %}{% endfor %}"
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
     "{% for one in documents or [] %}[{{ one.text }}]{% endfor %}"
     "{% if add_generation_prompt %}<answer>{{ mode or '' }}{% endif %}"
+    "{{ max_chars }}{{ deadline_s }}"
 )
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"city": "x"}'}}
@@ -54,7 +56,9 @@ def http(model: EchoModel, templated: Text) -> Iterator[httpx.Client]:
         ({"add_generation_prompt": False}, "<user>hi"),
         ({"continue_final_message": True}, "<user>hi"),
         ({"chat_template_kwargs": {"mode": "fast"}}, "<user>hi<answer>fast"),
-        ({"chat_template_kwargs": {"max_chars": 3, "self": 3}}, "<user>hi<answer>"),
+        ({"chat_template_kwargs": {"max_chars": 3, "deadline_s": 4}}, "<user>hi<answer>34"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "<user>hi<answer>"),
+        ({"chat_template_kwargs": {"never_read": None}}, "<user>hi<answer>"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "<user>hi<answer>"),
         ({"tools": [TOOL], "tool_choice": "none"}, "<user>hi[look]<answer>"),
         ({"tools": [], "tool_choice": "auto"}, "<user>hi<answer>"),
@@ -75,7 +79,7 @@ def http(model: EchoModel, templated: Text) -> Iterator[httpx.Client]:
                     {"role": "tool", "tool_call_id": "1", "content": "12"},
                 ]
             },
-            '<user>hi<assistant>!{"city": "x"}?<tool>12<answer>',
+            '<user>hi<assistant>!look{"city": "x"}?<tool>12<answer>',
         ),
         (
             {
@@ -125,6 +129,14 @@ def test_a_field_is_in_the_prompt(
             "chat_template_kwargs",
             "can't set 'messages'",
         ),
+        (
+            {"chat_template_kwargs": {"mod": "fast"}},
+            "chat_template_kwargs",
+            "does not read 'mod', which 'chat_template_kwargs' would set. Of such variables it "
+            "reads deadline_s, max_chars, mode. Correct the name",
+        ),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs", "it reads"),
+        ({"chat_template_kwargs": {"mod": False}}, "chat_template_kwargs", "it reads deadline_s"),
         ({"chat_template": "x"}, "chat_template", "--chat-template FILE"),
         ({"enable_thinking": False}, "enable_thinking", "chat_template_kwargs"),
         (

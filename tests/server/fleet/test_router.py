@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import DeadlineExceeded, InstanceFailed, InvalidRequest, NotReady, Overloaded
-from server.fleet.fleet import StartError
+from server.fleet.starts import StartError
 from server.generation import RequestOptions
 from tests.server.fleet.tiny_fleet import (
     NUM_TOKENS,
@@ -254,7 +254,8 @@ def test_a_drain_sees_ends_however_near_to_each_other(serve: Serve) -> None:
                 for one in (first, second):
                     for _ in range(num_turns):
                         await asyncio.sleep(0)
-                    fleet._on_forkserver_event(Exited(name=one.name, pid=one.pid or 0, status=0))
+                    ended = Exited(name=one.name, pid=one.pid or 0, status=0)
+                    fleet._supervision.on_forkserver_event(ended)
                 assert await asleep
                 assert fleet.instances == []
                 fleet.wake()

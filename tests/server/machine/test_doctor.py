@@ -14,9 +14,10 @@ import pytest
 from allocator import AbandonedRun, Room, RuntimeDir, WeightSetWriter
 from allocator.backends.runs import RunOwner
 from server.console.checks import checks_line
-from server.machine import checks, doctor, package_checks
+from server.machine import checks, device_checks, doctor, package_checks
 from server.machine.checks import Check
 from tests.daemon_process import DaemonProcess
+from tests.system.running_server import Outcome, onecopy_here
 
 pytestmark = pytest.mark.slow
 
@@ -403,7 +404,7 @@ def test_a_directory_that_can_be_made(tmp_path: Path) -> None:
 def test_nvidia(
     version: str | None, usable: dict[str, bool], failure: str | None, status: str, words: str
 ) -> None:
-    seen(checks.nvidia(version, usable, failure), status, words)
+    seen(device_checks.nvidia(version, usable, failure), status, words)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_nvidia(
     ],
 )
 def test_gpu(mode: str, status: str, words: str) -> None:
-    seen(checks.gpu("GPU-1", "Some GPU", 70_000_000_000, mode), status, words)
+    seen(device_checks.gpu("GPU-1", "Some GPU", 70_000_000_000, mode), status, words)
 
 
 def test_cpu() -> None:
@@ -429,23 +430,29 @@ def test_cpu() -> None:
     graviton = "processor\t: 0\nFeatures\t: fp asimd sve asimdhp i8mm bf16\nCPU part\t: 0xd40\n"
     old = "model name\t: Pentium\nflags\t\t: fpu sse2\n"
     platinum = "Intel(R) Xeon(R) Platinum 8481C: amx_bf16, avx512_bf16, avx2"
-    assert checks.cpu(sapphire).seen == platinum
-    assert checks.cpu(graviton).seen == "sve, bf16, i8mm"
-    assert checks.cpu(old).seen == "Pentium: no amx_bf16, avx512_bf16, avx2"
+    assert device_checks.cpu(sapphire).seen == platinum
+    assert device_checks.cpu(graviton).seen == "sve, bf16, i8mm"
+    assert device_checks.cpu(old).seen == "Pentium: no amx_bf16, avx512_bf16, avx2"
     amd = old.replace("sse2", "avx2 avx512_bf16")
-    assert checks.cpu(amd).seen == "Pentium: avx512_bf16, avx2; no amx_bf16"
-    seen(checks.cpu(amd), "info")
-    seen(checks.cpu(None), "info", "can't be read")
+    assert device_checks.cpu(amd).seen == "Pentium: avx512_bf16, avx2; no amx_bf16"
+    seen(device_checks.cpu(amd), "info")
+    seen(device_checks.cpu(None), "info", "can't be read")
 
 
 def test_cpu_kernels() -> None:
-    seen(checks.cpu_kernels({"avx2": "", "portable": ""}), "info")
+    seen(device_checks.cpu_kernels({"avx2": "", "portable": ""}), "info")
     assert (
-        checks.cpu_kernels({"avx2": "", "portable": ""}).seen == "avx2; portable by --cpu-kernels"
+        device_checks.cpu_kernels({"avx2": "", "portable": ""}).seen
+        == "avx2; portable by --cpu-kernels"
     )
-    withheld = checks.cpu_kernels({"amx": "the kernel does not grant it", "avx2": ""})
+    withheld = device_checks.cpu_kernels({"amx": "the kernel does not grant it", "avx2": ""})
     assert withheld.seen == "avx2; not amx: the kernel does not grant it"
-    seen(checks.cpu_kernels({"portable": "not compiled"}), "warning", "none", "apt install g++")
+    seen(
+        device_checks.cpu_kernels({"portable": "not compiled"}),
+        "warning",
+        "none",
+        "apt install g++",
+    )
 
 
 # --- what it adds up to
@@ -465,8 +472,9 @@ def test_the_summary() -> None:
 # --- the command, on this machine
 
 
-def run_doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def run_doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> Outcome:
+    """In a process of its own, which `prefix` may change."""
+    ended = subprocess.run(
         [*prefix, sys.executable, "-m", "server.cli", "doctor", *arguments],
         cwd=ROOT,
         capture_output=True,
@@ -474,17 +482,26 @@ def run_doctor(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Comp
         check=False,
         timeout=600,
     )
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
-def report(*arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, dict[str, dict[str, Any]]]:
+def reported(ended: Outcome) -> tuple[int, dict[str, dict[str, Any]]]:
     """Exit status, and name → check of the one JSON document on stdout."""
-    ended = run_doctor("--json", *arguments, prefix=prefix)
     assert ended.stderr == ""
     document = json.loads(ended.stdout)
-    assert ended.returncode == (1 if document["status"] == "problem" else 0)
+    assert ended.status == (1 if document["status"] == "problem" else 0)
     found = {check["name"]: check for check in document["checks"]}
     assert len(found) == len(document["checks"])
-    return ended.returncode, found
+    return ended.status, found
+
+
+def report(*arguments: str, prefix: tuple[str, ...]) -> tuple[int, dict[str, dict[str, Any]]]:
+    return reported(run_doctor("--json", *arguments, prefix=prefix))
+
+
+def report_here(directory: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The same where nothing but the directory matters: in this process, a second sooner."""
+    return reported(onecopy_here("doctor", "--json", "--runtime-dir", str(directory)))
 
 
 def put(root: Path, files: dict[str, str]) -> None:
@@ -495,7 +512,7 @@ def put(root: Path, files: dict[str, str]) -> None:
 
 
 def test_the_command(runtime_dir: RuntimeDir) -> None:
-    status, found = report("--runtime-dir", str(runtime_dir.path))
+    status, found = report("--runtime-dir", str(runtime_dir.path), prefix=())
     # What the tests themselves need is there.
     for name in ("kernel", "python", "torch", "other packages", "smaps", "runtime directory"):
         assert found[name]["status"] == "ok", found[name]
@@ -503,14 +520,14 @@ def test_the_command(runtime_dir: RuntimeDir) -> None:
     assert (found["allocator"]["seen"], found["segments"]["seen"]) == ("none runs", "none")
     assert list(runtime_dir.path.iterdir()) == []
     table = run_doctor("--runtime-dir", str(runtime_dir.path))
-    assert table.returncode == status
+    assert table.status == status
     assert table.stdout.startswith("CHECK ")
     assert all(f"\n{name} " in table.stdout for name in found)
 
 
 def test_a_directory_that_is_not_there_yet(runtime_dir: RuntimeDir) -> None:
     missing = runtime_dir.path / "one" / "two"
-    _, found = report("--runtime-dir", str(missing))
+    _, found = report_here(missing)
     seen(Check(**found["runtime directory"]), "ok", str(missing), "made when onecopy starts")
     assert not missing.parent.exists()
 
@@ -560,13 +577,13 @@ def test_a_bad_runtime_dir(runtime_dir: RuntimeDir, fault: str) -> None:
             (path / "server.lock").mkdir(parents=True, mode=0o700)
             path.chmod(0o700)
             words = "server.lock is no file"
-    status, found = report("--runtime-dir", str(path))
+    status, found = report_here(path)
     assert status == 1
     seen(Check(**found["runtime directory"]), "problem", str(path), words)
     assert "allocator" not in found
     if fault == "open":
-        table = run_doctor("--runtime-dir", str(path))
-        assert table.returncode == 1
+        table = onecopy_here("doctor", "--runtime-dir", str(path))
+        assert table.status == 1
         assert "runtime directory  problem  " in table.stdout
         assert words in table.stdout
     for entry in runtime_dir.path.glob("bad/*"):
@@ -580,22 +597,21 @@ def test_a_bad_runtime_dir(runtime_dir: RuntimeDir, fault: str) -> None:
 def test_an_allocator_that_runs_is_killed_and_runs_again(
     runtime_dir: RuntimeDir, start_daemon: Callable[..., DaemonProcess]
 ) -> None:
-    arguments = ("--runtime-dir", str(runtime_dir.path))
     daemon = start_daemon()
     with daemon.connect() as memory:
         # Not entered: once the daemon is gone, it can't even give up what it writes.
         writer = memory.open_weight_set("doctor", {})
         assert isinstance(writer, WeightSetWriter)
         writer.reserve(3 << 20)[:] = bytes(3 << 20)
-        _, found = report(*arguments)
+        _, found = report_here(runtime_dir.path)
         assert found["allocator"]["seen"] == f"runs, pid {daemon.pid}"
         seen(Check(**found["segments"]), "ok", "1, 3.1 MB, of the allocator")
         daemon.kill()
-    _, found = report(*arguments)  # its lock file is still there
+    _, found = report_here(runtime_dir.path)  # its lock file is still there
     assert found["allocator"]["seen"] == "none runs"
     seen(Check(**found["segments"]), "warning", "1, 3.1 MB", "start onecopy once")
     start_daemon()
-    _, found = report(*arguments)
+    _, found = report_here(runtime_dir.path)
     seen(Check(**found["segments"]), "ok")
 
 

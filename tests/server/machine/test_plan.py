@@ -241,7 +241,7 @@ def test_slots_are_each_instance_s_own() -> None:
     assert made.offload.hidden(made.device.weights_bytes) == pytest.approx(0.25 / 2)
     text = plan_lines(made)
     assert "20 of 24 layers are offloaded: a pass reads 4.00 GB" in text
-    assert "at most 12% of reading can be hidden" in text
+    assert "then 12% of reading can be hidden" in text
     least = made.device.total_bytes_at_full_load + OTHER_PROCESSES_BYTES
     assert plan(least, offload=offload).room.fits_at_full_load
     assert not plan(least - 1, offload=offload).room.fits_at_full_load

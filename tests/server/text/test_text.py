@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import Chat
+from server.text.given import GivenText
 from server.text.incremental import Detokenizer, StopStrings
 from server.text.loaded_text import KeptTokenizer, LoadedText
 from server.text.text import NoChatTemplate, Text
@@ -23,6 +24,7 @@ CONTEXT = 8192
 quick = settings(max_examples=150, deadline=None)
 
 
+@pytest.mark.slow
 def test_nothing_of_it_imports_torch_or_transformers(tokenizer_dir: Path) -> None:
     code = (
         "import asyncio, sys; from pathlib import Path; import server.api.app\n"
@@ -130,6 +132,9 @@ def test_what_a_template_raises_is_an_invalid_request(tokenizer_dir: Path) -> No
         (b"\xff", "is not text in UTF-8"),
         (b"{% if %}", "can't be used: TemplateSyntaxError"),
         (b"{{ x | no_filter }}", "can't be used: TemplateAssertionError"),
+        (b"{{ " + b"(" * 5000 + b"x" + b")" * 5000 + b" }}", "can't be used: RecursionError"),
+        (b"{% if x %}" * 2000 + b"{% endif %}" * 2000, "can't be used: RecursionError"),
+        (b"{% if x %}" * 150 + b"{% endif %}" * 150, "can't be used: (Indentation|Syntax)Error"),
     ],
 )
 def test_a_template_that_is_given_has_to_be_one(
@@ -139,7 +144,7 @@ def test_a_template_that_is_given_has_to_be_one(
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(TokenizerFilesError, match=problem):
-        LoadedText.of(KeptTokenizer.of(tokenizer_dir, file))
+        LoadedText.of(KeptTokenizer.of(tokenizer_dir, GivenText(file)))
 
 
 @pytest.mark.parametrize("has_own", [False, True])
@@ -152,7 +157,7 @@ def test_a_template_that_is_given_goes_before_the_models_own(
         (folder / "chat_template.jinja").unlink(missing_ok=True)
         (folder / "tokenizer_config.json").unlink()
     file.write_text("{{ raise_exception('no user') if messages[0].content == 'x' }}[given]")
-    loaded = LoadedText.of(KeptTokenizer.of(folder, file))
+    loaded = LoadedText.of(KeptTokenizer.of(folder, GivenText(file)))
     ids = asyncio.run(
         loaded.text.encode_chat(Chat([{"role": "user", "content": "hi"}]), context_tokens=CONTEXT)
     )
@@ -298,6 +303,23 @@ def test_what_never_becomes_a_character_is_held_back_in_bounds(text: Text) -> No
     assert len(shown) >= 1980
     assert len(detokenizer._window) < 100
     assert shown + detokenizer.finish() == text.decode([broken] * 2000)
+
+
+@pytest.mark.parametrize("silent", ["padding", "dropped"])
+def test_what_shows_nothing_is_held_in_bounds(with_bytes: Text, silent: str) -> None:
+    """Ids beyond the vocabulary, which a model with a padded head may choose, and blanks that the
+    decoder drops at a text's begin."""
+    vocab = byte_fallback_tokenizer().get_vocab()
+    nothing = [len(vocab) + 7] * 500
+    begin = [vocab["▁"]] if silent == "dropped" else []
+    words = [vocab["▁Hello"], vocab["▁world"]]
+    for ids in ([*begin, *nothing, *words, *nothing, *words], [*words, *nothing, *begin, *words]):
+        detokenizer = with_bytes.detokenizer()
+        shown = ""
+        for token_id in ids:
+            shown += detokenizer.feed([token_id])
+            assert len(detokenizer._window) < 100
+        assert shown + detokenizer.finish() == with_bytes.decode(ids)
 
 
 # --- stop strings

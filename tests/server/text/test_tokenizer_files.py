@@ -32,7 +32,7 @@ def test_a_gguf_file_is_unpacked_once(
 
 def test_what_only_the_gguf_file_knows_is_kept(tokenizer_dir: Path) -> None:
     special = json.loads((tokenizer_dir / "special_ids.json").read_text())
-    assert special == {"format": 2, "end_token_ids": [0, 2, 4]}
+    assert special == {"format": 3, "end_token_ids": [0, 2, 4]}
 
 
 def test_a_changed_file_gets_another_folder_and_two_builders_may_race(tmp_path: Path) -> None:

@@ -188,17 +188,6 @@ def write_gguf(
     return path
 
 
-def read_whole(checkpoint: Any) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, into private memory."""
-    read = {}
-    for source in checkpoint.tensors():
-        out = torch.empty(source.shape, dtype=source.dtype)
-        if out.numel():
-            checkpoint.copy_into(source.name, out, lambda _num_bytes: None)
-        read[source.name] = out
-    return read
-
-
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal in dtype, shape and every bit."""
     return (

@@ -15,10 +15,11 @@ from gguf import GGUFReader
 from allocator import RuntimeDir
 from tests.daemon_process import DaemonProcess
 from tests.references import load, parameters, transformers_reads
-from tests.workers.checkpoint.checkpoint_files import read_whole, same_bytes, write_gguf
+from tests.workers.checkpoint.checkpoint_files import same_bytes, write_gguf
 from tests.workers.checkpoint.test_checkpoint_sharing import loaded_in_a_process
 from workers.checkpoint import attach, open_checkpoint
 from workers.checkpoint.formats.gguf_file import HeaderReader
+from workers.conformance.greedy import read_whole
 from workers.errors import CheckpointCorrupt, CheckpointError, UnsupportedCheckpoint
 
 
@@ -120,6 +121,7 @@ def test_every_truncation_is_refused(tiny: Path, tmp_path: Path) -> None:
             open_checkpoint(path).tensors()
 
 
+@pytest.mark.slow
 def test_random_damage_to_the_header_never_gives_another_error(tiny: Path, tmp_path: Path) -> None:
     good = tiny.read_bytes()
     header_bytes = GGUFReader(tiny).data_offset

@@ -13,13 +13,13 @@ import gguf
 import pytest
 import torch
 
-from tests.workers.checkpoint.checkpoint_files import read_whole
+from tests.quick import few_quick
 from tests.workers.checkpoint.gguf_converter import CONVERTERS, convert
-from tests.workers.engine.driving import generated
 from tests.workers.model.tiny_families import LONGROPE, tiny_model
 from tests.workers.tiny_models import generate, prompt
 from workers.checkpoint import open_checkpoint
 from workers.checkpoint.formats.gguf_architectures import ARCHITECTURES
+from workers.conformance.greedy import generated, read_whole
 from workers.errors import CheckpointCorrupt, CheckpointNotFound, UnsupportedCheckpoint
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident
@@ -150,7 +150,7 @@ def read(path: Path) -> Any:
     return build_model(config, Resident(read_whole(checkpoint)), torch.float32)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few_quick(MODELS))
 def test_tokens_are_those_of_the_model_it_was_made_of(name: str, tmp_path: Path) -> None:
     family, changes = MODELS[name]
     reference = tiny_model(family, **changes)
@@ -195,6 +195,16 @@ def test_a_window_that_a_file_of_a_llama_names_is_kept(tmp_path: Path) -> None:
     assert model.geometry.sliding_windows == (8, 8, 8)
     expected = [generate(reference, one, NUM_NEW) for one in PROMPTS]
     assert generated(model, PROMPTS, NUM_NEW) == expected
+
+
+@pytest.mark.parametrize(("period", "slide"), [(0, "111111"), (1, "000000"), (3, "110110")])
+def test_a_period_of_windows_is_that_of_llamacpp(period: int, slide: str, tmp_path: Path) -> None:
+    """0: all layers slide; 1: none does."""
+    reference = tiny_model("gemma3", num_hidden_layers=6, layer_types=(_SLIDING * 5 + _FULL))
+    said = {"attention.sliding_window_pattern": period}
+    path = convert(reference, tmp_path / "model.gguf", said=said)
+    config = json.loads(open_checkpoint(path, "float32").metadata()["config"])
+    assert config["layer_types"] == [(_FULL, _SLIDING)[int(one)][0] for one in slide]
 
 
 # --- keys

@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.references import parameters, transformers_reads
-from tests.workers.checkpoint.checkpoint_files import read_whole, same_bytes, write_gguf
+from tests.workers.checkpoint.checkpoint_files import same_bytes, write_gguf
 from workers.checkpoint import open_checkpoint
+from workers.conformance.greedy import read_whole
 from workers.errors import UnsupportedCheckpoint
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident
@@ -40,6 +41,16 @@ def test_a_tensor_without_a_place_is_named(name: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "odd.gguf", tensors={name: np.zeros(32, np.float32)})
     with pytest.raises(UnsupportedCheckpoint, match=f"{name} has no place in llama"):
         open_checkpoint(path).tensors()
+
+
+def test_a_tensor_of_rotations_that_is_not_read_is_named(tmp_path: Path) -> None:
+    """Beside factors of longrope, llama.cpp goes by `rope_freqs` alone."""
+    factors = {f"rope_factors_{one}.weight": np.ones(8, np.float32) for one in ("long", "short")}
+    tensors = {**factors, "rope_freqs.weight": np.full(8, 2, np.float32)}
+    path = write_gguf(tmp_path / "odd.gguf", tensors=tensors)
+    with pytest.raises(UnsupportedCheckpoint, match=r"rope_freqs\.weight has no place in llama"):
+        open_checkpoint(path).tensors()
+    assert open_checkpoint(write_gguf(tmp_path / "a.gguf", tensors=factors)).tensors()
 
 
 def test_a_parameter_without_a_tensor_is_named(tmp_path: Path) -> None:

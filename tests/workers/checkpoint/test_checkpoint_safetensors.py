@@ -14,13 +14,13 @@ from tests.workers.checkpoint.checkpoint_files import (
     damaged,
     entry,
     folder,
-    read_whole,
     same_bytes,
     sound,
     tensors_of_every_kind,
 )
 from workers.checkpoint import open_checkpoint
 from workers.checkpoint.formats.checkpoint import SCRATCH_BYTES
+from workers.conformance.greedy import read_whole
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointError,

@@ -20,12 +20,12 @@ from tests.workers.checkpoint.checkpoint_files import (
     damaged,
     folder,
     folder_of_every_kind,
-    read_whole,
     same_bytes,
     tensors_of_every_kind,
     write_gguf,
 )
 from workers.checkpoint import attach, attach_weights, open_checkpoint
+from workers.conformance.greedy import read_whole
 from workers.errors import CheckpointCorrupt, CheckpointError
 
 MIB = 1 << 20

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.workers.checkpoint.checkpoint_files import read_whole
 from tests.workers.model.tiny_families import save, tiny_model
 from workers.checkpoint import open_checkpoint
+from workers.conformance.greedy import read_whole
 from workers.errors import CheckpointMismatch
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident

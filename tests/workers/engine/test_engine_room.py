@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from allocator import Client
 from tests.daemon_process import DaemonProcess
+from tests.quick import few_quick
 from tests.workers.engine.engines import (
     PROMPTS,
     engine_of,
@@ -140,7 +141,7 @@ def test_the_rows_of_a_prompts_logits_are_bounded(monkeypatch: pytest.MonkeyPatc
 # --- guesses
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", few_quick(CONFIGS))
 def test_guessing_changes_no_token(family: str) -> None:
     """Prompts that repeat themselves, so that there is something to guess; greedy and drawn."""
     repeated = [[*one, *one, *one][:60] for one in PROMPTS[1:]]

@@ -119,6 +119,7 @@ def test_any_text_matches_its_regular_expression(
     assert re.fullmatch(regex, text, re.ASCII)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 1 << 30))
 def test_any_json_matches_its_schema(
@@ -135,6 +136,7 @@ def test_any_json_matches_its_schema(
     assert value.keys() <= SCHEMA["properties"].keys()
 
 
+@pytest.mark.slow
 def test_objects_choices_and_grammars(sampler: Sampler, tokenizer: tuple[Tokenizer, Path]) -> None:
     choices = ['yes "and" no', "ab", "abc", "tab\tlet", "é"]
     met = set()
@@ -201,25 +203,30 @@ def test_an_end_is_allowed_exactly_where_the_text_may_end(
         assert one.finished
 
 
-def test_a_sequence_goes_on_elsewhere(
-    sampler: Sampler, tokenizer: tuple[Tokenizer, Path], no_leaks: Leaks
-) -> None:
+def test_a_sequence_goes_on_elsewhere(tokenizer: tuple[Tokenizer, Path], no_leaks: Leaks) -> None:
     made, path = tokenizer
-    whole = sampler("json_schema", json.dumps(SCHEMA), seed=3, temperature=0.9)
-    logits = torch.zeros(1, made.get_vocab_size() + 5)
+    vocab_size, end = made.get_vocab_size() + 5, made.token_to_id("<end>")
+    here, elsewhere = (GrammarCompiler(path, vocab_size, (end,)) for _ in range(2))
+    params = SamplingParams(
+        max_tokens=999,
+        temperature=0.9,
+        seed=3,
+        grammar=GrammarSpec(kind="json_schema", source=json.dumps(SCHEMA)),
+    )
+    whole = SequenceSampler(params, Tokens([0], 1), vocab_size, (end,), here.grammar(params))
+    logits = torch.zeros(1, vocab_size)
     ids: list[int] = []
-    compiler = GrammarCompiler(path, logits.shape[1], (made.token_to_id("<end>"),))
     for _ in range(25):
-        anew = SequenceSampler(
-            whole.params, Tokens([0, *ids], 1), logits.shape[1], (), compiler.grammar(whole.params)
-        )
+        tokens = Tokens([0, *ids], 1)
+        anew = SequenceSampler(params, tokens, vocab_size, (), elsewhere.grammar(params))
         (got,) = sample(logits, [whole])
         assert sample(logits, [anew]) == [got]
         assert isinstance(got, Sampled)
         whole.accept(got.token)
         ids.append(got.token)
         anew.leave()
-    compiler.close()
+    here.close()
+    elsewhere.close()
 
 
 def test_masks_of_several_sequences_do_not_mix(

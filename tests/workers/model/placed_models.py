@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from tests.workers.checkpoint.checkpoint_files import read_whole
 from tests.workers.model.tiny_families import save, tiny_model
 from tests.workers.tiny_models import prompt
 from workers.checkpoint import open_checkpoint
+from workers.conformance.greedy import read_whole
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part

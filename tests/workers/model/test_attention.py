@@ -55,6 +55,7 @@ def plain(
     values: torch.Tensor,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition in fp64, one query and one head at a time: [1, num_queries, num_heads, d]."""
     _, num_heads, num_queries, head_dim = query.shape
@@ -70,7 +71,10 @@ def plain(
             scores = scores / math.sqrt(head_dim)
             if softcap is not None:
                 scores = softcap * (scores / softcap).tanh()
-            out[0, index, head] = scores.softmax(0) @ values[0, group, seen].double()
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].double()])
+            weights = scores.softmax(0)[: stop - start]
+            out[0, index, head] = weights @ values[0, group, seen].double()
     return out
 
 
@@ -113,6 +117,76 @@ def test_every_sequence_attends_to_its_own_keys(
             expected = plain(query[:, :, own], keys, values, window, softcap)
             torch.testing.assert_close(out[:, own].double(), expected, atol=1e-5, rtol=1e-5)
         batch.commit()
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 3000, 1 << 20])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("past", [0, 9])
+def test_a_sink_is_a_key_without_a_value(
+    past: int, window: int | None, workspace_bytes: int
+) -> None:
+    """Far below, beside and far above the scores."""
+    generator = torch.Generator().manual_seed(9)
+    table = table_of(LAYOUT, past + 6)
+    query = rows(6, NUM_HEADS, generator)
+    key, value = (rows(past + 6, NUM_KV_HEADS, generator) for _ in range(2))
+    table.write(0, key[:, :, :past], value[:, :, :past])
+    table.commit(past)
+    sinks = torch.tensor([-200.0, -1.0, 0.0, 0.5, 2.0, 200.0])
+    new = (query, key[:, :, past:], value[:, :, past:])
+    out, _ = attend(
+        Layer(),
+        *new,
+        None,
+        sliding_window=window,
+        batch=Batch.of([Part(table, [0] * 6, 1)]),
+        workspace_bytes=workspace_bytes,
+        s_aux=sinks,
+    )
+    expected = plain(query, key, value, window, None, sinks)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(9, 3), (8, 1), (4, 4)])
+def test_a_single_query_in_16_bits_is_exact_and_the_same_in_any_company(
+    num_heads: int, num_kv_heads: int, dtype: torch.dtype
+) -> None:
+    """Its heads are computed together; a call for each is the measure."""
+    generator = torch.Generator().manual_seed(7)
+    layout = KVLayout((KVLayer(num_kv_heads, 64),), dtype)
+    pasts = [0, 3, 40, 700]
+    query = rows(len(pasts), num_heads, generator, 64).to(dtype)
+    key, value = (rows(len(pasts), num_kv_heads, generator, 64).to(dtype) for _ in range(2))
+    histories = [
+        [rows(past, num_kv_heads, generator, 64).to(dtype) for _ in range(2)] for past in pasts
+    ]
+
+    def computed(*indices: int) -> torch.Tensor:
+        parts = []
+        for index in indices:
+            table = table_of(layout, pasts[index] + 1)
+            table.write(0, *histories[index])
+            table.commit(pasts[index])
+            parts.append(Part(table, [0], 1))
+        own = list(indices)
+        given = (query[:, :, own], key[:, :, own], value[:, :, own])
+        module = Layer(num_heads // num_kv_heads)
+        return attend(module, *given, None, batch=Batch.of(parts))[0]
+
+    together = computed(0, 1, 2, 3)
+    assert torch.equal(together[:, [2, 0]], computed(2, 0))
+    for index, (keys, values) in enumerate(histories):
+        own = slice(index, index + 1)
+        assert torch.equal(together[:, own], computed(index))
+        keys = torch.cat([keys, key[:, :, own]], dim=2)
+        values = torch.cat([values, value[:, :, own]], dim=2)
+        exact = plain(query[:, :, own], keys, values, None, None)
+        for_each_head = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, own], keys, values, enable_gqa=True
+        ).transpose(1, 2)
+        error, theirs = ((one - exact).abs().mean() for one in (together[:, own], for_each_head))
+        assert error <= 1.2 * theirs
 
 
 # --- the workspace
@@ -165,6 +239,7 @@ def attended(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (300, None), (None, 30.0)])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.slow
 def test_what_a_call_takes_is_within_its_workspace(
     num_heads: int, num_kv_heads: int, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
@@ -229,6 +304,6 @@ def test_unknown_kinds_of_attention_are_refused() -> None:
         attend(Layer(), query, key, value, None)
     batch = Batch.of([Part(BlockTable(LAYOUT, PrivateSource(LAYOUT).lease(1)), [0], 1)])
     with pytest.raises(UnsupportedCheckpoint, match="biases its attention"):
-        attend(Layer(), query, key, value, None, batch=batch, s_aux=torch.zeros(NUM_HEADS))
+        attend(Layer(), query, key, value, None, batch=batch, position_bias=torch.zeros(1))
     with pytest.raises(UnsupportedCheckpoint, match="biases its attention"):
         attend(Layer(), query, key, value, torch.zeros(1, 1, 1, 1), batch=batch)

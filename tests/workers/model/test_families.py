@@ -19,10 +19,17 @@ from transformers import AutoModelForCausalLM
 from allocator import Client, RuntimeDir
 from tests.daemon_process import DaemonProcess
 from tests.workers.checkpoint.test_checkpoint_sharing import loaded_in_a_process
-from tests.workers.engine.driving import generated
-from tests.workers.model.tiny_families import FAMILIES, LONGROPE, REFUSED, save, tiny_model
+from tests.workers.model.tiny_families import (
+    FAMILIES,
+    LONGROPE,
+    REFUSED,
+    REFUSED_BY_NAME,
+    save,
+    tiny_model,
+)
 from tests.workers.tiny_models import CONFIGS, generate, prompt, smallest_gap, tensors_of
 from workers.checkpoint import attach, open_checkpoint
+from workers.conformance.greedy import generated
 from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
 from workers.model.decoder import Model, build_model, preload
 from workers.placement.resident import Resident
@@ -154,34 +161,7 @@ def test_what_would_compute_something_else_is_refused(
         load(memory, save(tiny_model(family), tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "reason"),
-    [
-        ("bart", "not a decoder"),
-        ("bert", "layers without a known attention"),
-        ("bloom", "does not take another attention function"),
-        ("codegen", "does not take another attention function"),
-        ("deepseek_v3", "kv_lora_rank"),
-        ("doge", "layers without a known attention"),
-        ("falcon", "does not take another attention function"),
-        ("falcon_h1", "layers of type"),
-        ("gemma4", "more than text"),
-        ("gpt_bigcode", "the values of the buffer"),
-        ("gpt_neo", "does not take another attention function"),
-        ("gptj", "does not take another attention function"),
-        ("gpt_oss", "attention sinks"),
-        ("jamba", "layers of type"),
-        ("llama4_text", "chunked_attention"),
-        ("mamba", "layers of type"),
-        ("mpt", "does not take another attention function"),
-        ("qwen3_5_text", "layers of type"),
-        ("qwen3_next", "layers of type"),
-        ("rwkv", "does not take another attention function"),
-        ("t5", "not a decoder"),
-        ("xlnet", "does not take another attention function"),
-        ("zamba2", "layers of type"),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "reason"), REFUSED_BY_NAME)
 def test_refused_by_name_before_anything_is_loaded(model_type: str, reason: str) -> None:
     with pytest.raises(UnsupportedCheckpoint, match=reason):
         preload({"model_type": model_type})

@@ -21,6 +21,8 @@ _EXPERTS: dict[str, Any] = {
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 _GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256}
 
+_WITH_SINKS = ("gpt_oss", "granite_swa")
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
@@ -41,7 +43,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "gpt2": _GPT2,
     "gpt_neox": {"rotary_pct": 0.25, "use_parallel_residual": True},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}
+    | {"sliding_window": 8, "layer_types": _SLIDING},
     "granite": {},
+    "granite_swa": {"sliding_window": 8},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -78,10 +83,35 @@ LONGROPE: dict[str, Any] = {
 # Computed by none of the plain formula; refused when the first token is computed, at the latest.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "diffllama": ({}, "attends twice"),
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
-    "granite_swa": ({"sliding_window": 8}, "attention sinks"),
     "moshi": ({"sliding_window": 8, "ffn_dim": 96}, "other means than a sliding window"),
 }
+
+REFUSED_BY_NAME: tuple[tuple[str, str], ...] = (
+    ("bart", "not a decoder"),
+    ("bert", "layers without a known attention"),
+    ("bloom", "does not take another attention function"),
+    ("codegen", "does not take another attention function"),
+    ("deepseek_v3", "kv_lora_rank"),
+    ("doge", "layers without a known attention"),
+    ("falcon", "does not take another attention function"),
+    ("falcon_h1", "layers of type"),
+    ("gemma4", "more than text"),
+    ("gpt_bigcode", "the values of the buffer"),
+    ("gpt_neo", "does not take another attention function"),
+    ("gptj", "does not take another attention function"),
+    ("jamba", "layers of type"),
+    ("llama4_text", "chunked_attention"),
+    ("mamba", "layers of type"),
+    ("mimo_v2_flash", "values of another size"),
+    ("mpt", "does not take another attention function"),
+    ("qwen3_5_text", "layers of type"),
+    ("qwen3_next", "layers of type"),
+    ("rwkv", "does not take another attention function"),
+    ("t5", "not a decoder"),
+    ("xlnet", "does not take another attention function"),
+    ("zamba2", "layers of type"),
+)
+"""Before anything of them is loaded: model_type, and what the message says."""
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
@@ -98,9 +128,10 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(family: str, **changes: Any) -> Any:
-    """As transformers builds it in fp32; soft-capped ones run `eager`, all others `sdpa`."""
+    """As transformers builds it in fp32; what `sdpa` does not know runs `eager`."""
     config = tiny_config(family, **changes)
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    capped = getattr(config, "attn_logit_softcapping", None)
+    attention = "eager" if capped or family in _WITH_SINKS else "sdpa"
     model: Any = AutoModelForCausalLM.from_config(
         config,
         dtype=torch.float32,

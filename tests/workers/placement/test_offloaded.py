@@ -12,16 +12,33 @@ import pytest
 import torch
 
 from allocator import DiskFull
-from tests.workers.checkpoint.checkpoint_files import read_whole, write_gguf
+from tests.leaks import wait_until
+from tests.workers.checkpoint.checkpoint_files import write_gguf
 from tests.workers.model.placed_models import NATIVE, logits_of, models_of
 from tests.workers.model.tiny_families import FAMILIES, save, tiny_model
+from tests.workers.placement.test_slots import tensor
 from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.checkpoint.converted import write_converted
-from workers.checkpoint.offloaded import OffloadedLayers, decoded, find_layers
-from workers.errors import CheckpointChanged, ReadFailed
+from workers.checkpoint.converted import OnWritten, write_converted
+from workers.checkpoint.offloaded import (
+    OffloadedFile,
+    OffloadedLayer,
+    OffloadedLayers,
+    decoded,
+    find_layers,
+)
+from workers.conformance.greedy import read_whole
+from workers.errors import (
+    CacheNotWritable,
+    CheckpointChanged,
+    CheckpointNotFound,
+    DeviceLost,
+    ReadFailed,
+    ReadTimedOut,
+)
 from workers.model.decoder import Model, build_model
 from workers.placement.layer_slots import LayerSlots, memory_bytes
 from workers.placement.offloaded import Offloaded
+from workers.placement.place import open_files
 from workers.placement.reader import Reader
 from workers.placement.resident import Resident
 from workers.placement.slots import slot_layout
@@ -43,13 +60,19 @@ class Saved:
     def resident(self) -> Model:
         return build_model(self.config(), Resident(read_whole(self.checkpoint())), self.dtype)
 
-    def offloaded(self, indices: list[int] | None = None) -> OffloadedLayers:
+    def offloaded(
+        self,
+        indices: list[int] | None = None,
+        on_written: OnWritten = lambda *_: None,
+        converted: Path | None = None,
+    ) -> OffloadedLayers:
         """Those layers, or all, of the checkpoint."""
         checkpoint = self.checkpoint()
         names = names_of_layers(skeleton(self.config(), self.dtype))
         chosen = range(len(names)) if indices is None else indices
-        found = find_layers(checkpoint, names, chosen, self.folder / "converted.layers")
-        found = write_converted(checkpoint, found, lambda *_: None)
+        converted = converted or self.folder / "converted.layers"
+        found = find_layers(checkpoint, names, chosen, converted)
+        found = write_converted(checkpoint, found, on_written)
         return decoded({"offloaded": found.encoded()}) or found
 
     def config(self) -> dict[str, object]:
@@ -65,11 +88,10 @@ class Saved:
         staying = {name: one for name, one in tensors.items() if name not in offloaded.names}
         layouts = [slot_layout(layer.tensors) for layer in offloaded.layers]
         with reader or Reader() as threads:
-            for file in offloaded.files:
-                threads.open(file.check())
+            check_files = open_files(threads, offloaded)
             area = mmap.mmap(-1, memory_bytes(layouts, depth))
             slots = LayerSlots(layouts, depth, torch.frombuffer(area, dtype=torch.uint8), threads)
-            placement = Offloaded(staying, offloaded, slots)
+            placement = Offloaded(staying, offloaded, slots, check_files)
             yield build_model(self.config(), placement, self.dtype), slots
 
 
@@ -145,27 +167,109 @@ def _fail(*_: object) -> None:
     raise ZeroDivisionError
 
 
-def test_a_file_that_ends_early_is_an_error_and_nothing_else(tmp_path: Path) -> None:
-    whole = logits_of(models_of("llama", tmp_path, torch.float32)(Resident))
-    files = Saved(tmp_path, torch.float32)
+def test_a_file_that_ends_early_is_an_error_that_names_it(tmp_path: Path) -> None:
+    files = saved("llama", tmp_path, torch.float32)
     weights = tmp_path / "model.safetensors"
-    content = weights.read_bytes()
     with files.model(files.offloaded(), 1) as (model, _):
         logits_of(model)
         with weights.open("r+b") as file:
-            file.truncate(len(content) // 2)
-            with pytest.raises(ReadFailed, match="became shorter"):
+            file.truncate(weights.stat().st_size // 2)
+        with pytest.raises(ReadFailed, match=r"model\.safetensors became shorter"):
+            logits_of(model)
+
+
+def test_what_was_read_ahead_in_vain_is_read_again(tmp_path: Path) -> None:
+    layouts = [slot_layout({"a": tensor((0, 4096 * n, 4096))}) for n in range(4)]
+    file = tmp_path / "file"
+    content = bytes(n for n in range(4) for _ in range(4096))
+    file.write_bytes(content[: 4096 + 7])
+    area = torch.frombuffer(mmap.mmap(-1, memory_bytes(layouts, 2)), dtype=torch.uint8)
+    with Reader() as reader:
+        reader.open(file)
+        slots = LayerSlots(layouts, 2, area, reader)
+        slots.use(0)
+        ahead = [job for job in slots._jobs if job is not None]
+        wait_until(lambda: len(ahead) == 2 and all(map(reader.done, ahead)), "what is read ahead")
+        file.write_bytes(content)
+        for item in (1, 2, 3):
+            assert slots.views(item, slots.use(item))["a"].unique().tolist() == [item]
+
+
+def test_a_file_that_changes_while_it_is_served_is_refused_from_then_on(tmp_path: Path) -> None:
+    files = saved("llama", tmp_path, torch.float32)
+    with files.model(files.offloaded(), 1) as (model, _):
+        logits_of(model)
+        with (tmp_path / "model.safetensors").open("r+b") as file:
+            file.seek(-100, 2)
+            file.write(bytes(100))
+        for _ in range(2):
+            with pytest.raises(CheckpointChanged, match=r"safetensors is not the file any more"):
                 logits_of(model)
-            file.write(content)
-        for got, expected in zip(logits_of(model), whole, strict=True):
-            assert torch.equal(got, expected)
 
 
-def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
-    offloaded = saved("llama", tmp_path, torch.float32).offloaded()
+def test_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
+    files = saved("llama", tmp_path, torch.float32)
+    offloaded = files.offloaded()
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointChanged, match=r"model\.safetensors is not the file any more"):
-        offloaded.files[0].check()
+    with Reader() as reader, pytest.raises(CheckpointChanged, match="is not the file any more"):
+        open_files(reader, offloaded)
+    (tmp_path / "model.safetensors").unlink()
+    with Reader() as reader, pytest.raises(CheckpointNotFound, match="finds them anew"):
+        open_files(reader, offloaded)
+
+
+class Hangs(Reader):
+    """Of a disk that does not answer: whoever waits for it to end waits for ever."""
+
+    def wait(self, job: int, timeout_s: float | None = None) -> None:
+        raise ReadTimedOut(f"{timeout_s} s")
+
+    def cancel(self, job: int) -> None:
+        pytest.fail("it was waited for")
+
+
+def test_a_disk_that_hangs_ends_who_needs_it_and_is_not_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(8192))
+    layouts = [slot_layout({"a": tensor((0, 4096 * n, 4096))}) for n in range(2)]
+    area = torch.frombuffer(mmap.mmap(-1, memory_bytes(layouts, 0)), dtype=torch.uint8)
+    with Hangs() as reader:
+        reader.open(file)
+        slots = LayerSlots(layouts, 0, area, reader, patience_s=3)
+        with pytest.raises(DeviceLost, match="3 s"):
+            slots.use(0)
+        slots.close()
+        assert reader.statistics().bytes_read >= 0  # it is not closed
+
+
+def test_two_who_convert_at_once_have_the_same_file(tmp_path: Path) -> None:
+    save(tiny_model("llama"), tmp_path)
+    files = Saved(tmp_path, torch.bfloat16)
+    other: list[OffloadedLayers] = []
+
+    def meanwhile(_done: int, _total: int) -> None:
+        if not other:
+            other.append(files.offloaded())
+
+    assert files.offloaded(on_written=meanwhile) == other[0]
+
+
+def test_a_folder_that_can_not_be_written_to_is_named(tmp_path: Path) -> None:
+    save(tiny_model("llama"), tmp_path)
+    (tmp_path / "file").write_text("")
+    files = Saved(tmp_path, torch.bfloat16)
+    with pytest.raises(CacheNotWritable, match="set ONECOPY_CACHE_DIR"):
+        files.offloaded(converted=tmp_path / "file" / "converted.layers")
+
+
+def test_a_thousand_files_are_told_apart_in_a_word(tmp_path: Path) -> None:
+    numbers = range(1000)
+    files = tuple(OffloadedFile(f"/models/{n}", f"1:{n}:{10**10}:{10**18}") for n in numbers)
+    layers = tuple(OffloadedLayer(n, f"layers.{n}.", {}) for n in numbers)
+    layout = OffloadedLayers(files, layers).layout
+    assert len(layout) < 100
+    assert layout != OffloadedLayers(files[1:], layers).layout
+    assert layout != OffloadedLayers(files, layers[1:]).layout
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
@@ -207,21 +311,3 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path: Path) 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir() if path.suffix in (".part", ".layers")] == []
-
-
-def test_no_more_layers_are_in_memory_than_there_are_slots(tmp_path: Path) -> None:
-    files = saved("llama", tmp_path, torch.float32)
-    offloaded = files.offloaded()
-    assert len(offloaded.layers) > 2
-    layer_bytes = sum(tensor.num_bytes for tensor in offloaded.layers[0].tensors.values())
-    with files.model(offloaded, 1) as (model, slots):
-        assert slots.num_slots == 2
-        places = {
-            view.data_ptr()
-            for layer in range(3)
-            for s in range(2)
-            for view in slots.views(layer, s).values()
-        }
-        assert max(places) - min(places) < 2 * (layer_bytes + 4096 * 16)
-        own = {name for name in model._placement.tensors if name in offloaded.names}
-        assert {model._placement.tensors[name].data_ptr() for name in own} <= places

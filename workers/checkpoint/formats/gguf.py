@@ -115,7 +115,7 @@ class GGUFCheckpoint:
             header = Header(self.path)
             with _said_of(self.path), read_by_others(f"{self.path} has damaged metadata"):
                 said = self._metadata(header)
-                config = config_of(said, self._reader_of(header))
+                config = config_of(said, self._reader_of(header, said))
                 # GGUF has one word for each kind of end.
                 eos = [header.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
                 config["eos_token_id"] = list(end_tokens(eos, str(self.path)) or ())
@@ -134,10 +134,11 @@ class GGUFCheckpoint:
         }
         return Metadata(architecture, header.keys(), header.get, shapes)
 
-    def _reader_of(self, header: Header) -> Any:
+    def _reader_of(self, header: Header, said: Metadata) -> Any:
         def read(name: str) -> torch.Tensor:
             if name not in header.tensors:
                 raise CheckpointCorrupt(f"it holds no {name}")
+            said.tensors_read.add(name)
             tensor = header.tensors[name]
             return torch.from_numpy(self._dequantize(tensor.data, tensor.tensor_type)).view(-1)
 

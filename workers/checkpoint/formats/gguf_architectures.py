@@ -154,10 +154,6 @@ def _command_r(said: Metadata, config: Config) -> None:
     config["use_qk_norm"] = said.has("attn_q_norm.weight")
 
 
-def _cohere2(said: Metadata, config: Config) -> None:
-    config["attention_bias"] = said.has("attn_q.bias")
-
-
 def _granite(said: Metadata, config: Config) -> None:
     _biases(said, config)
     config.setdefault("attention_multiplier", config["head_dim"] ** -0.5)
@@ -214,7 +210,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     "cohere2": Architecture(
         "cohere2",
         {**_LAYER_NORM, "logit_scale": "logit_scale"},
-        complete=_cohere2,
+        complete=_attention_bias,
         window_period=4,
     ),
     "command-r": Architecture(

@@ -84,7 +84,9 @@ def _layer_types(said: Metadata, num_layers: int, period: int) -> list[str]:
             raise CheckpointCorrupt("its sliding_window_pattern is not as long as its layers many")
         return [_SLIDING if slides else _FULL for slides in pattern]
     period = period if pattern is None else int(pattern)
-    return [_SLIDING if period and (index + 1) % period else _FULL for index in range(num_layers)]
+    if period == 0:  # as llama.cpp has it
+        return [_SLIDING] * num_layers
+    return [_SLIDING if (index + 1) % period else _FULL for index in range(num_layers)]
 
 
 def _add_rotations(

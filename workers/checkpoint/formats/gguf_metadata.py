@@ -80,6 +80,8 @@ class Metadata:
         self._keys = frozenset(keys)
         self._get = get
         self._heard: set[str] = set()
+        self.tensors_read: set[str] = set()
+        """Whose values the config is made of."""
 
     def get(self, key: str, default: Any = None) -> Any:
         """What the file says; a value that all layers have is given once. Raises

@@ -22,7 +22,6 @@ from gguf.constants import MODEL_ARCH_NAMES
 
 from workers.checkpoint.formats.gguf_architectures import ARCHITECTURES
 from workers.checkpoint.formats.gguf_metadata import ADVICE, Metadata, Shape
-from workers.checkpoint.formats.gguf_rotations import TENSORS as ROTATIONS
 from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -67,10 +66,10 @@ def parameters_of(
             found.append(one)
         elif name != "lm_head.weight" or not config["tie_word_embeddings"]:
             raise UnsupportedCheckpoint(f"it holds nothing that {name} is made of: {ADVICE}")
-    used = {piece.tensor for one in found for piece in one.pieces}
+    used = {piece.tensor for one in found for piece in one.pieces} | said.tensors_read
     layers = config.get("num_hidden_layers") or config["n_layer"]
     for tensor in said.tensor_names():
-        if tensor not in used | ROTATIONS and not _guesses_ahead(tensor, layers, said):
+        if tensor not in used and not _guesses_ahead(tensor, layers, said):
             raise UnsupportedCheckpoint(
                 f"{tensor} has no place in {config['model_type']}, or not with its shape "
                 f"{list(said.shapes[tensor])}: {ADVICE}"

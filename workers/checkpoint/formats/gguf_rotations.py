@@ -17,8 +17,6 @@ from workers.errors import UnsupportedCheckpoint
 SLOWED: Final = "rope_freqs.weight"
 LONG: Final = "rope_factors_long.weight"
 SHORT: Final = "rope_factors_short.weight"
-TENSORS: Final = frozenset({SLOWED, LONG, SHORT})
-"""Of the file, which no parameter is made of."""
 
 _DEFAULT_BASE: Final = 10_000.0
 """Where the file does not say, as llama.cpp has it."""

@@ -255,12 +255,19 @@ class AttentionTask {
     const int num_keys = (stop - start + Policy::kKeyStep - 1) / Policy::kKeyStep * Policy::kKeyStep;
     Policy::scores(queries_of(t), columns, kept, num_keys, a_.head_dim, s_.scores);
     const float scale = a_.softcap != 0 ? 1.f : a_.scale;
+    alignas(64) float factors[kRows];
+    for (int from = 0; from < columns; from += kLanes) {
+      F most[kLanes];
+      for (int i = 0; i < kLanes; i++)
+        most[i] = from + i < columns ? mask_and_maximize(t, from + i, start, num_keys) : splat(kUnseen);
+      const F before = load(s_.maxima[t] + from);
+      const F now = maximum(before, maxima_of(most) * splat(scale));
+      store(s_.maxima[t] + from, now);
+      store(factors + from, exp2_of(before - now));
+    }
+    const F by = splat(scale);
     for (int c = 0; c < columns; c++) {
-      const float highest = mask_and_maximize(t, c, start, num_keys) * scale;
-      const float before = s_.maxima[t][c], now = std::max(before, highest);
-      s_.maxima[t][c] = now;
-      const F top = splat(now), by = splat(scale);
-      const float factor = power_of_two(before - now);
+      const F top = splat(s_.maxima[t][c]), factor = splat(factors[c]);
       float* scores = s_.scores[c];
       F sum = splat(0.f);
       for (int i = 0; i < num_keys; i += kLanes) {
@@ -268,25 +275,19 @@ class AttentionTask {
         Policy::store_weights(s_.weights[c] + i, p);
         sum = sum + p;
       }
-      store(s_.sums[t][c], fma(load(s_.sums[t][c]), splat(factor), sum));
-      if (before != now) {
+      store(s_.sums[t][c], fma(load(s_.sums[t][c]), factor, sum));
+      if (factors[c] != 1.f) {
         float* o = output_of(t) + c * dims_;
-        for (int d = 0; d < dims_; d += kLanes) store(o + d, load(o + d) * splat(factor));
+        for (int d = 0; d < dims_; d += kLanes) store(o + d, load(o + d) * factor);
       }
     }
     Policy::add_values(s_.weights, columns, kept, s_.arranged, stop - start, a_.head_dim,
                        output_of(t));
   }
 
-  static float power_of_two(float x) {
-    alignas(64) float lanes[kLanes];
-    store(lanes, exp2_of(splat(x)));
-    return lanes[0];
-  }
-
-  // What the column must not see gets a score far below all others. Returns the highest. With a soft
-  // cap the scores are in units of the softmax's exponent from here on.
-  float mask_and_maximize(int t, int c, int start, int num_keys) {
+  // What the column must not see gets a score far below all others. Returns the highest of each lane.
+  // With a soft cap the scores are in units of the softmax's exponent from here on.
+  F mask_and_maximize(int t, int c, int start, int num_keys) {
     const int position = position_of(t % head_tiles_ * kRows + c);
     const int oldest = a_.window ? position - a_.window + 1 : 0;
     const int newest = run_.last_seen(a_, position);
@@ -304,7 +305,7 @@ class AttentionTask {
       if (hides || a_.softcap != 0) store(scores + i, x);
       most = maximum(most, x);
     }
-    return highest_lane(most);
+    return most;
   }
 
   // Add a finished partition to `total`.

@@ -38,7 +38,8 @@ constexpr bool kWidens = sizeof(Vectors::Element) == 4;
 // Operations whose time is counted.
 enum Timed { kNorm, kQkv, kRotate, kAttend, kOutput, kGateUp, kDown, kLogits, kWait, kNumTimed };
 
-constexpr int kTasksEach = 4;  // of attention, that a thread should have to choose from
+// Tasks of attention that a thread should have to choose from. On tiles each arranges keys for itself.
+constexpr int kTasksEach = kHasTiles ? 4 : 8;
 
 }  // namespace
 

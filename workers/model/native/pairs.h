@@ -170,6 +170,7 @@ struct PairsAttention {
   static void scores_of(const Query* queries, const Kept& kept, int num_keys, int head_dim,
                         float (*out)[kKeys]) {
     int key = 0;
+    if (num_keys == kKeys) return scores_of<C, kKeys / kSlots>(queries, kept, head_dim, 0, out);
     for (; key + 2 * kSlots <= num_keys; key += 2 * kSlots)
       scores_of<C, 2>(queries, kept, head_dim, key, out);
     if (key < num_keys) scores_of<C, 1>(queries, kept, head_dim, key, out);

@@ -198,25 +198,25 @@ inline void transpose(Int* rows) {
     r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
   }
 }
-// The sum of each of kLanes vectors, all in the same order.
-inline F sums_of(const F* a) {
+// What `join` makes of the lanes of each of kLanes vectors, all in the same order.
+template <class Join>
+inline F joined(const F* a, Join join) {
   __m512 t[8], u[4], v[2];
   for (int i = 0; i < 8; i++)
-    t[i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]) + _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    t[i] = join(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
   const auto low = [](__m512 x, __m512 y) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
   };
   const auto high = [](__m512 x, __m512 y) {
     return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
   };
-  for (int i = 0; i < 4; i++) u[i] = low(t[2 * i], t[2 * i + 1]) + high(t[2 * i], t[2 * i + 1]);
+  for (int i = 0; i < 4; i++) u[i] = join(low(t[2 * i], t[2 * i + 1]), high(t[2 * i], t[2 * i + 1]));
   for (int i = 0; i < 2; i++)
-    v[i] = _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88) +
-           _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd);
-  return _mm512_shuffle_f32x4(v[0], v[1], 0x88) + _mm512_shuffle_f32x4(v[0], v[1], 0xdd);
+    v[i] = join(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88),
+                _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
+  return join(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
 }
 inline float sum_lanes(F x) { return _mm512_reduce_add_ps(x); }
-inline float highest_lane(F x) { return _mm512_reduce_max_ps(x); }
 
 #else
 #if defined(__AVX2__)
@@ -240,15 +240,17 @@ inline void transpose(Int* rows) {
   }
   for (int i = 0; i < 8; i++) r[i] = t[i];
 }
-inline F sums_of(const F* a) {
+template <class Join>
+inline F joined(const F* a, Join join) {
   __m256 t[4], u[2];
   for (int i = 0; i < 4; i++)
-    t[i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]) + _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    t[i] = join(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
   for (int i = 0; i < 2; i++) {
     const __m256d x = _mm256_castps_pd(t[2 * i]), y = _mm256_castps_pd(t[2 * i + 1]);
-    u[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y)) + _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+    u[i] = join(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
   }
-  return _mm256_permute2f128_ps(u[0], u[1], 0x20) + _mm256_permute2f128_ps(u[0], u[1], 0x31);
+  return join(_mm256_permute2f128_ps(u[0], u[1], 0x20), _mm256_permute2f128_ps(u[0], u[1], 0x31));
 }
 
 #else
@@ -259,11 +261,12 @@ inline void transpose(Int* r) {
     for (int j = 0; j < 4; j++) t[i][j] = r[j][i];
   for (int i = 0; i < 4; i++) r[i] = t[i];
 }
-inline F sums_of(const F* a) {
+template <class Join>
+inline F joined(const F* a, Join join) {
   Int t[4];
   for (int i = 0; i < 4; i++) t[i] = (Int)a[i];
   transpose(t);
-  return ((F)t[0] + (F)t[2]) + ((F)t[1] + (F)t[3]);
+  return join(join((F)t[0], (F)t[2]), join((F)t[1], (F)t[3]));
 }
 
 #endif
@@ -276,15 +279,16 @@ inline float sum_lanes(F x) {
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
 }
-inline float highest_lane(F x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
-  float most = lanes[0];
-  for (int i = 1; i < kLanes; i++) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
 
 #endif
+
+// The sum of each of kLanes vectors, and the largest lane of each.
+inline F sums_of(const F* a) {
+  return joined(a, [](F x, F y) { return x + y; });
+}
+inline F maxima_of(const F* a) {
+  return joined(a, [](F x, F y) { return maximum(x, y); });
+}
 
 // 2^x to 2e-7, for x < 128; exactly 1 for 0, zero from -127 on down.
 inline F exp2_of(F x) {

@@ -10,6 +10,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import pytest
@@ -21,6 +22,9 @@ from allocator.daemon.adoption import adopt
 from allocator.daemon.device.budget import Holder
 from allocator.daemon.journal.file import Journal, read_journal
 from allocator.daemon.journal.records import (
+    BlockGone,
+    BlocksKept,
+    QuotaKept,
     Record,
     RunBegan,
     SessionBegan,
@@ -30,7 +34,7 @@ from allocator.daemon.journal.records import (
     decode_record,
     read_records,
 )
-from allocator.messages import Handle, Message, encode
+from allocator.messages import Extent, Handle, Message, encode
 from tests.allocator.backends.doomed import Doomed
 from tests.allocator.processes import ClientProcess
 from tests.daemon_process import DaemonProcess
@@ -430,6 +434,34 @@ def test_a_daemon_starts_with_a_journal_that_contradicts_itself(
     )
     write_journal(dead, [*records, sealed])
     nothing_is_left(start_daemon(), dead)
+
+
+TWICE: Final = tuple(
+    BlocksKept(device="host", blocks=((name, Extent(offset=0, num_bytes=2 * EXTENT)),))
+    for name in (b"one", b"other")
+)
+LIES: Final[dict[str, tuple[Record, ...]]] = {
+    "in what it tells one after another": (BlockGone(device="host", digest=b"unknown"),),
+    "in what it tells together": TWICE,
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+def test_quotas_are_kept_whatever_else_a_journal_says(
+    dead: RuntimeDir, start_daemon: StartDaemon, lie: tuple[Record, ...]
+) -> None:
+    """They were set by a person, and are about no memory."""
+    before, after = (
+        QuotaKept(device="host", kind="user", name=name, num_bytes=MIB) for name in ("ada", "bob")
+    )
+    write_journal(dead, [*records_of(dead), before, *lie, after])
+    with start_daemon().connect() as memory:
+        assert {(q.kind, q.name, q.limit_bytes) for q in memory.statistics().quotas} == {
+            ("model", "m", MIB),  # as it was before
+            ("user", "ada", MIB),
+            ("user", "bob", MIB),
+        }
+        assert memory.statistics().weight_sets == ()
 
 
 def test_the_end_of_a_writer_is_known_before_the_end_of_what_it_wrote(

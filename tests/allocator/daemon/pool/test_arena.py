@@ -224,4 +224,4 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 ArenaMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
-TestArenaMachine = ArenaMachine.TestCase
+TestArenaMachine = pytest.mark.slow(ArenaMachine.TestCase)

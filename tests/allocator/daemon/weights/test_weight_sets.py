@@ -20,7 +20,7 @@ from allocator import (
     WeightSetBusy,
 )
 from allocator.daemon.weights.sets import WeightSets
-from allocator.daemon.weights.state import Answer, Discard, Effect, Free, ReplyTo, Waiter
+from allocator.daemon.weights.weight_set import Answer, Discard, Effect, Free, ReplyTo, Waiter
 from allocator.messages import (
     Elected,
     Extent,
@@ -733,6 +733,16 @@ class Lives(RuleBasedStateMachine):
             discarded = [known.copies.pop("disk", None)] if image else []
             self.expect(key, effects, freed=freed, discarded=discarded)
 
+    @rule(session=SESSIONS)
+    def ask_for_something_else(self, session: int) -> None:
+        given_up = {waiter.reply_to for _, waiter in self.sets.given_up(session)}
+        expected = set()
+        for known in self.known.values():
+            expected |= {w.reply_to for w in known.waiting if w.session == session}
+            known.waiting = [w for w in known.waiting if w.session != session]
+        assert given_up == expected
+        self.unanswered -= given_up
+
     @precondition(lambda self: self.unanswered)
     @rule(step=st.integers(1, 3))
     def time_passes(self, step: int) -> None:
@@ -857,4 +867,4 @@ class Lives(RuleBasedStateMachine):
 Lives.TestCase.settings = settings(
     max_examples=150, stateful_step_count=50, deadline=None, derandomize=True
 )
-test_lives = Lives.TestCase
+test_lives = pytest.mark.slow(Lives.TestCase)

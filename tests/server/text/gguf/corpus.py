@@ -9,14 +9,12 @@ import json
 import random
 import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-TEXTS: Final[tuple[str, ...]] = tuple(
-    json.loads(Path(__file__).with_name("texts.json").read_text())
-)
+from server.conformance.samples import TEXTS
+
 _BLOCKS: Final = (
     (0x20, 0x250),
     (0x250, 0x3000),

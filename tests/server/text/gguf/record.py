@@ -8,7 +8,6 @@ differences there were; ends with 1 if there was one.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -19,6 +18,7 @@ from typing import Any, Final
 import gguf
 from tokenizers import Tokenizer
 
+from server.conformance.references import ask
 from server.text.gguf.metadata import read_metadata
 from server.text.gguf.pipeline import tokenizer_json
 from server.text.gguf.splits import DEFAULT, SPLITS
@@ -92,18 +92,7 @@ def write_file(path: Path, metadata: Mapping[str, Any]) -> Path:
 
 
 def ask_llamacpp(python: str, file: Path, texts: Sequence[str]) -> dict[str, Any]:
-    program = Path(__file__).with_name("llamacpp.py")
-    ended = subprocess.run(
-        [python, str(program)],
-        input=json.dumps([str(file), list(texts)]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode != 0:
-        raise RuntimeError(f"llama.cpp refuses {file}: {ended.stderr[-500:]}")
-    answer: dict[str, Any] = json.loads(ended.stdout)
-    return answer
+    return ask("llama.cpp", python, {"model": str(file), "texts": texts})
 
 
 def differences(tokenizer: Tokenizer, texts: Sequence[str], answer: Mapping[str, Any]) -> list[str]:

@@ -11,14 +11,16 @@ from tokenizers import Tokenizer
 
 from server.errors import ServerError
 from server.text.chat_template import Chat
-from server.text.gguf import pipeline
+from server.text.gguf import merges, pipeline
 from server.text.gguf.endings import ending_ids
 from server.text.gguf.metadata import GGUFDamaged, read_metadata
 from server.text.gguf.pipeline import UnknownTokenizer
 from server.text.gguf.splits import UnknownSplit
 from server.text.gguf.vocabulary import BadVocabulary, vocabulary
+from server.text.given import GivenText
+from server.text.loaded_text import KeptTokenizer, LoadedText, UnusedPreTokenizer
 from server.text.text import Text
-from server.text.tokenizer_files import TokenizerBuildFailed, tokenizer_folder
+from server.text.tokenizer_files import TokenizerBuildFailed, tokenizer_file, tokenizer_folder
 from tests.server.text.gguf.corpus import trained
 from tests.server.text.gguf.record import tokenizer_of, write_file
 
@@ -301,6 +303,77 @@ def test_the_folder_of_a_file_can_be_used(
     text.close()
 
 
+def test_templates_by_name_are_kept(folder_of: Callable[[Mapping[str, Any]], Path]) -> None:
+    metadata = {
+        **merged(),
+        "tokenizer.chat_template": "plain",
+        "tokenizer.chat_template.tool_use": "{{ tools | length }} tools",
+        "tokenizer.chat_template.rag": "documents",
+    }
+    folder = folder_of(metadata)
+    others = {one.stem for one in (folder / "additional_chat_templates").iterdir()}
+    assert others == {"tool_use", "rag"}
+    text = Text.load(folder)
+    messages = [{"role": "user", "content": "hat"}]
+    assert text.rendered(Chat(messages), context_tokens=64) == "plain"
+    assert text.rendered(Chat(messages, [{}, {}]), context_tokens=64) == "2 tools"
+    text.close()
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "-x", "x" * 99])
+def test_a_name_of_a_template_that_is_no_files_name_is_refused(
+    name: str, folder_of: Callable[[Mapping[str, Any]], Path]
+) -> None:
+    with pytest.raises(TokenizerBuildFailed, match="calls a chat template"):
+        folder_of({**merged(), f"tokenizer.chat_template.{name}": "x"})
+
+
+# --- how text is cut, said by a person
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONECOPY_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_an_unknown_way_to_cut_text_is_taken_as_a_known_one_that_is_named(
+    tmp_path: Path, cache: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_file(tmp_path / "a.gguf", merged(pre="next-year"))
+    tokenizer = KeptTokenizer.of(file, GivenText(pre_tokenizer="qwen2"))
+    LoadedText.of(tokenizer).close()
+    assert "a.gguf says that its text is cut into words as 'next-year'" in caplog.text
+    found, digits = Tokenizer.from_file(str(tokenizer.path)), "1234 567"
+    cuts = [
+        one.pre_tokenizer.pre_tokenize_str(digits)
+        for one in (found, *(tokenizer_of(merged(pre=pre)) for pre in ("qwen2", "gpt-2")))
+    ]
+    assert cuts[0] == cuts[1] != cuts[2]
+    # What is built by another name, or by none, is in another folder.
+    assert len({tokenizer_file(file, None, name) for name in (None, "qwen2", "gpt-2")}) == 3
+    with pytest.raises(TokenizerBuildFailed, match=r"'next-year'.*--pre-tokenizer NAME"):
+        tokenizer_folder(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("qwen-2", "Did you mean qwen2"), ("", "not known here"), ("x" * 999, "not known here")],
+)
+def test_a_name_that_nobody_knows_is_refused(name: str, told: str, tmp_path: Path) -> None:
+    file = write_file(tmp_path / "a.gguf", merged())
+    with pytest.raises(UnknownSplit, match=f"--pre-tokenizer is .*{told}"):
+        KeptTokenizer.of(file, GivenText(pre_tokenizer=name))
+
+
+def test_a_name_that_would_not_be_used_is_refused(tmp_path: Path, cache: None) -> None:
+    with pytest.raises(TokenizerBuildFailed, match=r"kind 'llama'.*omit --pre-tokenizer"):
+        tokenizer_folder(write_file(tmp_path / "a.gguf", scored()), None, "qwen2")
+    (folder := tmp_path / "model").mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UnusedPreTokenizer, match="is for GGUF files"):
+        KeptTokenizer.of(folder, GivenText(pre_tokenizer="qwen2"))
+
+
 def test_words_that_are_tokens_are_taken_whole_where_the_model_does_so() -> None:
     """Llama 3's tokenizer ignores merges for them; Qwen's does not."""
     metadata = merged(token_type=None)
@@ -322,6 +395,26 @@ def test_a_merge_that_looks_like_a_heading_is_none() -> None:
         }
     )
     assert isinstance(tokenizer_of(metadata), Tokenizer)
+
+
+@pytest.mark.parametrize("bits", [1, 6, 20])
+def test_merges_by_score_are_all_pairs_that_make_a_token(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them share a slot of the table in which halves are looked up."""
+    monkeypatch.setattr(merges, "_TABLE_BITS", bits)
+    tokens = trained(True, 900)["tokens"]
+    scores = [-float(index * 37 % 101) for index in range(len(tokens))]
+    order = sorted(range(len(tokens)), key=lambda index: -scores[index])
+    known = set(tokens)
+    expected = [
+        f"{tokens[index][:place]} {tokens[index][place:]}"
+        for index in order
+        for place in range(1, len(tokens[index]))
+        if tokens[index][:place] in known and tokens[index][place:] in known
+    ]
+    assert len(expected) > 100
+    assert merges.scored_merges(tokens, scores) == expected
 
 
 def test_merges_that_name_no_tokens_are_left_out() -> None:

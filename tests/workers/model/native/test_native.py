@@ -4,6 +4,7 @@ What bf16 rounding may do is measured, not guessed: the same weights in fp32 tel
 transformers' own bf16 logits are off, and the native ones may not be off further.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -516,7 +517,8 @@ def thread_times() -> dict[str, int]:
     """Processor time of each thread of this process, in ns."""
     times = {}
     for path in Path("/proc/self/task").iterdir():
-        times[path.name] = int((path / "schedstat").read_text().split()[0])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+            times[path.name] = int((path / "schedstat").read_text().split()[0])
     return times
 
 
@@ -524,7 +526,7 @@ def thread_times() -> dict[str, int]:
 def test_idle_threads_sleep_and_closed_ones_are_gone() -> None:
     known = set(thread_times())
     sequences = Sequences(model_of("llama"), num_threads=3)
-    assert set(thread_times()) == known  # none before the first call
+    assert not thread_times().keys() - known  # none before the first call; others may end
     sequences.compute((sequences.add(4), 0, prompt(4)))
     own = set(thread_times()) - known
     assert len(own) == 2
@@ -541,7 +543,7 @@ def test_idle_threads_sleep_and_closed_ones_are_gone() -> None:
     assert {one: thread_times()[one] for one in own} == {one: asleep[one] for one in own}
     sequences.decoder.close()
     sequences.decoder.close()
-    assert set(thread_times()) == known
+    assert not thread_times().keys() - known
     with pytest.raises(ValueError, match="closed"):
         sequences.compute((0, 0, [5]))
 

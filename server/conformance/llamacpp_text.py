@@ -1,8 +1,9 @@
 """llama.cpp's own tokenizer, asked through the shared library of the package `xllamacpp`.
 
-A program for an interpreter that has that package and nothing of ours: it reads a JSON list of a
-GGUF file's path and texts, and writes for each text its ids, without and with what is put around
-it, and which tokens end an answer. Only the vocabulary of the file is read.
+A program for an interpreter that has that package and nothing of ours. Reads one JSON object:
+`model`, a GGUF file, of which only the vocabulary is read; `texts`. Writes one: ids of each text,
+without and with what is put around it, and which tokens end an answer. Exit status 3: the package
+is not there.
 """
 
 import ctypes
@@ -23,11 +24,8 @@ class _Parameters(ctypes.Structure):
     ]
 
 
-def _library() -> ctypes.CDLL:
-    spec = find_spec("xllamacpp")
-    assert spec is not None
-    assert spec.origin is not None
-    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("*.so"))))
+def _library(package: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(next(package.glob("*.so"))))
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool
     for name, result, arguments in (
         ("llama_model_default_params", _Parameters, []),
@@ -46,9 +44,14 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def main() -> None:
-    path, texts = json.load(sys.stdin)
-    library = _library()
+def main() -> int:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    spec = find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        sys.stderr.write("No module named 'xllamacpp'\n")
+        return 3
+    library = _library(Path(spec.origin).parent)
     silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
         lambda level, text, _: sys.stderr.write(text.decode(errors="replace")) and None
     )
@@ -56,9 +59,9 @@ def main() -> None:
     library.llama_backend_init()
     parameters = library.llama_model_default_params()
     parameters.vocab_only = True
-    model = library.llama_model_load_from_file(path.encode(), parameters)
+    model = library.llama_model_load_from_file(request["model"].encode(), parameters)
     if not model:
-        sys.exit(1)
+        return 1
     vocabulary = library.llama_model_get_vocab(model)
 
     def ids(text: str, special: bool) -> list[int]:
@@ -70,13 +73,14 @@ def main() -> None:
 
     num_tokens = library.llama_vocab_n_tokens(vocabulary)
     answer = {
-        "version": version("xllamacpp"),
+        "version": f"xllamacpp {version('xllamacpp')}",
         "ends": [i for i in range(num_tokens) if library.llama_vocab_is_eog(vocabulary, i)],
-        "plain": [ids(text, False) for text in texts],
-        "special": [ids(text, True) for text in texts],
+        "plain": [ids(text, False) for text in request["texts"]],
+        "special": [ids(text, True) for text in request["texts"]],
     }
     json.dump(answer, sys.stdout)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
