@@ -12,14 +12,14 @@ import torch
 
 from allocator import Client, RuntimeDir, connect
 from server.machine.proof import prove
-from tests.references import load
-from tests.workers.engine.driving import generated
+from tests.references import load, ulps_below_the_best
 from tests.workers.model.placed_models import logits_of
-from tests.workers.model.ties import BF16_TIE_ULPS, ulps_below_the_best
 from tests.workers.model.tiny_families import FAMILIES, save, tiny_config, tiny_model
 from tests.workers.placement.ranks import Ranks
 from tests.workers.tiny_models import CONFIGS
 from workers.checkpoint import AttachedWeights, attach, open_checkpoint
+from workers.conformance.greedy import generated
+from workers.conformance.ties import BF16_TIE_ULPS
 from workers.errors import InvalidSetting, UnsupportedCheckpoint
 from workers.model.decoder import build_model
 from workers.model.geometry import geometry_of
@@ -250,7 +250,7 @@ def test_smollm2_on_ranks_with_sessions_of_their_own(
     reference = load(smollm2_by_transformers, torch.float32)
     for prompt, new in zip(PROMPTS, results[0], strict=True):
         assert len(new) == num_new
-        assert float(ulps_below_the_best(reference, prompt, new).max()) <= BF16_TIE_ULPS
+        assert max(ulps_below_the_best(reference, prompt, new)) <= BF16_TIE_ULPS
 
 
 @pytest.mark.parametrize("family", OTHERS)
