@@ -41,7 +41,8 @@ def find_series(
     if not found:
         names = sorted({path.rpartition(".")[2] for path, _, _, _ in _in_layers(module)})
         some = ", ".join(names[:_MOST_NAMES]) or "no linears in lists of layers"
-        raise InvalidSetting(f"{name} is no linear of the layers from {start} on: there are {some}")
+        where = "this model's layers" if not start else f"the layers from {start} on"
+        raise InvalidSetting(f"{name} is no linear of {where}: there are {some}")
     if len(found) > 1:
         raise InvalidSetting(
             f"{name} is more than one series: say which by more of its path, as "
@@ -64,7 +65,7 @@ def _in_layers(
     module: torch.nn.Module,
 ) -> Iterator[tuple[str, int, str, torch.nn.Module]]:
     """Path with `*` for the layer's number, that number, the name in `module`, and the module, of
-    whatever has tensors in a list of layers that is in no other one."""
+    whatever has a matrix of its own in a list of layers that is in no other one."""
     lists = [
         (name, layers)
         for name, layers in module.named_modules(remove_duplicate=False)
@@ -80,8 +81,13 @@ def _in_layers(
         prefix = f"{list_name}." if list_name else ""
         for number, layer in enumerate(layers):
             for path, linear in layer.named_modules():
-                if path and any(True for _ in _tensors(linear)):
+                if path and _has_matrix(linear):
                     yield f"{prefix}*.{path}", number, f"{prefix}{number}.{path}", linear
+
+
+def _has_matrix(linear: torch.nn.Module) -> bool:
+    own = (*linear._parameters.values(), *linear._buffers.values())
+    return any(tensor is not None and tensor.ndim > 1 for tensor in own)
 
 
 def _tensors(

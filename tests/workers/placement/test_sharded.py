@@ -117,13 +117,15 @@ def test_a_pass_that_was_given_up_times_out_on_all_ranks(
     assert ranks.all(range(3), "run", number=3) == ["equal"] * 3
 
 
+@pytest.mark.parametrize(("first", "ahead"), [(0, 1), (1, 0)])
 def test_who_makes_more_passes_than_others_times_out_and_so_do_they(
-    ranks: RankProcesses, places: Places
+    ranks: RankProcesses, places: Places, first: int, ahead: int
 ) -> None:
-    ranks.open(places(2), names=["o_proj"], num_linears=7, ahead=1)
+    """In the middle of the pass, or with its first linear."""
+    ranks.open(places(2), names=["o_proj"], num_linears=7, ahead=ahead)
     assert ranks.all(range(2), "run", number=0) == ["equal"] * 2
-    assert ranks.asked(0, "run", number=1, timeout_s=SHORT_S) == "SeriesTimedOut"
-    assert ranks.asked(1, "run", number=1) == "SeriesTimedOut"
+    for rank in (first, 1 - first):
+        assert ranks.asked(rank, "run", number=1, timeout_s=SHORT_S) == "SeriesTimedOut"
     assert ranks.all(range(2), "run", number=2) == ["equal"] * 2
 
 
@@ -161,13 +163,20 @@ def test_who_waits_for_a_rank_that_never_comes_is_told(
 
 
 def test_a_rank_that_is_killed_or_stopped_is_an_error_on_the_others(places: Places) -> None:
-    for how in (signal.SIGKILL, signal.SIGSTOP):
-        with RankProcesses(2) as two:
-            two.open(places(2), names=["o_proj"], num_linears=7, ahead=1)
-            assert two.all(range(2), "run", number=0) == ["equal"] * 2
-            two.processes[1].send_signal(how)
-            assert two.asked(0, "run", number=1, timeout_s=SHORT_S) == "SeriesTimedOut"
-            two.processes[1].kill()
+    place, opening = places(2), {"names": ["o_proj"], "num_linears": 7, "ahead": 1}
+    with RankProcesses(3) as three:
+        three.open(place, **opening)
+        assert three.all(range(2), "run", number=0) == ["equal"] * 2
+        three.processes[1].kill()
+        three.ask(2, "open", place=place[1], **opening)  # before anyone has noticed
+        assert three.asked(0, "run", number=1) == "SeriesTimedOut"
+        three.ask(0, "run", number=2)
+        assert three.answer(2) == "open"
+        assert three.asked(2, "run", number=2) == "equal"
+        assert three.answer(0) == "equal"
+        three.processes[2].send_signal(signal.SIGSTOP)
+        assert three.asked(0, "run", number=3, timeout_s=SHORT_S) == "SeriesTimedOut"
+        three.processes[2].kill()
 
 
 def test_of_a_checkpoint_a_rank_reads_its_own_linears_only(
