@@ -115,7 +115,11 @@ class Group:
         if not self._is_in:
             return
         self._is_in = False
-        self._backend = None  # ends when what is under way has ended, by its deadline at last
+        backend, self._backend = self._backend, None
+        with contextlib.suppress(RuntimeError):
+            if backend is not None:
+                backend.abort()  # gloo's goes on until the deadline of what is under way
+        del backend
         with contextlib.suppress(RuntimeError):  # without a store nobody joins any more
             self._next_epoch()
 
