@@ -142,6 +142,24 @@ class GroupInUse(RankError):
     code = "group_in_use"
 
 
+class SeriesTimedOut(WorkerError):
+    """Another rank did not do its part of a pass within the deadline, or has left the group."""
+
+    code = "series_timed_out"
+
+
+class SeriesOutOfOrder(WorkerError):
+    """The linears of a sharded series are used in another order than that of their layers."""
+
+    code = "series_out_of_order"
+
+
+class SeriesClosed(WorkerError):
+    """The linears of a sharded series are not to be had any more."""
+
+    code = "series_closed"
+
+
 class OutOfKVMemory(WorkerError):
     """The machine can't give the memory for one more sequence."""
 

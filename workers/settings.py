@@ -124,6 +124,25 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ]
         | None
     ) = None
+    layer_sharding: Annotated[
+        str,
+        Meta(
+            pattern=r"^([A-Za-z0-9_.]+(,[A-Za-z0-9_.]+)*)?$",
+            max_length=4096,
+            description="Linears of which each rank of an instance is to have its part of the "
+            "layers only, as o_proj,q_b_proj. Instances have one rank as yet, which has them all.",
+        ),
+    ] = ""
+    additional_config: Annotated[
+        str,
+        Meta(
+            max_length=1 << 16,
+            description='The same as JSON, {"layer_sharding": ["o_proj", "q_b_proj"]}.',
+        ),
+    ] = ""
+    data_parallel_size: Annotated[
+        int, Meta(ge=1, le=1024, description="Ranks of an instance. There is one as yet.")
+    ] = 1
     map_files: Annotated[
         bool,
         Meta(
@@ -147,7 +166,7 @@ def checked(given: Mapping[str, object]) -> EngineSettings:
         except UnicodeEncodeError as error:
             raise InvalidSetting(f"{option(name)} is {value!r}, which is no UTF-8") from error
     try:
-        return msgspec.convert(given, EngineSettings)
+        return _consistent(msgspec.convert(given, EngineSettings))
     except msgspec.ValidationError as error:
         what, _, name = str(error).rpartition(" - at `$.")
         name = name.removesuffix("`")
@@ -166,3 +185,35 @@ def _said_of(name: str) -> str | None:
     hint = get_type_hints(EngineSettings, include_extras=True)[name]
     metas = (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Meta))
     return next((one.extra["is"] for one in metas if one.extra), None)
+
+
+class _AdditionalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    layer_sharding: tuple[str, ...] = ()
+
+
+def _consistent(settings: EngineSettings) -> EngineSettings:
+    """With `layer_sharding` wherever it was given. Raises InvalidSetting."""
+    if settings.data_parallel_size > 1:
+        raise InvalidSetting(
+            f"--data-parallel-size is {settings.data_parallel_size}, and an instance has one rank "
+            f"as yet: --instances {settings.data_parallel_size} serves as many requests, from one "
+            "copy of the weights"
+        )
+    if not settings.additional_config:
+        return settings
+    try:
+        additional = msgspec.json.decode(settings.additional_config, type=_AdditionalConfig)
+        names = ",".join(additional.layer_sharding)
+        folded = msgspec.structs.replace(settings, layer_sharding=names)
+        folded = msgspec.convert(msgspec.structs.asdict(folded), EngineSettings)
+    except msgspec.DecodeError as error:
+        raise InvalidSetting(
+            f"--additional-config is {settings.additional_config!r}: {error}; it is as "
+            '{"layer_sharding": ["o_proj"]}'
+        ) from error
+    if settings.layer_sharding not in ("", names):
+        raise InvalidSetting(
+            f"--layer-sharding is {settings.layer_sharding}, and --additional-config says {names}: "
+            "give one of them"
+        )
+    return folded

@@ -45,3 +45,25 @@ def test_a_problem_names_the_option_and_what_it_may_be() -> None:
         checked({"max_num_seqs": 0})
     with pytest.raises(InvalidSetting, match="no_such_option"):
         checked({"no_such_option": 3})
+
+
+def test_series_may_be_named_in_either_way() -> None:
+    assert checked({"layer_sharding": "o_proj,q_b_proj"}).layer_sharding == "o_proj,q_b_proj"
+    given = {"additional_config": '{"layer_sharding": ["o_proj", "q_b_proj"]}'}
+    assert checked(given).layer_sharding == "o_proj,q_b_proj"
+    assert checked({**given, "layer_sharding": "o_proj,q_b_proj"}) == checked(given)
+    with pytest.raises(InvalidSetting, match="additional-config says o_proj,q_b_proj: give one"):
+        checked({**given, "layer_sharding": "o_proj"})
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"layer_sharding": "o_proj"}', '{"layer_sharding": ["o;"]}', '{"x": 1}']
+)
+def test_additional_configuration_is_what_it_may_be(text: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"--additional-config is .*layer_sharding.*o_proj"):
+        checked({"additional_config": text})
+
+
+def test_an_instance_has_one_rank() -> None:
+    with pytest.raises(InvalidSetting, match=r"--data-parallel-size is 2, and .*--instances 2"):
+        checked({"data_parallel_size": 2})

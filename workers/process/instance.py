@@ -68,6 +68,7 @@ from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
 from workers.placement.choice import choose
 from workers.placement.place import place
+from workers.placement.series_choice import check_series
 from workers.process import linux
 from workers.process.cores import SharedCores
 from workers.process.inbox import named
@@ -216,6 +217,7 @@ class _Instance:
             except UnknownWeightSet:
                 log.info("%s is not in memory any more", spec.weight_set)
         checkpoint = open_checkpoint(spec.model, self._settings.dtype)
+        check_series(checkpoint, self._settings)
         ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
         weights = attach(
             memory,
