@@ -11,7 +11,7 @@ import msgspec
 
 from workers.settings import EngineSettings
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
