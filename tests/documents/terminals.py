@@ -44,6 +44,9 @@ while line := sys.stdin.readline():
 _READY = re.compile(r"^  stop  |allocator ready in ", re.MULTILINE)
 _PORTS = (8000, 8001)
 
+OF_MAKE = {"ARGS", "JOBS", "MODEL", "PYTHON", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
+"""What whoever runs these tests by make may have given it, and a reader's make must not inherit."""
+
 
 class Network:
     """The machine's loopback alone, for what is started with `prefix`."""
@@ -146,7 +149,9 @@ class Desk:
         kept = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith("ONECOPY_") and not name.lower().endswith("_proxy")
+            if not name.startswith("ONECOPY_")
+            and not name.lower().endswith("_proxy")
+            and name not in OF_MAKE
         }
         self.environment = {
             **kept,

@@ -94,12 +94,12 @@ def test_it_sleeps_and_wakes_with_the_same_weights(server: Server, level: str, t
 
 def test_requests_that_run_are_answered_first(server: Server) -> None:
     with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(text_of, server, 10_000)
+        answer = threads.submit(text_of, server, 2_000)
         server.wait_instances(
             lambda instances: any(one["num_running"] for one in instances), "a running request"
         )
         assert server.onecopy("sleep").status == 0
-        assert len(answer.result(TIMEOUT_S)) > 1000
+        assert len(answer.result(TIMEOUT_S)) > 200
     assert server.onecopy("wake", server.model).status == 0
     server.remember()
 

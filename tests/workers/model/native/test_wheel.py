@@ -61,9 +61,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_it_holds_the_kernels_of_every_set(wheel: Path) -> None:
+def test_it_holds_the_kernels_of_every_set_and_all_else_that_is_compiled(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
-    assert held == {f"workers/model/native/_decoder_{name}{_SUFFIX}" for name in SETS}
+    decoders = {f"workers/model/native/_decoder_{name}{_SUFFIX}" for name in SETS}
+    others = {f"workers/placement/_{name}{_SUFFIX}" for name in ("reader", "all_reduce")}
+    assert held == decoders | others
 
 
 def test_installed_where_no_compiler_is_it_computes_by_every_set(
