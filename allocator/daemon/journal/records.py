@@ -2,7 +2,8 @@
 
     what a thing is       SessionBegan, SetKept, PoolMade, BlocksKept, QuotaKept
     that it is no more    SessionEnded, SetGone, BlockGone
-    what a session holds  SessionChanged: of sets and pool alike, by the changes of its books
+    what a session holds  SessionChanged: of sets and pool alike, by the changes of its books, which
+                          follow from each request (`allocator.journaled`): so of a lease that ends
 
 Owns the records, their encoding, and what each does to `Kept`, beside its fields. Invariant:
 entering the records in order gives what the daemon held when it wrote the last one. A daemon writes

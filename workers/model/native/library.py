@@ -4,7 +4,7 @@ Owns the handles of the libraries. Invariants: one is loaded only on a processor
 instruction it was compiled for, and after the kernel has granted its registers; the structures are
 those of decoder.cpp, and their sizes are compared. Knows no model.
 
-`build.py` beside this says how they are compiled.
+`setup.py` says how they are compiled.
 """
 
 import ctypes
