@@ -76,7 +76,8 @@ def propose(checkpoint: Checkpoint, settings: EngineSettings) -> Proposal | None
     what stays is more than it may be; UnsupportedCheckpoint, CheckpointError."""
     budget = settings.device_memory
     if settings.offload in ("none", "0") or (settings.offload == "auto" and budget is None):
-        _check_fits(checkpoint.tensors(), budget)
+        if budget is not None:
+            _check_fits(checkpoint.tensors(), budget)
         return None
     if settings.offload == "auto" and _all_fits(checkpoint, settings):
         return None
@@ -145,9 +146,9 @@ def _num_bytes(tensors: Sequence[SourceTensor]) -> int:
     return sum(-(-one.num_bytes // ALIGNMENT) * ALIGNMENT for one in tensors)
 
 
-def _check_fits(tensors: Sequence[SourceTensor], budget_bytes: int | None) -> None:
+def _check_fits(tensors: Sequence[SourceTensor], budget_bytes: int) -> None:
     needed = _num_bytes(tensors)
-    if budget_bytes is not None and needed > budget_bytes:
+    if needed > budget_bytes:
         raise InvalidSetting(
             f"--device-memory is {budget_bytes // _MIB:,} MiB, but this model's weights take "
             f"{-(-needed // _MIB):,} MiB: leave --offload to auto, or give it more"
