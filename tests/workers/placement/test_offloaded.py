@@ -145,7 +145,7 @@ class NeverWaits(Reader):
 def test_without_the_wait_it_would_be_another_answer(tmp_path: Path) -> None:
     whole = logits_of(models_of("llama", tmp_path, torch.float32)(Resident))
     files = Saved(tmp_path, torch.float32)
-    with files.model(files.offloaded(), 1, NeverWaits(delay=(1, 0.2))) as (model, _):
+    with files.model(files.offloaded(), 1, NeverWaits(delay=(1, 5.0))) as (model, _):
         pairs = zip(logits_of(model), whole, strict=True)
         assert not all(torch.equal(got, expected) for got, expected in pairs)
 
