@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from allocator import Client
+from tests.quick import few_quick
 from workers.errors import InvalidSetting
 from workers.placement.blocks import OffloadedBlocks, offload
 
@@ -73,7 +74,7 @@ def assert_equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("count", range(1, 13))
+@pytest.mark.parametrize("count", few_quick(range(1, 13)))
 def test_every_depth_gives_the_same_bits(count: int, tmp_path: Path) -> None:
     blocks = blocks_of(count)
     expected = passes(blocks, range(count), 3)
@@ -303,6 +304,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 def test_their_memory_is_free(tmp_path: Path) -> None:
     blocks = [nn.Linear(3072, 3584, bias=False).requires_grad_(False) for _ in range(6)]
     num_bytes = blocks[0].weight.nbytes  # beyond what the heap keeps for itself

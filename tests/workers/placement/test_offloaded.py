@@ -13,6 +13,7 @@ import torch
 
 from allocator import DiskFull
 from tests.leaks import wait_until
+from tests.quick import few_quick
 from tests.workers.checkpoint.checkpoint_files import write_gguf
 from tests.workers.model.placed_models import NATIVE, logits_of, models_of
 from tests.workers.model.tiny_families import FAMILIES, save, tiny_model
@@ -100,7 +101,7 @@ def saved(family: str, folder: Path, dtype: torch.dtype) -> Saved:
     return Saved(folder, dtype)
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES, "gemma3", "llama"}))
+@pytest.mark.parametrize("family", few_quick(sorted({*FAMILIES, "gemma3", "llama"})))
 def test_modules_compute_the_same_bits(family: str, tmp_path: Path) -> None:
     whole = logits_of(models_of(family, tmp_path, torch.float32)(Resident))
     files = Saved(tmp_path, torch.float32)
