@@ -106,10 +106,9 @@ def test_a_file_that_changes_fails_requests_and_ends_nothing(
     with weights.open("r+b") as file:
         file.truncate(len(content) // 3)
         assert ask(server).status_code == 500
-        assert "became shorter while it was read" in server.log.read_text()
+        assert "is not the file any more" in server.log.read_text()
         file.write(content)
     assert ask(server).status_code == 500
-    assert "is not the file any more" in server.log.read_text()
     assert [one["pid"] for one in server.remember()["instances"]] == [one["pid"] for one in before]
     reloaded = server.onecopy("reload")
     assert reloaded.status == 0, reloaded.stderr

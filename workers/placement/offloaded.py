@@ -65,13 +65,18 @@ class Offloaded:
 
     def stretches(self) -> Iterator[Stretch]:
         """All layers in order. Raises ReadFailed, DeviceLost; CheckpointChanged where a file has
-        changed meanwhile, behind the last layer: what was computed is not to be used then."""
+        changed, before the first layer, or behind the last: what was computed is not to be used
+        then."""
+        self._check()
         for first, staying in self._order:
             yield staying or self._in_slot(first, self._slots.use(self._items[first]))
+        self._check()
+
+    def _check(self) -> None:
         try:
             self._check_files()
         except BaseException:
-            self._slots.forget()
+            self._slots.forget()  # what was read ahead may be of either file
             raise
 
     def _in_slot(self, layer: int, slot: int) -> Stretch:
