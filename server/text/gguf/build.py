@@ -8,7 +8,6 @@ folders are kept.
 
 import errno
 import gc
-import json
 import os
 import re
 import resource
@@ -16,6 +15,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+
+import msgspec
 
 from server.errors import ServerError
 from server.text.gguf.endings import ending_ids
@@ -69,14 +70,14 @@ def build(source: Path, out: Path, pre_tokenizer: str | None = None) -> None:
         if (token_id := words.token_id(role)) is not None
     }
     special = {"format": FORMAT_VERSION, "end_token_ids": ending_ids(words)}
-    _write(out / "tokenizer_config.json", json.dumps(named, indent=1))
-    _write(out / SPECIAL_IDS_FILE, json.dumps(special, indent=1))
+    _write(out / "tokenizer_config.json", msgspec.json.encode(named))
+    _write(out / SPECIAL_IDS_FILE, msgspec.json.encode(special))
     for name, template in chat_templates(metadata).items():
         others = out / "additional_chat_templates"
         file = others / f"{name}.jinja" if name else out / "chat_template.jinja"
         file.parent.mkdir(exist_ok=True)
-        _write(file, template)
-    _write(out / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":")))
+        _write(file, template.encode())
+    _write(out / "tokenizer.json", msgspec.json.encode(tokenizer))
 
 
 def _instead(source: Path, metadata: Mapping[str, Any], pre_tokenizer: str) -> str:
@@ -108,10 +109,10 @@ def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _write(file: Path, content: str) -> None:
+def _write(file: Path, content: bytes) -> None:
     # A rename may reach the disk before the data does: a folder with its final name is complete.
     with file.open("wb") as opened:
-        opened.write(content.encode())
+        opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
 
