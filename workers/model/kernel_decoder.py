@@ -5,9 +5,11 @@ know how the kernels are called, or where weights are.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 
 from workers.kv.layout import KVLayout
@@ -18,6 +20,10 @@ from workers.model.native.placed import PlacedLayer
 from workers.model.stretch import LayerWeights
 from workers.model.tensor_parallel import Shard
 from workers.ranks import Ranks
+
+_KEPT_BYTES: Final = 8 << 20
+"""Logits of so many bytes stay mapped for the next pass: memory that is new each time costs a fault
+for every page."""
 
 
 class KernelDecoder:
@@ -81,6 +87,7 @@ class _Stretch:
     ) -> None:
         self._all_logits = all_logits
         self._native = native
+        self._room = _Room(native.vocab_size)
         self._threads_now = threads_now
         self._layers = layers
         self._is_last = layers is None or layers[-1].index + 1 == len(native.layers)
@@ -92,7 +99,7 @@ class _Stretch:
         if hidden is None and not self._is_whole:
             hidden = torch.empty(batch.num_rows, native.hidden_stride, dtype=torch.bfloat16)
         logit_rows = batch.logit_rows if self._is_last else batch.logit_rows[:0]
-        logits = torch.empty(len(logit_rows), native.vocab_size)
+        logits = self._room.take(len(logit_rows))
         tables, addresses = batch.tables()
         native.forward(
             batch.token_ids,
@@ -110,3 +117,23 @@ class _Stretch:
         if self._all_logits is not None and len(logits):
             return self._all_logits(logits)
         return logits
+
+
+class _Room:
+    """Memory for the logits of one pass after the other. Invariant: what somebody holds, in whole
+    or in part, is not handed out again."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._kept = np.empty((0, vocab_size), np.float32)
+        self._handed_out: weakref.ref[Any] = weakref.ref(self._kept[:])
+
+    def take(self, num_rows: int) -> torch.Tensor:
+        """fp32 # [num_rows, vocab_size], with anything in it."""
+        if num_rows * self._vocab_size * 4 > _KEPT_BYTES or self._handed_out() is not None:
+            return torch.empty(num_rows, self._vocab_size)
+        if num_rows > len(self._kept):
+            self._kept = np.empty((num_rows, self._vocab_size), np.float32)
+        rows = self._kept[:num_rows]  # lives as long as any tensor that points into it
+        self._handed_out = weakref.ref(rows)
+        return torch.from_numpy(rows)
