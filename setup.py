@@ -21,7 +21,12 @@ FLAGS: Final = {
     "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
     "avx512": ["-march=x86-64-v4"],
     "avx2": ["-march=x86-64-v3"],
+    "neon_bf16": ["-march=armv8.2-a+bf16"],
     "portable": [],
+}
+MACHINES: Final = {
+    "x86_64": ["amx", "avx512_bf16", "avx512", "avx2", "portable"],
+    "aarch64": ["neon_bf16", "portable"],
 }
 COMMON: Final = [
     *("-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-math-errno"),
@@ -30,8 +35,8 @@ COMMON: Final = [
 
 
 def kernels() -> list[Extension]:
-    """All sets of x86-64 there, whatever this machine has; elsewhere the portable one."""
-    sets = FLAGS if platform.machine() == "x86_64" else ["portable"]
+    """All sets of this kind of machine, whatever this one has; of others the portable one."""
+    sets = MACHINES.get(platform.machine(), ["portable"])
     headers = sorted(str(path) for path in NATIVE.glob("*.h"))
     return [
         Extension(

@@ -14,7 +14,7 @@ from msgspec import Meta
 from workers.errors import InvalidSetting
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
-KernelsName = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "portable"]
+KernelsName = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "portable"]
 KERNELS: Final[tuple[str, ...]] = get_args(KernelsName)[1:]
 MAX_NUM_SEQS: Final = 4096
 

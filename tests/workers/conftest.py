@@ -4,7 +4,7 @@ import fcntl
 import runpy
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,22 @@ SETS = [
 ]
 EMULATED = "amx, emulated"
 """The code for AMX tiles, with tiles in plain C++: what a machine without AMX can test of it."""
-AARCH64 = "portable, aarch64"
+AARCH64 = {f"{name}, aarch64": name for name in ("neon_bf16", "portable")}
+"""What runs under an emulator of that processor."""
+SLOWLY = {
+    "family": {
+        "llama",
+        "qwen2",
+        "phi3 odd",
+        "gemma3 odd",
+        "gpt_neox odd",
+        "qwen3_moe odd",
+        "bert odd",
+    },
+    "num_rows": {7, 16},
+    "num_threads": {3},
+}
+"""Of a parameter's values, those that are run there: all takes a hundred times as long."""
 
 
 @pytest.fixture(scope="session")
@@ -49,26 +64,41 @@ def emulated_tiles(common_folder: Path) -> library.Kernels:
 
 
 @pytest.fixture(scope="session")
-def on_aarch64(tmp_path_factory: pytest.TempPathFactory) -> Iterator[library.Kernels]:
+def on_aarch64(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], library.Kernels]]:
+    """The kernels of a set, in an emulated process."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if compiler is None or emulator is None:
         pytest.skip("needs the Debian packages g++-aarch64-linux-gnu and qemu-user")
-    file = tmp_path_factory.mktemp("aarch64") / "decoder_server"
-    compile_server(compiler, kernel_flags("portable"), file)
-    foreign = ForeignLibrary([emulator, str(file)])
-    yield library.Kernels("portable", foreign)
-    foreign.close()
+    folder = tmp_path_factory.mktemp("aarch64")
+    started: dict[str, ForeignLibrary] = {}
+
+    def kernels_of(name: str) -> library.Kernels:
+        if name not in started:
+            compile_server(compiler, kernel_flags(name), folder / name)
+            started[name] = ForeignLibrary([emulator, "-cpu", "max", str(folder / name)])
+        return library.Kernels(name, started[name])
+
+    yield kernels_of
+    for foreign in started.values():
+        foreign.close()
 
 
-@pytest.fixture(params=[*SETS, EMULATED, AARCH64])
+@pytest.fixture(params=[*SETS, EMULATED, *AARCH64])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test with every set that this machine can run, or emulate."""
     name: str = request.param
-    if name in (EMULATED, AARCH64):
-        if name == AARCH64 and request.node.get_closest_marker("this_process"):
+    if name in AARCH64:
+        if request.node.get_closest_marker("this_process"):
             pytest.skip("the emulated process is another one")
-        fixture = "emulated_tiles" if name == EMULATED else "on_aarch64"
-        emulated = request.getfixturevalue(fixture)
+        for parameter, value in request.node.callspec.params.items():
+            if value not in SLOWLY.get(parameter, {value}):
+                pytest.skip("takes too long where each instruction is emulated")
+        foreign = request.getfixturevalue("on_aarch64")(AARCH64[name])
+        monkeypatch.setattr(library, "load", lambda _wanted="auto": foreign)
+    elif name == EMULATED:
+        emulated = request.getfixturevalue("emulated_tiles")
         monkeypatch.setattr(library, "load", lambda _wanted="auto": emulated)
     else:
         monkeypatch.setenv(library.VARIABLE, name)

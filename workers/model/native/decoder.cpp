@@ -15,7 +15,13 @@
 #include "threads.h"
 #if defined(__AVX512BF16__)
 #include "pairs.h"
+#include "pairs_attention.h"
 using Vectors = Pairs;
+using VectorsAttention = PairsAttention;
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include "pairs_attention.h"
+#include "squares.h"
+using Vectors = Squares;
 using VectorsAttention = PairsAttention;
 #else
 #include "floats.h"

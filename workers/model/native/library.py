@@ -20,8 +20,17 @@ from typing import Any, ClassVar, Final
 VARIABLE: Final = "ONECOPY_CPU_KERNELS"
 """Environment variable that names the set where no option does."""
 
-SETS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+SETS: Final = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "portable")
 """The best first."""
+
+MACHINES: Final = {
+    "amx": "x86_64",
+    "avx512_bf16": "x86_64",
+    "avx512": "x86_64",
+    "avx2": "x86_64",
+    "neon_bf16": "aarch64",
+}
+"""Set → what it is compiled for; any that is not here for every machine."""
 
 _AVX2: Final = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 _AVX512: Final = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -30,6 +39,7 @@ _FLAGS: Final = {
     "avx512_bf16": _AVX512 | {"avx512_bf16"},
     "avx512": _AVX512,
     "avx2": _AVX2,
+    "neon_bf16": frozenset({"asimd", "bf16"}),
     "portable": frozenset[str](),
 }
 """What a set needs, in /proc/cpuinfo's words."""
@@ -267,8 +277,9 @@ def _best() -> Kernels:
 @functools.cache
 def _load(name: str) -> Kernels:
     file = Path(__file__).with_name(f"_decoder_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if name != "portable" and platform.machine() != "x86_64":
-        raise NotThisProcessor(f"a set of x86-64, and this is {platform.machine()}")
+    machine = platform.machine()
+    if MACHINES.get(name, machine) != machine:
+        raise NotThisProcessor(f"a set of {MACHINES[name]}, and this is {machine}")
     missing = _FLAGS[name] - _cpu_flags()
     if missing:
         raise NotThisProcessor(f"the processor lacks {', '.join(sorted(missing))}")
@@ -308,6 +319,6 @@ def _cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     for line in cpuinfo.splitlines():
-        if line.startswith("flags"):
+        if line.startswith(("flags", "Features")):  # of x86-64, of aarch64
             return frozenset(line.split())
     return frozenset()

@@ -4,7 +4,6 @@
 // lanes of one register, which are then summed as a tree; so it does not depend on what is computed
 // beside it.
 #pragma once
-#include "attention.h"
 #include "product.h"
 
 struct Pairs {
@@ -17,6 +16,10 @@ struct Pairs {
   }
 
  private:
+  // More columns of 8 rows than that don't stay in the first cache beside four rows of weights: they are
+  // read once for two rows then.
+  static constexpr int kWide = 1024;
+
   // What is fetched ahead while a row is read: its successor in the next group.
   struct Rows {
     const bf16* first;
@@ -41,6 +44,9 @@ struct Pairs {
       float* to = out + r;
       if (fours == 4) {
         dots<4, 4, 0, 4>(rows.from(r), width, x.rows, to);
+      } else if (fours == 8 && width > kWide) {
+        dots<2, 8, 0, 2>(rows.from(r), width, x.rows, to);
+        dots<2, 8, 0, 2>(rows.from(r + 2), width, x.rows, to + 2);
       } else if (fours == 8) {
         dots<4, 4, 0, 2>(rows.from(r), width, x.rows, to);
         dots<4, 4, 2, 4>(rows.from(r), width, x.rows + 4, to + 4 * kOutputs);
@@ -114,122 +120,5 @@ struct Pairs {
     alignas(64) float all[16];
     _mm512_store_ps(all, sums_of(sums));
     for (int m = 0; m < M; m++) memcpy(out + m * kOutputs, all + m * R, R * sizeof(float));
-  }
-};
-
-// Attention by the same instruction: scores by pairs of a head's elements, values by pairs of tokens.
-struct PairsAttention {
-  using Query = bf16;   // [column][padded(head_dim)]
-  using Weight = bf16;  // [column][key]
-  struct Arranged {};
-  static constexpr int kKeyStep = kSlots;
-
-  static void load_queries(const bf16* const rows[kRows], int columns, int head_dim, Query* to) {
-    const int dims = padded(head_dim);
-    for (int c = 0; c < columns; c++) memcpy(to + c * dims, rows[c], size_t(head_dim) * 2);
-  }
-
-  static void arrange(const Kept&, int, int, Arranged&) {}
-
-  static void scores(const Query* queries, int columns, const Kept& kept, int num_keys,
-                     int head_dim, float (*out)[kKeys]) {
-    const int dims = padded(head_dim);
-    int c = 0;
-    for (; c + 4 <= columns; c += 4)
-      scores_of<4>(queries + c * dims, kept, num_keys, head_dim, out + c);
-    switch (columns - c) {
-      case 3: return scores_of<3>(queries + c * dims, kept, num_keys, head_dim, out + c);
-      case 2: return scores_of<2>(queries + c * dims, kept, num_keys, head_dim, out + c);
-      case 1: return scores_of<1>(queries + c * dims, kept, num_keys, head_dim, out + c);
-    }
-  }
-
-  static void store_weights(Weight* to, F p) { store16(to, p); }
-
-  static void add_values(const Weight (*weights)[kKeys], int columns, const Kept& kept,
-                         const Arranged&, int num_keys, int head_dim, float* output) {
-    const int dims = padded(head_dim);
-    int c = 0;
-    for (; c + 4 <= columns; c += 4)
-      add_to<4>(weights + c, kept, num_keys, head_dim, output + c * dims);
-    switch (columns - c) {
-      case 3: return add_to<3>(weights + c, kept, num_keys, head_dim, output + c * dims);
-      case 2: return add_to<2>(weights + c, kept, num_keys, head_dim, output + c * dims);
-      case 1: return add_to<1>(weights + c, kept, num_keys, head_dim, output + c * dims);
-    }
-  }
-
- private:
-  static __m512bh pair_at(const bf16* p) {
-    int32_t pair;
-    memcpy(&pair, p, 4);
-    return (__m512bh)_mm512_set1_epi32(pair);
-  }
-
-  template <int C>
-  static void scores_of(const Query* queries, const Kept& kept, int num_keys, int head_dim,
-                        float (*out)[kKeys]) {
-    int key = 0;
-    if (num_keys == kKeys) return scores_of<C, kKeys / kSlots>(queries, kept, head_dim, 0, out);
-    for (; key + 2 * kSlots <= num_keys; key += 2 * kSlots)
-      scores_of<C, 2>(queries, kept, head_dim, key, out);
-    if (key < num_keys) scores_of<C, 1>(queries, kept, head_dim, key, out);
-  }
-  // C columns with 16 S keys from `key` on.
-  template <int C, int S>
-  static void scores_of(const Query* queries, const Kept& kept, int head_dim, int key,
-                        float (*out)[kKeys]) {
-    const int dims = padded(head_dim);
-    const bf16* keys[S];
-    for (int s = 0; s < S; s++) keys[s] = kept.keys[key / kSlots + s];
-    F sums[C][S];
-    for (int c = 0; c < C; c++)
-      for (int s = 0; s < S; s++) sums[c][s] = splat(0.f);
-    for (int d = 0; d < head_dim; d += 2) {
-      __m512bh k[S];
-      for (int s = 0; s < S; s++) k[s] = (__m512bh)_mm512_loadu_si512(keys[s] + d * kSlots);
-      for (int c = 0; c < C; c++) {
-        const __m512bh q = pair_at(queries + c * dims + d);
-        for (int s = 0; s < S; s++) sums[c][s] = _mm512_dpbf16_ps(sums[c][s], k[s], q);
-      }
-    }
-    for (int c = 0; c < C; c++)
-      for (int s = 0; s < S; s++) store(out[c] + key + s * kSlots, sums[c][s]);
-  }
-
-  template <int C>
-  static void add_to(const Weight (*weights)[kKeys], const Kept& kept, int num_keys, int head_dim,
-                     float* output) {
-    int d = 0;
-    for (; d + 64 <= head_dim; d += 64) add_to<C, 4>(weights, kept, num_keys, head_dim, d, output);
-    for (; d < head_dim; d += 16) add_to<C, 1>(weights, kept, num_keys, head_dim, d, output);
-  }
-  // 16 D elements of C columns, from element `d` on; fewer where the head has no more.
-  template <int C, int D>
-  static void add_to(const Weight (*weights)[kKeys], const Kept& kept, int num_keys, int head_dim,
-                     int d, float* output) {
-    const int dims = padded(head_dim);
-    const __mmask16 there = head_dim - d >= 16 ? __mmask16(~0u) : __mmask16((1u << (head_dim - d)) - 1);
-    F sums[C][D];
-    for (int c = 0; c < C; c++)
-      for (int i = 0; i < D; i++) sums[c][i] = load(output + c * dims + d + 16 * i);
-    for (int key = 0; key < num_keys; key += kSlots) {
-      const bf16* values = kept.values[key / kSlots] + 2 * d;
-      const int pairs = num_keys - key < kSlots ? (num_keys - key + 1) / 2 : kSlots / 2;
-      for (int pair = 0; pair < pairs; pair++) {
-        __m512bh v[D];
-        for (int i = 0; i < D; i++) {
-          const bf16* at = values + pair * 2 * head_dim + 32 * i;
-          v[i] = D == 1 ? (__m512bh)_mm512_maskz_loadu_epi32(there, at)
-                        : (__m512bh)_mm512_loadu_si512(at);
-        }
-        for (int c = 0; c < C; c++) {
-          const __m512bh p = pair_at(weights[c] + key + 2 * pair);
-          for (int i = 0; i < D; i++) sums[c][i] = _mm512_dpbf16_ps(sums[c][i], v[i], p);
-        }
-      }
-    }
-    for (int c = 0; c < C; c++)
-      for (int i = 0; i < D; i++) store(output + c * dims + d + 16 * i, sums[c][i]);
   }
 };

@@ -116,12 +116,7 @@ inline Halves load_halves(const bf16* p, int count) {
 }
 inline void store_halves(bf16* p, Halves x) { memcpy(p, &x, sizeof x); }
 #if defined(__aarch64__)
-// What the C library would do: one instruction a lane, or a vector's, as the compiler sees fit.
-inline F fma(F a, F b, F c) {
-  F r = {};
-  for (int i = 0; i < 4; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return r;
-}
+inline F fma(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 #else
 inline F fma(F a, F b, F c) { return a * b + c; }
 #endif
@@ -137,12 +132,17 @@ inline F floor_of(F x) {
   const F whole = __builtin_convertvector(__builtin_convertvector(x, I), F);
   return whole - (whole > x ? splat(1.f) : splat(0.f));
 }
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline Halves narrow(F x) { return (Halves)vcvt_bf16_f32((float32x4_t)x); }
+#else
 inline Halves narrow(F x) {
   const Bits bits = (Bits)x;
   Bits rounded = bits + 0x7fff + (bits >> 16 & 1);
   rounded = (x != x) ? (bits | 0x400000) : rounded;
   return __builtin_convertvector(rounded >> 16, Halves);
 }
+
+#endif
 
 #endif
 

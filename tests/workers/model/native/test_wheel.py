@@ -17,7 +17,8 @@ from workers.model.native import library
 
 pytestmark = pytest.mark.slow
 
-SETS = library.SETS if platform.machine() == "x86_64" else ("portable",)
+MACHINE = platform.machine()
+SETS = [name for name in library.SETS if library.MACHINES.get(name, MACHINE) == MACHINE]
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _COMPUTE = """
 import json, torch, workers
