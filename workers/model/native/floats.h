@@ -15,14 +15,6 @@ struct Floats {
       multiply(chunk.groups[g], width, x, product.out[0] + g * kGroup);
   }
 
- private:
-  struct Rows {
-    const bf16* first;
-    int64_t step, ahead;  // in elements
-
-    Rows from(int r) const { return {first + r * step, step, ahead}; }
-  };
-
   static void multiply(const Group& group, int width, const Block<Element>& x, float* out) {
     const int64_t stride = group.stride(width), step = group.step * stride;
     const Rows rows{group.bf16_rows(width), step, group.step == 1 ? kGroup * step : stride};
@@ -48,6 +40,14 @@ struct Floats {
       for (int r = 0; r < kGroup; r += kLanes)
         dots<kLanes, 1, true>(rows.from(r), width, x.rows + m, out + m * kOutputs + r);
   }
+
+ private:
+  struct Rows {
+    const bf16* first;
+    int64_t step, ahead;  // in elements
+
+    Rows from(int r) const { return {first + r * step, step, ahead}; }
+  };
 
   // R weight rows with M rows of activations: out[m * kOutputs + r].
   template <int R, int M, bool kFetches>

@@ -16,15 +16,6 @@ struct Pairs {
       multiply(chunk.groups[g], width, x, product.out[0] + g * kGroup);
   }
 
- private:
-  // What is fetched ahead while a row is read: its successor in the next group.
-  struct Rows {
-    const bf16* first;
-    int64_t step, ahead;  // in elements
-
-    Rows from(int r) const { return {first + r * step, step, ahead}; }
-  };
-
   static void multiply(const Group& group, int width, const Block<Element>& x, float* out) {
     const int64_t stride = group.stride(width), step = group.step * stride;
     const Rows rows{group.bf16_rows(width), step, group.step == 1 ? kGroup * step : stride};
@@ -79,6 +70,15 @@ struct Pairs {
         dots<16, 1, 0, 16>(rows, width, x.rows + m, to);
     }
   }
+
+ private:
+  // What is fetched ahead while a row is read: its successor in the next group.
+  struct Rows {
+    const bf16* first;
+    int64_t step, ahead;  // in elements
+
+    Rows from(int r) const { return {first + r * step, step, ahead}; }
+  };
 
   // R weight rows with M rows of activations: out[m * kOutputs + r]. Fetches ahead for the rows
   // [kFrom, kTo) of them.
