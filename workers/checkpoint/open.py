@@ -13,9 +13,7 @@ from workers.config.model_file import opened, unreadable
 from workers.errors import CheckpointNotFound, UnsupportedCheckpoint
 
 
-def open_checkpoint(
-    path: Path | str, dtype: str = "auto", *, packs: bool = False
-) -> Checkpoint:
+def open_checkpoint(path: Path | str, dtype: str = "auto", *, packs: bool = False) -> Checkpoint:
     """The checkpoint at `path`: a Hugging Face folder, or a .gguf file.
 
     `dtype` is "auto", "bfloat16", "float16" or "float32"; with `packs`, quantized weights stay so

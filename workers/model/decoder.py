@@ -23,13 +23,13 @@ from workers.model.module_decoder import ModuleDecoder
 from workers.model.native import load
 from workers.model.native.architecture import NotNative
 from workers.model.native.decoder import supports
-from workers.model.packed import put_packed
 from workers.model.stretch import Placement
 from workers.model.tensor_parallel import Shard, narrow
 from workers.packed_format import PackedFormat
 from workers.ranks import Ranks
 from workers.skeleton.buffers import move_buffers
 from workers.skeleton.decoder import skeleton
+from workers.skeleton.packed import put_packed
 
 
 class Model:

@@ -28,8 +28,8 @@ from workers.config.ends import end_tokens
 from workers.config.gguf_parts import parts_of as files_of
 from workers.config.model_file import file_identity
 from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint
-from workers.model.packed import can_be_packed
 from workers.packed_format import METADATA, ROWS, PackedFormat, encoded, pack
+from workers.skeleton.packed import can_be_packed
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _UNPACKED: Final = frozenset(
         gguf.GGMLQuantizationType.BF16,
     }
 )
+
 
 class GGUFCheckpoint:
     """One .gguf file, or the first of several, laid out as the dense model that it was made of or,
@@ -148,8 +149,12 @@ class GGUFCheckpoint:
                 with read_by_others(f"{self.path} is damaged"):
                     rows[piece.rows[here] - start] = data[piece.begin + here]
             parts = parts_of(source.tensor_type, rows)
-            made = [None if one is None else torch.from_numpy(one) for one in parts]
-            strips = pack(layout, *made)
+            strips = pack(
+                layout,
+                torch.from_numpy(parts.integers),
+                torch.from_numpy(parts.scales),
+                None if parts.minima is None else torch.from_numpy(parts.minima),
+            )
             first = start // ROWS
             out[first : first + len(strips)] = strips
             on_copied(strips.numel())

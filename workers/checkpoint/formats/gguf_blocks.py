@@ -6,6 +6,7 @@ two levels become one, in fp32. Layouts are those of ggml-common.h in llama.cpp.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from workers.packed_format import PackedFormat
 Array = np.ndarray[Any, Any]
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Parts:
     """Of rows: `integers` # uint8 [num_rows, width], as `packed_format.pack` takes them, with
     `scales`, and `minima` where the format has them, # [num_rows, width / group]."""
 
@@ -122,9 +124,10 @@ def packed_format(kind: Kind) -> PackedFormat | None:
 def parts_of(kind: Kind, rows: Array) -> Parts:
     """Of rows of blocks, uint8 # [num_rows, row_bytes]."""
     blocks = _BLOCKS[kind]
-    integers, *numbers = blocks.parts(rows.reshape(-1, blocks.num_bytes))
+    made = blocks.parts(rows.reshape(-1, blocks.num_bytes))
     count = len(rows)
     return Parts(
-        integers.reshape(count, -1),
-        *(None if one is None else one.reshape(count, -1) for one in numbers),
+        made.integers.reshape(count, -1),
+        made.scales.reshape(count, -1),
+        None if made.minima is None else made.minima.reshape(count, -1),
     )

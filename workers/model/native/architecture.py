@@ -23,7 +23,7 @@ from workers.model.native.families import (
     Rotation,
 )
 from workers.model.native.weights import NotNative, Weights
-from workers.model.packed import PackedEmbedding
+from workers.skeleton.packed import PackedEmbedding
 
 
 class PagedLayout(Protocol):
@@ -144,7 +144,7 @@ class _Reader:
         self.config = module.config
         self.hidden_size: int = module.config.hidden_size
         self.layout = layout
-        self.weights = Weights()
+        self.weights = Weights(need_places=layout is not None)
 
     def read(self) -> Description:
         longest(self.module)

@@ -11,8 +11,8 @@ from torch import nn
 
 from workers.model.native import library
 from workers.model.native.families import NormKind
-from workers.model.packed import PackedEmbedding, PackedLinear
 from workers.packed_format import ROWS
+from workers.skeleton.packed import PackedEmbedding, PackedLinear
 from workers.weight_format import WeightFormat
 
 
@@ -23,7 +23,9 @@ class NotNative(Exception):
 class Weights:
     """Those of one module. Every method raises NotNative."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, need_places: bool = True) -> None:
+        """Without places those on meta will do: enough to see what could be computed."""
+        self._devices = ("cpu",) if need_places else ("cpu", "meta")
         self.kept: list[Any] = []
         """What the structures point into."""
         self._seen: set[int] = set()
@@ -35,7 +37,7 @@ class Weights:
     def address(self, tensor: Any, shape: tuple[int, ...], first_row: int = 0) -> int:
         """Where a weight of this shape lies, from its row `first_row` on."""
         found = WeightFormat.of(tensor)
-        if tensor.device.type != "cpu" or found is None:
+        if tensor.device.type not in self._devices or found is None:
             raise NotNative(f"weights in {tensor.dtype} on {tensor.device.type}")
         is_laid_out = tensor.is_contiguous() or (tensor.dim() == 2 and _stride(tensor) > 0)
         if tuple(tensor.shape) != shape or not is_laid_out:
@@ -87,7 +89,7 @@ class Weights:
         strips, strip_bytes = layout.shape(num_rows, width)
         if first % ROWS:
             raise NotNative(f"packed rows from the {first:,}th on")
-        if tensor.device.type != "cpu" or tuple(tensor.shape) != (strips, strip_bytes):
+        if tensor.device.type not in self._devices or tuple(tensor.shape) != (strips, strip_bytes):
             raise NotNative(f"packed weights as {list(tensor.shape)} on {tensor.device.type}")
         if not tensor.is_contiguous() or tensor.data_ptr() % 4:
             raise NotNative("packed weights that do not lie in one piece")

@@ -53,7 +53,7 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """# [...] → [..., embedding_dim]"""
-        wanted, places = token_ids.reshape(-1).unique(return_inverse=True)
+        wanted, places = torch.unique(token_ids.reshape(-1), return_inverse=True)
         strips = unpack(self.layout, self.weight[wanted // ROWS]).view(len(wanted), ROWS, -1)
         rows = strips[torch.arange(len(wanted)), wanted % ROWS].to(self._dtype)
         found = rows[places].view(*token_ids.shape, self.embedding_dim)
@@ -81,13 +81,26 @@ def put_packed(module: Any, formats: Mapping[str, PackedFormat], dtype: torch.dt
 
 
 def can_be_packed(module: Any) -> frozenset[str]:
-    """Names of the weights of a decoder of transformers that `put_packed` finds a place for."""
+    """Names of the weights of a decoder's linears, and of its embedding of tokens."""
     embedding = module.get_input_embeddings()
     return frozenset(
         f"{name}.weight"
         for name, one in module.named_modules()
         if type(one) is nn.Linear or one is embedding
     )
+
+
+def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of its parameters, as if none were packed."""
+    shapes = {name: tuple(one.shape) for name, one in module.named_parameters()}
+    for name, one in module.named_modules():
+        if f"{name}.weight" not in shapes:
+            continue
+        if isinstance(one, PackedLinear):
+            shapes[f"{name}.weight"] = (one.out_features, one.in_features)
+        elif isinstance(one, PackedEmbedding):
+            shapes[f"{name}.weight"] = (one.num_embeddings, one.embedding_dim)
+    return shapes
 
 
 def _parameter(layout: PackedFormat, num_rows: int, width: int) -> nn.Parameter:
