@@ -17,8 +17,11 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE: Final = Path("workers", "model", "native")
 FLAGS: Final = {
-    "amx": ["-DSET_AMX", "-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "amx": [
+        *("-DSET_AMX", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+        *("-mamx-tile", "-mamx-bf16"),
+    ],
+    "avx512_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"],
     "avx512": ["-march=x86-64-v4"],
     "avx2": ["-march=x86-64-v3"],
     "neon_bf16": ["-march=armv8.2-a+bf16"],

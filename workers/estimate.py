@@ -29,7 +29,7 @@ from typing import Any, Final, Literal
 import msgspec
 import torch
 
-from workers.checkpoint import Checkpoint, metadata_of, open_checkpoint
+from workers.checkpoint import Checkpoint, metadata_of
 from workers.checkpoint.formats.checkpoint import SourceTensor
 from workers.checkpoint.offloaded import KEY as OFFLOADED
 from workers.checkpoint.plan import make_plan
@@ -40,10 +40,13 @@ from workers.messages import Estimate, OffloadEstimate, RankEstimate
 from workers.model.attention import DEFAULT_WORKSPACE_BYTES
 from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
+from workers.packed_format import decoded
 from workers.placement.choice import Proposal, propose
 from workers.placement.forecast import memory_bytes_per_s, read_bytes_per_s
+from workers.placement.packing import open_as_served
 from workers.placement.resident import Resident
 from workers.settings import EngineSettings, checked
+from workers.skeleton.packed import weight_shapes
 from workers.weight_format import float_dtype
 
 Part = Literal["column", "row", "replicated"]
@@ -80,6 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.estimate")
     parser.add_argument("model")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--weights", default=EngineSettings().weights)
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=EngineSettings().max_num_batched_tokens
@@ -91,18 +95,21 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     try:
+        settings = checked(
+            {
+                "dtype": arguments.dtype,
+                "weights": arguments.weights,
+                "offload": arguments.offload,
+                "offload_depth": arguments.offload_depth,
+                "device_memory": arguments.device_memory,
+            }
+        )
         found = estimate(
-            open_checkpoint(arguments.model, arguments.dtype),
+            open_as_served(arguments.model, settings),
             max_model_len=arguments.max_model_len,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
             tensor_parallel_size=arguments.tensor_parallel_size,
-            settings=checked(
-                {
-                    "offload": arguments.offload,
-                    "offload_depth": arguments.offload_depth,
-                    "device_memory": arguments.device_memory,
-                }
-            ),
+            settings=settings,
         )
     except WorkerError as error:
         return _failed(str(error))
@@ -135,7 +142,9 @@ def estimate(
         if tensor_parallel_size > 1:
             raise InvalidSetting("a model that embeds is not split: --tensor-parallel-size is 1")
         return embedding_estimate(metadata, tensors, dtype, max_model_len, max_num_batched_tokens)
-    model = build_model(json.loads(metadata["config"]), Resident(shapes), dtype)
+    model = build_model(
+        json.loads(metadata["config"]), Resident(shapes), dtype, packed=decoded(metadata)
+    )
     limit = model.geometry.max_model_len
     max_model_len = max_model_len or limit
     if max_model_len > limit:
@@ -156,7 +165,7 @@ def estimate(
     return Estimate(
         architecture=model.geometry.architecture,
         dtype=str(dtype).removeprefix("torch."),
-        num_parameters=sum(one.numel() for one in model.module.parameters()),
+        num_parameters=sum(math.prod(shape) for shape in weight_shapes(model.module).values()),
         num_tensors=len(shapes),
         max_model_len=max_model_len,
         segment_bytes=make_plan(tensors, metadata).segment_bytes,
@@ -201,9 +210,9 @@ def _prefill_bytes(model: Model, num_tokens: int, max_model_len: int) -> int:
     4,096 tokens), once 10 MB are added for the heap's own growth."""
     config = _config(model)
     widths = [
-        one.shape[-2]
-        for one in model.module.parameters()
-        if one.ndim > 1 and one.shape[-2] != config.vocab_size
+        shape[-2]
+        for shape in weight_shapes(model.module).values()
+        if len(shape) > 1 and shape[-2] != config.vocab_size
     ]
     layout = model.geometry.kv_layout
     itemsize = layout.dtype.itemsize

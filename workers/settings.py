@@ -15,6 +15,7 @@ from workers.errors import InvalidSetting
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 KernelsName = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "portable"]
+WeightsName = Literal["auto", "packed", "bf16"]
 KERNELS: Final[tuple[str, ...]] = get_args(KernelsName)[1:]
 MAX_NUM_SEQS: Final = 4096
 
@@ -77,6 +78,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Meta(
             description="auto, bfloat16, float16 or float32. auto: the checkpoint's; GGUF: "
             "bfloat16."
+        ),
+    ] = "auto"
+    weights: Annotated[
+        WeightsName,
+        Meta(
+            description="What quantized weights are in memory: packed as they are, or bf16. auto: "
+            "packed where the kernels compute on them."
         ),
     ] = "auto"
     threads: (

@@ -29,7 +29,7 @@ from workers import ReferenceName
 
 
 @takes_settings(
-    *("num_instances", "max_model_len", "max_num_seqs", "dtype"),
+    *("num_instances", "max_model_len", "max_num_seqs", "dtype", "weights"),
     *("device_memory", "offload", "offload_depth"),
 )
 def plan(

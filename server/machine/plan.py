@@ -335,7 +335,14 @@ def read_estimate(
     command = module_command("workers.estimate", str(source.path), "--dtype", engine.dtype)
     command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     command += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
-    command += ["--offload", engine.offload, "--offload-depth", str(engine.offload_depth)]
+    command += [
+        "--weights",
+        engine.weights,
+        "--offload",
+        engine.offload,
+        "--offload-depth",
+        str(engine.offload_depth),
+    ]
     if engine.device_memory is not None:
         command += ["--device-memory", str(engine.device_memory)]
     if engine.max_model_len is not None:

@@ -33,6 +33,7 @@ from workers.checkpoint.offloaded import OffloadedLayers, decoded
 from workers.checkpoint.open import open_checkpoint
 from workers.checkpoint.plan import FORMAT_VERSION, make_plan
 from workers.errors import CheckpointChanged, CheckpointCorrupt
+from workers.packed_format import METADATA as PACKED
 
 OnProgress = Callable[[int, int, int], None]
 """Called with (written bytes, total bytes, pid of the process that writes)."""
@@ -69,8 +70,10 @@ class AttachedWeights:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What its metadata say of the model, wherever its layers are."""
-        return {name: text for name, text in self.metadata.items() if name != OFFLOADED}
+        """What its metadata say of the model, wherever its layers are, and packed or not."""
+        return {
+            name: text for name, text in self.metadata.items() if name not in (OFFLOADED, PACKED)
+        }
 
     def identity(self, computed_by: str | None) -> str:
         """What tells the keys and values of these weights from all others: the weights' bytes, as

@@ -13,10 +13,11 @@ from workers.config.model_file import opened, unreadable
 from workers.errors import CheckpointNotFound, UnsupportedCheckpoint
 
 
-def open_checkpoint(path: Path | str, dtype: str = "auto") -> Checkpoint:
+def open_checkpoint(path: Path | str, dtype: str = "auto", *, packs: bool = False) -> Checkpoint:
     """The checkpoint at `path`: a Hugging Face folder, or a .gguf file.
 
-    `dtype` is "auto", "bfloat16", "float16" or "float32". Raises CheckpointNotFound,
+    `dtype` is "auto", "bfloat16", "float16" or "float32"; with `packs`, quantized weights stay so
+    where they can be computed. Raises CheckpointNotFound,
     CheckpointCorrupt, UnsupportedCheckpoint.
     """
     path = Path(path)
@@ -34,7 +35,7 @@ def open_checkpoint(path: Path | str, dtype: str = "auto") -> Checkpoint:
                 )
             from workers.checkpoint.formats.gguf import GGUFCheckpoint
 
-            return GGUFCheckpoint(path, chosen)
+            return GGUFCheckpoint(path, chosen, packs=packs)
         from workers.checkpoint.formats.safetensors import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint(path, chosen)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from workers.config.architecture import architecture_errors
+from workers.errors import InvalidSetting
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part
@@ -24,9 +25,11 @@ from workers.model.native.architecture import NotNative
 from workers.model.native.decoder import supports
 from workers.model.stretch import Placement
 from workers.model.tensor_parallel import Shard, narrow
+from workers.packed_format import PackedFormat
 from workers.ranks import Ranks
 from workers.skeleton.buffers import move_buffers
 from workers.skeleton.decoder import skeleton
+from workers.skeleton.packed import put_packed
 
 
 class Model:
@@ -139,17 +142,24 @@ def build_model(
     dtype: torch.dtype,
     eos_token_ids: Sequence[int] | None = None,
     ranks: Ranks | None = None,
+    packed: Mapping[str, PackedFormat] | None = None,
 ) -> Model:
     """Bind the placement's tensors, named as in the checkpoint, to the architecture that `config`
     describes.
 
     `config` is the parsed JSON file; `eos_token_ids` None are its own. Tensors may be read-only
-    memory and must stay mapped as long as the model lives. Of tied parameters, one is enough. With
+    memory and must stay mapped as long as the model lives. Of tied parameters, one is enough. Those
+    that `packed` names hold packed weights. With
     `ranks` it is one rank's part, on views of the placement's whole tensors; all ranks then compute
     the same batches, and each has the logits of all of them together.
     Raises `UnsupportedCheckpoint`, `CheckpointMismatch`, `CheckpointCorrupt` and, with `ranks`,
     `InvalidSetting`.
     """
+    if packed and ranks is not None:
+        raise InvalidSetting(
+            "packed weights are computed by one rank: leave out --tensor-parallel-size, or add "
+            "--weights bf16"
+        )
     module = skeleton(config, dtype)
     tensors = placement.tensors
     with architecture_errors(f"{type(module).__name__} can't be computed by this config.json"):
@@ -158,6 +168,7 @@ def build_model(
             shard = narrow(module, ranks.rank, ranks.num_ranks)
             shard.sum_by(ranks)
             tensors = shard.views(tensors)
+        put_packed(module, packed or {}, dtype)
         bind(module, tensors, dtype)
         move_buffers(module, placement.device)
         module.requires_grad_(False)

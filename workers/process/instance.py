@@ -34,7 +34,6 @@ from workers.checkpoint import (
     AttachedWeights,
     attach,
     attach_served,
-    open_checkpoint,
 )
 from workers.config.architecture import architecture_errors
 from workers.config.encoder_settings import task_of
@@ -66,7 +65,9 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
+from workers.packed_format import decoded
 from workers.placement.choice import choose
+from workers.placement.packing import open_as_served
 from workers.placement.place import place
 from workers.placement.series_choice import check_series
 from workers.process import linux
@@ -168,7 +169,8 @@ class _Instance:
             return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
         placement = place(memory, weights, settings.offload_depth, self._resources)
-        model = build_model(config, placement, dtype, eos_token_ids)
+        packed = decoded(weights.metadata)
+        model = build_model(config, placement, dtype, eos_token_ids, packed=packed)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = settings.attention_workspace
@@ -216,7 +218,7 @@ class _Instance:
                 return attach_served(memory, spec.weight_set, self._loading), spec.eos_token_ids
             except UnknownWeightSet:
                 log.info("%s is not in memory any more", spec.weight_set)
-        checkpoint = open_checkpoint(spec.model, self._settings.dtype)
+        checkpoint = open_as_served(spec.model, self._settings)
         check_series(checkpoint, self._settings)
         ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
         weights = attach(

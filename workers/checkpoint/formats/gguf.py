@@ -1,4 +1,4 @@
-"""GGUF files: header read in milliseconds, blocks dequantized piece by piece into shared memory.
+"""GGUF files: header read in milliseconds, blocks turned piece by piece into what memory holds.
 
 Owns the order of that: what the metadata say of the model (`gguf_config`), which rows make
 up a parameter (`gguf_parameters`), and the step from ggml's blocks to numbers. Invariant: the
@@ -8,44 +8,65 @@ files as llama.cpp's converter writes them). Knows nothing of where the tensors 
 
 import contextlib
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import gguf
 import numpy as np
 import torch
 
 from workers.checkpoint.formats.checkpoint import SCRATCH_BYTES, OnCopied, SourceTensor, StoredBytes
+from workers.checkpoint.formats.gguf_blocks import packed_format, parts_of
 from workers.checkpoint.formats.gguf_config import config_of
 from workers.checkpoint.formats.gguf_file import Header, read_by_others
 from workers.checkpoint.formats.gguf_metadata import Metadata
 from workers.checkpoint.formats.gguf_parameters import Parameter, Piece, parameters_of
 from workers.config.architecture import architecture_errors, check_config
 from workers.config.ends import end_tokens
-from workers.config.gguf_parts import parts_of
+from workers.config.gguf_parts import parts_of as files_of
 from workers.config.model_file import file_identity
 from workers.errors import CheckpointCorrupt, UnsupportedCheckpoint
+from workers.packed_format import METADATA, ROWS, PackedFormat, encoded, pack
+from workers.skeleton.packed import can_be_packed
+
+log = logging.getLogger(__name__)
+
+_UNPACKED: Final = frozenset(
+    {
+        gguf.GGMLQuantizationType.F32,
+        gguf.GGMLQuantizationType.F16,
+        gguf.GGMLQuantizationType.BF16,
+    }
+)
 
 
 class GGUFCheckpoint:
-    """One .gguf file, or the first of several, laid out as the dense model that it was made of."""
+    """One .gguf file, or the first of several, laid out as the dense model that it was made of or,
+    with `packs`, with the blocks that can be as packed weights."""
 
-    def __init__(self, path: Path, dtype: torch.dtype | None):
+    def __init__(self, path: Path, dtype: torch.dtype | None, *, packs: bool = False):
         self.path = path
+        self._packs = packs
+        self._packed: dict[str, PackedFormat] = {}
         self.dtype: torch.dtype = dtype or torch.bfloat16
         self._opened: tuple[Header, Metadata, dict[str, Any]] | None = None
         self._named: dict[str, Parameter] = {}
 
     def fingerprint(self) -> dict[str, str]:
         """The files' identities; nothing of them is read."""
-        files = [f"{file.name}:{file_identity(file)}" for file in parts_of(self.path)]
-        return {"kind": "gguf", "files": "\n".join(files)}
+        files = [f"{file.name}:{file_identity(file)}" for file in files_of(self.path)]
+        packed = {"weights": "packed"} if self._packs else {}
+        return {"kind": "gguf", "files": "\n".join(files), **packed}
 
     def metadata(self) -> dict[str, str]:
-        """The config that `transformers` would have of the model, as JSON."""
+        """The config that `transformers` would have of the model, as JSON; and how tensors are
+        packed, if some are."""
         _, _, config = self._open()
-        return {"config": json.dumps(config)}
+        self._parameters()
+        packed = {METADATA: encoded(self._packed)} if self._packed else {}
+        return {"config": json.dumps(config), **packed}
 
     def eos_token_ids(self) -> tuple[int, ...] | None:
         """The config has them: there is no other file."""
@@ -53,16 +74,26 @@ class GGUFCheckpoint:
 
     def tensors(self) -> list[SourceTensor]:
         """In file order, under the names of `transformers`."""
-        return [SourceTensor(one.name, one.shape, self.dtype) for one in self._parameters()]
+        return [self._laid_out(one) for one in self._parameters()]
+
+    def _laid_out(self, one: Parameter) -> SourceTensor:
+        layout = self._packed.get(one.name)
+        if layout is None:
+            return SourceTensor(one.name, one.shape, self.dtype)
+        num_rows, width = one.shape
+        return SourceTensor(one.name, layout.shape(num_rows, width), torch.uint8)
 
     def stored_runs(self, name: str) -> tuple[StoredBytes, ...]:
         """Every tensor is converted: blocks are dequantized, rows of some projections move."""
         return ()
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
-        """Dequantize to fp32 and cast, some rows at a time."""
+        """Dequantize to fp32 and cast, or pack, some rows at a time."""
         self._parameters()
         parameter = self._named[name]
+        if name in self._packed:
+            self._pack_into(parameter, self._packed[name], out, on_copied)
+            return
         if parameter.constant is not None:
             out.fill_(parameter.constant)
             on_copied(out.numel() * out.dtype.itemsize)
@@ -98,6 +129,35 @@ class GGUFCheckpoint:
             else:
                 target[torch.from_numpy(to)] = rows.to(target.dtype)
             on_copied(rows.numel() * target.dtype.itemsize)
+
+    def _pack_into(
+        self, parameter: Parameter, layout: PackedFormat, out: torch.Tensor, on_copied: OnCopied
+    ) -> None:
+        """`out` # [num_strips, strip_bytes]"""
+        header, _, _ = self._open()
+        num_rows, width = parameter.shape
+        step = max(1, SCRATCH_BYTES // (ROWS * width)) * ROWS
+        for start in range(0, num_rows, step):
+            end = min(start + step, num_rows)
+            rows: Any = None
+            for piece in parameter.pieces:
+                source = header.tensors[piece.tensor]
+                data = source.data.reshape(-1, source.data.shape[-1])
+                here = np.flatnonzero((piece.rows >= start) & (piece.rows < end))
+                if rows is None:
+                    rows = np.empty((end - start, data.shape[1]), np.uint8)
+                with read_by_others(f"{self.path} is damaged"):
+                    rows[piece.rows[here] - start] = data[piece.begin + here]
+            parts = parts_of(source.tensor_type, rows)
+            strips = pack(
+                layout,
+                torch.from_numpy(parts.integers),
+                torch.from_numpy(parts.scales),
+                None if parts.minima is None else torch.from_numpy(parts.minima),
+            )
+            first = start // ROWS
+            out[first : first + len(strips)] = strips
+            on_copied(strips.numel())
 
     def _dequantize(self, data: Any, kind: Any) -> Any:
         with read_by_others(f"{self.path} is damaged"):
@@ -148,13 +208,42 @@ class GGUFCheckpoint:
         if not self._named:
             _, said, config = self._open()
             check_config(config, str(self.path))
-            slots = self._slots(config)
+            model = self._model(config)
+            slots = {name: tuple(one.shape) for name, one in model.state_dict().items()}
             with _said_of(self.path):
                 found = parameters_of(said, config, slots)
             self._named = {one.name: one for one in found}
+            if self._packs:
+                self._packed = self._formats(found, can_be_packed(model))
         return list(self._named.values())
 
-    def _slots(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def _formats(
+        self, parameters: Sequence[Parameter], places: frozenset[str]
+    ) -> dict[str, PackedFormat]:
+        """Of those that are packed: linears and embeddings made of blocks of one kind."""
+        header, _, _ = self._open()
+        found: dict[str, PackedFormat] = {}
+        expanded: set[str] = set()
+        for one in parameters:
+            kinds = {header.tensors[piece.tensor].tensor_type for piece in one.pieces}
+            layout = packed_format(kinds.pop()) if len(kinds) == 1 else None
+            plain = one.subtract == 0 and not one.transposed and len(one.shape) == 2
+            whole = {int(header.tensors[piece.tensor].shape[0]) for piece in one.pieces}
+            if layout is not None and plain and one.name in places and whole == {one.shape[1]}:
+                found[one.name] = layout
+            else:
+                kinds |= {header.tensors[piece.tensor].tensor_type for piece in one.pieces}
+                expanded |= {kind.name for kind in kinds if kind not in _UNPACKED}
+        if expanded:
+            log.info(
+                "%s: blocks of type %s are expanded to %s, not packed",
+                self.path,
+                ", ".join(sorted(expanded)),
+                str(self.dtype).removeprefix("torch."),
+            )
+        return found
+
+    def _model(self, config: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -163,8 +252,7 @@ class GGUFCheckpoint:
             architecture_errors(f"{self.path}: the architecture {model_type!r} can't be served"),
             torch.device("meta"),
         ):
-            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config))
-        return {name: tuple(one.shape) for name, one in model.state_dict().items()}
+            return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from workers.model.native.families import (
     Rotation,
 )
 from workers.model.native.weights import NotNative, Weights
+from workers.skeleton.packed import PackedEmbedding
 
 
 class PagedLayout(Protocol):
@@ -143,7 +144,7 @@ class _Reader:
         self.config = module.config
         self.hidden_size: int = module.config.hidden_size
         self.layout = layout
-        self.weights = Weights()
+        self.weights = Weights(need_places=layout is not None)
 
     def read(self) -> Description:
         longest(self.module)
@@ -172,12 +173,19 @@ class _Reader:
         if spec.rotary_dim > min(heads) or spec.rotary_dim % 2:
             raise NotNative(f"rotations over {spec.rotary_dim} of a head's elements")
         self._sizes(spec, layers)
+        spec.packs = self._packs(spec, layers)
         unknown = self.weights.unknown(self.module)
         if unknown:
             raise NotNative(f"unknown parameters, such as {unknown[0]}")
         if self.module.training:
             raise NotNative("a module in training mode")
         return Description(spec, layers, self.weights.kept)
+
+    def _packs(self, spec: library.Decoder, layers: Any) -> bool:
+        linears = [spec.head]
+        for layer in layers:
+            linears += [layer.qkv, layer.output, layer.gate_up, layer.down, layer.experts.router]
+        return any(one.matrices[i].format for one in linears for i in range(one.num_matrices))
 
     def _factors(self, spec: library.Decoder) -> None:
         factors = {
@@ -337,10 +345,12 @@ class _Reader:
     def _embedding(self, spec: library.Decoder) -> None:
         embedding = part(self.base, self.names.embedding)
         scale = getattr(embedding, "embed_scale", None)
-        if type(embedding) is not nn.Embedding and scale is None:
+        if type(embedding) not in (nn.Embedding, PackedEmbedding) and scale is None:
             raise NotNative(f"an embedding of type {type(embedding).__name__}")
-        shape = (self.config.vocab_size, self.hidden_size)
-        spec.embedding = self.weights.address(embedding.weight, shape)
+        spec.embedding = self.weights.rows_of(embedding)
+        shape = (spec.embedding.num_rows, embedding.embedding_dim)
+        if shape != (self.config.vocab_size, self.hidden_size):
+            raise NotNative(f"an embedding of {list(shape)}")
         if scale is not None:
             spec.embedding_scale = float(scale.to(torch.bfloat16))
         if self.family.type_embedding:

@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 
+#include "packed.h"
 #include "paired.h"
 #include "threads.h"
 #if defined(__AVX512BF16__)
@@ -97,7 +98,8 @@ struct Ranks {
 
 struct DecoderSpec {
   int32_t hidden_size, intermediate_size, activation;
-  const bf16* embedding;
+  int32_t packs;  // some matrix is packed
+  Matrix embedding;
   float embedding_scale;  // 0: none
   const bf16* type_embedding;      // added to each row; or null
   const bf16* position_embedding;  // that of position 0, added to it; or null
@@ -154,8 +156,9 @@ struct Operand {
   const bf16* rows;
   int64_t stride;
   int width;
-  float* widened = nullptr;  // [num_rows][padded(width)]
-  bf16* paired = nullptr;    // blocks of 16 rows
+  float* widened = nullptr;    // [num_rows][padded(width)]
+  bf16* paired = nullptr;      // blocks of 16 rows
+  char* shortened = nullptr;  // rows in 8 bits
 
   const Vectors::Element* row(int index) const {
     if constexpr (kWidens)
@@ -167,6 +170,11 @@ struct Operand {
     to.num_rows = num_rows;
     for (int m = 0; m < num_rows; m++) to.rows[m] = row(first + m);
     to.paired = paired ? paired + int64_t(first) * padded(width) : nullptr;
+  }
+  char* shortened_row(int index) const { return shortened + index * Shortened::bytes(width); }
+  void block(int first, int num_rows, ShortBlock& to) const {
+    to.num_rows = num_rows;
+    for (int m = 0; m < num_rows; m++) to.rows[m] = Shortened(shortened_row(first + m), width);
   }
 };
 
@@ -201,12 +209,15 @@ class Decoder {
     }
     if (kWidens) widened_ = zeros<float>(size_t(rows) * widest, bytes_);
     if (kHasTiles) paired_ = zeros<bf16>(size_t(rows) * widest, bytes_);
+    if (spec.packs) shortened_ = zeros<char>(size_t(rows) * Shortened::bytes(int(widest)), bytes_);
     own_.resize(size_t(spec.num_threads));
     for (Own& own : own_) {
       own.hidden = zeros<bf16>(size_t(kRows) * hidden_stride_, bytes_);
       own.normed = zeros<bf16>(size_t(kRows) * hidden_stride_, bytes_);
       if (kWidens) own.widened = zeros<float>(size_t(kRows) * widest, bytes_);
       if (kHasTiles) own.paired = zeros<bf16>(size_t(kRows) * widest, bytes_);
+      if (spec.packs)
+        own.shortened = zeros<char>(size_t(kRows) * Shortened::bytes(int(widest)), bytes_);
       own.row = zeros<bf16>(size_t(std::max(projected_stride_, hidden_stride_)), bytes_);
       own.scratch = zeros<AttentionScratch<VectorsAttention>>(1, bytes_);
 #if defined(SET_AMX)
@@ -228,11 +239,12 @@ class Decoder {
     for (void* p : {(void*)hidden_, (void*)normed_, (void*)sublayers_[0], (void*)sublayers_[1],
                     (void*)projected_, (void*)attended_, (void*)gated_, (void*)widened_,
                     (void*)paired_, (void*)partials_, (void*)routed_, (void*)expert_gated_,
-                    (void*)expert_widened_, (void*)expert_out_})
+                    (void*)expert_widened_, (void*)expert_out_, (void*)shortened_})
       release(p);
     for (Own& own : own_)
       for (void* p : {(void*)own.hidden, (void*)own.normed, (void*)own.widened, (void*)own.paired,
-                      (void*)own.row, (void*)own.scratch, own.tiles_scratch_at()})
+                      (void*)own.row, (void*)own.scratch, (void*)own.shortened,
+                      own.tiles_scratch_at()})
         release(p);
   }
 
@@ -259,6 +271,7 @@ class Decoder {
   struct Own {
     bf16 *hidden = nullptr, *normed = nullptr, *paired = nullptr, *row = nullptr;
     float* widened = nullptr;
+    char* shortened = nullptr;
     Outcome outcome{};
     AttentionScratch<VectorsAttention>* scratch = nullptr;
 #if defined(SET_AMX)
@@ -405,14 +418,14 @@ class Decoder {
       const LayerSpec& layer = call_->layers[i];
       join(thread, previous);
       const bf16* x = norm(thread, layer.input_norm);
-      project(thread, layer, arranged(thread, x, hidden_stride_, spec_.hidden_size));
+      project(thread, layer, arranged(thread, x, hidden_stride_, layer.qkv));
       barrier(thread);
       rotate_and_keep(thread, layer);
       barrier(thread);
       attend(thread, layer, kinds_[size_t(kind_of_[size_t(i)])]);
       barrier(thread);
       to_sublayer(thread, layer.output,
-                  arranged(thread, attended_, attended_stride_, layer.output.width), 0);
+                  arranged(thread, attended_, attended_stride_, layer.output), 0);
       count(thread, kOutput);
       const bool one_by_one = layer.residual == kOneByOne || layer.residual == kNormedSums;
       if (one_by_one) {
@@ -426,7 +439,8 @@ class Decoder {
         barrier(thread);  // of one operation's chunks before another's
         if (layer.mlp_norm.kind != kNoNorm) x = norm(thread, layer.mlp_norm);
       }
-      const Operand normed = arranged(thread, x, hidden_stride_, spec_.hidden_size);
+      const Linear& first = layer.experts.num_experts ? layer.experts.router : layer.gate_up;
+      const Operand normed = arranged(thread, x, hidden_stride_, first);
       const int sublayer = one_by_one ? 0 : 1;
       if (layer.experts.num_experts) {
         mix_experts(thread, layer.experts, normed, sublayer);
@@ -435,7 +449,7 @@ class Decoder {
         count(thread, kGateUp);
         barrier(thread);
         to_sublayer(thread, layer.down,
-                    arranged(thread, gated_, gated_stride_, layer.down.width), sublayer);
+                    arranged(thread, gated_, gated_stride_, layer.down), sublayer);
         count(thread, kDown);
       }
       barrier(thread);
@@ -469,7 +483,11 @@ class Decoder {
         memcpy(to, call_->hidden + row * hidden_stride_, size_t(hidden_stride_) * 2);
         continue;
       }
-      memcpy(to, spec_.embedding + int64_t(call_->token_ids[row]) * size, size_t(size) * 2);
+      const int64_t token = call_->token_ids[row];
+      if (is_packed(spec_.embedding))
+        unpack_row(spec_.embedding, size, token, to);
+      else
+        memcpy(to, (const bf16*)spec_.embedding.weight + token * size, size_t(size) * 2);
       if (spec_.embedding_scale != 0)
         for (int k = 0; k < size; k += kLanes)
           store16(to + k, load16(to + k) * splat(spec_.embedding_scale));
@@ -536,12 +554,18 @@ class Decoder {
     return normed_at(thread);
   }
 
-  // Rows as products take them. Of more than a block each thread arranges the rows that it has, and
-  // all wait for all.
-  Operand arranged(int thread, const bf16* rows, int64_t stride, int width) {
+  // Rows as products with `linear` take them. Of more than a block each thread arranges the rows that
+  // it has, and all wait for all.
+  Operand arranged(int thread, const bf16* rows, int64_t stride, const Linear& linear) {
     Own& own = own_[size_t(thread)];
+    const int width = linear.width;
     Operand operand{rows, stride, width};
     const int begin = first_row(thread), end = end_row(thread);
+    if (any_packed(linear)) {
+      operand.shortened = alone() ? own.shortened : shortened_;
+      for (int row = begin; row < end; row++)
+        shorten(rows + row * stride, width, operand.shortened_row(row));
+    }
     if constexpr (kWidens) {
       operand.widened = alone() ? own.widened : widened_;
       for (int row = begin; row < end; row++)
@@ -568,6 +592,7 @@ class Decoder {
   static constexpr int kFew = 4;
 
   static Cut cut_for(const Linear& linear, int num_rows) {
+    if (any_packed(linear)) return kGroups;
 #if defined(SET_AMX)
     for (int i = 0; i < linear.num_matrices; i++)
       if (Tiles::takes(linear.matrices[i], linear.width)) return kDoubles;
@@ -608,12 +633,40 @@ class Decoder {
           continue;
         }
 #endif
-        Block<Vectors::Element> block;
-        x.block(b * kRows, std::min(kRows, num_rows - b * kRows), block);
-        Vectors::multiply(chunk, width, block, products[0]);
+        multiply_rows(chunk, width, x, b * kRows, std::min(kRows, num_rows - b * kRows), products[0]);
         out(chunk, b, products[0]);
         b++;
       }
+    }
+  }
+
+  // Rows of x from `row` on. A chunk's groups may be of matrices in different formats.
+  static void multiply_rows(const Chunk& chunk, int width, const Operand& x, int row, int num_rows,
+                            Product& product) {
+    int num_packed = 0;
+    for (int g = 0; g < chunk.num_groups; g++) num_packed += is_packed(*chunk.groups[g].matrix);
+    if (num_packed < chunk.num_groups) {
+      Block<Vectors::Element> block;
+      x.block(row, num_rows, block);
+      if (!num_packed) return Vectors::multiply(chunk, width, block, product);
+      multiply_plain(chunk, width, block, product);
+    }
+    ShortBlock block;
+    x.block(row, num_rows, block);
+    for (int g = 0; g < chunk.num_groups; g++)
+      if (is_packed(*chunk.groups[g].matrix))
+        Packed::multiply(chunk.groups[g], width, block, product.out[0] + g * kGroup);
+  }
+
+  // The groups of a chunk that are not packed.
+  static void multiply_plain(const Chunk& chunk, int width, const Block<Vectors::Element>& block,
+                             Product& product) {
+    for (int g = 0; g < chunk.num_groups; g++) {
+      if (is_packed(*chunk.groups[g].matrix)) continue;
+      Product part;
+      Vectors::multiply(Chunk{{chunk.groups[g]}, 1}, width, block, part);
+      for (int m = 0; m < block.num_rows; m++)
+        memcpy(product.out[m] + g * kGroup, part.out[m], kGroup * sizeof(float));
     }
   }
 
@@ -983,11 +1036,14 @@ class Decoder {
     Operand x{normed, hidden_stride_, size};
     if (kWidens) x.widened = few ? own.widened : widened_;
     if (kHasTiles) x.paired = few ? own.paired : paired_;
+    const bool packed = any_packed(spec_.head);
+    if (packed) x.shortened = few ? own.shortened : shortened_;
     for (int at = begin; at < end; at++) {
       bf16* row = normed + at * hidden_stride_;
       norm_into(hidden_at(thread) + call_->logit_rows[at] * hidden_stride_, size, spec_.final_norm,
                 row);
       if (kWidens) widen(row, size, x.widened + int64_t(at) * padded(size));
+      if (packed) shorten(row, size, x.shortened_row(at));
     }
     if (kHasTiles)
       for (int at = begin; at < end; at += kRows) {
@@ -1032,6 +1088,7 @@ class Decoder {
   bf16 *hidden_, *normed_, *sublayers_[2], *projected_, *attended_, *gated_;
   float* widened_ = nullptr;
   bf16* paired_ = nullptr;
+  char* shortened_ = nullptr;
   float* partials_;
   int64_t routed_stride_ = 0, inner_stride_ = 0;
   bf16 *routed_ = nullptr, *expert_gated_ = nullptr, *expert_out_ = nullptr;

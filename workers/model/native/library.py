@@ -35,8 +35,8 @@ MACHINES: Final = {
 _AVX2: Final = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"})
 _AVX512: Final = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _FLAGS: Final = {
-    "amx": _AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
-    "avx512_bf16": _AVX512 | {"avx512_bf16"},
+    "amx": _AVX512 | {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512 | {"avx512_bf16", "avx512_vnni"},
     "avx512": _AVX512,
     "avx2": _AVX2,
     "neon_bf16": frozenset({"asimd", "bf16"}),
@@ -68,7 +68,7 @@ class NotThisProcessor(Unavailable):
 
 class Matrix(ctypes.Structure):
     """Row-major [num_rows, width of the linear], rows `stride` elements apart or, where that is 0,
-    one behind the other; format 0 is bf16."""
+    one behind the other; format 0 is bf16, and others are those of `workers.packed_format`."""
 
     _fields_: ClassVar = [
         ("weight", c_void_p),
@@ -181,7 +181,8 @@ class Decoder(ctypes.Structure):
         ("hidden_size", c_int32),
         ("intermediate_size", c_int32),
         ("activation", c_int32),
-        ("embedding", c_void_p),
+        ("packs", c_int32),
+        ("embedding", Matrix),
         ("embedding_scale", c_float),
         ("type_embedding", c_void_p),
         ("position_embedding", c_void_p),

@@ -11,6 +11,8 @@ from torch import nn
 
 from workers.model.native import library
 from workers.model.native.families import NormKind
+from workers.packed_format import ROWS
+from workers.skeleton.packed import PackedEmbedding, PackedLinear
 from workers.weight_format import WeightFormat
 
 
@@ -21,7 +23,9 @@ class NotNative(Exception):
 class Weights:
     """Those of one module. Every method raises NotNative."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, need_places: bool = True) -> None:
+        """Without places those on meta will do: enough to see what could be computed."""
+        self._devices = ("cpu",) if need_places else ("cpu", "meta")
         self.kept: list[Any] = []
         """What the structures point into."""
         self._seen: set[int] = set()
@@ -33,7 +37,7 @@ class Weights:
     def address(self, tensor: Any, shape: tuple[int, ...], first_row: int = 0) -> int:
         """Where a weight of this shape lies, from its row `first_row` on."""
         found = WeightFormat.of(tensor)
-        if tensor.device.type != "cpu" or found is None:
+        if tensor.device.type not in self._devices or found is None:
             raise NotNative(f"weights in {tensor.dtype} on {tensor.device.type}")
         is_laid_out = tensor.is_contiguous() or (tensor.dim() == 2 and _stride(tensor) > 0)
         if tuple(tensor.shape) != shape or not is_laid_out:
@@ -74,20 +78,42 @@ class Weights:
             _stride(weight),
         )
 
+    def rows_of(self, module: Any, first: int = 0, count: int | None = None) -> library.Matrix:
+        """The weight of a linear or an embedding, packed or not; `count` rows, or all, from row
+        `first` on."""
+        num_rows, width = _shape(module)
+        bias = getattr(module, "bias", None)
+        if not isinstance(module, PackedLinear | PackedEmbedding):
+            return self.matrix(module.weight, bias, (num_rows, width), first, count)
+        tensor, layout = module.weight, module.layout
+        strips, strip_bytes = layout.shape(num_rows, width)
+        if first % ROWS:
+            raise NotNative(f"packed rows from the {first:,}th on")
+        if tensor.device.type not in self._devices or tuple(tensor.shape) != (strips, strip_bytes):
+            raise NotNative(f"packed weights as {list(tensor.shape)} on {tensor.device.type}")
+        if not tensor.is_contiguous() or tensor.data_ptr() % 4:
+            raise NotNative("packed weights that do not lie in one piece")
+        self.kept.append(tensor)
+        self._seen.add(id(tensor))
+        return library.Matrix(
+            int(tensor.data_ptr()) + first // ROWS * strip_bytes,
+            self.address(bias, (num_rows,), first) if bias is not None else None,
+            num_rows if count is None else count,
+            layout.number,
+        )
+
     def linear(self, modules: list[Any]) -> library.Linear:
         """Projections of one input, their outputs one after the other."""
         linear = library.Linear(num_matrices=len(modules), width=modules[0].in_features)
         for index, module in enumerate(modules):
-            shape = _shape(module)
-            if module.in_features != linear.width:
+            if _shape(module)[1] != linear.width:
                 raise NotNative("projections of one input with different widths")
-            linear.matrices[index] = self.matrix(module.weight, module.bias, shape)
+            linear.matrices[index] = self.rows_of(module)
             linear.num_outputs += module.out_features
         return linear
 
     def split(self, module: Any, sizes: list[int]) -> library.Linear:
         """One matrix as several: its rows belong to one after the other."""
-        shape = _shape(module)
         if sum(sizes) != module.out_features:
             raise NotNative("a fused projection of another size")
         linear = library.Linear(
@@ -95,7 +121,7 @@ class Weights:
         )
         first = 0
         for index, size in enumerate(sizes):
-            linear.matrices[index] = self.matrix(module.weight, module.bias, shape, first, size)
+            linear.matrices[index] = self.rows_of(module, first, size)
             first += size
         return linear
 
@@ -108,6 +134,8 @@ def _stride(tensor: Any) -> int:
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    if type(module) is not nn.Linear:
+    if isinstance(module, nn.Embedding | PackedEmbedding):
+        return module.num_embeddings, module.embedding_dim
+    if type(module) not in (nn.Linear, PackedLinear):
         raise NotNative(f"a linear layer of type {type(module).__name__}")
     return module.out_features, module.in_features
