@@ -1,13 +1,11 @@
 """Hugging Face folders: config.json and *.safetensors, read straight into shared memory.
 
-Owns the byte layout of the format: 8 bytes of header length (little-endian), a JSON header, then
-the tensors, without gaps (https://github.com/huggingface/safetensors, "Format"). Its library maps
-or copies whole tensors into private memory; here the bytes go from the file into the segment.
-Invariant: nothing a header says is believed before it was checked against the file's size.
+Owns the way from a folder's stored tensors (`workers/config/safetensors_file.py`) to those of the
+architecture. The format's own library maps or copies whole tensors into private memory; here the
+bytes go from the file into the segment. Invariant: a tensor is read by pieces of a bounded size.
 """
 
 import hashlib
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +26,9 @@ from workers.checkpoint.formats.sentence_files import sentence_files
 from workers.config.architecture import check_config
 from workers.config.encoder_settings import task_of
 from workers.config.ends import end_tokens
-from workers.config.model_file import file_identity, opened, read_file, read_json
+from workers.config.model_file import file_identity, opened, read_json
 from workers.config.quantization import SIDE_FILES, method_of_tensors, named_method
+from workers.config.safetensors_file import read_header, read_tensors, weight_files
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -37,13 +36,6 @@ from workers.errors import (
     UnsupportedCheckpoint,
 )
 
-MAX_HEADER_BYTES: Final = 100_000_000
-MAX_ELEMENTS: Final = 1 << 60
-MAX_NAME_CHARS: Final = 1024
-MAX_TENSORS: Final = 1 << 18
-"""Of a file. The largest models there are, with experts stored one by one, have some 150,000."""
-_MAX_INDEX_BYTES: Final = 64 << 20
-_USUAL: Final = "model.safetensors"
 _DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,16 +50,6 @@ _DTYPES: Final = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-class _Entry(msgspec.Struct, frozen=True):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -95,7 +77,7 @@ class SafetensorsCheckpoint:
         check_config(self._config, str(config_file))
         self._refuse_quantized(named_method(self._config) or _method_of_side_files(path))
         self.dtype = dtype or _configured_dtype(self._config)
-        self._files = _weight_files(path)
+        self._files = weight_files(path)
         self._sentence = sentence_files(path)
 
     def _refuse_quantized(self, method: str | None) -> None:
@@ -108,7 +90,7 @@ class SafetensorsCheckpoint:
     def fingerprint(self) -> dict[str, str]:
         """File identities and headers; the weights themselves are not read."""
         files = [
-            f"{file.name}:{file_identity(file)}:{hashlib.sha256(_read_header(file)[0]).hexdigest()}"
+            f"{file.name}:{file_identity(file)}:{hashlib.sha256(read_header(file)[0]).hexdigest()}"
             for file in self._files
         ]
         return {
@@ -208,12 +190,12 @@ class SafetensorsCheckpoint:
         if not hasattr(self, "_tensors"):
             found: dict[str, _Stored] = {}
             for file in self._files:
-                for name, stored in _read_tensors(file).items():
+                for name, one in read_tensors(file).items():
                     if name in found:
                         raise CheckpointCorrupt(
                             f"{file} holds {name!r}, as {found[name].file} does"
                         )
-                    found[name] = stored
+                    found[name] = _Stored(file, _DTYPES[one.dtype], one.shape, one.begin, one.end)
             if not found:
                 raise CheckpointCorrupt(f"{self.path} holds no tensors: download it again")
             self._refuse_quantized(method_of_tensors(found))
@@ -224,112 +206,6 @@ class SafetensorsCheckpoint:
 def _method_of_side_files(folder: Path) -> str | None:
     there = (method for name, method in SIDE_FILES.items() if os.path.lexists(folder / name))
     return next(there, None)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """One file comes before an index, which an earlier state of the model may have left, as
-    transformers has it; unless the index names it with others."""
-    index = folder / "model.safetensors.index.json"
-    usual = folder / _USUAL
-    if os.path.lexists(usual) and (not os.path.lexists(index) or not _names(index, _USUAL)):
-        return [usual]  # what lies beside it is an adapter, or the same model in another layout
-    if os.path.lexists(index):
-        try:
-            names = msgspec.json.decode(
-                read_file(index, _MAX_INDEX_BYTES), type=_Index
-            ).weight_map.values()
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CheckpointCorrupt(
-                f"{index} holds no weight_map from tensors to files: {error}"
-            ) from error
-        if not names or not all(name.endswith(".safetensors") for name in names):
-            raise CheckpointCorrupt(f"{index} holds no weight_map from tensors to files")
-        files = [folder / Path(name).name for name in sorted(set(names))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise CheckpointNotFound(
-                f"{index} names {len(missing)} files that are missing: {', '.join(missing[:5])}. "
-                "Download the model again."
-            )
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        if os.fsencode(file).decode(errors="ignore") != str(file):
-            raise CheckpointNotFound(f"the name of {os.fsencode(file)!r} is no UTF-8: rename it")
-    if files:
-        return files
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise UnsupportedCheckpoint(
-            f"{folder} holds pickled weights, which are never loaded because they can run code: "
-            "convert them to safetensors"
-        )
-    raise CheckpointNotFound(f"{folder} holds no .safetensors file")
-
-
-def _names(index: Path, file: str) -> bool:
-    """Whether an index that can be read names the file."""
-    try:
-        found = msgspec.json.decode(read_file(index, _MAX_INDEX_BYTES), type=_Index)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return file in found.weight_map.values()
-
-
-def _read_header(file: Path) -> tuple[bytes, int, int]:
-    """The header's text, where the tensors begin, and the file's size."""
-    with opened(file) as descriptor:
-        size = os.fstat(descriptor).st_size
-        length_bytes = os.pread(descriptor, 8, 0)
-        length = int.from_bytes(length_bytes, "little")
-        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointCorrupt(
-                f"{file} is truncated or no safetensors file: its header should take {length} "
-                f"bytes of {size}. Download it again."
-            )
-        text = os.pread(descriptor, length, 8)
-    if text.count(b'"data_offsets"') > MAX_TENSORS:
-        raise UnsupportedCheckpoint(f"{file} holds more than {MAX_TENSORS:,} tensors")
-    return text, 8 + length, size
-
-
-def _read_tensors(file: Path) -> dict[str, _Stored]:
-    text, data_start, size = _read_header(file)
-    try:
-        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        header.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
-    found: dict[str, _Stored] = {}
-    expected = 0
-    if max(map(len, entries), default=0) > MAX_NAME_CHARS:
-        raise CheckpointCorrupt(f"{file} holds a tensor whose name has no end")
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        begin, end = entry.data_offsets
-        if entry.dtype not in _DTYPES:
-            raise UnsupportedCheckpoint(f"{file}: {name!r} has the unknown dtype {entry.dtype!r}")
-        dtype = _DTYPES[entry.dtype]
-        if min(entry.shape, default=0) < 0:
-            raise CheckpointCorrupt(f"{file}: {name!r} has a negative size")
-        # Also where a size of 0 hides the others: torch can't hold their product.
-        if math.prod(max(length, 1) for length in entry.shape) > MAX_ELEMENTS:
-            raise CheckpointCorrupt(f"{file}: {name!r} has impossible sizes")
-        num_bytes = dtype.itemsize
-        for length in entry.shape:
-            num_bytes *= length
-        if begin != expected or end - begin != num_bytes:
-            raise CheckpointCorrupt(
-                f"{file}: the offsets of {name!r} overlap another tensor's, leave a gap or do not "
-                "fit its shape"
-            )
-        expected = end
-        found[name] = _Stored(file, dtype, entry.shape, data_start + begin, data_start + end)
-    if data_start + expected != size:
-        raise CheckpointCorrupt(
-            f"{file} is truncated or damaged: its header describes {data_start + expected} bytes, "
-            f"it has {size}. Download it again."
-        )
-    return found
 
 
 def _configured_dtype(config: dict[str, Any]) -> torch.dtype | None:
