@@ -27,7 +27,14 @@ from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
 from server.models.source import ModelNotFound
 from server.serve import AddressInUse
-from workers import CheckpointError, InvalidSetting, ReferenceMissing
+from workers import (
+    CheckpointError,
+    InvalidSetting,
+    OutputDamaged,
+    OutputExists,
+    QuantizationRefused,
+    ReferenceMissing,
+)
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -64,7 +71,10 @@ def one_line_errors() -> Iterator[None]:
         ModelNotFound,
         NoSuchModel,
         NothingToProve,
+        OutputDamaged,
+        OutputExists,
         PlanFailed,
+        QuantizationRefused,
         ReferenceMissing,
         ServerError,
         StartError,
