@@ -6,7 +6,9 @@ bytes go from the file into the segment. Invariant: a tensor is read by pieces o
 """
 
 import hashlib
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,13 +23,21 @@ from workers.checkpoint.formats.checkpoint import (
     StoredBytes,
     digest,
 )
+from workers.checkpoint.formats.expanded import Expanded, expand
 from workers.checkpoint.formats.parameters import Parameter, Run, as_stored, parameters_of
 from workers.checkpoint.formats.sentence_files import sentence_files
 from workers.config.architecture import check_config
 from workers.config.encoder_settings import task_of
 from workers.config.ends import end_tokens
 from workers.config.model_file import file_identity, opened, read_json
-from workers.config.quantization import SIDE_FILES, method_of_tensors, named_method
+from workers.config.quantization import (
+    QUANTIZATION_KEYS,
+    SIDE_FILES,
+    StoredLevels,
+    method_of_tensors,
+    named_method,
+    stored_levels,
+)
 from workers.config.safetensors_file import read_header, read_tensors, weight_files
 from workers.errors import (
     CheckpointCorrupt,
@@ -35,6 +45,8 @@ from workers.errors import (
     CheckpointNotFound,
     UnsupportedCheckpoint,
 )
+
+log = logging.getLogger("onecopy.instance")
 
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -73,9 +85,15 @@ class SafetensorsCheckpoint:
             raise CheckpointNotFound(
                 f"{path} holds no config.json: give a Hugging Face model folder, or a .gguf file"
             )
-        self._config = read_json(config_file)
-        check_config(self._config, str(config_file))
-        self._refuse_quantized(named_method(self._config) or _method_of_side_files(path))
+        self._said = read_json(config_file)
+        check_config(self._said, str(config_file))
+        self._levels = stored_levels(self._said)
+        if self._levels is None:
+            self._refuse_quantized(named_method(self._said) or _method_of_side_files(path))
+        self._config = {
+            name: value for name, value in self._said.items() if name not in QUANTIZATION_KEYS
+        }
+        """Of the whole weights."""
         self.dtype = dtype or _configured_dtype(self._config)
         self._files = weight_files(path)
         self._sentence = sentence_files(path)
@@ -84,7 +102,8 @@ class SafetensorsCheckpoint:
         if method is not None:
             raise UnsupportedCheckpoint(
                 f"{self.path} is quantized ({method}), which can't be served yet: give the "
-                "unquantized checkpoint, or a GGUF file"
+                "unquantized checkpoint, a GGUF file, or one of compressed-tensors, GPTQ or AWQ "
+                "in 4 or 8 bits"
             )
 
     def fingerprint(self) -> dict[str, str]:
@@ -115,7 +134,7 @@ class SafetensorsCheckpoint:
 
     def _settings(self) -> list[str]:
         """What changes the results of the same tensors."""
-        known = [self._config] if self._sentence is None else [self._config, self._sentence]
+        known = [self._said] if self._sentence is None else [self._said, self._sentence]
         return [msgspec.json.encode(one, order="sorted").decode() for one in known]
 
     def tensors(self) -> list[SourceTensor]:
@@ -133,7 +152,7 @@ class SafetensorsCheckpoint:
         runs = []
         for run in parameter.runs:
             stored = self._stored()[run.source]
-            if stored.dtype != dtype:
+            if isinstance(stored, Expanded) or stored.dtype != dtype:
                 return ()
             if run.end > run.begin:
                 begin = stored.begin + run.begin * dtype.itemsize
@@ -150,6 +169,9 @@ class SafetensorsCheckpoint:
 
     def _copy_run(self, run: Run, out: torch.Tensor, on_copied: OnCopied) -> None:
         stored = self._stored()[run.source]
+        if isinstance(stored, Expanded):
+            stored.copy(run.begin, out, on_copied)
+            return
         begin = stored.begin + run.begin * stored.dtype.itemsize
         if stored.dtype == out.dtype and out.device.type == "cpu":
             _read_into(stored.file, begin, out.view(torch.uint8), on_copied)
@@ -180,13 +202,32 @@ class SafetensorsCheckpoint:
         if not hasattr(self, "_named"):
             shapes = {name: stored.shape for name, stored in self._stored().items()}
             if task_of(self.metadata()) == "generate":
-                found = parameters_of(self._config, shapes, self.dtype)
+                found = self._without_empty_biases(parameters_of(self._config, shapes, self.dtype))
             else:  # who binds them knows how
                 found = [as_stored(name, shape) for name, shape in shapes.items()]
             self._named = {one.name: one for one in found}
         return self._named
 
-    def _stored(self) -> dict[str, _Stored]:
+    def _without_empty_biases(self, found: list[Parameter]) -> list[Parameter]:
+        """GPTQ's tools write a bias of zeros for each linear that has none."""
+        if self._levels is None or self._levels.layout != "gptq":
+            return found
+        from workers.skeleton.decoder import skeleton
+
+        weights = {name for name, one in self._stored().items() if isinstance(one, Expanded)}
+        slots = skeleton(self._config, self.dtype or torch.float32).state_dict()
+
+        def is_empty(one: Parameter) -> bool:
+            module, _, ending = one.name.rpartition(".")
+            if ending != "bias" or one.name in slots or f"{module}.weight" not in weights:
+                return False
+            bias = torch.empty(one.shape, dtype=torch.float32)
+            self._copy_run(one.runs[0], bias.view(-1), _ignore)
+            return not bias.any()
+
+        return [one for one in found if not is_empty(one)]
+
+    def _stored(self) -> Mapping[str, "_Stored | Expanded"]:
         if not hasattr(self, "_tensors"):
             found: dict[str, _Stored] = {}
             for file in self._files:
@@ -198,9 +239,42 @@ class SafetensorsCheckpoint:
                     found[name] = _Stored(file, _DTYPES[one.dtype], one.shape, one.begin, one.end)
             if not found:
                 raise CheckpointCorrupt(f"{self.path} holds no tensors: download it again")
-            self._refuse_quantized(method_of_tensors(found))
-            self._tensors = found
+            if self._levels is None:
+                self._refuse_quantized(method_of_tensors(found))
+                self._tensors: Mapping[str, _Stored | Expanded] = found
+            else:
+                self._tensors = self._whole_weights(found, self._levels)
         return self._tensors
+
+    def _whole_weights(
+        self, stored: Mapping[str, _Stored], how: StoredLevels
+    ) -> dict[str, "_Stored | Expanded"]:
+        """In the order of the files, each weight where its levels are."""
+
+        def read(name: str, begin: int, out: torch.Tensor) -> None:
+            one = stored[name]
+            start = one.begin + begin * one.dtype.itemsize
+            _read_into(one.file, start, out.view(-1).view(torch.uint8), _ignore)
+
+        expanded, used = expand(stored, how, read)
+        if not expanded:
+            self._refuse_quantized(how.told)
+        log.info(
+            *("%s is quantized (%s): %d weights are expanded to %s while they are read", self.path),
+            *(how.told, len(expanded), _dtype_text(self.dtype or torch.bfloat16)),
+        )
+        at = {one.parts[0]: one for one in expanded.values()}
+        found: dict[str, _Stored | Expanded] = {}
+        for name, tensor in stored.items():
+            if name in at:
+                found[at[name].name] = at[name]
+            elif name not in used:
+                found[name] = tensor
+        return found
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _method_of_side_files(folder: Path) -> str | None:
