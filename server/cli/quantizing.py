@@ -10,6 +10,7 @@ from server import console
 from server.cli.options import JsonOption, one_line_errors, print_json
 from server.console.quantize import QuantizeDisplay, made_document, made_table
 from server.models.source import find_model
+from server.text.tokenizer_files import tokenizer_folder
 from workers import SCHEMES, QuantizeChoices, QuantizeRequest, quantize_checkpoint
 
 
@@ -17,7 +18,7 @@ def quantize(
     source: Annotated[
         str,
         typer.Argument(
-            help="A Hugging Face folder, a .gguf file, or a hub id.",
+            help="`demo`, a Hugging Face folder, a .gguf file, or a hub id.",
             metavar="SRC",
             show_default=False,
         ),
@@ -73,8 +74,10 @@ def quantize(
     ended before goes on with the same command.
     """
     with one_line_errors():
+        found = find_model(source)
         request = QuantizeRequest(
-            source=find_model(source).path,
+            source=found.path,
+            tokenizer=tokenizer_folder(found.path) if found.path.is_file() else None,
             destination=destination,
             scheme=scheme,
             group_size=group_size,
@@ -83,7 +86,7 @@ def quantize(
             choices=QuantizeChoices(tuple(keep or ()), lm_head),
             chunk_bytes=parse_bytes(chunk_size),
         )
-        with QuantizeDisplay(request.source.name) as display:
+        with QuantizeDisplay(found.name) as display:
             made = quantize_checkpoint(request, display.show)
         if as_json:
             print_json(made_document(made, display.peak_bytes))

@@ -21,6 +21,7 @@ from typing import Any, Final
 from allocator import DiskFull
 from workers.config.model_file import file_identity, opened
 from workers.errors import CheckpointChanged, OutputDamaged, OutputExists, QuantizationRefused
+from workers.quantize.gguf_source import GGUFSource
 from workers.quantize.journal import Journal
 from workers.quantize.kernels import rounding
 from workers.quantize.plan import Input, Kept, Plan, Rounded
@@ -52,7 +53,7 @@ def quantize(request: Request, tell: Tell) -> Made:
     if os.path.lexists(destination):
         _forget_finished(staging)
         raise OutputExists(f"{destination} exists: remove it, or choose another name")
-    with contextlib.closing(_opened(request.source)) as source:
+    with contextlib.closing(_opened(request)) as source:
         decided = _decided(source, request)
         scheme = _scheme(request, [one for one, what in decided if what.action == "round"])
         said = _said(source, request, scheme)
@@ -113,8 +114,10 @@ def _destination(given: Path) -> Path:
     return destination
 
 
-def _opened(path: Path) -> Source:
-    return SafetensorsSource(path)
+def _opened(request: Request) -> Source:
+    if request.source.is_dir():
+        return SafetensorsSource(request.source)
+    return GGUFSource(request.source, request.tokenizer)
 
 
 def _num_processors() -> int:

@@ -25,6 +25,8 @@ class Request:
     choices: Choices = field(default_factory=Choices)
     chunk_bytes: int = CHUNK_BYTES
     """Of the source, held at the same time by all threads together."""
+    tokenizer: Path | None = None
+    """A folder with the tokenizer's files, where the source is a GGUF file."""
     num_threads: int | None = None
     """None is one for each processor, and one more."""
 

@@ -154,6 +154,12 @@ class GGUFCheckpoint:
             self._named = {one.name: one for one in found}
         return list(self._named.values())
 
+    def rows(self) -> tuple[Header, dict[str, Any], list[Parameter]]:
+        """The file's header, the model's config, and which rows make up each parameter: for who
+        reads them elsewhere."""
+        header, _, config = self._open()
+        return header, config, self._parameters()
+
     def _slots(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         from transformers import AutoModelForCausalLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
