@@ -57,6 +57,7 @@ app.command()(memory.evict)
 app.command(epilog=_PLAN_EXAMPLES)(machine.plan)
 app.command(epilog=_CHECK_EXAMPLES)(machine.check)
 app.command(epilog=_QUANTIZE_EXAMPLES)(quantizing.quantize)
+app.command("eval")(quantizing.evaluate)
 app.command()(machine.doctor)
 app.command()(serving.stop)
 

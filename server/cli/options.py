@@ -21,6 +21,7 @@ from server.admin.client import AdminError
 from server.admin.weight_sets import NoSuchModel
 from server.background import WorkEnded
 from server.cli.setting_options import option
+from server.conformance.evaluate import EvaluationFailed
 from server.errors import ServerError
 from server.fleet.starts import StartError
 from server.machine.plan import PlanFailed
@@ -67,6 +68,7 @@ def one_line_errors() -> Iterator[None]:
         AdminError,
         AllocatorError,
         CheckpointError,
+        EvaluationFailed,
         InvalidSetting,
         ModelNotFound,
         NoSuchModel,

@@ -1,4 +1,4 @@
-"""The command that makes a smaller checkpoint: quantize."""
+"""The commands about smaller checkpoints: quantize, eval."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,10 @@ import typer
 from allocator import parse_bytes
 from server import console
 from server.cli.options import JsonOption, one_line_errors, print_json
+from server.cli.setting_options import engine_settings
+from server.conformance.evaluate import OWN_TEXT
+from server.conformance.evaluate import evaluate as evaluate_models
+from server.console.evaluation import evaluation_heading, evaluation_table
 from server.console.quantize import QuantizeDisplay, made_document, made_table
 from server.models.source import find_model
 from server.text.tokenizer_files import tokenizer_folder
@@ -93,3 +97,43 @@ def quantize(
             return
         console.out.print(made_table(made))
         console.out.print(display.summary(made), markup=False)
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="`demo`, folders, .gguf files, or hub ids.", show_default=False),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(help="The model that they were made of.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path,
+        typer.Option(help="A file of text; a short one comes along.", show_default=False),
+    ] = OWN_TEXT,
+    window: Annotated[
+        int, typer.Option(min=8, max=1 << 20, help="Tokens that are predicted behind each other.")
+    ] = 512,
+    dtype: Annotated[
+        str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Say how well MODELS predict a text: perplexity and, beside another model, how far they are
+    from what it predicts.
+
+    Needs no server, and disturbs none. The weights of one model and of the other are in private
+    memory meanwhile.
+    """
+    with one_line_errors():
+        engine_settings({"dtype": dtype})
+        sources = [find_model(model) for model in models]
+        reference = None if against is None else find_model(against)
+        with console.err.status("") as status:
+            found = evaluate_models(sources, reference, text, window, dtype, status.update)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    console.out.print(evaluation_heading(found), markup=False)
+    console.out.print(evaluation_table(found))
