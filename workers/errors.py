@@ -52,6 +52,24 @@ class UnsupportedCheckpoint(CheckpointError):
     code = "unsupported_checkpoint"
 
 
+class QuantizationRefused(WorkerError):
+    """The scheme, or a tensor, can't be written so that others read it."""
+
+    code = "quantization_refused"
+
+
+class OutputExists(WorkerError):
+    """There is something at the path that is to be written, or another is writing it."""
+
+    code = "output_exists"
+
+
+class OutputDamaged(WorkerError):
+    """What lies on the disk is not what was written to it."""
+
+    code = "output_damaged"
+
+
 class CacheNotWritable(WorkerError):
     """A file that is made once can't be written where such files are."""
 

@@ -383,6 +383,31 @@ class GreedyRequest(Message, frozen=True):
     python: Bounded
 
 
+class EvaluationRequest(Message, frozen=True):
+    """How well do these models predict the windows of a text, and how far are they from the
+    reference?"""
+
+    models: Annotated[tuple[Bounded, ...], msgspec.Meta(min_length=1, max_length=64)]
+    reference: Bounded | None
+    dtype: Bounded
+    windows: Annotated[
+        tuple[Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=2)], ...],
+        msgspec.Meta(min_length=1),
+    ]
+
+
+class WindowScore(Message, frozen=True):
+    """Of one model and one window: sums over its tokens but the first (see
+    `workers/evaluation/likelihood.py`)."""
+
+    model: Count
+    window: Count
+    num_tokens: Count
+    loss: float
+    divergence: float
+    num_same: Count
+
+
 class ComparedPrompt(Message, frozen=True):
     """Our tokens; the reference's choice at each, given all of ours before it; how far above ours
     that is for it (in logits), and what to make of that."""
@@ -404,6 +429,10 @@ class GreedyComparison(Message, frozen=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _estimate: msgspec.json.Decoder[Estimate] = msgspec.json.Decoder(Estimate)
+_evaluation_request: msgspec.json.Decoder[EvaluationRequest] = msgspec.json.Decoder(
+    EvaluationRequest
+)
+_window_score: msgspec.json.Decoder[WindowScore] = msgspec.json.Decoder(WindowScore)
 _greedy_request: msgspec.json.Decoder[GreedyRequest] = msgspec.json.Decoder(GreedyRequest)
 _greedy: msgspec.json.Decoder[GreedyComparison] = msgspec.json.Decoder(GreedyComparison)
 _to_instance: msgspec.msgpack.Decoder[ToInstance] = msgspec.msgpack.Decoder(ToInstance)
@@ -440,6 +469,16 @@ def decode_from_forkserver(frame: bytes) -> FromForkserver:
 def decode_estimate(document: bytes) -> Estimate:
     """Raises `msgspec.DecodeError` on anything but a valid document."""
     return _estimate.decode(document)
+
+
+def decode_evaluation_request(document: bytes) -> EvaluationRequest:
+    """Raises `msgspec.DecodeError` on anything but a valid document."""
+    return _evaluation_request.decode(document)
+
+
+def decode_window_score(document: bytes) -> WindowScore:
+    """Raises `msgspec.DecodeError` on anything but a valid document."""
+    return _window_score.decode(document)
 
 
 def decode_greedy_request(document: bytes) -> GreedyRequest:

@@ -5,7 +5,7 @@ from typing import Annotated, Final
 import typer
 
 from server import console
-from server.cli import machine, memory, serving
+from server.cli import machine, memory, quantizing, serving
 from server.version import version
 
 _EXAMPLES: Final = """Begin with `onecopy serve demo`, and in a second terminal `onecopy ps`,
@@ -16,6 +16,9 @@ _PLAN_EXAMPLES: Final = """Examples: `onecopy plan demo`; `onecopy plan ./Qwen3-
 --max-model-len 4096`; `onecopy plan model.gguf --memory 16GB --json`."""
 _CHECK_EXAMPLES: Final = """Examples: `onecopy check ./Qwen3-0.6B`; `onecopy check model.gguf
 --reference-python ~/llamacpp/bin/python`; `onecopy check ./big --tokens-only --json`."""
+_QUANTIZE_EXAMPLES: Final = """Examples: `onecopy quantize ./Qwen3-0.6B ./small --scheme w4a16`;
+`onecopy quantize Qwen/Qwen3-0.6B ./small --scheme w8a8`; `onecopy quantize ./Qwen3-0.6B ./small
+--scheme w4a16 --group-size 32 --keep down_proj`."""
 
 app = typer.Typer(
     name="onecopy",
@@ -53,6 +56,8 @@ app.command()(memory.pin)
 app.command()(memory.evict)
 app.command(epilog=_PLAN_EXAMPLES)(machine.plan)
 app.command(epilog=_CHECK_EXAMPLES)(machine.check)
+app.command(epilog=_QUANTIZE_EXAMPLES)(quantizing.quantize)
+app.command("eval")(quantizing.evaluate)
 app.command()(machine.doctor)
 app.command()(serving.stop)
 

@@ -21,13 +21,21 @@ from server.admin.client import AdminError
 from server.admin.weight_sets import NoSuchModel
 from server.background import WorkEnded
 from server.cli.setting_options import option
+from server.conformance.evaluate import EvaluationFailed
 from server.errors import ServerError
 from server.fleet.starts import StartError
 from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
 from server.models.source import ModelNotFound
 from server.serve import AddressInUse
-from workers import CheckpointError, InvalidSetting, ReferenceMissing
+from workers import (
+    CheckpointError,
+    InvalidSetting,
+    OutputDamaged,
+    OutputExists,
+    QuantizationRefused,
+    ReferenceMissing,
+)
 
 RuntimeDirOption = Annotated[
     Path | None,
@@ -60,11 +68,15 @@ def one_line_errors() -> Iterator[None]:
         AdminError,
         AllocatorError,
         CheckpointError,
+        EvaluationFailed,
         InvalidSetting,
         ModelNotFound,
         NoSuchModel,
         NothingToProve,
+        OutputDamaged,
+        OutputExists,
         PlanFailed,
+        QuantizationRefused,
         ReferenceMissing,
         ServerError,
         StartError,

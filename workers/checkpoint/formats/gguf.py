@@ -243,6 +243,12 @@ class GGUFCheckpoint:
             )
         return found
 
+    def rows(self) -> tuple[Header, dict[str, Any], list[Parameter]]:
+        """The file's header, the model's config, and which rows make up each parameter: for who
+        reads them elsewhere."""
+        header, _, config = self._open()
+        return header, config, self._parameters()
+
     def _model(self, config: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING

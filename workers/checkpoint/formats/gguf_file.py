@@ -80,6 +80,8 @@ class Header:
         self._fields = first.fields
         self.tensors: dict[str, Any] = {}
         """By their names, as the library describes them: shape, type, data."""
+        self.file_of: dict[str, Path] = {}
+        """In which of the parts each tensor is."""
         count = int(self.get("split.count") or 1)
         files = parts_of(path)
         if int(self.get("split.no") or 0) != 0:
@@ -103,6 +105,7 @@ class Header:
                 if tensor.name in self.tensors:
                     raise CheckpointCorrupt(f"{file} holds {tensor.name} a second time")
                 self.tensors[tensor.name] = tensor
+                self.file_of[tensor.name] = file
         total = self.get("split.tensors.count")
         if total is not None and int(total) != len(self.tensors):
             raise CheckpointCorrupt(

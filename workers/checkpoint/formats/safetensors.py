@@ -1,14 +1,14 @@
 """Hugging Face folders: config.json and *.safetensors, read straight into shared memory.
 
-Owns the byte layout of the format: 8 bytes of header length (little-endian), a JSON header, then
-the tensors, without gaps (https://github.com/huggingface/safetensors, "Format"). Its library maps
-or copies whole tensors into private memory; here the bytes go from the file into the segment.
-Invariant: nothing a header says is believed before it was checked against the file's size.
+Owns the way from a folder's stored tensors (`workers/config/safetensors_file.py`) to those of the
+architecture. The format's own library maps or copies whole tensors into private memory; here the
+bytes go from the file into the segment. Invariant: a tensor is read by pieces of a bounded size.
 """
 
 import hashlib
-import math
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,13 +23,22 @@ from workers.checkpoint.formats.checkpoint import (
     StoredBytes,
     digest,
 )
+from workers.checkpoint.formats.expanded import Expanded, expand
 from workers.checkpoint.formats.parameters import Parameter, Run, as_stored, parameters_of
 from workers.checkpoint.formats.sentence_files import sentence_files
 from workers.config.architecture import check_config
 from workers.config.encoder_settings import task_of
 from workers.config.ends import end_tokens
-from workers.config.model_file import file_identity, opened, read_file, read_json
-from workers.config.quantization import SIDE_FILES, method_of_tensors, named_method
+from workers.config.model_file import file_identity, opened, read_json
+from workers.config.quantization import (
+    QUANTIZATION_KEYS,
+    SIDE_FILES,
+    StoredLevels,
+    method_of_tensors,
+    named_method,
+    stored_levels,
+)
+from workers.config.safetensors_file import read_header, read_tensors, weight_files
 from workers.errors import (
     CheckpointCorrupt,
     CheckpointMismatch,
@@ -37,13 +46,8 @@ from workers.errors import (
     UnsupportedCheckpoint,
 )
 
-MAX_HEADER_BYTES: Final = 100_000_000
-MAX_ELEMENTS: Final = 1 << 60
-MAX_NAME_CHARS: Final = 1024
-MAX_TENSORS: Final = 1 << 18
-"""Of a file. The largest models there are, with experts stored one by one, have some 150,000."""
-_MAX_INDEX_BYTES: Final = 64 << 20
-_USUAL: Final = "model.safetensors"
+log = logging.getLogger("onecopy.instance")
+
 _DTYPES: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,16 +62,6 @@ _DTYPES: Final = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-class _Entry(msgspec.Struct, frozen=True):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -91,24 +85,31 @@ class SafetensorsCheckpoint:
             raise CheckpointNotFound(
                 f"{path} holds no config.json: give a Hugging Face model folder, or a .gguf file"
             )
-        self._config = read_json(config_file)
-        check_config(self._config, str(config_file))
-        self._refuse_quantized(named_method(self._config) or _method_of_side_files(path))
+        self._said = read_json(config_file)
+        check_config(self._said, str(config_file))
+        self._levels = stored_levels(self._said)
+        if self._levels is None:
+            self._refuse_quantized(named_method(self._said) or _method_of_side_files(path))
+        self._config = {
+            name: value for name, value in self._said.items() if name not in QUANTIZATION_KEYS
+        }
+        """Of the whole weights."""
         self.dtype = dtype or _configured_dtype(self._config)
-        self._files = _weight_files(path)
+        self._files = weight_files(path)
         self._sentence = sentence_files(path)
 
     def _refuse_quantized(self, method: str | None) -> None:
         if method is not None:
             raise UnsupportedCheckpoint(
                 f"{self.path} is quantized ({method}), which can't be served yet: give the "
-                "unquantized checkpoint, or a GGUF file"
+                "unquantized checkpoint, a GGUF file, or one of compressed-tensors, GPTQ or AWQ "
+                "in 4 or 8 bits"
             )
 
     def fingerprint(self) -> dict[str, str]:
         """File identities and headers; the weights themselves are not read."""
         files = [
-            f"{file.name}:{file_identity(file)}:{hashlib.sha256(_read_header(file)[0]).hexdigest()}"
+            f"{file.name}:{file_identity(file)}:{hashlib.sha256(read_header(file)[0]).hexdigest()}"
             for file in self._files
         ]
         return {
@@ -133,7 +134,7 @@ class SafetensorsCheckpoint:
 
     def _settings(self) -> list[str]:
         """What changes the results of the same tensors."""
-        known = [self._config] if self._sentence is None else [self._config, self._sentence]
+        known = [self._said] if self._sentence is None else [self._said, self._sentence]
         return [msgspec.json.encode(one, order="sorted").decode() for one in known]
 
     def tensors(self) -> list[SourceTensor]:
@@ -151,7 +152,7 @@ class SafetensorsCheckpoint:
         runs = []
         for run in parameter.runs:
             stored = self._stored()[run.source]
-            if stored.dtype != dtype:
+            if isinstance(stored, Expanded) or stored.dtype != dtype:
                 return ()
             if run.end > run.begin:
                 begin = stored.begin + run.begin * dtype.itemsize
@@ -168,6 +169,9 @@ class SafetensorsCheckpoint:
 
     def _copy_run(self, run: Run, out: torch.Tensor, on_copied: OnCopied) -> None:
         stored = self._stored()[run.source]
+        if isinstance(stored, Expanded):
+            stored.copy(run.begin, out, on_copied)
+            return
         begin = stored.begin + run.begin * stored.dtype.itemsize
         if stored.dtype == out.dtype and out.device.type == "cpu":
             _read_into(stored.file, begin, out.view(torch.uint8), on_copied)
@@ -198,138 +202,84 @@ class SafetensorsCheckpoint:
         if not hasattr(self, "_named"):
             shapes = {name: stored.shape for name, stored in self._stored().items()}
             if task_of(self.metadata()) == "generate":
-                found = parameters_of(self._config, shapes, self.dtype)
+                found = self._without_empty_biases(parameters_of(self._config, shapes, self.dtype))
             else:  # who binds them knows how
                 found = [as_stored(name, shape) for name, shape in shapes.items()]
             self._named = {one.name: one for one in found}
         return self._named
 
-    def _stored(self) -> dict[str, _Stored]:
+    def _without_empty_biases(self, found: list[Parameter]) -> list[Parameter]:
+        """GPTQ's tools write a bias of zeros for each linear that has none."""
+        if self._levels is None or self._levels.layout != "gptq":
+            return found
+        from workers.skeleton.decoder import skeleton
+
+        weights = {name for name, one in self._stored().items() if isinstance(one, Expanded)}
+        slots = skeleton(self._config, self.dtype or torch.float32).state_dict()
+
+        def is_empty(one: Parameter) -> bool:
+            module, _, ending = one.name.rpartition(".")
+            if ending != "bias" or one.name in slots or f"{module}.weight" not in weights:
+                return False
+            bias = torch.empty(one.shape, dtype=torch.float32)
+            self._copy_run(one.runs[0], bias.view(-1), _ignore)
+            return not bias.any()
+
+        return [one for one in found if not is_empty(one)]
+
+    def _stored(self) -> Mapping[str, "_Stored | Expanded"]:
         if not hasattr(self, "_tensors"):
             found: dict[str, _Stored] = {}
             for file in self._files:
-                for name, stored in _read_tensors(file).items():
+                for name, one in read_tensors(file).items():
                     if name in found:
                         raise CheckpointCorrupt(
                             f"{file} holds {name!r}, as {found[name].file} does"
                         )
-                    found[name] = stored
+                    found[name] = _Stored(file, _DTYPES[one.dtype], one.shape, one.begin, one.end)
             if not found:
                 raise CheckpointCorrupt(f"{self.path} holds no tensors: download it again")
-            self._refuse_quantized(method_of_tensors(found))
-            self._tensors = found
+            if self._levels is None:
+                self._refuse_quantized(method_of_tensors(found))
+                self._tensors: Mapping[str, _Stored | Expanded] = found
+            else:
+                self._tensors = self._whole_weights(found, self._levels)
         return self._tensors
+
+    def _whole_weights(
+        self, stored: Mapping[str, _Stored], how: StoredLevels
+    ) -> dict[str, "_Stored | Expanded"]:
+        """In the order of the files, each weight where its levels are."""
+
+        def read(name: str, begin: int, out: torch.Tensor) -> None:
+            one = stored[name]
+            start = one.begin + begin * one.dtype.itemsize
+            _read_into(one.file, start, out.view(-1).view(torch.uint8), _ignore)
+
+        expanded, used = expand(stored, how, read)
+        if not expanded:
+            self._refuse_quantized(how.told)
+        log.info(
+            *("%s is quantized (%s): %d weights are expanded to %s while they are read", self.path),
+            *(how.told, len(expanded), _dtype_text(self.dtype or torch.bfloat16)),
+        )
+        at = {one.parts[0]: one for one in expanded.values()}
+        found: dict[str, _Stored | Expanded] = {}
+        for name, tensor in stored.items():
+            if name in at:
+                found[at[name].name] = at[name]
+            elif name not in used:
+                found[name] = tensor
+        return found
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _method_of_side_files(folder: Path) -> str | None:
     there = (method for name, method in SIDE_FILES.items() if os.path.lexists(folder / name))
     return next(there, None)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """One file comes before an index, which an earlier state of the model may have left, as
-    transformers has it; unless the index names it with others."""
-    index = folder / "model.safetensors.index.json"
-    usual = folder / _USUAL
-    if os.path.lexists(usual) and (not os.path.lexists(index) or not _names(index, _USUAL)):
-        return [usual]  # what lies beside it is an adapter, or the same model in another layout
-    if os.path.lexists(index):
-        try:
-            names = msgspec.json.decode(
-                read_file(index, _MAX_INDEX_BYTES), type=_Index
-            ).weight_map.values()
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise CheckpointCorrupt(
-                f"{index} holds no weight_map from tensors to files: {error}"
-            ) from error
-        if not names or not all(name.endswith(".safetensors") for name in names):
-            raise CheckpointCorrupt(f"{index} holds no weight_map from tensors to files")
-        files = [folder / Path(name).name for name in sorted(set(names))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise CheckpointNotFound(
-                f"{index} names {len(missing)} files that are missing: {', '.join(missing[:5])}. "
-                "Download the model again."
-            )
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        if os.fsencode(file).decode(errors="ignore") != str(file):
-            raise CheckpointNotFound(f"the name of {os.fsencode(file)!r} is no UTF-8: rename it")
-    if files:
-        return files
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise UnsupportedCheckpoint(
-            f"{folder} holds pickled weights, which are never loaded because they can run code: "
-            "convert them to safetensors"
-        )
-    raise CheckpointNotFound(f"{folder} holds no .safetensors file")
-
-
-def _names(index: Path, file: str) -> bool:
-    """Whether an index that can be read names the file."""
-    try:
-        found = msgspec.json.decode(read_file(index, _MAX_INDEX_BYTES), type=_Index)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return file in found.weight_map.values()
-
-
-def _read_header(file: Path) -> tuple[bytes, int, int]:
-    """The header's text, where the tensors begin, and the file's size."""
-    with opened(file) as descriptor:
-        size = os.fstat(descriptor).st_size
-        length_bytes = os.pread(descriptor, 8, 0)
-        length = int.from_bytes(length_bytes, "little")
-        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointCorrupt(
-                f"{file} is truncated or no safetensors file: its header should take {length} "
-                f"bytes of {size}. Download it again."
-            )
-        text = os.pread(descriptor, length, 8)
-    if text.count(b'"data_offsets"') > MAX_TENSORS:
-        raise UnsupportedCheckpoint(f"{file} holds more than {MAX_TENSORS:,} tensors")
-    return text, 8 + length, size
-
-
-def _read_tensors(file: Path) -> dict[str, _Stored]:
-    text, data_start, size = _read_header(file)
-    try:
-        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        header.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointCorrupt(f"{file} has a damaged header: {error}") from error
-    found: dict[str, _Stored] = {}
-    expected = 0
-    if max(map(len, entries), default=0) > MAX_NAME_CHARS:
-        raise CheckpointCorrupt(f"{file} holds a tensor whose name has no end")
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-        begin, end = entry.data_offsets
-        if entry.dtype not in _DTYPES:
-            raise UnsupportedCheckpoint(f"{file}: {name!r} has the unknown dtype {entry.dtype!r}")
-        dtype = _DTYPES[entry.dtype]
-        if min(entry.shape, default=0) < 0:
-            raise CheckpointCorrupt(f"{file}: {name!r} has a negative size")
-        # Also where a size of 0 hides the others: torch can't hold their product.
-        if math.prod(max(length, 1) for length in entry.shape) > MAX_ELEMENTS:
-            raise CheckpointCorrupt(f"{file}: {name!r} has impossible sizes")
-        num_bytes = dtype.itemsize
-        for length in entry.shape:
-            num_bytes *= length
-        if begin != expected or end - begin != num_bytes:
-            raise CheckpointCorrupt(
-                f"{file}: the offsets of {name!r} overlap another tensor's, leave a gap or do not "
-                "fit its shape"
-            )
-        expected = end
-        found[name] = _Stored(file, dtype, entry.shape, data_start + begin, data_start + end)
-    if data_start + expected != size:
-        raise CheckpointCorrupt(
-            f"{file} is truncated or damaged: its header describes {data_start + expected} bytes, "
-            f"it has {size}. Download it again."
-        )
-    return found
 
 
 def _configured_dtype(config: dict[str, Any]) -> torch.dtype | None:

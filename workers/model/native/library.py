@@ -278,15 +278,20 @@ def _best() -> Kernels:
 @functools.cache
 def _load(name: str) -> Kernels:
     file = Path(__file__).with_name(f"_decoder_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+    check_processor(name)
+    if not file.exists():
+        raise Unavailable("not compiled when onecopy was installed")
+    return open_library(name, file)
+
+
+def check_processor(name: str) -> None:
+    """Raises NotThisProcessor where it lacks instructions of that set."""
     machine = platform.machine()
     if MACHINES.get(name, machine) != machine:
         raise NotThisProcessor(f"a set of {MACHINES[name]}, and this is {machine}")
     missing = _FLAGS[name] - _cpu_flags()
     if missing:
         raise NotThisProcessor(f"the processor lacks {', '.join(sorted(missing))}")
-    if not file.exists():
-        raise Unavailable("not compiled when onecopy was installed")
-    return open_library(name, file)
 
 
 def open_library(name: str, file: Path) -> Kernels:

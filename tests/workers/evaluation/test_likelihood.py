@@ -1,0 +1,52 @@
+"""The sums over a window, beside those of torch over the logits of transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workers.tiny_models import prompt, reference_model, write_checkpoint
+from workers.checkpoint import open_checkpoint
+from workers.errors import UnsupportedCheckpoint
+from workers.evaluation.likelihood import config_text, loaded, score
+from workers.model.decoder import Model
+
+
+def model_of(folder: Path, longest: int) -> Model:
+    checkpoint = open_checkpoint(folder)
+    return loaded(checkpoint, json.loads(config_text(checkpoint)), longest)
+
+
+@pytest.mark.parametrize("length", [2, 64, 65, 150])
+def test_sums_are_those_of_torch(length: int, tmp_path: Path) -> None:
+    """Over the borders of what is computed at a time."""
+    ids = prompt(length)
+    logits: list[Any] = []
+    models = []
+    for changes in ({}, {"rms_norm_eps": 0.3}):
+        name = tmp_path / str(len(models))
+        write_checkpoint(name, "llama", torch.float32, **changes)
+        models.append(model_of(name, length))
+        with torch.inference_mode():
+            theirs = reference_model("llama", torch.float32, **changes)
+            logits.append(theirs(torch.tensor([ids])).logits[0, :-1].log_softmax(-1))
+    reference, ours = logits
+    expected = torch.nn.functional.nll_loss(ours, torch.tensor(ids[1:]), reduction="sum")
+    divergence = torch.nn.functional.kl_div(ours, reference, reduction="sum", log_target=True)
+    with torch.inference_mode():
+        found = score(models[1], ids, models[0])
+        alone = score(models[1], ids, None)
+    assert found.num_tokens == alone.num_tokens == length - 1
+    assert found.loss == alone.loss == pytest.approx(float(expected), rel=1e-4)
+    assert found.divergence == pytest.approx(float(divergence), rel=1e-3, abs=1e-4)
+    assert found.num_same == int((ours.argmax(-1) == reference.argmax(-1)).sum())
+
+
+def test_other_vocabularies_are_not_compared(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", "llama")
+    write_checkpoint(tmp_path / "b", "llama", vocab_size=400)
+    models = [model_of(tmp_path / name, 8) for name in "ab"]
+    with pytest.raises(UnsupportedCheckpoint, match="has 320 tokens and the model 400"):
+        score(models[1], prompt(8), models[0])

@@ -1,0 +1,1 @@
+"""How well models predict a text, without a server and an allocator."""

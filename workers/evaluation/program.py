@@ -1,0 +1,75 @@
+"""How well models predict a text: `python -m workers.evaluation.program`.
+
+Reads an `EvaluationRequest` from standard input, writes a `WindowScore` a line, as soon as it is
+known. The weights are read into private memory, those of the reference and of one model at a time:
+no allocator is needed, and none that runs is disturbed. What fails is one line on standard error,
+and exit status 1.
+"""
+
+import gc
+import json
+import sys
+from typing import Any
+
+import msgspec
+import torch
+
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.errors import WorkerError
+from workers.evaluation.likelihood import config_text, loaded, score
+from workers.messages import EvaluationRequest, WindowScore, decode_evaluation_request
+from workers.model.decoder import Model
+
+
+def evaluate(request: EvaluationRequest) -> None:
+    """Prints what it finds. Raises WorkerError."""
+    longest = max(map(len, request.windows))
+    reference = None
+    if request.reference is not None:
+        reference = _loaded(request.reference, request.dtype, longest)
+    for number, path in enumerate(request.models):
+        is_reference = reference is not None and path == request.reference
+        model = reference if is_reference else _loaded(path, request.dtype, longest)
+        assert model is not None  # noqa: S101
+        with torch.inference_mode():
+            for index, window in enumerate(request.windows):
+                found = score(model, window, None if is_reference else reference)
+                line = WindowScore(
+                    model=number,
+                    window=index,
+                    num_tokens=found.num_tokens,
+                    loss=found.loss,
+                    divergence=found.divergence,
+                    num_same=found.num_tokens if is_reference else found.num_same,
+                )
+                sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+                sys.stdout.flush()
+        del model
+        gc.collect()
+
+
+def _loaded(path: str, dtype: str, longest: int) -> Model:
+    checkpoint: Checkpoint = open_checkpoint(path, dtype)
+    config: dict[str, Any] = json.loads(config_text(checkpoint))
+    return loaded(checkpoint, config, longest)
+
+
+def main() -> int:
+    """Answer one request."""
+    try:
+        evaluate(decode_evaluation_request(sys.stdin.buffer.read()))
+    except WorkerError as error:
+        return _failed(str(error))
+    except Exception as error:  # noqa: BLE001
+        # The architectures are not our code: whatever building one raises is shown to a person.
+        return _failed(f"it can't be computed: {type(error).__name__}: {error}")
+    return 0
+
+
+def _failed(message: str) -> int:
+    sys.stderr.write(" ".join(message.split())[:2000] + "\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
