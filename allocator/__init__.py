@@ -15,6 +15,7 @@ from allocator.backends.room import Room
 from allocator.backends.runs import AbandonedRun, abandoned_runs, remove_abandoned
 from allocator.client.client import Client, connect
 from allocator.client.pool import Block, Lease
+from allocator.client.views import PoolView, WeightSetView
 from allocator.client.weights.weight_set import WeightSetReader, WeightSetWriter
 from allocator.daemon.leftovers import Role, remove_leftovers
 from allocator.daemon.settings import OPTIONS, cache_folder, option_arguments, parse_bytes
@@ -73,6 +74,7 @@ __all__ = [
     "NotWriter",
     "OutOfDeviceMemory",
     "Owner",
+    "PoolView",
     "ProcessIdentity",
     "ProcessState",
     "QuotaExceeded",
@@ -89,6 +91,7 @@ __all__ = [
     "WaitTimeout",
     "WeightSetBusy",
     "WeightSetReader",
+    "WeightSetView",
     "WeightSetWriter",
     "abandoned_runs",
     "address_space_failure",

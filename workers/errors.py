@@ -64,10 +64,24 @@ class InvalidSetting(WorkerError):
     code = "invalid_setting"
 
 
-class DeviceLost(BaseException):
-    """Every call of this process to its device fails from now on: the instance must end, so that
-    its requests go on in another. No `Exception`, since whoever keeps an error over one request
-    from ending the instance must let this one pass."""
+class InstanceLost(BaseException):
+    """Base: nothing can be computed any more, so that the instance must end and its requests go on
+    in another. No `Exception`, since whoever keeps an error over one request from ending the
+    instance must let this one pass."""
+
+
+class DeviceLost(InstanceLost):
+    """Every call of this process to its device fails from now on."""
+
+
+class RanksLost(InstanceLost):
+    """The ranks of this instance can't go on together: one has ended, hangs or met an error that
+    the others did not."""
+
+    def __init__(self, message: str, rank: int | None) -> None:
+        """`rank` is the one to blame, where that is known."""
+        super().__init__(message)
+        self.rank: Final = rank
 
 
 class ReadFailed(WorkerError):

@@ -11,7 +11,7 @@ import msgspec
 
 from workers.settings import EngineSettings
 
-PROTOCOL_VERSION: Final = 5
+PROTOCOL_VERSION: Final = 6
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
@@ -165,7 +165,8 @@ class Ready(Message, tag="ready", frozen=True):
     `startup_ms` maps a phase of the start to its length; `loaded` says whether this instance copied
     the weights in (a cold start) or attached to a sealed set, the one under the key `weight_set`.
     `metadata` lies in that set: all that is needed to build the model on it, without its files.
-    `cpu_kernels` names the native decoder's, "" where others compute the model.
+    `cpu_kernels` names the native decoder's, "" where others compute the model. `rank_pids` are
+    the processes that compute it with this one, in the order of their ranks.
     """
 
     version: int
@@ -176,6 +177,7 @@ class Ready(Message, tag="ready", frozen=True):
     startup_ms: dict[str, float]
     metadata: dict[str, str] = {}
     cpu_kernels: Bounded = ""
+    rank_pids: tuple[Count, ...] = ()
 
 
 class StartFailed(Message, tag="start_failed", frozen=True):

@@ -148,6 +148,15 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             description='The same as JSON, {"layer_sharding": ["o_proj", "q_b_proj"]}.',
         ),
     ] = ""
+    tensor_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="Processes that compute the model together in each instance, on views of "
+            "the one copy of its weights.",
+        ),
+    ] = 1
     data_parallel_size: Annotated[
         int, Meta(ge=1, le=1024, description="Ranks of an instance. There is one as yet.")
     ] = 1
@@ -195,6 +204,25 @@ def _said_of(name: str) -> str | None:
     return next((one.extra["is"] for one in metas if one.extra), None)
 
 
+def _check_ranks(settings: EngineSettings) -> None:
+    """What several ranks can't do. Raises InvalidSetting."""
+    asked = f"--tensor-parallel-size is {settings.tensor_parallel_size}, and"
+    if not settings.device.startswith("host"):
+        raise InvalidSetting(
+            f"{asked} --device is {settings.device}: ranks sum in the host's memory, so leave out "
+            "one of them"
+        )
+    if settings.layer_sharding or settings.additional_config:
+        raise InvalidSetting(
+            f"{asked} its ranks have all linears in common already: leave out --layer-sharding"
+        )
+    if settings.offload not in ("auto", "none", "0"):
+        raise InvalidSetting(
+            f"{asked} --offload is {settings.offload}: ranks can't divide layers that are read as "
+            "they are computed, so leave out one of them"
+        )
+
+
 class _AdditionalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer_sharding: tuple[str, ...] = ()
 
@@ -207,6 +235,8 @@ def _consistent(settings: EngineSettings) -> EngineSettings:
             f"as yet: --instances {settings.data_parallel_size} serves as many requests, from one "
             "copy of the weights"
         )
+    if settings.tensor_parallel_size > 1:
+        _check_ranks(settings)
     if not settings.additional_config:
         return settings
     try:

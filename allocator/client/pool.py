@@ -43,7 +43,7 @@ class _Mapped:
     a later allocator has another pool."""
 
     window: PoolWindow
-    segment: str
+    handle: Handle
     epoch: int
     users: Counter[int] = field(default_factory=Counter)
     """By offset, how many Leases and Blocks."""
@@ -101,6 +101,12 @@ class _Held(ABC):
         self._check()
         begin = self.extent.offset
         return self._mapped.window.buffer[begin : begin + self.extent.num_bytes]
+
+    @property
+    def pool(self) -> Handle:
+        """Of the pool that it is in: for a process of one's own that is to map it, by a
+        `PoolView`."""
+        return self._mapped.handle
 
     def window(self) -> "torch.Tensor":
         """The whole pool as this session sees it, uint8 # [num_bytes of the pool]: its own bytes
@@ -338,12 +344,12 @@ class PoolClient:
 
     def _window_of(self, pool: Handle) -> _Mapped:
         current, epoch = self._current, self._connection.epoch
-        if current is None or (current.segment, current.epoch) != (pool.segment, epoch):
+        if current is None or (current.handle.segment, current.epoch) != (pool.segment, epoch):
             # Another pool means an allocator that did not adopt ours: what is mapped of the old one
             # stays as it is, for whoever still views it. In the same pool others may hold it now.
-            if current is not None and current.segment == pool.segment:
+            if current is not None and current.handle.segment == pool.segment:
                 current.close()
-            current = _Mapped(for_handle(pool).open_pool(pool), pool.segment, epoch)
+            current = _Mapped(for_handle(pool).open_pool(pool), pool, epoch)
             self._current = current
         return current
 

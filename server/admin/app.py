@@ -142,6 +142,7 @@ def _instance_status(instance: Instance, num_requests: int) -> InstanceStatus:
     return InstanceStatus(
         name=instance.name,
         pid=instance.pid,
+        rank_pids=list(instance.rank_pids),
         state=instance.state,
         loaded=ready.loaded if ready else None,
         ready_ms=ready.startup_ms.get("total") if ready else None,

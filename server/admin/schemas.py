@@ -22,6 +22,8 @@ class InstanceStatus(BaseModel):
 
     name: str
     pid: int | None
+    rank_pids: list[int] = []
+    """The processes that compute with it, in the order of their ranks, once it is ready."""
     state: State
     loaded: bool | None
     """Whether it copied the weights in, once it is ready."""

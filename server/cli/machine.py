@@ -30,7 +30,7 @@ from workers import ReferenceName
 
 @takes_settings(
     *("num_instances", "max_model_len", "max_num_seqs", "dtype", "weights"),
-    *("device_memory", "offload", "offload_depth"),
+    *("device_memory", "offload", "offload_depth", "tensor_parallel_size"),
 )
 def plan(
     model: Annotated[
@@ -40,9 +40,6 @@ def plan(
         ),
     ],
     options: Options,
-    tensor_parallel_size: Annotated[
-        int, typer.Option(min=1, max=1024, help="Ranks of an instance, to plan for; serve has one.")
-    ] = 1,
     memory: Annotated[
         str | None,
         typer.Option(help="A device to plan for, as 24GB. Default: what is available here."),
@@ -62,7 +59,7 @@ def plan(
         engine = engine_settings(options)
         source = find_model(model)
         with console.err.status(f"reading the headers of {source.name}"):
-            estimate = read_estimate(source, engine, tensor_parallel_size)
+            estimate = read_estimate(source, engine)
         made = make_plan(
             source.name,
             source.path,
@@ -71,7 +68,7 @@ def plan(
                 num_instances=options["num_instances"],
                 max_num_seqs=engine.max_num_seqs,
                 max_model_len=estimate.max_model_len,
-                tensor_parallel_size=tensor_parallel_size,
+                tensor_parallel_size=engine.tensor_parallel_size,
             ),
             read_machine(_size(memory), _size(memory_limit)),
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Final
 
@@ -33,7 +34,6 @@ from server.models.source import find_model
 from server.processes.stopping import answers_nothing, stop_process
 from server.serve import serve as run_server
 from server.settings import MAX_INSTANCES
-from workers import InvalidSetting
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
@@ -57,10 +57,6 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its file's name.")
     ] = None,
-    tensor_parallel_size: Annotated[
-        int,
-        typer.Option(min=1, max=1024, help="Ranks of an instance: 1. `onecopy plan` takes more."),
-    ] = 1,
     runtime_dir: RuntimeDirOption = None,
 ) -> None:
     """Serve MODEL over an OpenAI-compatible REST API.
@@ -71,7 +67,6 @@ def serve(
     """
     _log_to_stderr()
     with one_line_errors():
-        _check_ranks(tensor_parallel_size)
         source = find_model(model)
         told = settings(
             options,
@@ -86,14 +81,6 @@ def serve(
         if told.engine.device == "host":
             check_limits(told.memory_limit)
         asyncio.run(run_server(told))
-
-
-def _check_ranks(tensor_parallel_size: int) -> None:
-    if tensor_parallel_size > 1:
-        raise InvalidSetting(
-            f"--tensor-parallel-size is {tensor_parallel_size}, but an instance that is served has "
-            "one rank: leave it out, or take more --threads"
-        )
 
 
 def scale(
@@ -126,15 +113,15 @@ def ps(
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
         instances = [(one.model, instance) for one in status.models for instance in one.instances]
-        pids = [instance.pid for _, instance in instances]
-        memories = process_memory.read_all(pids, seen(directory))
+        pids = [pid for _, one in instances for pid in (one.pid, *one.rank_pids)]
+        read = process_memory.read_all(pids, seen(directory))
+        memories = dict(zip(pids, read, strict=True))
         if as_json:
-            shown = zip(instances, memories, strict=True)
             print_json(
                 {
                     **status.model_dump(exclude={"instances", "models"}),
                     "models": [one.model_dump(exclude={"instances"}) for one in status.models],
-                    "instances": [_with_memory(*one, memory) for one, memory in shown],
+                    "instances": [_with_memory(*one, memories) for one in instances],
                 }
             )
             return
@@ -143,12 +130,24 @@ def ps(
 
 
 def _with_memory(
-    model: str, instance: InstanceStatus, memory: process_memory.ProcessMemory | None
+    model: str,
+    instance: InstanceStatus,
+    memories: Mapping[int | None, process_memory.ProcessMemory | None],
 ) -> dict[str, object]:
     """As a program is told of it."""
     return {
         **instance.model_dump(),
         "model": model,
+        **_figures(memories.get(instance.pid)),
+        "ranks": [
+            {"rank": rank, "pid": pid, **_figures(memories.get(pid))}
+            for rank, pid in enumerate(instance.rank_pids, 1)
+        ],
+    }
+
+
+def _figures(memory: process_memory.ProcessMemory | None) -> dict[str, int | None]:
+    return {
         "shared_bytes": memory.shared_bytes if memory else None,
         "private_bytes": memory.private_bytes if memory else None,
         "kv_resident_bytes": memory.kv_bytes if memory else None,
@@ -186,10 +185,11 @@ def verify(
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
         ready = [
-            (one.name, one.pid)
+            named
             for model in status.models
             for one in model.instances
             if one.state == "ready" and one.pid
+            for named in _processes_of(one, one.pid)
         ]
         verdict = prove(directory, ready, max_private, digests=digests)
         if as_json:
@@ -199,6 +199,12 @@ def verify(
             console.out.print(verdict_lines(verdict), markup=False)
     if not verdict.holds:
         raise typer.Exit(1)
+
+
+def _processes_of(instance: InstanceStatus, pid: int) -> list[tuple[str, int]]:
+    """(name, process) of an instance and its further ranks."""
+    ranks = enumerate(instance.rank_pids, 1)
+    return [(instance.name, pid), *((f"{instance.name} rank {rank}", pid) for rank, pid in ranks)]
 
 
 def stop(

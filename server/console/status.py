@@ -1,6 +1,6 @@
 """The tables and lines of `onecopy ps`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rich.table import Table
@@ -46,9 +46,11 @@ def warnings(model: ModelStatus) -> list[str]:
 
 
 def instances_table(
-    instances: Sequence[tuple[str, InstanceStatus]], memories: Sequence[ProcessMemory | None]
+    instances: Sequence[tuple[str, InstanceStatus]],
+    memories: Mapping[int | None, ProcessMemory | None],
 ) -> Table:
-    """The body of `onecopy ps`: each instance under the name of its model."""
+    """The body of `onecopy ps`: each instance under the name of its model, with its further ranks;
+    `memories` by their processes."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in (
         ("NAME", "left"),
@@ -63,19 +65,29 @@ def instances_table(
     ):
         # In a narrow terminal the model's name gives way first.
         table.add_column(name, justify=justify, no_wrap=name != "MODEL")  # type: ignore[arg-type]
-    for (model, instance), memory in zip(instances, memories, strict=True):
+    for model, instance in instances:
         table.add_row(
             instance.name,
             str(instance.pid or "-"),
             _state(instance),
             model,
-            size_text(memory.shared_bytes) if memory else "-",
-            size_text(memory.private_bytes) if memory else "-",
-            size_text(memory.kv_bytes) if memory else "-",
+            *_sizes(memories.get(instance.pid)),
             str(instance.num_requests),
             duration_text(instance.ready_ms) if instance.ready_ms is not None else "-",
         )
+        for rank, pid in enumerate(instance.rank_pids, 1):
+            table.add_row(f"  rank {rank}", str(pid), "", "", *_sizes(memories.get(pid)), "", "")
     return table
+
+
+def _sizes(memory: ProcessMemory | None) -> tuple[str, str, str]:
+    if memory is None:
+        return "-", "-", "-"
+    return (
+        size_text(memory.shared_bytes),
+        size_text(memory.private_bytes),
+        size_text(memory.kv_bytes),
+    )
 
 
 def _state(instance: InstanceStatus) -> str:

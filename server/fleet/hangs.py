@@ -4,6 +4,7 @@ Owns how long each thing may take. Invariant: an instance is looked at, never as
 costs no more than reading a file. What is done about one that hangs is the fleet's.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -11,7 +12,7 @@ from typing import Final
 from allocator import ProcessState
 from server.fleet.forks import WAITING_AT_START_S
 from server.fleet.instance import Instance
-from server.processes.vital_signs import LOOK_EVERY_S
+from server.processes.vital_signs import LOOK_EVERY_S, VitalSigns
 
 LONGEST_END_S: Final = 2.0
 """What an instance without requests may take to end."""
@@ -48,6 +49,13 @@ def hang_of(instance: Instance, pid: int, hang_timeout_s: float) -> Hang | None:
     owes = starts or since is not None or num_read < instance.num_sent
     signs.look(now, ProcessState.of(pid), owes=owes)
     instance.unresponsive_since = signs.quiet_since
+    for rank, rank_pid in enumerate(instance.rank_pids, 1):
+        # What waits for the first rank may wait: that it does not come on shows in the first.
+        of_rank = instance.rank_signs.setdefault(rank_pid, VitalSigns())
+        of_rank.look(now, ProcessState.of(rank_pid), owes=False)
+        instance.unresponsive_since = instance.unresponsive_since or of_rank.quiet_since
+        if of_rank.is_hung(hang_timeout_s, math.inf):
+            return Hang(f"its rank {rank} (pid {rank_pid}) hangs: {of_rank}", by_itself=False)
     if signs.is_hung(hang_timeout_s, WAITING_AT_START_S if starts else _WAITING_S):
         return Hang(f"it hangs: {signs}", by_itself=not signs.is_stopped)
     if since is not None and now - since > _LONGEST_STEP_S:

@@ -49,10 +49,17 @@ class Instance:
     num_sent: int = 0
     """Messages that it was sent."""
     signs: VitalSigns = field(default_factory=VitalSigns, repr=False)
+    rank_signs: dict[int, VitalSigns] = field(default_factory=dict, repr=False)
+    """By the processes of its further ranks."""
     num_idle_looks: int = 0
     """How often in a row it was seen without requests, though it is to end."""
     unresponsive_since: float | None = None
     """Since when it has shown no sign of life, though it should."""
+
+    @property
+    def rank_pids(self) -> tuple[int, ...]:
+        """The processes that compute with it, in the order of their ranks, once it is ready."""
+        return self.ready.rank_pids if self.ready is not None else ()
 
     @property
     def is_gone(self) -> bool:

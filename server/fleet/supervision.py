@@ -187,7 +187,14 @@ class Supervision:
                 instance.name,
                 instance.pid,
                 instance.state,
-                instance.signs,
+                next(
+                    (
+                        f"its rank with pid {pid} is {signs}"
+                        for pid, signs in instance.rank_signs.items()
+                        if signs.quiet_since is not None
+                    ),
+                    instance.signs,
+                ),
             )
         else:
             log.info("instance %s moves again", instance.name)

@@ -327,13 +327,11 @@ def _offload(found: OffloadEstimate | None) -> Offload | None:
     return None if found is None else Offload(**msgspec.structs.asdict(found))
 
 
-def read_estimate(
-    source: ModelSource, engine: EngineSettings, tensor_parallel_size: int
-) -> Estimate:
+def read_estimate(source: ModelSource, engine: EngineSettings) -> Estimate:
     """Let a process of the workers' room read the model's headers; seconds, most of them torch's
     import. Raises PlanFailed with its one line."""
     command = module_command("workers.estimate", str(source.path), "--dtype", engine.dtype)
-    command += ["--tensor-parallel-size", str(tensor_parallel_size)]
+    command += ["--tensor-parallel-size", str(engine.tensor_parallel_size)]
     command += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
     command += [
         "--weights",

@@ -72,12 +72,16 @@ class KVCache:
         device: torch.device | None = None,
         prefix_caching: bool = True,
         private_limit_bytes: int | None = None,
+        private: PrivateSource | None = None,
     ) -> None:
         """`weights` identifies the bytes of the weights, for the index. Without a `pool` all memory
-        is this process's own, `private_limit_bytes` at most (None: a default for emergencies)."""
+        is this process's own, `private_limit_bytes` at most (None: a default for emergencies), or
+        comes from `private`."""
         self.layout = layout
         self._pool = pool
-        if private_limit_bytes is None:
+        if private is not None:
+            self._private = private
+        elif private_limit_bytes is None:
             self._private = PrivateSource(layout, device)
         else:
             self._private = PrivateSource(layout, device, private_limit_bytes)

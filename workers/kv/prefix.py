@@ -18,7 +18,9 @@ from workers.kv.layout import KVLayout
 
 def root_digest(weights: str, layout: KVLayout, salt: str = "") -> bytes:
     """The predecessor of a sequence's first block. `weights` identifies their bytes."""
-    shape = [(layer.num_heads, layer.head_dim) for layer in layout.layers]
+    shape = [
+        [(layer.num_heads, layer.head_dim) for layer in layers] for layers in layout.all_layers
+    ]
     facts = (weights, str(layout.dtype), layout.block_size, shape, salt)
     return hashlib.sha256(repr(facts).encode()).digest()
 

@@ -7,6 +7,7 @@ files, shared memory, scheduling or sampling, who computes the layers, or where 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class Model:
         self.geometry = geometry
         self.kernels: str | None = None
         """The native decoder's, once it computes."""
+        self.passes: Callable[[Batch], AbstractContextManager[None]] = lambda _batch: nullcontext()
+        """In which each pass is made: so other ranks are told of it."""
         self._placement = placement
         self._ranks = ranks
         self._shard = shard
@@ -81,8 +84,9 @@ class Model:
         Raises RankError where other ranks can't go on.
         """
         result: torch.Tensor | None = None
-        for stretch in self._placement.stretches():
-            result = stretch.forward(batch, result)
+        with self.passes(batch):
+            for stretch in self._placement.stretches():
+                result = stretch.forward(batch, result)
         batch.commit()
         assert result is not None  # noqa: S101 - there is a layer
         return result
@@ -121,13 +125,23 @@ class Model:
         self.kernels = decoder.kernels
         return None
 
-    def warm_up(self) -> None:
+    def compute_by_modules(self) -> None:
+        """From now on compute by transformers' modules, as before `accelerate`. As there."""
+        self._placement.use(self._modules)
+        self.kernels = None
+
+    def warm_up(self, memory: PrivateSource | None = None) -> None:
         """Compute one token and forget it, so that what is slow the first time, or not supported
-        by this architecture after all (`UnsupportedCheckpoint`), shows before a request does."""
+        by this architecture after all (`UnsupportedCheckpoint`), shows before a request does. Its
+        keys and values are in `memory`, by default this process's own."""
         layout = self.geometry.kv_layout
-        table = BlockTable(layout, PrivateSource(layout, self.device).lease(1))
-        with architecture_errors(f"{self.geometry.architecture} can't compute a token"):
-            self.forward(Batch.of([Part(table, [0], 1)]))
+        memory = memory or PrivateSource(layout, self.device)
+        table = BlockTable(layout, memory.lease(1))
+        try:
+            with architecture_errors(f"{self.geometry.architecture} can't compute a token"):
+                self.forward(Batch.of([Part(table, [0], 1)]))
+        finally:
+            memory.release(table.clear())
 
 
 def preload(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -173,5 +187,5 @@ def build_model(
         move_buffers(module, placement.device)
         module.requires_grad_(False)
         module.eval()
-        geometry = geometry_of(module, dtype, placement.device, eos_token_ids)
+        geometry = geometry_of(module, dtype, placement.device, eos_token_ids, shard)
         return Model(module, geometry, placement, ranks, shard)

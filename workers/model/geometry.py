@@ -14,6 +14,7 @@ from workers.config.context_length import max_positions
 from workers.config.ends import end_tokens
 from workers.kv.layout import KVLayer, KVLayout
 from workers.messages import ModelFacts
+from workers.model.tensor_parallel import Shard
 from workers.skeleton.decoder import attentions, head_dim
 
 
@@ -58,24 +59,37 @@ def geometry_of(
     dtype: torch.dtype,
     device: torch.device,
     eos_token_ids: Sequence[int] | None,
+    shard: Shard | None = None,
 ) -> Geometry:
-    """Of a module with its weights, computed on `device`; `eos_token_ids` None are its config's."""
+    """Of a module with its weights, computed on `device`; `eos_token_ids` None are its config's.
+    Where it is one rank's `shard`, what is counted is all ranks' together."""
     config = module.config
     layers = []
     for part in attentions(module):
         groups = getattr(part, "num_key_value_groups", 1)
         layers.append(KVLayer(config.num_attention_heads // groups, head_dim(part) or 0))
-    parameters = list(module.parameters())
+    of_ranks: tuple[tuple[KVLayer, ...], ...] = ()
+    if shard is None:
+        parameters = list(module.parameters())
+        num_parameters = sum(part.numel() for part in parameters)
+        weights_bytes = sum(part.nbytes for part in parameters)
+    else:
+        num_parameters, weights_bytes = shard.num_parameters, shard.weights_bytes
+        of_ranks = tuple(
+            tuple(KVLayer(num_heads, layer.head_dim) for layer in layers)
+            for num_heads in shard.num_kv_heads
+        )
+    rank = 0 if shard is None else shard.rank
     return Geometry(
         architecture=type(module).__name__,
         vocab_size=config.vocab_size,
         max_model_len=max_positions(config),
         eos_token_ids=_eos_token_ids(config) if eos_token_ids is None else tuple(eos_token_ids),
-        kv_layout=KVLayout.on(device, tuple(layers), dtype),
+        kv_layout=KVLayout.on(device, tuple(layers), dtype, of_ranks, rank),
         sliding_windows=_sliding_windows(config),
         attention_span=_attention_span(module),
-        num_parameters=sum(part.numel() for part in parameters),
-        weights_bytes=sum(part.nbytes for part in parameters),
+        num_parameters=num_parameters,
+        weights_bytes=weights_bytes,
     )
 
 

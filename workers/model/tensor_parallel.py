@@ -41,6 +41,12 @@ class _Cut:
 class Shard:
     """What a rank has of a module that was built on meta and is narrow now."""
 
+    rank: int
+    num_kv_heads: tuple[int, ...]
+    """Of each rank."""
+    num_parameters: int
+    """The module's, before it was cut."""
+    weights_bytes: int
     cuts: dict[str, _Cut] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     """Parameters that another rank has."""
@@ -106,7 +112,9 @@ class _Narrowed:
         self.module = module
         self.rank = rank
         self.num_ranks = num_ranks
-        self.shard = Shard()
+        parameters = list(module.parameters())
+        num_bytes = sum(one.nbytes for one in parameters)
+        self.shard = Shard(rank, (), sum(one.numel() for one in parameters), num_bytes)
         self.plan: Mapping[str, str] = getattr(module.config, "base_model_tp_plan", None) or {}
         if not self.plan:
             self._refuse("has no base_model_tp_plan in transformers, so nobody says how to cut it")
@@ -117,7 +125,9 @@ class _Narrowed:
         shares = {self._heads(attention) for attention in own}
         if len(shares) != 1 or len({head_dim(attention) for attention in own}) != 1:
             self._refuse("has layers with other numbers of heads than the rest")
-        [heads] = shares
+        [[*of_ranks]] = shares
+        heads = of_ranks[rank]
+        self.shard.num_kv_heads = tuple(one.keys_values.size for one in of_ranks)
         for attention in own:
             self._narrow_attention(names[attention], attention, heads)
         self._narrow_rest({names[attention] for attention in own})
@@ -145,10 +155,10 @@ class _Narrowed:
         if not any(self._style(name) in _CUT for name in kinds):
             self._refuse("has a base_model_tp_plan that names none of its parts")
 
-    def _heads(self, attention: Any) -> HeadShare:
+    def _heads(self, attention: Any) -> tuple[HeadShare, ...]:
         num_heads = int(self.module.config.num_attention_heads)
         groups = int(getattr(attention, "num_key_value_groups", 1))
-        return head_shares(num_heads, num_heads // groups, self.num_ranks)[self.rank]
+        return head_shares(num_heads, num_heads // groups, self.num_ranks)
 
     # --- attention
 

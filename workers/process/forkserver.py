@@ -20,9 +20,14 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from typing import Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from workers.process import linux
+
+if TYPE_CHECKING:
+    from workers.kv.common import CommonMemory
+    from workers.process.rank_link import Link
 
 MAX_FRAME_BYTES: Final = 1 << 16
 
@@ -51,7 +56,8 @@ def _preload(model: str, dtype: str, descriptor: int | None) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
-    import workers.process.instance  # noqa: F401 - what it needs is imported here once
+    import workers.process.instance
+    import workers.process.rank_follow  # noqa: F401 - what they need is imported here once
     from workers.checkpoint import metadata_of, open_checkpoint
     from workers.config.encoder_settings import task_of
     from workers.model import encoder as encoder
@@ -168,10 +174,16 @@ def _become_instance(
         from workers.messages import decode_start
         from workers.process import instance
         from workers.process.pulse import Pulse
+        from workers.process.rank_processes import RankProcesses
 
         linux.die_with(pipe)
         forkserver.release_in_child(selector)
-        status = instance.run(decode_start(frame).spec, Pulse(pulse))
+        spec = decode_start(frame).spec
+        processes = None
+        if (size := spec.settings.tensor_parallel_size) > 1:
+            work = partial(_work_of_rank, num_ranks=size)
+            processes = RankProcesses(spec.name, size, (pipe, pulse), work)
+        status = instance.run(spec, Pulse(pulse), processes)
     except BaseException:
         logging.getLogger("onecopy.instance").exception("an instance ended by an error of ours")
     finally:
@@ -180,6 +192,12 @@ def _become_instance(
         sys.stderr.flush()
         # Not sys.exit: the parent's exit handlers and buffers are not ours to run.
         os._exit(status)
+
+
+def _work_of_rank(rank: int, link: "Link", memory: "CommonMemory", num_ranks: int) -> int:
+    from workers.process.rank_follow import follow
+
+    return follow(rank, num_ranks, link, memory)
 
 
 if __name__ == "__main__":

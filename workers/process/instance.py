@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -36,11 +36,12 @@ from workers.checkpoint import (
     attach_served,
 )
 from workers.config.architecture import architecture_errors
+from workers.config.context_length import max_positions
 from workers.config.encoder_settings import task_of
 from workers.engine.embed import EmbeddingEngine
 from workers.engine.generate import GenerationEngine
 from workers.engine.protocol import Engine
-from workers.errors import DeviceLost, InvalidSetting, WorkerError
+from workers.errors import InstanceLost, InvalidSetting, RanksLost, WorkerError
 from workers.kv.cache import KVCache
 from workers.kv.source import PoolSource
 from workers.messages import (
@@ -66,15 +67,19 @@ from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
 from workers.packed_format import decoded
+from workers.placement.all_reduce import AllReduce
 from workers.placement.choice import choose
 from workers.placement.packing import open_as_served
 from workers.placement.place import place
 from workers.placement.series_choice import check_series
 from workers.process import linux
 from workers.process.cores import SharedCores
+from workers.process.first_rank import FirstRank
 from workers.process.inbox import named
 from workers.process.outbox import frames
 from workers.process.pulse import Pulse
+from workers.process.rank_processes import RankProcesses, end_as
+from workers.skeleton.decoder import skeleton
 from workers.weight_format import float_dtype
 
 log = logging.getLogger("onecopy.instance")
@@ -87,8 +92,24 @@ _STALLED_MS: Final = 20
 """How long to wait before asking again for KV memory where there was none."""
 
 
-def run(spec: InstanceSpec, pulse: Pulse) -> int:
-    """The instance's whole life. Returns the process's exit status."""
+def run(spec: InstanceSpec, pulse: Pulse, processes: RankProcesses | None = None) -> int:
+    """The instance's whole life; `processes` are its further ranks. Returns the process's exit
+    status, unless a rank was ended by a signal: then that ends this process, too."""
+    ended = None
+    try:
+        status, lost = _run(spec, pulse, processes)
+        if processes is not None and isinstance(lost, RanksLost):
+            ended = processes.status(lost.rank)
+    finally:
+        if processes is not None:
+            processes.close()
+    end_as(ended)
+    return status
+
+
+def _run(
+    spec: InstanceSpec, pulse: Pulse, processes: RankProcesses | None
+) -> tuple[int, InstanceLost | None]:
     linux.set_process_name(f"onecopy:{spec.name}")
     context = zmq.Context(io_threads=1)
     server = context.socket(zmq.DEALER)
@@ -98,17 +119,26 @@ def run(spec: InstanceSpec, pulse: Pulse) -> int:
     server.setsockopt(zmq.IPC_FILTER_PID, spec.server_pid)
     server.bind(spec.engines)
     try:
-        return _Instance(spec, server, pulse).run()
-    except DeviceLost:
+        return _Instance(spec, server, pulse, processes).run(), None
+    except RanksLost as lost:
+        log.error("instance %s ends, and its requests go on elsewhere: %s", spec.name, lost)  # noqa: TRY400 - nobody's code is to blame
+        return 1, lost
+    except InstanceLost as lost:
         log.exception("instance %s ends, and its requests go on elsewhere", spec.name)
-        return 1
+        return 1, lost
     finally:
         server.close()
         context.term()
 
 
 class _Instance:
-    def __init__(self, spec: InstanceSpec, server: "zmq.Socket[bytes]", pulse: Pulse):
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        server: "zmq.Socket[bytes]",
+        pulse: Pulse,
+        processes: RankProcesses | None,
+    ):
         self._spec = spec
         self._settings = spec.settings
         self._server = server
@@ -119,6 +149,8 @@ class _Instance:
         self._cores: SharedCores | None = None
         self._resources = contextlib.ExitStack()
         """What must end before the session."""
+        self._processes = processes
+        self._ranks: FirstRank | None = None
         self._warm_up: Callable[[], None] | None = None
         """A first pass, where none was made yet."""
 
@@ -158,39 +190,46 @@ class _Instance:
 
     def _start(self, memory: Client) -> Engine:
         spec, settings = self._spec, self._settings
-        torch.set_num_threads(spec.num_threads)
+        torch.set_num_threads(self._threads()[0])
         weights, eos_token_ids = self._attach(memory)
         dtype = weights.dtype or float_dtype(weights.tensors)
         self._ended("weights")
         if settings.threads is None:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
             self._cores = SharedCores(cores, os.getpid())
+        self._check_ranks(weights)
         if task_of(weights.metadata) == "embed":
             return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
         placement = place(memory, weights, settings.offload_depth, self._resources)
-        packed = decoded(weights.metadata)
-        model = build_model(config, placement, dtype, eos_token_ids, packed=packed)
-        limit = model.geometry.max_model_len
-        max_model_len = self._max_model_len(limit, limit)
-        model.workspace_bytes = settings.attention_workspace
         drafted = settings.max_num_seqs * (1 + settings.num_speculative_tokens)
         most_rows = settings.max_num_batched_tokens + drafted
         self._check_kernels()
+        group = self._form_ranks(memory, weights, config, dtype, most_rows)
+        packed = decoded(weights.metadata)
+        model = build_model(config, placement, dtype, eos_token_ids, group, packed)
+        limit = model.geometry.max_model_len
+        max_model_len = self._max_model_len(limit, limit)
+        model.workspace_bytes = settings.attention_workspace
         most, now = self._threads()
         reason = model.accelerate(most_rows, max_model_len, most, now, settings.cpu_kernels)
+        layout = model.geometry.kv_layout
+        own_memory = None
+        if self._ranks is not None:
+            reason = self._ranks.agree(model, reason)
+            own_memory = self._ranks.source(layout)
         self._ended("model")
         if weights.loaded:  # who loads a model finds out whether it can be computed at all
             self._log_kernels(model.geometry.architecture, model.kernels, reason)
-            model.warm_up()
+            model.warm_up(own_memory)
             self._ended("first_forward")
-        layout = model.geometry.kv_layout
         kv = KVCache(
             layout,
             PoolSource(memory, layout),
             weights=weights.identity(model.kernels),
             device=model.device,
             prefix_caching=settings.prefix_caching,
+            private=own_memory,
         )
         engine = GenerationEngine(
             model,
@@ -205,8 +244,50 @@ class _Instance:
             works_on=self._pulse.works_on,
         )
         facts = model.geometry.facts(max_model_len)
-        self._announce(facts, weights, model.kernels, model.warm_up)
+        warm_up = functools.partial(model.warm_up, own_memory)
+        self._announce(facts, weights, model.kernels, warm_up)
         return engine
+
+    def _check_ranks(self, weights: AttachedWeights) -> None:
+        """Raises InvalidSetting where several can't compute these."""
+        size = self._settings.tensor_parallel_size
+        if size == 1:
+            return
+        if task_of(weights.metadata) == "embed":
+            raise InvalidSetting(
+                f"--tensor-parallel-size is {size}, and a model that embeds is not divided: leave "
+                f"it out; --instances {size} serves as many requests, from one copy of the weights"
+            )
+        if weights.offloaded is not None:
+            raise InvalidSetting(
+                f"--tensor-parallel-size is {size}, and layers of this model are offloaded, which "
+                "ranks can't divide: leave out one of --tensor-parallel-size, --offload and "
+                "--device-memory"
+            )
+
+    def _form_ranks(
+        self,
+        memory: Client,
+        weights: AttachedWeights,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        max_rows: int,
+    ) -> AllReduce | None:
+        """Those that compute the model together; None for one."""
+        if self._processes is None:
+            return None
+        module = skeleton(config, dtype)
+        limit = max_positions(module.config)
+        self._ranks = FirstRank(self._processes, *self._threads())
+        self._resources.callback(self._ranks.close)
+        return self._ranks.form(
+            memory,
+            weights,
+            self._settings,
+            module.get_input_embeddings().embedding_dim,
+            max_rows,
+            self._max_model_len(limit, limit),
+        )
 
     def _attach(self, memory: Client) -> tuple[AttachedWeights, tuple[int, ...] | None]:
         """The set that is served, wherever it is, and the tokens that end an answer; what was
@@ -267,10 +348,13 @@ class _Instance:
         return asked
 
     def _threads(self) -> tuple[int, Callable[[], int] | None]:
-        """The most that a step may use, and what says how many now."""
-        if self._cores is None:
-            return self._spec.num_threads, None
-        return self._cores.num_cores, self._cores.fair_part
+        """The most that a step may use on each rank, and what says how many now."""
+        size, cores = self._settings.tensor_parallel_size, self._cores
+        if cores is None:
+            return max(1, self._spec.num_threads // size), None
+        if size == 1:
+            return cores.num_cores, cores.fair_part
+        return max(1, cores.num_cores // size), lambda: max(1, cores.fair_part() // size)
 
     def _log_kernels(self, architecture: str, kernels: str | None, reason: str | None) -> None:
         how = f"by transformers: {reason}" if reason else f"by kernels for {kernels}"
@@ -303,6 +387,7 @@ class _Instance:
             startup_ms=self._phases,
             metadata=weights.facts,
             cpu_kernels=kernels or "",
+            rank_pids=() if self._ranks is None else self._ranks.pids,
         )
         # What the checkpoint says went into it; the server would drop what does not fit, and wait.
         with architecture_errors(f"{facts.architecture} can't be served by this config.json"):
@@ -344,6 +429,8 @@ class _Instance:
             wake_read.setblocking(False)
             wake_write.setblocking(False)
             poller.register(wake_read.fileno(), zmq.POLLIN)
+            for link in () if self._ranks is None else self._ranks.links:
+                poller.register(link.fileno(), zmq.POLLIN)
             signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
             signal.signal(signal.SIGTERM, lambda _number, _frame: self._drain())
             try:
@@ -359,6 +446,8 @@ class _Instance:
             events = dict(poller.poll(wait_ms if had_work else None))
             if wake.fileno() in events:
                 wake.recv(4096)
+            if self._ranks is not None:
+                self._ranks.check()
             if self._server in events:
                 self._read(engine)
                 self._pulse.end()
@@ -378,6 +467,8 @@ class _Instance:
         if not engine.has_work:
             if self._cores is not None:
                 self._cores.end()
+            if self._ranks is not None:
+                self._ranks.rest()
             linux.trim_heap()
             self._check(engine)
 

@@ -44,6 +44,8 @@ class WeightSetReader:
         self._connection = connection
         self._epoch = connection.epoch
         self.key = key
+        self.sealed = sealed
+        """For a process of one's own that is to map it, by a `WeightSetView`."""
         self.handle = sealed.handle
         self.files = sealed.files
         self._mappings: list[backends.Mapping] = []

@@ -1,6 +1,7 @@
 """Every setting is an option of `onecopy serve`, under one name and within its own bounds."""
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from server.cli.setting_options import (
     takes_settings,
 )
 from server.settings import Settings
-from workers import EngineSettings, InvalidSetting
+from workers import EngineSettings, InvalidSetting, checked
 
 KNOWN = {"model": "/m", "served_model_name": "m", "runtime_dir": "/r"}
 
@@ -118,7 +119,18 @@ def test_a_number_out_of_bounds_is_refused_at_once(arguments: tuple[str, str]) -
     assert arguments[0] in result.stderr
 
 
-def test_several_ranks_are_refused_at_once_by_name() -> None:
-    result = CliRunner().invoke(app, ["serve", "/no/such/model", "--tensor-parallel-size", "2"])
-    assert result.exit_code == 1
-    assert "--tensor-parallel-size is 2" in result.stderr
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("device", "cuda:0", "ranks sum in the host's memory"),
+        ("layer_sharding", "o_proj", "leave out --layer-sharding"),
+        ("additional_config", '{"layer_sharding": ["o_proj"]}', "leave out --layer-sharding"),
+        ("offload", "all", "--offload is all: ranks can't divide"),
+        ("tensor_parallel_size", 65, "--tensor-parallel-size is 65"),
+    ],
+)
+def test_what_several_ranks_can_not_do_is_refused_by_name(
+    name: str, value: object, says: str
+) -> None:
+    with pytest.raises(InvalidSetting, match=re.escape(says)):
+        checked({"tensor_parallel_size": 2, name: value})

@@ -52,6 +52,11 @@ def supports(module: Any, dtype: torch.dtype, kernels: str = "auto") -> str | No
     return None
 
 
+def num_summed(max_rows: int, hidden_size: int) -> int:
+    """Numbers that ranks sum at a time for passes of up to so many rows."""
+    return max_rows * -(-hidden_size // _PADDING) * _PADDING
+
+
 class NativeDecoder:
     """Not for several threads at a time; they would wait for each other.
 
@@ -94,7 +99,7 @@ class NativeDecoder:
         """Each with its weights where the module has them."""
         self._ranks = ranks
         if ranks is not None:
-            spec.ranks = _sums(ranks, max_rows * -(-spec.hidden_size // _PADDING) * _PADDING)
+            spec.ranks = _sums(ranks, num_summed(max_rows, spec.hidden_size))
         self._sees_all = family_of(module).sees_all
         self._rotary: Any = getattr(base, "rotary_emb", None)
         self._rope_kinds = rope_tables(module)

@@ -1,0 +1,122 @@
+"""What the first rank of an instance has of the others: processes, memory for sums, its word.
+
+Owns the way from forked processes to ranks that compute, and back. Invariants: all compute by the
+same kernels, or all by transformers' modules, since these sum other numbers; whoever can't go on
+ends the instance. Does not know requests.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Final
+
+from allocator import Client
+from workers.checkpoint import AttachedWeights
+from workers.kv.common import CommonSource
+from workers.kv.layout import KVLayout
+from workers.model.batch import Batch
+from workers.model.decoder import Model
+from workers.model.native.decoder import num_summed
+from workers.placement.all_reduce import AllReduce, form, num_bytes
+from workers.process.rank_lead import Lead
+from workers.process.rank_link import Link
+from workers.process.rank_messages import Begin
+from workers.process.rank_processes import RankProcesses
+from workers.settings import EngineSettings
+
+TIMEOUT_S: Final = 60.0
+"""How long a rank waits for another. Who looks at the processes sees one that is stopped before."""
+_PREPARED_S: Final = 300.0
+"""What building a rank's part may take beyond the first rank's."""
+
+
+class FirstRank:
+    """One thread calls it."""
+
+    def __init__(
+        self,
+        processes: RankProcesses,
+        num_threads: int,
+        threads_now: Callable[[], int] | None,
+    ) -> None:
+        """Each rank computes with up to `num_threads` threads, `threads_now` of them in a pass;
+        None are all."""
+        self._processes = processes
+        self._num_threads = num_threads
+        self._lead = Lead(processes.links, TIMEOUT_S, threads_now or (lambda: num_threads))
+        self._group: AllReduce | None = None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of the others, in the order of their ranks."""
+        return tuple(self._processes.pids)
+
+    @property
+    def links(self) -> list[Link]:
+        """Readable where a rank has ended: `check` says so."""
+        return self._processes.links
+
+    def form(
+        self,
+        memory: Client,
+        weights: AttachedWeights,
+        settings: EngineSettings,
+        hidden_size: int,
+        max_rows: int,
+        max_model_len: int,
+    ) -> AllReduce:
+        """Let the others build their parts of the model, and be their group's first member. Raises
+        RankError, AllocatorError."""
+        num_ranks = self._processes.num_ranks
+        capacity = num_summed(max_rows, hidden_size)
+        lease = memory.lease(num_bytes(num_ranks, capacity))
+        form(lease.tensor(), num_ranks, capacity)
+        begin = Begin(
+            pool=lease.pool,
+            group=lease.extent,
+            weights=weights.reader.sealed,
+            max_rows=max_rows,
+            max_model_len=max_model_len,
+            num_threads=self._num_threads,
+            kernels=settings.cpu_kernels,
+            attention_workspace=settings.attention_workspace,
+            timeout_s=TIMEOUT_S,
+        )
+        self._lead.begin(begin, lease)
+        self._group = AllReduce(lease.tensor(), 0, num_ranks, TIMEOUT_S)
+        return self._group
+
+    def agree(self, model: Model, reason: str | None) -> str | None:
+        """When all have built their parts, `model` being this one's: compute it together. `reason`
+        is why the kernels can't compute this one, if so; returns why they can't compute all.
+        Raises RankError."""
+        prepared = self._lead.prepared(_PREPARED_S)
+        kernels = {one.kernels for one in prepared} | {model.kernels or ""}
+        if len(kernels) > 1 or "" in kernels:
+            reasons = [reason, *(one.reason for one in prepared)]
+            reason = next((one for one in reasons if one), "ranks with other kernels")
+            model.compute_by_modules()
+        self._lead.compute(natively=model.kernels is not None)
+        model.passes = self.passes
+        return reason
+
+    def source(self, layout: KVLayout) -> CommonSource:
+        """Blocks without an allocator."""
+        return CommonSource(layout, self._processes.memory)
+
+    def passes(self, batch: Batch) -> AbstractContextManager[None]:
+        """In which each pass is made. Raises RanksLost."""
+        return self._lead.passes(batch)
+
+    def rest(self) -> None:
+        """Nobody computes for now. Raises RanksLost."""
+        self._lead.rest()
+
+    def check(self) -> None:
+        """Raises RanksLost where a rank has ended since it was last waited for."""
+        self._lead.check()
+
+    def close(self) -> None:
+        """End the others, and wait for them. Idempotent."""
+        if self._group is not None:
+            self._group.close()
+        self._processes.close()
