@@ -108,6 +108,7 @@ class Server:
         status = self.status()
         pids = [status["pid"], status["forkserver_pid"]]
         pids += [one["pid"] for one in status["instances"]]
+        pids += [pid for one in status["instances"] for pid in one["rank_pids"]]
         if owner := RuntimeDir.open(self.runtime_dir).owner("allocator"):
             pids.append(owner.pid)
         self.identities |= {known for pid in pids if pid and (known := ProcessIdentity.of(pid))}

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -197,7 +197,6 @@ class _Instance:
         if settings.threads is None:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
             self._cores = SharedCores(cores, os.getpid())
-        self._check_ranks(weights)
         if task_of(weights.metadata) == "embed":
             return self._start_embedding(memory, weights, dtype)
         config = json.loads(weights.metadata["config"])
@@ -248,21 +247,13 @@ class _Instance:
         self._announce(facts, weights, model.kernels, warm_up)
         return engine
 
-    def _check_ranks(self, weights: AttachedWeights) -> None:
-        """Raises InvalidSetting where several can't compute these."""
+    def _check_ranks(self, metadata: Mapping[str, str]) -> None:
+        """Raises InvalidSetting where several can't compute this model."""
         size = self._settings.tensor_parallel_size
-        if size == 1:
-            return
-        if task_of(weights.metadata) == "embed":
+        if size > 1 and task_of(metadata) == "embed":
             raise InvalidSetting(
                 f"--tensor-parallel-size is {size}, and a model that embeds is not divided: leave "
                 f"it out; --instances {size} serves as many requests, from one copy of the weights"
-            )
-        if weights.offloaded is not None:
-            raise InvalidSetting(
-                f"--tensor-parallel-size is {size}, and layers of this model are offloaded, which "
-                "ranks can't divide: leave out one of --tensor-parallel-size, --offload and "
-                "--device-memory"
             )
 
     def _form_ranks(
@@ -300,6 +291,7 @@ class _Instance:
             except UnknownWeightSet:
                 log.info("%s is not in memory any more", spec.weight_set)
         checkpoint = open_as_served(spec.model, self._settings)
+        self._check_ranks(checkpoint.metadata())
         check_series(checkpoint, self._settings)
         ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
         weights = attach(
