@@ -9,7 +9,7 @@ business.
 Standard output holds one JSON document. A model that can't be served is one line on standard error
 that names the fix, and exit status 1.
 
-    split over K ranks, by transformers' own plan for the architecture (`base_model_tp_plan`):
+    split over K devices, by transformers' own plan for the architecture (`base_model_tp_plan`):
 
     by columns   weight [out / K, in], bias [out / K]       query, key, value, gate, up projections
     by rows      weight [out, in / K], bias whole           output and down projections
@@ -40,12 +40,15 @@ from workers.messages import Estimate, OffloadEstimate, RankEstimate
 from workers.model.attention import DEFAULT_WORKSPACE_BYTES
 from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
+from workers.model.geometry import geometry_of
+from workers.model.tensor_parallel import narrow
 from workers.packed_format import decoded
 from workers.placement.choice import Proposal, propose
 from workers.placement.forecast import memory_bytes_per_s, read_bytes_per_s
 from workers.placement.packing import open_as_served
 from workers.placement.resident import Resident
 from workers.settings import EngineSettings, checked
+from workers.skeleton.decoder import skeleton
 from workers.skeleton.packed import weight_shapes
 from workers.weight_format import float_dtype
 
@@ -75,8 +78,6 @@ _PARTS: Final[Mapping[str, Part]] = {
 """transformers' styles (5.23, distributed/tensor_parallel.py). Embeddings and the output head could
 be split as well, but a lookup and a choice of tokens would then need all ranks: they are not."""
 
-_SIZES_SHOWN: Final = 8
-
 
 def main() -> int:
     """Print the estimate, or one line of what is wrong."""
@@ -102,6 +103,7 @@ def main() -> int:
                 "offload": arguments.offload,
                 "offload_depth": arguments.offload_depth,
                 "device_memory": arguments.device_memory,
+                "tensor_parallel_size": arguments.tensor_parallel_size,
             }
         )
         found = estimate(
@@ -132,7 +134,7 @@ def estimate(
     those that say which layers are offloaded.
 
     Raises CheckpointError as loading it would, and InvalidSetting where the model is shorter than
-    `max_model_len` or can't be split into `tensor_parallel_size` equal parts.
+    `max_model_len` or has less to divide than `tensor_parallel_size` ranks.
     """
     tensors = checkpoint.tensors()
     metadata = metadata_of(checkpoint)
@@ -159,9 +161,8 @@ def estimate(
         metadata = {**metadata, OFFLOADED: proposal.layers.encoded()}
     rank = None
     if tensor_parallel_size > 1:
-        if proposal is not None:
-            raise InvalidSetting("--offload and --tensor-parallel-size don't go together yet")
         rank = _rank(model, tensors, metadata, max_model_len, tensor_parallel_size)
+        layout = _layout_of_ranks(metadata, dtype, tensor_parallel_size)
     return Estimate(
         architecture=model.geometry.architecture,
         dtype=str(dtype).removeprefix("torch."),
@@ -228,21 +229,31 @@ def _prefill_bytes(model: Model, num_tokens: int, max_model_len: int) -> int:
 # --- tensor parallelism
 
 
+def _layout_of_ranks(metadata: Mapping[str, str], dtype: torch.dtype, size: int) -> KVLayout:
+    """Of keys and values where `size` ranks on one host compute the model. Raises as serving it so
+    would: UnsupportedCheckpoint, InvalidSetting."""
+    module = skeleton(json.loads(metadata["config"]), dtype)
+    shard = narrow(module, 0, size)
+    return geometry_of(module, dtype, torch.device("cpu"), (), shard).kv_layout
+
+
 def _rank(
     model: Model,
     tensors: Sequence[SourceTensor],
     metadata: Mapping[str, str],
     max_model_len: int,
     size: int,
-) -> RankEstimate:
-    """One of `size` ranks, all of which hold the same number of bytes."""
+) -> RankEstimate | None:
+    """One of `size` ranks, all of which hold the same number of bytes; None where they would not.
+    On one host they need not: there they view one copy."""
     parts = {one.name: _part(model, one) for one in tensors}
     if set(parts.values()) == {"replicated"}:
         raise UnsupportedCheckpoint(
             f"base_model_tp_plan of {type(_config(model)).__name__} names none of the model's "
             "tensors: only --tensor-parallel-size 1 is possible"
         )
-    _check_divides(model, tensors, parts, size)
+    if not _divides(model, tensors, parts, size):
+        return None
     own = [
         dataclasses.replace(one, shape=_shard(one.shape, parts[one.name], size)) for one in tensors
     ]
@@ -304,26 +315,18 @@ def _shard(shape: tuple[int, ...], part: Part, size: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _check_divides(
+def _divides(
     model: Model, tensors: Sequence[SourceTensor], parts: Mapping[str, Part], size: int
-) -> None:
-    """A rank holds whole heads, and as many inputs or outputs of a layer as every other rank."""
-    lengths = [(_config(model).num_attention_heads, "attention heads")]
-    kv_heads = {layer.num_heads for layer in model.geometry.kv_layout.layers}
-    lengths += [(length, "key/value heads") for length in sorted(kv_heads)]
+) -> bool:
+    """Whether a rank holds whole heads, and as many inputs or outputs of a layer as every other
+    rank."""
+    lengths = [int(_config(model).num_attention_heads)]
+    lengths += [layer.num_heads for layer in model.geometry.kv_layout.layers]
     for one in tensors:
         dimension = _split_dimension(one.shape, parts[one.name])
         if dimension is not None:
-            what = "inputs" if parts[one.name] == "row" else "outputs"
-            lengths.append((one.shape[dimension], f"{what} of {one.name}"))
-    wrong = [f"{length} {what}" for length, what in lengths if length % size]
-    if wrong:
-        common = math.gcd(*(length for length, _ in lengths))
-        possible = [str(n) for n in range(1, common + 1) if common % n == 0]
-        raise InvalidSetting(
-            f"--tensor-parallel-size is {size}, which does not divide the model's "
-            f"{' and '.join(wrong[:2])}: possible are {', '.join(possible[:_SIZES_SHOWN])}"
-        )
+            lengths.append(one.shape[dimension])
+    return not any(length % size for length in lengths)
 
 
 def _config(model: Model) -> Any:

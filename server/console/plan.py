@@ -61,6 +61,10 @@ def plan_lines(plan: Plan) -> str:
         cache = "It embeds texts, and keeps nothing of them between its steps."
     lines = ["", cache, *_offload_lines(plan)]
     if plan.split is None:
+        if size > 1:
+            lines.append(
+                f"All {size} ranks of an instance are on one device, and view the one copy."
+            )
         return "\n".join(lines + _room_lines(load, device, plan.room))
     lines += [
         f"Of the weights {size_text(plan.split.column_bytes)} are split by columns and "

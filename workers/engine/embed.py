@@ -141,7 +141,7 @@ class EmbeddingEngine:
 
     def step(self) -> tuple[Embedded, ...]:
         """Compute one batch. Returns the requests that are complete, or can't be. Raises nothing
-        that a request can cause, but DeviceLost."""
+        that a request can cause, but InstanceLost."""
         answers, self._answered = self._answered, []
         self._expire(answers)
         waiting = list(islice(self._waiting(), _WINDOW))

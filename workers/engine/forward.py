@@ -51,7 +51,7 @@ class Forward:
         """Tokens that were computed on trial."""
 
     def run(self, chunks: Sequence[Chunk]) -> Forwarded:
-        """Compute them. Raises DeviceLost."""
+        """Compute them. Raises InstanceLost."""
         parts = [(chunk, self._part(chunk)) for chunk in chunks]
         computed: list[Computed] = []
         failed: list[tuple[Chunk, Exception]] = []

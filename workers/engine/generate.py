@@ -170,7 +170,7 @@ class GenerationEngine:
 
     def step(self) -> tuple[Output, ...]:
         """Compute one batch. Returns what is new: the tokens of each sequence that gained some, and
-        the end of those that ended. Raises nothing that a request can cause, but DeviceLost."""
+        the end of those that ended. Raises nothing that a request can cause, but InstanceLost."""
         outputs, self._answered = self._answered, []
         now = self._clock()
         outputs += self._expired(now)

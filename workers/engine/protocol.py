@@ -30,7 +30,7 @@ class Engine(Protocol):
 
     def step(self) -> tuple[Output | Embedded, ...]:
         """Compute one batch. Returns what is new. Raises nothing that a request can cause, but
-        DeviceLost."""
+        InstanceLost."""
 
     def report(self, outputs: tuple[Output | Embedded, ...]) -> StepOutput:
         """What a step gave, with the load after it."""

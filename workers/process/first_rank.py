@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Final
 
+import torch
+
 from allocator import Client
 from workers.checkpoint import AttachedWeights
 from workers.kv.common import CommonSource
@@ -77,6 +79,7 @@ class FirstRank:
             max_rows=max_rows,
             max_model_len=max_model_len,
             num_threads=self._num_threads,
+            module_threads=torch.get_num_threads(),
             kernels=settings.cpu_kernels,
             attention_workspace=settings.attention_workspace,
             timeout_s=TIMEOUT_S,

@@ -87,7 +87,7 @@ class _Follower:
     ) -> None:
         self._link = link
         self._num_threads = begin.num_threads
-        torch.set_num_threads(begin.num_threads)
+        torch.set_num_threads(begin.module_threads)
         pool = PoolView(begin.pool)
         pool.map(begin.group, writable=True)
         first, num_bytes = begin.group.offset, begin.group.num_bytes

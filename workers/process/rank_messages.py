@@ -38,6 +38,9 @@ class Begin(Message, tag="begin", frozen=True):
     max_rows: Annotated[int, msgspec.Meta(ge=1)]
     max_model_len: Annotated[int, msgspec.Meta(ge=1)]
     num_threads: Annotated[int, msgspec.Meta(ge=1)]
+    """Of a pass at most."""
+    module_threads: Annotated[int, msgspec.Meta(ge=1)]
+    """Of transformers' modules."""
     kernels: Bounded
     attention_workspace: Count
     timeout_s: Annotated[float, msgspec.Meta(gt=0.0)]

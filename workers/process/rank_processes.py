@@ -102,6 +102,8 @@ class RankProcesses:
                 os.close(descriptor)
             for other in self.links:
                 other.close()
+            # A stop of all processes at once is a drain: ranks end when the first one lets them.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             linux.set_process_name(f"onecopy:{name}.{rank}")
             status = work(rank, link, self.memory)
         except BaseException:
