@@ -138,7 +138,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             pattern=r"^([A-Za-z0-9_.]+(,[A-Za-z0-9_.]+)*)?$",
             max_length=4096,
             description="Linears of which each rank of an instance is to have its part of the "
-            "layers only, as o_proj,q_b_proj. Instances have one such rank as yet, with all of them.",
+            "layers only, as o_proj,q_b_proj. Instances have one such rank, with all.",
         ),
     ] = ""
     additional_config: Annotated[
