@@ -156,6 +156,12 @@ class GroupInUse(RankError):
     code = "group_in_use"
 
 
+class PartFailed(WorkerError):
+    """Another rank could not compute its part of a pass."""
+
+    code = "part_failed"
+
+
 class SeriesTimedOut(WorkerError):
     """Another rank did not do its part of a pass within the deadline, or has left the group."""
 

@@ -138,7 +138,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             pattern=r"^([A-Za-z0-9_.]+(,[A-Za-z0-9_.]+)*)?$",
             max_length=4096,
             description="Linears of which each rank of an instance is to have its part of the "
-            "layers only, as o_proj,q_b_proj. Instances have one such rank, with all.",
+            "layers only, as o_proj,q_b_proj. Ranks on one host have them all in common, once.",
         ),
     ] = ""
     additional_config: Annotated[
@@ -158,7 +158,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ),
     ] = 1
     data_parallel_size: Annotated[
-        int, Meta(ge=1, le=1024, description="Ranks of an instance. There is one as yet.")
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="Processes of each instance that divide the sequences of a step among "
+            "them, each with the whole model.",
+        ),
     ] = 1
     map_files: Annotated[
         bool,
@@ -167,6 +173,17 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "at once, but the files must not be changed meanwhile."
         ),
     ] = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of an instance."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def ranks_asked_by(self) -> str:
+        """The option that asked for several."""
+        name = "tensor" if self.tensor_parallel_size > 1 else "data"
+        return f"--{name}-parallel-size"
 
 
 def option(name: str) -> str:
@@ -206,20 +223,27 @@ def _said_of(name: str) -> str | None:
 
 def _check_ranks(settings: EngineSettings) -> None:
     """What several ranks can't do. Raises InvalidSetting."""
-    asked = f"--tensor-parallel-size is {settings.tensor_parallel_size}, and"
+    size, asked = settings.num_ranks, settings.ranks_asked_by
+    if settings.tensor_parallel_size > 1 and settings.data_parallel_size > 1:
+        raise InvalidSetting(
+            f"--tensor-parallel-size is {settings.tensor_parallel_size}, and --data-parallel-size "
+            f"is {settings.data_parallel_size}: give one of them, and more --instances"
+        )
     if not settings.device.startswith("host"):
         raise InvalidSetting(
-            f"{asked} --device is {settings.device}: ranks sum in the host's memory, so leave out "
-            "one of them"
+            f"{asked} is {size}, and --device is {settings.device}: ranks sum in the host's "
+            "memory, so leave out one of them"
         )
-    if settings.layer_sharding or settings.additional_config:
+    sharding = settings.layer_sharding or settings.additional_config
+    if sharding and settings.tensor_parallel_size > 1:
         raise InvalidSetting(
-            f"{asked} its ranks have all linears in common already: leave out --layer-sharding"
+            f"{asked} is {size}, and its ranks have their own parts of all linears: leave out "
+            "--layer-sharding"
         )
     if settings.offload not in ("auto", "none", "0"):
         raise InvalidSetting(
-            f"{asked} --offload is {settings.offload}: ranks can't divide layers that are read as "
-            "they are computed, so leave out one of them"
+            f"{asked} is {size}, and --offload is {settings.offload}: layers that are read as they "
+            "are computed are one rank's, so leave out one of them"
         )
 
 
@@ -229,13 +253,7 @@ class _AdditionalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 def _consistent(settings: EngineSettings) -> EngineSettings:
     """With `layer_sharding` wherever it was given. Raises InvalidSetting."""
-    if settings.data_parallel_size > 1:
-        raise InvalidSetting(
-            f"--data-parallel-size is {settings.data_parallel_size}, and an instance has one rank "
-            f"as yet: --instances {settings.data_parallel_size} serves as many requests, from one "
-            "copy of the weights"
-        )
-    if settings.tensor_parallel_size > 1:
+    if settings.num_ranks > 1:
         _check_ranks(settings)
     if not settings.additional_config:
         return settings

@@ -64,6 +64,12 @@ def test_additional_configuration_is_what_it_may_be(text: str) -> None:
         checked({"additional_config": text})
 
 
-def test_an_instance_has_one_rank() -> None:
-    with pytest.raises(InvalidSetting, match=r"--data-parallel-size is 2, and .*--instances 2"):
-        checked({"data_parallel_size": 2})
+def test_ranks_divide_the_model_or_the_sequences() -> None:
+    assert checked({}).num_ranks == 1
+    assert checked({"data_parallel_size": 3}).num_ranks == 3
+    assert checked({"data_parallel_size": 3, "layer_sharding": "o_proj"}).num_ranks == 3
+    assert checked({"tensor_parallel_size": 4}).num_ranks == 4
+    with pytest.raises(InvalidSetting, match="--data-parallel-size is 3: give one of them"):
+        checked({"tensor_parallel_size": 2, "data_parallel_size": 3})
+    with pytest.raises(InvalidSetting, match="--data-parallel-size is 2, and --offload is all"):
+        checked({"data_parallel_size": 2, "offload": "all"})

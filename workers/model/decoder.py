@@ -18,6 +18,7 @@ from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part
 from workers.model.binding import bind
+from workers.model.divided import Divided
 from workers.model.geometry import Geometry, geometry_of
 from workers.model.kernel_decoder import KernelDecoder
 from workers.model.module_decoder import ModuleDecoder
@@ -52,6 +53,7 @@ class Model:
         self._placement = placement
         self._ranks = ranks
         self._shard = shard
+        self._divided: Divided | None = None
         self._modules = ModuleDecoder(module, geometry, placement.device)
         placement.use(self._modules)
 
@@ -83,13 +85,25 @@ class Model:
         its keys and values, which lie in another order.
         Raises RankError where other ranks can't go on.
         """
-        result: torch.Tensor | None = None
         with self.passes(batch):
-            for stretch in self._placement.stretches():
-                result = stretch.forward(batch, result)
+            if self._divided is None:
+                result = self._compute(batch)
+            else:
+                result = self._divided.forward(batch, self._compute)
         batch.commit()
+        return result
+
+    def _compute(self, batch: Batch) -> torch.Tensor:
+        result: torch.Tensor | None = None
+        for stretch in self._placement.stretches():
+            result = stretch.forward(batch, result)
         assert result is not None  # noqa: S101 - there is a layer
         return result
+
+    def divide_by(self, ranks: Ranks) -> None:
+        """From now on compute, of each pass, this rank's part of the sequences; `ranks` all have
+        the whole model, and their tables' blocks are the same memory."""
+        self._divided = Divided(ranks, self.geometry.vocab_size)
 
     def accelerate(
         self,

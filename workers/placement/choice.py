@@ -113,10 +113,10 @@ def _check_can_be(checkpoint: Checkpoint, settings: EngineSettings) -> None:
             f"{asked} lets layers be read into the host's memory, and --device is "
             f"{settings.device}: a model on a GPU must fit there, so leave out {asked}"
         )
-    if settings.tensor_parallel_size > 1:
+    if settings.num_ranks > 1:
         raise InvalidSetting(
-            f"{asked} lets layers be read as they are computed, which ranks can't divide: leave "
-            f"out {asked} or --tensor-parallel-size"
+            f"{asked} lets layers be read as they are computed, by one rank: leave out {asked} or "
+            f"{settings.ranks_asked_by}"
         )
     if settings.map_files:
         raise InvalidSetting(

@@ -17,7 +17,6 @@ from workers.kv.common import CommonSource
 from workers.kv.layout import KVLayout
 from workers.model.batch import Batch
 from workers.model.decoder import Model
-from workers.model.native.decoder import num_summed
 from workers.placement.all_reduce import AllReduce, form, num_bytes
 from workers.process.rank_lead import Lead
 from workers.process.rank_link import Link
@@ -62,20 +61,20 @@ class FirstRank:
         memory: Client,
         weights: AttachedWeights,
         settings: EngineSettings,
-        hidden_size: int,
+        capacity: int,
         max_rows: int,
         max_model_len: int,
     ) -> AllReduce:
-        """Let the others build their parts of the model, and be their group's first member. Raises
-        RankError, AllocatorError."""
+        """Let the others build their parts of the model, and be their group's first member, which
+        sums `capacity` numbers at a time. Raises RankError, AllocatorError."""
         num_ranks = self._processes.num_ranks
-        capacity = num_summed(max_rows, hidden_size)
         lease = memory.lease(num_bytes(num_ranks, capacity))
         form(lease.tensor(), num_ranks, capacity)
         begin = Begin(
             pool=lease.pool,
             group=lease.extent,
             weights=weights.reader.sealed,
+            divides="model" if settings.tensor_parallel_size > 1 else "sequences",
             max_rows=max_rows,
             max_model_len=max_model_len,
             num_threads=self._num_threads,

@@ -180,7 +180,7 @@ def _become_instance(
         forkserver.release_in_child(selector)
         spec = decode_start(frame).spec
         processes = None
-        if (size := spec.settings.tensor_parallel_size) > 1:
+        if (size := spec.settings.num_ranks) > 1:
             work = partial(_work_of_rank, num_ranks=size)
             processes = RankProcesses(spec.name, size, (pipe, pulse), work)
         status = instance.run(spec, Pulse(pulse), processes)

@@ -66,6 +66,7 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
+from workers.model.native.decoder import num_summed
 from workers.packed_format import decoded
 from workers.placement.all_reduce import AllReduce
 from workers.placement.choice import choose
@@ -205,8 +206,11 @@ class _Instance:
         most_rows = settings.max_num_batched_tokens + drafted
         self._check_kernels()
         group = self._form_ranks(memory, weights, config, dtype, most_rows)
+        cut_by = group if settings.tensor_parallel_size > 1 else None
         packed = decoded(weights.metadata)
-        model = build_model(config, placement, dtype, eos_token_ids, group, packed)
+        model = build_model(config, placement, dtype, eos_token_ids, cut_by, packed)
+        if group is not None and cut_by is None:
+            model.divide_by(group)
         limit = model.geometry.max_model_len
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = settings.attention_workspace
@@ -249,11 +253,12 @@ class _Instance:
 
     def _check_ranks(self, metadata: Mapping[str, str]) -> None:
         """Raises InvalidSetting where several can't compute this model."""
-        size = self._settings.tensor_parallel_size
+        size = self._settings.num_ranks
         if size > 1 and task_of(metadata) == "embed":
             raise InvalidSetting(
-                f"--tensor-parallel-size is {size}, and a model that embeds is not divided: leave "
-                f"it out; --instances {size} serves as many requests, from one copy of the weights"
+                f"{self._settings.ranks_asked_by} is {size}, and a model that embeds has one rank: "
+                f"leave it out; --instances {size} serves as many requests, from one copy of the "
+                "weights"
             )
 
     def _form_ranks(
@@ -275,10 +280,17 @@ class _Instance:
             memory,
             weights,
             self._settings,
-            module.get_input_embeddings().embedding_dim,
+            self._num_summed(module, max_rows),
             max_rows,
             self._max_model_len(limit, limit),
         )
+
+    def _num_summed(self, module: Any, max_rows: int) -> int:
+        """Numbers that ranks sum at a time."""
+        embeddings = module.get_input_embeddings()
+        if self._settings.tensor_parallel_size > 1:
+            return num_summed(max_rows, embeddings.embedding_dim)
+        return int(embeddings.num_embeddings)  # the logits of a row
 
     def _attach(self, memory: Client) -> tuple[AttachedWeights, tuple[int, ...] | None]:
         """The set that is served, wherever it is, and the tokens that end an answer; what was
@@ -341,7 +353,7 @@ class _Instance:
 
     def _threads(self) -> tuple[int, Callable[[], int] | None]:
         """The most that a step may use on each rank, and what says how many now."""
-        size, cores = self._settings.tensor_parallel_size, self._cores
+        size, cores = self._settings.num_ranks, self._cores
         if cores is None:
             return max(1, self._spec.num_threads // size), None
         if size == 1:

@@ -104,7 +104,10 @@ class _Follower:
         named = getattr(torch, metadata.get("dtype", ""), None)
         dtype = named if isinstance(named, torch.dtype) else float_dtype(tensors)
         config = json.loads(metadata["config"])
-        model = build_model(config, Resident(tensors), dtype, ranks=self._group)
+        cut_by = self._group if begin.divides == "model" else None
+        model = build_model(config, Resident(tensors), dtype, ranks=cut_by)
+        if cut_by is None:
+            model.divide_by(self._group)
         model.workspace_bytes = begin.attention_workspace
         reason = model.accelerate(
             begin.max_rows,

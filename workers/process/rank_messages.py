@@ -10,7 +10,7 @@ an address. Does not know how it travels.
     Rest                              nobody computes for now
 """
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -35,6 +35,8 @@ class Begin(Message, tag="begin", frozen=True):
     pool: Handle
     group: Extent
     weights: Sealed
+    divides: Literal["model", "sequences"]
+    """Each rank has its part of the model for all sequences, or the model for some of them."""
     max_rows: Annotated[int, msgspec.Meta(ge=1)]
     max_model_len: Annotated[int, msgspec.Meta(ge=1)]
     num_threads: Annotated[int, msgspec.Meta(ge=1)]

@@ -125,7 +125,8 @@ def test_a_number_out_of_bounds_is_refused_at_once(arguments: tuple[str, str]) -
         ("device", "cuda:0", "ranks sum in the host's memory"),
         ("layer_sharding", "o_proj", "leave out --layer-sharding"),
         ("additional_config", '{"layer_sharding": ["o_proj"]}', "leave out --layer-sharding"),
-        ("offload", "all", "--offload is all: ranks can't divide"),
+        ("data_parallel_size", 2, "give one of them"),
+        ("offload", "all", "--offload is all: layers that are read"),
         ("tensor_parallel_size", 65, "--tensor-parallel-size is 65"),
     ],
 )

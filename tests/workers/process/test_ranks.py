@@ -28,13 +28,15 @@ from workers.kv.source import PoolSource, PrivateSource
 from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part
 from workers.model.decoder import build_model
+from workers.model.divided import division
+from workers.model.native.decoder import num_summed
 from workers.placement.resident import Resident
 from workers.process.first_rank import FirstRank
 from workers.process.rank_follow import follow
 from workers.process.rank_link import Link
 from workers.process.rank_messages import MAX_FRAME_BYTES, PartOfStep, Step, encode
 from workers.process.rank_processes import RankProcesses
-from workers.settings import EngineSettings
+from workers.settings import checked
 
 BLOCK_BYTES = 64 << 10
 MAX_LEN = 128
@@ -55,14 +57,20 @@ class Ranks:
         folder: Path,
         dtype: torch.dtype = torch.float32,
         max_rows: int = 512,
+        divides: str = "tensor",
     ) -> None:
         self.memory = memory
         self.processes = RankProcesses("t", num_ranks, (), partial(work, num_ranks=num_ranks))
         self.first = FirstRank(self.processes, 1, None)
+        settings = checked({f"{divides}_parallel_size": num_ranks})
+        capacity = num_summed(max_rows, 64) if divides == "tensor" else 100
         weights = attach(memory, open_checkpoint(save(reference("llama", dtype), folder)))
-        group = self.first.form(memory, weights, EngineSettings(), 64, max_rows, MAX_LEN)
+        group = self.first.form(memory, weights, settings, capacity, max_rows, MAX_LEN)
         config = json.loads(weights.metadata["config"])
-        self.model = build_model(config, Resident(weights.tensors), dtype, ranks=group)
+        cut_by = group if divides == "tensor" else None
+        self.model = build_model(config, Resident(weights.tensors), dtype, ranks=cut_by)
+        if cut_by is None:
+            self.model.divide_by(group)
         reason = self.model.accelerate(max_rows, MAX_LEN, 1)
         self.reason = self.first.agree(self.model, reason)
         self.layout = self.model.geometry.kv_layout
@@ -97,13 +105,17 @@ def make(tmp_path: Path) -> Iterator[Make]:
     made.clear()  # `start` may outlive this, and with it what ranks map
 
 
+DIVIDES = pytest.mark.parametrize("divides", ["tensor", "data"])
+
+
+@DIVIDES
 def test_sequences_give_way_and_come_back_on_three_ranks(
-    start_daemon: Callable[..., DaemonProcess], make: Make
+    start_daemon: Callable[..., DaemonProcess], make: Make, divides: str
 ) -> None:
     """Room for six blocks beside weights and sums: all ranks' parts are in one."""
     daemon = start_daemon("--memory-limit", str(18 * BLOCK_BYTES))
     with daemon.connect() as memory:
-        ranks = make(3, memory, max_rows=64)
+        ranks = make(3, memory, max_rows=64, divides=divides)
         engine = ranks.engine(num_batched=16)
         outputs = run(engine, *(request(str(i), one) for i, one in enumerate(PROMPTS)))
         assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == expected("llama")
@@ -114,26 +126,32 @@ def test_sequences_give_way_and_come_back_on_three_ranks(
         ranks.first.close()
 
 
-def test_without_a_pool_ranks_use_what_they_have_in_common(memory: Client, make: Make) -> None:
-    ranks = make(2, memory)
+@DIVIDES
+def test_without_a_pool_ranks_use_what_they_have_in_common(
+    memory: Client, make: Make, divides: str
+) -> None:
+    ranks = make(2, memory, divides=divides)
     engine = ranks.engine(pool=False)
     for _ in range(2):
         outputs = run(engine, *(request(str(i), one) for i, one in enumerate(PROMPTS)))
         assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == expected("llama")
 
 
-def test_what_all_ranks_refuse_is_the_requests_matter(
-    memory: Client, make: Make, caplog: pytest.LogCaptureFixture
+@DIVIDES
+def test_what_ranks_refuse_is_the_requests_matter(
+    memory: Client, make: Make, divides: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """More rows than the kernels were made for."""
-    ranks = make(2, memory, dtype=torch.bfloat16, max_rows=8)
+    """More rows than the kernels were made for: of one sequence, so that where sequences are
+    divided one rank refuses them, and the other hears of it."""
+    ranks = make(2, memory, dtype=torch.bfloat16, max_rows=8, divides=divides)
     assert (ranks.reason, ranks.model.kernels is None) == (None, False)
     engine = ranks.engine()
     assert only(engine, request("long", PROMPTS[4]))[1:] == (
         "error",
         "the forward pass failed: 40 rows: at most 8",
     )
-    assert only(engine, request("short", PROMPTS[1]))[1] == "length"
+    outputs = run(engine, request("long", PROMPTS[4]), request("short", PROMPTS[1]))
+    assert [outputs[name][-1].finish_reason for name in ("long", "short")] == ["error", "length"]
     caplog.clear()  # the traceback has what ranks map
 
 
@@ -215,6 +233,13 @@ def test_parts_of_a_block_lie_one_behind_the_other() -> None:
         for layer in range(3):
             keys, values = table.read(layer, 0, 16)
             assert set(keys.flatten().tolist()) == set(values.flatten().tolist()) == {number}
+
+
+def test_sequences_are_divided_so_that_all_have_as_much_to_do() -> None:
+    assert division([1, 1, 1, 1], 2) == [0, 1, 0, 1]
+    assert division([3, 100, 4, 1], 2) == [1, 0, 1, 1]
+    assert division([7], 3) == [0]
+    assert division([], 3) == []
 
 
 # --- links
