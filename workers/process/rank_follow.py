@@ -19,6 +19,7 @@ from workers.errors import RankEnded, RankError, RankTimedOut, WorkerError, unex
 from workers.kv.common import CommonMemory
 from workers.model.batch import Batch, Part
 from workers.model.decoder import Model, build_model
+from workers.packed_format import decoded
 from workers.placement.all_reduce import AllReduce
 from workers.placement.resident import Resident
 from workers.process import linux
@@ -105,7 +106,8 @@ class _Follower:
         dtype = named if isinstance(named, torch.dtype) else float_dtype(tensors)
         config = json.loads(metadata["config"])
         cut_by = self._group if begin.divides == "model" else None
-        model = build_model(config, Resident(tensors), dtype, ranks=cut_by)
+        packed = decoded(metadata)
+        model = build_model(config, Resident(tensors), dtype, ranks=cut_by, packed=packed)
         if cut_by is None:
             model.divide_by(self._group)
         model.workspace_bytes = begin.attention_workspace
