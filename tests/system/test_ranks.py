@@ -173,9 +173,12 @@ def test_ranks_go_on_without_an_allocator(
     server = make_server(
         str(folder),
         *("--instances", "2", "--tensor-parallel-size", "3", "--num-speculative-tokens", "3"),
+        "--map-files",
     )
     assert [len(one["rank_pids"]) for one in server.remember()["instances"]] == [2, 2]
     assert tokens(server, prompt, 40) == expected
+    proven = server.onecopy("verify", "--json")
+    assert proven.status == 0, proven.stdout
     allocator = server.status()["allocator"]["pid"]
     os.kill(allocator, signal.SIGSTOP)
     with ThreadPoolExecutor(4) as pool:

@@ -48,8 +48,9 @@ def _against(settings: EngineSettings) -> str | None:
         return f"with packed weights kernels compute in bfloat16, and --dtype is {settings.dtype}"
     if not settings.device.startswith("host"):
         return f"they are computed on the processor, and --device is {settings.device}"
-    if settings.num_ranks > 1:
-        return f"one rank computes on them: leave out {settings.ranks_asked_by}"
+    if settings.tensor_parallel_size > 1:
+        size = settings.tensor_parallel_size
+        return f"--tensor-parallel-size is {size}, and packed weights are not divided"
     if settings.offload not in ("auto", "none") or settings.device_memory is not None:
         return "layers that are offloaded are not packed: leave out --offload and --device-memory"
     return None

@@ -150,6 +150,9 @@ class _Instance:
         self._cores: SharedCores | None = None
         self._resources = contextlib.ExitStack()
         """What must end before the session."""
+        self._weights: AttachedWeights | None = None
+        """So that what is attached stays mapped, also the segment of mapped files, of which no
+        tensor is a view: `onecopy verify` looks for it."""
         self._processes = processes
         self._ranks: FirstRank | None = None
         self._warm_up: Callable[[], None] | None = None
@@ -193,6 +196,7 @@ class _Instance:
         spec, settings = self._spec, self._settings
         torch.set_num_threads(self._threads()[0])
         weights, eos_token_ids = self._attach(memory)
+        self._weights = weights
         dtype = weights.dtype or float_dtype(weights.tensors)
         self._ended("weights")
         if settings.threads is None:

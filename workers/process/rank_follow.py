@@ -19,6 +19,7 @@ from workers.errors import RankEnded, RankError, RankTimedOut, WorkerError, unex
 from workers.kv.common import CommonMemory
 from workers.model.batch import Batch, Part
 from workers.model.decoder import Model, build_model
+from workers.packed_format import decoded
 from workers.placement.all_reduce import AllReduce
 from workers.placement.resident import Resident
 from workers.process import linux
@@ -94,18 +95,19 @@ class _Follower:
         memory = pool.window()[first : first + num_bytes]
         link.send(encode(Mapped()), _SEND_S)
         self._group = AllReduce(memory, rank, num_ranks, begin.timeout_s)
-        weights = WeightSetView(begin.weights)
-        self._model, reason = self._built(weights, begin)
+        self._weights = WeightSetView(begin.weights)
+        self._model, reason = self._built(begin)
         self._mirror = Mirror(self._model.geometry.kv_layout, common, pool)
         link.send(encode(Prepared(kernels=self._model.kernels or "", reason=reason)), _SEND_S)
 
-    def _built(self, weights: WeightSetView, begin: Begin) -> tuple[Model, str]:
-        tensors, metadata = weights.tensors(), weights.manifest.metadata
+    def _built(self, begin: Begin) -> tuple[Model, str]:
+        tensors, metadata = self._weights.tensors(), self._weights.manifest.metadata
         named = getattr(torch, metadata.get("dtype", ""), None)
         dtype = named if isinstance(named, torch.dtype) else float_dtype(tensors)
         config = json.loads(metadata["config"])
         cut_by = self._group if begin.divides == "model" else None
-        model = build_model(config, Resident(tensors), dtype, ranks=cut_by)
+        packed = decoded(metadata)
+        model = build_model(config, Resident(tensors), dtype, ranks=cut_by, packed=packed)
         if cut_by is None:
             model.divide_by(self._group)
         model.workspace_bytes = begin.attention_workspace
