@@ -42,12 +42,14 @@ def by_onecopy(source: Path, destination: Path, scheme: str) -> dict[str, Any]:
     from workers.quantize.request import Request
 
     memory = PeakMemory()
-    began = time.perf_counter()
+    began, before = time.perf_counter(), time.process_time()
     made = quantize(Request(source, destination, scheme), lambda _progress: None)
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - before
     memory.end()
     return {
         "seconds": seconds,
+        "rounded_seconds": made.rounded_seconds,
+        "cpu_seconds": cpu_seconds,
         "base_bytes": memory.base,
         "peak_bytes_over_base": memory.peak - memory.base,
         "rounding": made.rounding,

@@ -2,8 +2,9 @@
 
 A checkpoint of `--layers` linears of 201 MB each, bfloat16, on the disk of `--folder`. In turns, in
 one run, medians: `cat` of it to the same disk; `cat` and fsync, which is what lasts; `onecopy
-quantize --scheme w4a16`, with its own fsync and all of it read back; the same written with torch, a
-tensor at a time (fewer rounds). The source is in the page cache for all of them.
+quantize --scheme w4a16`, with its own fsync and all of it read back, and of that the part until all
+was written, which is what `cat` does; the same written with torch, a tensor at a time (fewer
+rounds). The source is in the page cache for all of them.
 
 memory   the most private memory above that of the imports, looked at every 2 ms, for one linear and
          for all; and whether it works in a control group smaller than the largest tensor.
@@ -27,7 +28,8 @@ from typing import Any
 import numpy as np
 from _control_group import memory_group
 from _machine import describe_machine, spread, steal_ticks
-from safetensors import safe_open
+
+from workers.config.safetensors_file import StoredTensor, read_tensors
 
 _ROWS, _COLUMNS = 24576, 4096
 _TENSOR_BYTES = _ROWS * _COLUMNS * 2
@@ -49,7 +51,7 @@ def main() -> None:
         _write_checkpoint(one, 1)
         num_bytes = _write_checkpoint(many, arguments.layers)
         speed = _speeds(Path(folder), many, arguments.rounds)
-        same = _same(many, Path(folder))
+        same = _same(Path(folder))
         document: dict[str, Any] = {
             "benchmark": "quantize",
             **describe_machine(),
@@ -98,13 +100,18 @@ def _speeds(folder: Path, model: Path, rounds: int) -> dict[str, Any]:
         "cat": f"cat {file} > {copy}",
         "cat_and_fsync": f"cat {file} > {copy} && sync {copy}",
     }
-    times: dict[str, list[float]] = {name: [] for name in (*ways, "onecopy", "pytorch")}
+    names = (*ways, "onecopy", "onecopy_until_written", "pytorch")
+    times: dict[str, list[float]] = {name: [] for name in names}
     told: dict[str, Any] = {}
+    cpu: dict[str, float] = {}
     for number in range(rounds + 1):
         for name, command in ways.items():
-            began = time.perf_counter()
+            began, before = time.perf_counter(), os.times()
             subprocess.run(command, shell=True, check=True)
             times[name].append(time.perf_counter() - began)
+            after = os.times()
+            cpu[name] = after.children_user - before.children_user
+            cpu[name] += after.children_system - before.children_system
             copy.unlink()
         for name in ("onecopy", "pytorch"):
             if name == "pytorch" and number not in (0, 1, rounds):
@@ -112,18 +119,22 @@ def _speeds(folder: Path, model: Path, rounds: int) -> dict[str, Any]:
             shutil.rmtree(folder / name, ignore_errors=True)
             told[name] = _program(model, folder / name, name)
             times[name].append(told[name]["seconds"])
+        times["onecopy_until_written"].append(told["onecopy"]["rounded_seconds"])
         os.sync()  # what one has left is nobody else's to write
     size = file.stat().st_size
     found: dict[str, Any] = {
-        name: {"seconds": spread(one[1:]), "mb_s": size / statistics.median(one[1:]) / 1e6}
+        name: {"seconds": spread(one[1:], 3), "mb_s": size / statistics.median(one[1:]) / 1e6}
         for name, one in times.items()
     }
     mine = found["onecopy"]["mb_s"]
     return {
         **found,
         "of_cat": mine / found["cat"]["mb_s"],
+        "of_cat_until_written": found["onecopy_until_written"]["mb_s"] / found["cat"]["mb_s"],
         "of_cat_and_fsync": mine / found["cat_and_fsync"]["mb_s"],
         "times_pytorch": mine / found["pytorch"]["mb_s"],
+        "onecopy_cpu_seconds": round(told["onecopy"]["cpu_seconds"], 2),
+        "cat_cpu_seconds": round(cpu["cat"], 2),
         "rounding": told["onecopy"]["rounding"],
         "bits_per_weight": told["onecopy"]["bits_per_weight"],
         "pytorch_peak_bytes_over_base": told["pytorch"]["peak_bytes_over_base"],
@@ -142,20 +153,20 @@ def _program(model: Path, destination: Path, how: str, enter: tuple[str, ...] = 
     return json.loads(run.stdout)
 
 
-def _same(model: Path, folder: Path) -> bool:
-    """Whether both wrote the same tensors."""
-    del model
-    with (
-        safe_open(folder / "onecopy" / "model.safetensors", "np") as mine,
-        safe_open(folder / "pytorch" / "model.safetensors", "np") as theirs,
-    ):
-        names = set(mine.keys())
-        # numpy knows no bfloat16: scales are compared as they lie by the words that they make.
-        return names == set(theirs.keys()) and all(
-            np.array_equal(mine.get_tensor(name), theirs.get_tensor(name))
-            for name in names
-            if not name.endswith("_scale")
-        )
+def _same(folder: Path) -> bool:
+    """Whether both wrote the same tensors, whatever the order in their files."""
+    mine, theirs = (
+        read_tensors(folder / name / "model.safetensors") for name in ("onecopy", "pytorch")
+    )
+    return mine.keys() == theirs.keys() and all(
+        _bytes(mine[name]) == _bytes(theirs[name]) for name in mine
+    )
+
+
+def _bytes(stored: StoredTensor) -> bytes:
+    with stored.file.open("rb") as file:
+        file.seek(stored.begin)
+        return file.read(stored.end - stored.begin)
 
 
 def _memory(folder: Path, one: Path, many: Path) -> dict[str, Any]:

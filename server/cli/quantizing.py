@@ -1,4 +1,4 @@
-"""The commands about smaller checkpoints: quantize, eval."""
+"""The commands about other forms of a checkpoint: quantize, convert, eval."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from allocator import parse_bytes
 from server import console
-from server.cli.options import JsonOption, one_line_errors, print_json
+from server.cli.options import JsonOption, fail, one_line_errors, print_json
 from server.cli.setting_options import engine_settings
 from server.conformance.evaluate import OWN_TEXT
 from server.conformance.evaluate import evaluate as evaluate_models
@@ -97,6 +97,41 @@ def quantize(
             return
         console.out.print(made_table(made))
         console.out.print(display.summary(made), markup=False)
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="`demo`, or a .gguf file.", metavar="SRC", show_default=False)
+    ],
+    destination: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder to be made; nothing may be there.", metavar="DST", show_default=False
+        ),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a GGUF file as a Hugging Face folder: bfloat16, config, tokenizer and templates.
+
+    In memory that does not depend on the model. DST appears when it is complete; what ended before
+    goes on with the same command.
+    """
+    with one_line_errors():
+        found = find_model(source)
+        if found.path.is_dir():
+            fail(f"{found.path} is a Hugging Face folder already; GGUF files are not written")
+        request = QuantizeRequest(
+            source=found.path,
+            destination=destination,
+            scheme=None,
+            tokenizer=tokenizer_folder(found.path),
+        )
+        with QuantizeDisplay(found.name) as display:
+            made = quantize_checkpoint(request, display.show)
+        if as_json:
+            print_json(made_document(made, display.peak_bytes))
+            return
+        console.out.print(display.summary(made).lstrip(), markup=False)
 
 
 def evaluate(

@@ -77,11 +77,16 @@ class QuantizeDisplay:
             if made.resumed_bytes
             else ""
         )
+        bits = (
+            ""
+            if made.bits_per_weight is None
+            else f", {made.bits_per_weight:.3f} bits for each weight that was rounded"
+        )
         return (
             f"\n{made.destination}: {size_text(made.output_bytes)} of "
-            f"{size_text(made.source_bytes)}{resumed}, {made.bits_per_weight:.3f} bits for each "
-            f"weight that was rounded.\n{made.seconds:,.1f} s, {speed:,.0f} MB/s, "
-            f"{size_text(self.peak_bytes)} of memory; all of it was read back from the disk."
+            f"{size_text(made.source_bytes)}{resumed}{bits}.\n{made.seconds:,.1f} s, "
+            f"{speed:,.0f} MB/s, {size_text(self.peak_bytes)} of memory; all of it was read back "
+            "from the disk."
         )
 
     def __enter__(self) -> Self:

@@ -27,7 +27,7 @@ from workers.quantize.kernels import rounding
 from workers.quantize.plan import Input, Kept, Plan, Rounded
 from workers.quantize.policy import Decision, decide, head_module
 from workers.quantize.request import Group, Made, Request, Tell
-from workers.quantize.scheme import FORMAT_VERSION, Scheme, scheme_of
+from workers.quantize.scheme import FORMAT_VERSION, UNROUNDED, Scheme, scheme_of
 from workers.quantize.source import SafetensorsSource, Source
 from workers.quantize.units import write_all
 from workers.quantize.work import Work
@@ -100,7 +100,8 @@ def quantize(request: Request, tell: Tell) -> Made:
             _publish(output, destination)
         shutil.rmtree(staging)
         return _made(
-            request, plan, decided, rounds.name, work.resumed_bytes, time.monotonic() - began
+            *(request, plan, decided, rounds.name, work.resumed_bytes),
+            *(time.monotonic() - began, work.rounded_s),
         )
 
 
@@ -126,6 +127,8 @@ def _num_processors() -> int:
 
 def _decided(source: Source, request: Request) -> list[tuple[Input, Decision]]:
     """Raises QuantizationRefused for what nobody could describe, and where nothing is rounded."""
+    if request.scheme is None:
+        return [(one, Decision("keep", "tensors")) for one in source.tensors()]
     model_type = str(source.config.get("model_type"))
     found = [
         (one, decide(one.name, one.dtype, one.shape, model_type, request.choices))
@@ -151,6 +154,8 @@ def _pattern(names: list[str]) -> str:
 
 
 def _scheme(request: Request, rounded: list[Input]) -> Scheme:
+    if request.scheme is None:
+        return UNROUNDED
     scheme = scheme_of(
         request.scheme,
         request.group_size,
@@ -271,7 +276,9 @@ def _write_config(
     kept = [what.module for _, what in decided if what.action == "keep" and what.module]
     head = head_module([one.name for one, _ in decided], str(source.config.get("model_type")))
     ignored = [*kept, *([head] if head else [])]
-    config = {**source.config, "quantization_config": plan.scheme.quantization_config(ignored)}
+    config = dict(source.config)
+    if plan.scheme != UNROUNDED:
+        config["quantization_config"] = plan.scheme.quantization_config(ignored)
     _write(output / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     if len(plan.files) > 1:
         names = [path.name for path, _ in _named(output, plan)]
@@ -328,6 +335,7 @@ def _made(
     rounds: str,
     resumed_bytes: int,
     seconds: float,
+    rounded_seconds: float,
 ) -> Made:
     sizes: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     rounded_bits = rounded_weights = 0
@@ -350,8 +358,9 @@ def _made(
         source_bytes=plan.source_bytes,
         output_bytes=sum(plan.files),
         resumed_bytes=resumed_bytes,
-        bits_per_weight=rounded_bits / rounded_weights,
+        bits_per_weight=rounded_bits / rounded_weights if rounded_weights else None,
         seconds=seconds,
+        rounded_seconds=rounded_seconds,
     )
 
 

@@ -14,11 +14,12 @@ Phase = Literal["rounding", "verifying"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Which checkpoint is to be rounded how, and into which folder."""
+    """Which checkpoint is to be rounded how, and into which folder. Without a scheme all tensors
+    are kept: a GGUF file becomes a folder."""
 
     source: Path
     destination: Path
-    scheme: str
+    scheme: str | None
     group_size: int | None = None
     symmetric: bool = True
     searches_clip: bool = False
@@ -69,6 +70,8 @@ class Made:
     source_bytes: int
     output_bytes: int
     resumed_bytes: int
-    bits_per_weight: float
+    bits_per_weight: float | None
     """Of what was rounded, scales and zero points included."""
     seconds: float
+    rounded_seconds: float
+    """Of these, until everything was written; the rest is waiting for the disk, and reading."""

@@ -109,6 +109,10 @@ class Scheme:
         }
 
 
+UNROUNDED: Final = Scheme("none", 8, False, None, True, 1)
+"""Of a checkpoint all of whose tensors are kept."""
+
+
 def scheme_of(
     name: str,
     group_size: int | None,

@@ -7,6 +7,7 @@ be done was on the disk, and was read back from there with its digest.
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -48,6 +49,8 @@ class Work:
         self._to_verify: deque[int] = deque()
         self.resumed_bytes = 0
         """Of the source, which an earlier run has left."""
+        self.rounded_s = 0.0
+        """Until everything was written, though not all of it was on the disk."""
 
     def run(self, tell: Tell) -> None:
         """Until the disk has all of it, and it was read back. Raises WorkerError, DiskFull,
@@ -84,7 +87,7 @@ class Work:
         tell: Callable[[], None],
     ) -> None:
         """`each` in as many threads as there are workers, and one thing beside them."""
-        count = len(self._workers) + 1
+        count, began = len(self._workers) + 1, time.monotonic()
         with ThreadPoolExecutor(count, thread_name_prefix="quantize") as threads:
             working = {threads.submit(each, worker) for worker in self._workers}
             running = working | ({threads.submit(beside)} if beside is not None else set())
@@ -93,8 +96,9 @@ class Work:
                     over, running = wait(running, _TELL_S, FIRST_COMPLETED)
                     for future in over:
                         future.result()
-                    if ended is not None and not working & running:
+                    if ended is not None and not working & running and not ended.is_set():
                         ended.set()
+                        self.rounded_s = time.monotonic() - began
                     tell()
             except BaseException:
                 self._stopping.set()

@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.quick import few_quick
 from tests.workers.checkpoint.checkpoint_files import write_gguf
@@ -74,6 +75,18 @@ def test_what_is_not_made_of_rows_is_refused_by_name(tmp_path: Path) -> None:
     path = convert(tiny_model("mixtral"), tmp_path / "model.gguf")
     with pytest.raises(UnsupportedCheckpoint, match=r"gate_up_proj is not made of whole rows"):
         made(path, tmp_path / "out", choices=Choices(("experts",)))
+
+
+@pytest.mark.usefixtures("_described_here")
+def test_a_file_becomes_a_folder_of_the_same_model(tmp_path: Path) -> None:
+    path = convert(tiny_model("qwen2"), tmp_path / "model.gguf")
+    result = made(path, tmp_path / "out", None)
+    assert result.bits_per_weight is None
+    expected = read_whole(open_checkpoint(path, "bfloat16"))
+    found = read_whole(open_checkpoint(tmp_path / "out"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
 
 
 @pytest.mark.slow

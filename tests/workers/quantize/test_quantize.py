@@ -53,7 +53,7 @@ WORDS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(source: Path, destination: Path, scheme: str = "w4a16", **said: Any) -> Made:
+def made(source: Path, destination: Path, scheme: str | None = "w4a16", **said: Any) -> Made:
     return quantize(Request(source, destination, scheme, **said), lambda _progress: None)
 
 
