@@ -1,11 +1,12 @@
 """OpenVINO GenAI's continuous batching, driven through pipes; see `_peers.py` for the protocol.
 
 Run by its Python: `python openvino_peer.py MODEL.gguf NUM_THREADS`. The precisions of
-activations and of the KV cache are OpenVINO's own choice for the machine, but for what the environment
-variable OPENVINO_PROPERTIES says, as a JSON object. Where oneDNN is held to AVX2
-(ONEDNN_MAX_CPU_ISA=AVX2) on a processor with AVX-512 BF16, OpenVINO has to be told
-`{"INFERENCE_PRECISION_HINT": "f32"}`: it chooses by the processor, and can't compute what it chose. Its
-attention is not oneDNN's, and is held to nothing.
+activations and of the KV cache are OpenVINO's own choice for the machine, but for what the
+environment variable OPENVINO_PROPERTIES says, as a JSON object.
+
+Where oneDNN is held to AVX2 (ONEDNN_MAX_CPU_ISA=AVX2) on a processor with AVX-512 BF16, it takes
+`{"INFERENCE_PRECISION_HINT": "f32"}`: OpenVINO chooses by the processor, and oneDNN can't compute
+what it chose. Its attention is not oneDNN's, and is held to nothing.
 """
 
 import json
