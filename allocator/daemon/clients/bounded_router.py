@@ -144,8 +144,8 @@ class BoundedRouter:
         # Perhaps it is what they had sent before they were cut off, or stopped: all begin anew,
         # since only the end of a connection frees what came over it.
         self._close()
+        self._watch.settle()  # before anybody can have sent again
         self._open()
-        self._watch.settle()
         self._seldom.warning("%d MB were held: all connections begin anew", held_bytes >> 20)
         self._tick_at = time.monotonic() + _TICK_S
         return Loss.ALL
