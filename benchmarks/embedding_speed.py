@@ -39,6 +39,7 @@ _BATCH = 32
 _LOADS: dict[str, tuple[int, Sequence[int]]] = {
     "1_short_text": (1, (10,)),
     "32_paragraphs": (32, (60,)),
+    "64_mixed": (64, (3, 10, 30, 80)),
     "256_mixed": (256, (3, 10, 30, 80)),
 }
 """How many texts, of how many words (in turn)."""
