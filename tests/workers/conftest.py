@@ -30,15 +30,8 @@ EMULATED = "amx, emulated"
 AARCH64 = {f"{name}, aarch64": name for name in ("neon_bf16", "portable")}
 """What runs under an emulator of that processor."""
 SLOWLY = {
-    "family": {
-        "llama",
-        "qwen2",
-        "phi3 odd",
-        "gemma3 odd",
-        "gpt_neox odd",
-        "qwen3_moe odd",
-        "bert odd",
-    },
+    "family": {"llama", "phi3 odd", "gemma3 odd", "qwen3_moe odd", "bert odd"},
+    "name": {"4 bits with minima", "8 bits in groups of 16"},  # of packed weights
     "num_rows": {7, 16},
     "num_threads": {3},
 }
