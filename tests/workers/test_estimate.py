@@ -417,4 +417,4 @@ def test_the_program_prints_the_same_as_one_document(tmp_path: Path) -> None:
 def test_the_program_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     ended = program(write_checkpoint(tmp_path / "llama", "llama"), "--dtype", "int3")
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == ("the dtype 'int3' is not one of auto, bfloat16, float16, float32\n")
+    assert ended.stderr == ("--dtype is 'int3': it is one of auto, bfloat16, float16, float32\n")

@@ -117,6 +117,8 @@ class Forkserver:
                     if not frame:
                         break
                     self._start(frame, descriptors, selector)
+        # What is closed at the end must not be written to for a child that ends meanwhile.
+        signal.set_wakeup_fd(-1)
 
     def _receive(self) -> tuple[bytes, list[int]]:
         """A request, with the pipe and the pulse of the instance that it asks for; nothing where

@@ -183,6 +183,8 @@ class _Warden:
                     self._reap()
                 if self._control in ready and not self._receive():
                     break
+        # What is closed at the end must not be written to for a child that ends meanwhile.
+        signal.set_wakeup_fd(-1)
         for pid in self._ids:
             os.kill(pid, signal.SIGKILL)
 

@@ -134,7 +134,8 @@ def test_long_messages_to_a_stopped_process_pass(template: Make) -> None:
 
 def test_who_is_ended_again_and_again_is_given_up(template: Make) -> None:
     """It looks as if somebody else did it, and is not."""
-    short = template("x")
+    loops = "{% for _ in range(1000) %}" * 2 + "{% endfor %}" * 2  # longer than two kills are apart
+    short = template(loops + "x")
     assert rendered(short) == "x"
     over = threading.Event()
 

@@ -350,7 +350,7 @@ class _Reader:
         spec.embedding = self.weights.rows_of(embedding)
         shape = (spec.embedding.num_rows, embedding.embedding_dim)
         if shape != (self.config.vocab_size, self.hidden_size):
-            raise NotNative(f"an embedding of {list(shape)}")
+            raise NotNative(f"an embedding laid out as {list(shape)}")
         if scale is not None:
             spec.embedding_scale = float(scale.to(torch.bfloat16))
         if self.family.type_embedding:

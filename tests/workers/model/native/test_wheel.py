@@ -66,7 +66,8 @@ def test_it_holds_the_kernels_of_every_set_and_all_else_that_is_compiled(wheel: 
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
     decoders = {f"workers/model/native/_decoder_{name}{_SUFFIX}" for name in SETS}
     others = {f"workers/placement/_{name}{_SUFFIX}" for name in ("reader", "all_reduce")}
-    assert held == decoders | others
+    rounding = {f"workers/quantize/_quantize_{name}{_SUFFIX}" for name in ("avx2", "portable")}
+    assert held == decoders | others | rounding
 
 
 def test_installed_where_no_compiler_is_it_computes_by_every_set(
