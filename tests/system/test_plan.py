@@ -90,17 +90,17 @@ def test_at_the_start_the_demo_takes_what_was_planned(
     small_demo: Server, planned_demo: dict[str, Any]
 ) -> None:
     """Compared: the plan's total at the start, and what two idle instances take by the kernel's
-    count. That is the weights once (6/7 of the sum, exact but for page rounding) and the instances'
-    private memory, an estimate. The weights alone would all but pass within 3 %, so the private
-    part has an assertion of its own, as wide as it may vary between machines and versions of the
-    libraries. Not compared: server, allocator and forkserver, which the plan counts apart."""
+    count. That is the weights once (6/10 of the sum, exact but for page rounding) and the
+    instances' private memory, an estimate. That part has an assertion of its own, as wide as it may
+    vary between machines and versions of the libraries. Not compared: server, allocator and
+    forkserver, which the plan counts apart."""
     planned = planned_demo
 
     def as_planned() -> list[Taken] | None:
         """Once an instance has made its first pass, for which it takes more."""
         now = taken(small_demo)
         total = sum(one.weights + one.private for one in now)
-        return now if total < planned["total_bytes_at_start"] * 1.03 else None
+        return now if total < planned["total_bytes_at_start"] * 1.06 else None
 
     found = wait_until(as_planned, "instances that take no more than planned")
     assert isinstance(found, list)
@@ -110,17 +110,17 @@ def test_at_the_start_the_demo_takes_what_was_planned(
     private = sum(one.private for one in found)
     assert private == pytest.approx(planned["private_bytes_at_start"], rel=0.25)
     total = sum(one.weights + one.private for one in found)
-    assert total == pytest.approx(planned["total_bytes_at_start"], rel=0.03)
+    assert total == pytest.approx(planned["total_bytes_at_start"], rel=0.06)
     verified = json.loads(small_demo.onecopy("verify", "--json").stdout)
     assert verified["weights_bytes"] == planned["weights_bytes"]
-    assert verified["total_bytes"] == pytest.approx(planned["total_bytes_at_start"], rel=0.03)
+    assert verified["total_bytes"] == pytest.approx(planned["total_bytes_at_start"], rel=0.06)
 
 
 def test_at_full_load_the_demo_takes_what_was_planned(
     small_demo: Server, planned_demo: dict[str, Any]
 ) -> None:
     """All sequences of all instances run up to their full length. Compared: the most that each
-    instance was seen to take. The sum may be up to a tenth less than the plan, which is an upper
+    instance was seen to take. The sum may be up to 15 % less than the plan, which is an upper
     bound and whose private part is an estimate, but hardly more."""
     planned = planned_demo
     ended, samples = threading.Event(), list[list[Taken]]()
@@ -152,7 +152,7 @@ def test_at_full_load_the_demo_takes_what_was_planned(
     # Up to eight blocks are leased ahead, and what is sealed is seen again when it is read again.
     assert 0.9 < sum(kv_bytes) / planned["kv_bytes_at_full_load"] < 1.1
     most = sum(max(one.weights + one.private + one.kv for one in seen) for seen in instances)
-    assert 0.9 < most / planned["total_bytes_at_full_load"] < 1.03
+    assert 0.85 < most / planned["total_bytes_at_full_load"] < 1.03
 
 
 # --- on the command line
