@@ -3,7 +3,9 @@
 Greedy, no early end; by default 128 tokens in, 128 out, one request alone, then 8 at once; each
 `--load 8x1000+64` is another (so many at once, tokens in, tokens out). Everyone has two threads and
 the same prompts (random token ids, new ones each time, so that no prefix cache helps). By default
-SmolLM2-135M in bfloat16; float16 for OpenVINO, which reads no bfloat16 GGUF.
+SmolLM2-135M in bfloat16; float16 for OpenVINO, which reads no bfloat16 GGUF. A file of 4 bits is
+compared by `--serve=--weights=packed` and a folder of `--models` where it is called `bf16.gguf` and
+`f16.gguf`.
 
 All engines stay loaded and take turns; who is not measured is stopped (SIGSTOP), so that it can't
 take the cores. A round is each of them once, in an order that moves on by one a round; a short
@@ -123,7 +125,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "benchmark": "engine_speed",
         **describe_machine(),
         "model": arguments.model,
-        "serve_options": arguments.serve,
+        "serve_options": _serve_options(arguments),
         "peer_environment": arguments.peer_env,
         "rounds": arguments.rounds,
         "num_threads": NUM_THREADS,
@@ -157,7 +159,7 @@ def _start(
         try:
             if name == OURS:
                 engine: Engine = stack.enter_context(
-                    onecopy(arguments.model, folder / "run", arguments.serve)
+                    onecopy(arguments.model, folder / "run", _serve_options(arguments))
                 )
             elif name not in pythons or arguments.models is None:
                 absent[name] = "no --peer names it" if name not in pythons else "no --models"
@@ -179,6 +181,12 @@ def _start(
         stack.callback(resume, engine.pid)
         engines[name] = engine
     return engines, absent
+
+
+def _serve_options(arguments: argparse.Namespace) -> list[str]:
+    """Weights as the peers have them, unless it is said otherwise."""
+    given: list[str] = arguments.serve
+    return given if any("--weights" in one for one in given) else ["--weights=bf16", *given]
 
 
 def _turn(
