@@ -160,6 +160,7 @@ class Forkserver:
 
     def kill(self) -> None:
         """End it at once, whatever it does or can't do. Its instances go on."""
+        self._process.kill()  # the pipe's end is no signal to one that was stopped as it began
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1

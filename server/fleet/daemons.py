@@ -246,6 +246,10 @@ class AllocatorProcess:
             return False
         try:
             with connect(self._runtime_dir, _ANSWER_S, request_timeout_s=_ANSWER_S) as memory:
-                return memory.statistics().num_sessions > 1
+                found = memory.statistics().sessions
         except AllocatorError:
             return False
+        # One of ours that had ended when the daemon before this one was killed is not known to
+        # have, and nobody comes back for it.
+        own = os.getpid()
+        return sum(not (one.adopted and one.pid == own) for one in found) > 1

@@ -1,6 +1,9 @@
 """The server's side of the forkserver, where the other side does not do its part."""
 
+import asyncio
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -46,3 +49,21 @@ def test_one_that_does_not_read_is_busy_and_was_not_asked() -> None:
         theirs.close()
         with pytest.raises(ForkserverEnded):
             forkserver.start(SPEC)
+
+
+@pytest.mark.parametrize("kills", [False, True])
+def test_one_that_is_stopped_as_it_begins_is_ended(kills: bool) -> None:
+    """It has not said yet by what it is to end."""
+
+    async def launch_and_end() -> int:
+        forkserver = Forkserver.launch("nowhere", "auto")
+        os.kill(forkserver.pid, signal.SIGSTOP)
+        if kills:
+            forkserver.kill()
+        return await forkserver.close()
+
+    async def bounded() -> int:
+        async with asyncio.timeout(300):
+            return await launch_and_end()
+
+    assert asyncio.run(bounded()) == -signal.SIGKILL

@@ -7,7 +7,9 @@ started it.
 """
 
 import asyncio
+import contextlib
 import os
+import signal
 from collections.abc import Callable
 
 from allocator import ProcessState
@@ -60,6 +62,9 @@ class Leash:
 
     def kill(self) -> None:
         """Let the kernel end it. Idempotent."""
+        if self._pidfd >= 0:  # the pipe's end is no signal to one that was stopped as it began
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         if self._pipe_write >= 0:
             os.close(self._pipe_write)
             self._pipe_write = -1

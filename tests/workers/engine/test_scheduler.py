@@ -420,8 +420,10 @@ class Arrivals(RuleBasedStateMachine):
         if fits and not urgent:
             assert self.scheduler.num_preempted == preempted
         assert chunks or not self.alive, "there is room for one alone, and nothing was computed"
-        prefills = [chunk for chunk in chunks if chunk.sequence.request_id not in decoding]
-        decodes = [chunk for chunk in chunks if chunk.sequence.request_id in decoding]
+        # One that decoded may have given way, and begun anew in this very step.
+        prefills = [chunk for chunk in chunks if not chunk.sequence.is_decoding]
+        decodes = [chunk for chunk in chunks if chunk.sequence.is_decoding]
+        assert {chunk.sequence.request_id for chunk in decodes} <= decoding
         assert chunks == (*decodes, *prefills)
         assert [chunk.stop - chunk.start for chunk in decodes] == [1] * len(decodes)
         assert sum(chunk.num_tokens for chunk in prefills) <= self.max_num_batched_tokens
@@ -473,3 +475,19 @@ class Arrivals(RuleBasedStateMachine):
 
 Arrivals.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestArrivals = Arrivals.TestCase
+
+
+def test_one_that_gave_way_may_begin_anew_in_the_same_step() -> None:
+    state = Arrivals()
+    state.start(max_num_seqs=3, max_num_batched_tokens=8, spare=0, known=0)
+    state.add(num_tokens=21, num_new=2, share=0.0, priority=1, most_per_step=None)
+    state.step()
+    state.step()
+    state.add(num_tokens=11, num_new=1, share=0.0, priority=0, most_per_step=None)
+    state.step()
+    state.add(num_tokens=1, num_new=1, share=0.0, priority=0, most_per_step=None)
+    state.step()
+    preempted = state.scheduler.num_preempted
+    state.step()
+    assert state.scheduler.num_preempted == preempted + 1
+    state.teardown()
