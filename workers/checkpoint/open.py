@@ -38,7 +38,7 @@ def open_checkpoint(path: Path | str, dtype: str = "auto", *, packs: bool = Fals
             return GGUFCheckpoint(path, chosen, packs=packs)
         from workers.checkpoint.formats.safetensors import SafetensorsCheckpoint
 
-        return SafetensorsCheckpoint(path, chosen)
+        return SafetensorsCheckpoint(path, chosen, packs=packs)
     except OSError as error:
         raise unreadable(Path(error.filename or path), error) from error
 

@@ -1,5 +1,5 @@
-"""Folders of quantized weights, expanded while they are read: beside compressed-tensors' own
-functions, and beside the formulas of those who pack without it."""
+"""Folders of quantized weights, expanded while they are read or packed: beside compressed-tensors'
+own functions, and beside the formulas of those who pack without it."""
 
 import json
 import logging
@@ -22,6 +22,7 @@ from workers.checkpoint.formats import expanded
 from workers.conformance.greedy import read_whole
 from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
 from workers.model.decoder import build_model
+from workers.packed_format import PackedFormat, decoded, unpack
 from workers.placement.resident import Resident
 from workers.quantize.quantize import quantize
 from workers.quantize.request import Request
@@ -66,6 +67,20 @@ def scheme(**weights: Any) -> QuantizationScheme:
     return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
 
 
+def read_packed(folder: Path) -> tuple[dict[str, torch.Tensor], PackedFormat | None]:
+    """All tensors, the packed ones as what they say, and how a linear of many columns is packed."""
+    checkpoint = open_checkpoint(folder, packs=True)
+    formats = decoded(checkpoint.metadata())
+    tensors = read_whole(checkpoint)
+    assert sum(one.num_bytes for one in checkpoint.tensors()) == sum(
+        one.nbytes for one in tensors.values()
+    )
+    for name, layout in formats.items():
+        assert checkpoint.stored_runs(name) == ()
+        tensors[name] = unpack(layout, tensors[name]).to(torch.bfloat16)
+    return tensors, formats.get(f"model.layers.0{LINEAR}")
+
+
 COMPRESSED = {
     "4 bits in groups": ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
     "with zero points": (
@@ -86,6 +101,16 @@ COMPRESSED = {
     "fp8 by rows": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     "fp8 of a tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
 }
+
+
+STAY_PACKED = {
+    "4 bits in groups": PackedFormat(4, 32, True, False),
+    "with zero points": PackedFormat(4, 32, True, True),
+    "8 bits by rows": PackedFormat(8, 256, True, False),
+    "int8": PackedFormat(8, 256, True, False),
+    "int8 of a tensor": PackedFormat(8, 256, True, False),
+}
+"""Of weights with 256 columns; scales are in bfloat16. With zero points 8 bits do not hold them."""
 
 
 @pytest.mark.parametrize("name", list(COMPRESSED))
@@ -117,6 +142,10 @@ def test_compressed_tensors_has_the_same_weights(
     for tensor, weight in zip(names, expected.values(), strict=True):
         assert torch.equal(found[tensor], weight.to(torch.bfloat16)), tensor
     assert set(found) == set(load_file(plain / "model.safetensors"))
+    again, layout = read_packed(tmp_path / "out")
+    assert again.keys() == found.keys()
+    assert all(torch.equal(again[one], found[one]) for one in found)
+    assert layout == STAY_PACKED.get(name)
 
 
 @pytest.mark.parametrize("scheme_name", ["w4a16", "w8a8"])
@@ -160,12 +189,22 @@ def packed(levels: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("bits", "form", "ordered"), [(4, "gptq", False), (4, "gptq_v2", True), (8, "gptq", True)]
+    ("bits", "form", "ordered", "zero_points", "stay_packed"),
+    [
+        (4, "gptq", False, None, PackedFormat(4, 64, True, True)),
+        (4, "gptq", False, 8, PackedFormat(4, 64, False, False)),
+        (4, "gptq_v2", True, None, None),
+        (8, "gptq", False, 128, PackedFormat(8, 64, False, False)),
+        (8, "gptq", False, None, None),
+        (8, "gptq", True, 128, None),
+    ],
 )
 def test_gptq(
     bits: int,
     form: str,
     ordered: bool,
+    zero_points: int | None,
+    stay_packed: PackedFormat | None,
     plain: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -180,6 +219,8 @@ def test_gptq(
             groups = groups[torch.randperm(columns, generator=generator)]
         levels = torch.randint(0, 1 << bits, (columns, rows), generator=generator)
         zero = torch.randint(1, 1 << bits, (columns // 64, rows), generator=generator)
+        if zero_points is not None:
+            zero.fill_(zero_points)
         scales = (torch.rand(columns // 64, rows, generator=generator) * 0.01).half()
         expected.append(((levels - zero[groups]).float() * scales[groups].float()).T)
         stored_zero = zero - int(form == "gptq")
@@ -198,6 +239,10 @@ def test_gptq(
     for name, weight in zip(linears(load_file(plain / "model.safetensors")), expected, strict=True):
         assert torch.equal(found[name], weight.to(torch.bfloat16)), name
     assert not [name for name in found if name.endswith(".bias")]
+    again, layout = read_packed(tmp_path / "out")
+    assert again.keys() == found.keys()
+    assert all(torch.equal(again[one], found[one]) for one in found)
+    assert layout == stay_packed
 
 
 def test_awq(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +271,9 @@ def test_awq(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     found = read_whole(open_checkpoint(tmp_path / "out"))
     for name, weight in zip(linears(load_file(plain / "model.safetensors")), expected, strict=True):
         assert torch.equal(found[name], weight.to(torch.bfloat16)), name
+    again, layout = read_packed(tmp_path / "out")
+    assert all(torch.equal(again[one], found[one]) for one in found)
+    assert layout == PackedFormat(4, 64, True, True)
 
 
 def test_fp8_in_blocks(plain: Path, tmp_path: Path) -> None:
@@ -263,6 +311,7 @@ def broken(plain: Path, tmp_path: Path) -> Iterator[tuple[Path, type[Exception],
         ("weight_packed", torch.ones(2, 128, 32).int(), UnsupportedCheckpoint, "no matrix"),
         ("weight_g_idx", torch.full((256,), 9).int(), CheckpointMismatch, "does not fit"),
         ("weight_zero_point", torch.ones(3, 8).int(), CheckpointMismatch, "does not fit"),
+        ("weight_zero_point", torch.ones(3, 8).char(), CheckpointMismatch, "does not fit"),
     ]
     for number, (part, value, error, message) in enumerate(changes):
         folder = tmp_path / f"broken{number}"
@@ -276,9 +325,10 @@ def broken(plain: Path, tmp_path: Path) -> Iterator[tuple[Path, type[Exception],
 
 def test_what_does_not_fit_together_is_refused_by_name(plain: Path, tmp_path: Path) -> None:
     for folder, error, message in broken(plain, tmp_path):
-        with pytest.raises(error, match=message) as told:
-            read_whole(open_checkpoint(folder))
-        assert "model.layers.1.mlp.down_proj" in str(told.value) or "4 bits" in str(told.value)
+        for packs in (False, True):
+            with pytest.raises(error, match=message) as told:
+                read_whole(open_checkpoint(folder, packs=packs))
+            assert "model.layers.1.mlp.down_proj" in str(told.value) or "4 bits" in str(told.value)
 
 
 @pytest.mark.parametrize(

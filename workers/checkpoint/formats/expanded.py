@@ -1,7 +1,7 @@
 """Weights that a folder stores as levels and scales, expanded to numbers while they are read.
 
-Owns the layouts of compressed-tensors, fp8, GPTQ and AWQ. Invariants: a weight is expanded in
-pieces of a bounded size, straight to where it will lie; it has the value that its own library
+Owns the layouts of compressed-tensors, fp8, GPTQ and AWQ. Invariants: a weight is read in pieces
+of a bounded size and expanded straight to where it will lie; it has the value that its own library
 gives it, rounded once; what does not fit together is refused by name before anything is read. Does
 not know files: whoever asks hands over how tensors are read.
 
@@ -85,13 +85,45 @@ class Expanded:
         if rest or out.numel() % self.shape[1]:
             raise UnsupportedCheckpoint(f"{self.name} is taken apart by columns, and is quantized")
         out = out.view(-1, self.shape[1])
-        grid = self._grid()
-        pieces = self._by_rows if self.how.layout == "rows" else self._by_columns
-        for row, column, levels in pieces(first_row, out.shape[0]):
+        grid = self.grid()
+        for row, column, levels in self.pieces(first_row, out.shape[0]):
             rows, columns = levels.shape
             target = out[row - first_row : row - first_row + rows, column : column + columns]
             target.copy_(grid.applied(levels, row, column))
             on_copied(target.numel() * out.dtype.itemsize)
+
+    @property
+    def bits(self) -> int | None:
+        """Of a level, where levels are integers."""
+        stored = self.stored[self.parts[0]]
+        if self.how.layout != "rows":
+            return self.how.num_bits
+        if self.parts[0].endswith(".weight_packed"):
+            return _bits_of(stored.shape[1], self.shape[1])
+        return 8 if stored.dtype == torch.int8 else None
+
+    @property
+    def least(self) -> int:
+        """The least that a level of so many bits can be."""
+        return -(1 << ((self.bits or 8) - 1)) if self.how.layout == "rows" else 0
+
+    def scale_extent(self) -> tuple[int, int]:
+        """Of how many rows and columns a scale is, from its shape alone."""
+        shape = self.stored[self.scales_name()].shape
+        if self.how.layout != "rows":
+            return 1, self._group_size(shape[0])
+        rows, columns = self.shape
+        height, width = self.how.block or (0, 0)
+        if math.prod(shape) == 1:
+            return rows, columns
+        if height and tuple(shape) == (-(-rows // height), -(-columns // width)):
+            return height, width
+        return 1, self._group_size(shape[-1] if len(shape) > 1 else 1)
+
+    def order(self) -> torch.Tensor | None:
+        """Which group each column is of, where the files say it # [columns] int64"""
+        name = self._part("g_idx")
+        return None if name is None else self._whole(name).long()
 
     def _whole(self, part: str) -> torch.Tensor:
         stored = self.stored[part]
@@ -104,28 +136,42 @@ class Expanded:
 
     # --- levels
 
-    def _by_rows(self, first: int, count: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def pieces(
+        self, first: int, count: int, unit: tuple[int, int] = (1, 1)
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """The levels of `count` rows from row `first` on, in fp32, a piece at a time, with the row
+        and the column where it begins: multiples of `unit` further than `first` and 0."""
+        if self.how.layout == "rows":
+            return self._by_rows(first, count, unit[0])
+        return self._by_columns(first, count, unit[1])
+
+    def _by_rows(
+        self, first: int, count: int, unit: int
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
         columns = self.shape[1]
         name = self.parts[0]
         stored = self.stored[name]
-        step = max(1, SCRATCH_BYTES // (4 * columns))
+        step = max(1, SCRATCH_BYTES // (4 * columns * unit)) * unit
         for row in range(first, first + count, step):
             rows = min(step, first + count - row)
             piece = torch.empty((rows, stored.shape[1]), dtype=stored.dtype)
             self.read(name, row * stored.shape[1], piece)
             if name.endswith(".weight_packed"):
                 bits = _bits_of(stored.shape[1], columns)
-                levels = _unpacked(piece, bits)[:, :columns].float() - (1 << (bits - 1))
+                levels = _unpacked(piece, bits)[:, :columns].float() + self.least
             else:
                 levels = piece.float()
             yield row, 0, levels
 
-    def _by_columns(self, first: int, count: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def _by_columns(
+        self, first: int, count: int, unit: int
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Rows of qweight are columns of the weight."""
         name = self.parts[0]
         stored, columns = self.stored[name], self.shape[1]
         per_word = 32 // self.how.num_bits if self.how.layout == "gptq" else 1
-        step = max(1, SCRATCH_BYTES // (4 * self.shape[0] * per_word)) * per_word
+        unit = math.lcm(unit, per_word)
+        step = max(1, SCRATCH_BYTES // (4 * self.shape[0] * unit)) * unit
         for column in range(0, columns, step):
             end = min(column + step, columns)
             words = torch.empty(
@@ -140,47 +186,46 @@ class Expanded:
 
     # --- scales
 
-    def _grid(self) -> Grid:
-        return self._grid_of_rows() if self.how.layout == "rows" else self._grid_of_columns()
+    def grid(self) -> Grid:
+        """Raises CheckpointMismatch."""
+        height, width = self.scale_extent()
+        row_of = torch.arange(self.shape[0]) // height
+        order = self.order()
+        column_of = torch.arange(self.shape[1]) // width if order is None else order
+        scales = self._whole(self.scales_name()).float()
+        if self.how.layout != "rows":
+            scales = scales.T.contiguous()
+        elif scales.dim() < 2:
+            scales = scales.view(-1, 1)
+        return self._fitting(Grid(scales, self.zero_points(scales.shape), row_of, column_of))
 
-    def _grid_of_rows(self) -> Grid:
-        rows, columns = self.shape
-        scales = self._whole(self._named((".weight_scale", ".weight_scale_inv"))).float()
-        height, width = self.how.block or (0, 0)
-        in_blocks = height and scales.shape == (-(-rows // height), -(-columns // width))
-        if scales.numel() == 1:
-            scales, height, width = scales.view(1, 1), rows, columns
-        elif not in_blocks:
-            scales = scales.view(-1, 1) if scales.dim() == 1 else scales
-            height, width = 1, self._group_size(scales.shape[-1])
-        row_of, column_of = torch.arange(rows) // height, torch.arange(columns) // width
-        if (order := self._part(".weight_g_idx")) is not None:
-            column_of = self._whole(order).long()
-        zero = self._part(".weight_zero_point")
-        zero_points = None if zero is None else self._zero_points(zero, scales.shape)
-        return self._fitting(Grid(scales, zero_points, row_of, column_of))
+    def scales_name(self) -> str:
+        """Raises CheckpointMismatch where there are none."""
+        if self.how.layout == "rows":
+            return self._named((".weight_scale", ".weight_scale_inv"))
+        return self._named((".scales",))
 
-    def _zero_points(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def zero_points(self, shape: torch.Size) -> torch.Tensor | None:
+        """As many as scales are # [rows of scales, columns of scales] fp32"""
+        if self.how.layout == "rows":
+            zero = self._part(".weight_zero_point")
+            return None if zero is None else self._zero_points_of_rows(zero, shape)
+        zeros = self._whole(self._named((".qzeros",)))
+        if self.how.layout == "gptq":
+            levels = _unpacked(zeros, self.how.num_bits).float() + self.how.zero_is_one_less
+        else:
+            levels = _awq_unpacked(zeros).float()
+        return levels.T.contiguous()
+
+    def _zero_points_of_rows(self, name: str, shape: torch.Size) -> torch.Tensor:
         found = self._whole(name)
         if found.dtype != torch.int32 or not self.parts[0].endswith(".weight_packed"):
+            if found.numel() != shape.numel():
+                raise self._unfitting(list(shape))
             return found.float().view(shape)
         bits = _bits_of(self.stored[self.parts[0]].shape[1], self.shape[1])
         levels = _unpacked(found.T.contiguous(), bits)[:, : shape[0]]
         return levels.T.float() - (1 << (bits - 1))
-
-    def _grid_of_columns(self) -> Grid:
-        rows, columns = self.shape
-        scales = self._whole(self._named((".scales",))).float().T.contiguous()
-        zeros = self._whole(self._named((".qzeros",)))
-        if self.how.layout == "gptq":
-            zero_points = _unpacked(zeros, self.how.num_bits).float().T + self.how.zero_is_one_less
-        else:
-            zero_points = _awq_unpacked(zeros).float().T
-        column_of = torch.arange(columns) // self._group_size(scales.shape[1])
-        if (order := self._part(".g_idx")) is not None:
-            column_of = self._whole(order).long()
-        grid = Grid(scales, zero_points.contiguous(), torch.arange(rows), column_of)
-        return self._fitting(grid)
 
     def _group_size(self, num_groups: int) -> int:
         """Of groups that are equally large, or of a whole row where an order says which is
@@ -212,11 +257,14 @@ class Expanded:
             and (grid.zero_points is None or grid.zero_points.shape == grid.scales.shape)
         )
         if not fits:
-            raise CheckpointMismatch(
-                f"{self.name} {list(self.shape)} does not fit its scales {[down, across]}: "
-                "download the model again"
-            )
+            raise self._unfitting([down, across])
         return grid
+
+    def _unfitting(self, scales: list[int]) -> CheckpointMismatch:
+        return CheckpointMismatch(
+            f"{self.name} {list(self.shape)} does not fit its scales {scales}: "
+            "download the model again"
+        )
 
 
 def expand(

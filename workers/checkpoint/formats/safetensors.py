@@ -8,7 +8,7 @@ bytes go from the file into the segment. Invariant: a tensor is read by pieces o
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from workers.checkpoint.formats.checkpoint import (
     digest,
 )
 from workers.checkpoint.formats.expanded import Expanded, expand
+from workers.checkpoint.formats.packed_levels import Packed, packed
 from workers.checkpoint.formats.parameters import Parameter, Run, as_stored, parameters_of
 from workers.checkpoint.formats.sentence_files import sentence_files
 from workers.config.architecture import check_config
@@ -45,6 +46,8 @@ from workers.errors import (
     CheckpointNotFound,
     UnsupportedCheckpoint,
 )
+from workers.packed_format import METADATA, encoded
+from workers.skeleton.packed import can_be_packed
 
 log = logging.getLogger("onecopy.instance")
 
@@ -76,9 +79,10 @@ class _Stored:
 
 
 class SafetensorsCheckpoint:
-    """A folder with config.json and one or more .safetensors files."""
+    """A folder with config.json and one or more .safetensors files. With `packs`, levels of a
+    quantized one that can be are laid out as packed weights."""
 
-    def __init__(self, path: Path, dtype: torch.dtype | None):
+    def __init__(self, path: Path, dtype: torch.dtype | None, *, packs: bool = False):
         self.path = path
         config_file = path / "config.json"
         if not os.path.lexists(config_file):
@@ -95,6 +99,10 @@ class SafetensorsCheckpoint:
         }
         """Of the whole weights."""
         self.dtype = dtype or _configured_dtype(self._config)
+        self._packs = packs and self._levels is not None
+        if self._packs and dtype is None and self.dtype != torch.float32:
+            self.dtype = torch.bfloat16  # what is computed beside packed weights
+        self._packed: dict[str, Packed] = {}
         self._files = weight_files(path)
         self._sentence = sentence_files(path)
 
@@ -116,10 +124,20 @@ class SafetensorsCheckpoint:
             "kind": "safetensors",
             "config": digest(*self._settings()),
             "files": digest(*files),
+            **({"weights": "packed"} if self._packs else {}),
         }
 
     def metadata(self) -> dict[str, str]:
-        """config.json, and what sentence-transformers wrote."""
+        """config.json, what sentence-transformers wrote, and how tensors are packed, if some
+        are."""
+        found = self._described()
+        if self._packs:
+            self._parameters()
+        if self._packed:
+            found[METADATA] = encoded({name: one.layout for name, one in self._packed.items()})
+        return found
+
+    def _described(self) -> dict[str, str]:
         found = {"config": msgspec.json.encode(self._config).decode()}
         if self._sentence is not None:
             found["sentence"] = msgspec.json.encode(self._sentence).decode()
@@ -140,10 +158,12 @@ class SafetensorsCheckpoint:
     def tensors(self) -> list[SourceTensor]:
         """In file order, under the names of transformers. Raises CheckpointCorrupt where a header
         and its file do not agree, CheckpointMismatch where tensors do not fit together."""
-        return [
-            SourceTensor(one.name, one.shape, self._laid_out(one))
-            for one in self._parameters().values()
-        ]
+        return [self._source(one) for one in self._parameters().values()]
+
+    def _source(self, one: Parameter) -> SourceTensor:
+        if (whole := self._packed.get(one.name)) is None:
+            return SourceTensor(one.name, one.shape, self._laid_out(one))
+        return SourceTensor(one.name, whole.layout.shape(*whole.weight.shape), torch.uint8)
 
     def stored_runs(self, name: str) -> tuple[StoredBytes, ...]:
         """See `Checkpoint`."""
@@ -161,8 +181,12 @@ class SafetensorsCheckpoint:
 
     def copy_into(self, name: str, out: torch.Tensor, on_copied: OnCopied) -> None:
         """Bytes go from the files into `out`; a cast goes through a small scratch buffer."""
+        parameter = self._parameters()[name]
+        if name in self._packed:
+            self._packed[name].copy(out, on_copied)
+            return
         flat, start = out.view(-1), 0
-        for run in self._parameters()[name].runs:
+        for run in parameter.runs:
             length = run.end - run.begin
             self._copy_run(run, flat[start : start + length], on_copied)
             start += length
@@ -201,12 +225,43 @@ class SafetensorsCheckpoint:
     def _parameters(self) -> dict[str, Parameter]:
         if not hasattr(self, "_named"):
             shapes = {name: stored.shape for name, stored in self._stored().items()}
-            if task_of(self.metadata()) == "generate":
+            if task_of(self._described()) == "generate":
                 found = self._without_empty_biases(parameters_of(self._config, shapes, self.dtype))
+                if self._packs and self.dtype == torch.bfloat16:
+                    self._packed = self._packable(found)
             else:  # who binds them knows how
                 found = [as_stored(name, shape) for name, shape in shapes.items()]
             self._named = {one.name: one for one in found}
+            self._tell()
         return self._named
+
+    def _packable(self, parameters: Sequence[Parameter]) -> dict[str, Packed]:
+        """Linears and embeddings, each of one stored weight."""
+        from workers.skeleton.decoder import skeleton
+
+        places = can_be_packed(skeleton(self._config, torch.bfloat16))
+        found: dict[str, Packed] = {}
+        for one in parameters:
+            whole = self._stored()[one.runs[0].source] if len(one.runs) == 1 else None
+            if one.name not in places or not isinstance(whole, Expanded):
+                continue
+            if whole.shape == one.shape and (made := packed(whole)) is not None:
+                found[one.name] = made
+        return found
+
+    def _tell(self) -> None:
+        """Say what becomes of quantized weights."""
+        num_levels = sum(isinstance(one, Expanded) for one in self._stored().values())
+        if self._levels is None or not num_levels:
+            return
+        told = f"{self.path} is quantized ({self._levels.told})"
+        if self._packed:
+            log.info("%s: %d weights stay packed", told, len(self._packed))
+        if num_levels > len(self._packed):
+            log.info(
+                *("%s: %d weights are expanded to %s while they are read", told),
+                *(num_levels - len(self._packed), _dtype_text(self.dtype or torch.bfloat16)),
+            )
 
     def _without_empty_biases(self, found: list[Parameter]) -> list[Parameter]:
         """GPTQ's tools write a bias of zeros for each linear that has none."""
@@ -259,10 +314,6 @@ class SafetensorsCheckpoint:
         expanded, used = expand(stored, how, read)
         if not expanded:
             self._refuse_quantized(how.told)
-        log.info(
-            *("%s is quantized (%s): %d weights are expanded to %s while they are read", self.path),
-            *(how.told, len(expanded), _dtype_text(self.dtype or torch.bfloat16)),
-        )
         at = {one.parts[0]: one for one in expanded.values()}
         found: dict[str, _Stored | Expanded] = {}
         for name, tensor in stored.items():
