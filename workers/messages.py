@@ -390,6 +390,8 @@ class EvaluationRequest(Message, frozen=True):
     models: Annotated[tuple[Bounded, ...], msgspec.Meta(min_length=1, max_length=64)]
     reference: Bounded | None
     dtype: Bounded
+    weights: Bounded
+    """Of the models; the reference's are expanded."""
     windows: Annotated[
         tuple[Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=2)], ...],
         msgspec.Meta(min_length=1),

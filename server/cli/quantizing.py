@@ -153,6 +153,10 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="What to compute in: auto, float32, bfloat16 or float16.")
     ] = "auto",
+    weights: Annotated[
+        str,
+        typer.Option(help="Of MODELS: packed, expanded to bf16, or auto, as they are served."),
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Say how well MODELS predict a text: perplexity and, beside another model, how far they are
@@ -162,11 +166,11 @@ def evaluate(
     memory meanwhile.
     """
     with one_line_errors():
-        engine_settings({"dtype": dtype})
+        engine_settings({"dtype": dtype, "weights": weights})
         sources = [find_model(model) for model in models]
         reference = None if against is None else find_model(against)
         with console.err.status("") as status:
-            found = evaluate_models(sources, reference, text, window, dtype, status.update)
+            found = evaluate_models(sources, reference, text, window, dtype, weights, status.update)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

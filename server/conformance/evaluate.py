@@ -62,10 +62,12 @@ def evaluate(
     text: Path,
     window_tokens: int,
     dtype: str,
+    weights: str,
     tell: Callable[[str], None],
 ) -> Evaluation:
-    """`tell` hears how far it is. Raises EvaluationFailed, ServerError, CheckpointError,
-    OSError."""
+    """`dtype` and `weights` are what instances take as `--dtype` and `--weights`; a reference's
+    weights are expanded. `tell` hears how far it is. Raises EvaluationFailed, ServerError,
+    CheckpointError, OSError."""
     asked = [*([reference] if reference is not None else []), *models]
     tell("reading the text")
     content = text.read_text()
@@ -82,6 +84,7 @@ def evaluate(
         models=tuple(str(one.path) for one in asked),
         reference=None if reference is None else str(reference.path),
         dtype=dtype,
+        weights=weights,
         windows=tuple(map(tuple, cut[0])),
     )
     scores: list[list[WindowScore]] = [[] for _ in asked]

@@ -4,6 +4,7 @@ Owns the sums. Invariants: a window is computed in pieces, whose logits alone ar
 fp32 values, in fp64; what is compared are the distributions behind the same tokens.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -11,12 +12,14 @@ from typing import Final
 import torch
 
 from workers.checkpoint import Checkpoint, metadata_of
+from workers.config.encoder_settings import task_of
 from workers.conformance.greedy import read_whole
 from workers.errors import UnsupportedCheckpoint
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part
 from workers.model.decoder import Model, build_model
+from workers.packed_format import decoded
 from workers.placement.resident import Resident
 from workers.weight_format import float_dtype
 
@@ -35,10 +38,16 @@ class Score:
     num_same: int = 0
 
 
-def loaded(checkpoint: Checkpoint, config: dict[str, object], window_tokens: int) -> Model:
+def loaded(checkpoint: Checkpoint, window_tokens: int) -> Model:
     """In private memory, computing as an instance would. Raises WorkerError."""
+    metadata = _metadata(checkpoint)
     tensors = read_whole(checkpoint)
-    model = build_model(config, Resident(tensors), checkpoint.dtype or float_dtype(tensors))
+    model = build_model(
+        json.loads(metadata["config"]),
+        Resident(tensors),
+        checkpoint.dtype or float_dtype(tensors),
+        packed=decoded(metadata),
+    )
     model.accelerate(_STEP_TOKENS, window_tokens, torch.get_num_threads())
     return model
 
@@ -75,11 +84,9 @@ def _log_probabilities(model: Model, window: Sequence[int]) -> Iterator[tuple[in
         yield begin, logits.float().cpu().log_softmax(-1)
 
 
-def config_text(checkpoint: Checkpoint) -> str:
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """Of a model that generates. Raises UnsupportedCheckpoint, CheckpointError."""
-    from workers.config.encoder_settings import task_of
-
     metadata = metadata_of(checkpoint)
     if task_of(metadata) == "embed":
         raise UnsupportedCheckpoint(f"{checkpoint.path} embeds texts, and predicts none")
-    return metadata["config"]
+    return metadata

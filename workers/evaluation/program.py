@@ -7,18 +7,17 @@ and exit status 1.
 """
 
 import gc
-import json
 import sys
-from typing import Any
 
 import msgspec
 import torch
 
-from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.errors import WorkerError
-from workers.evaluation.likelihood import config_text, loaded, score
+from workers.evaluation.likelihood import loaded, score
 from workers.messages import EvaluationRequest, WindowScore, decode_evaluation_request
 from workers.model.decoder import Model
+from workers.placement.packing import open_as_served
+from workers.settings import checked
 
 
 def evaluate(request: EvaluationRequest) -> None:
@@ -26,11 +25,12 @@ def evaluate(request: EvaluationRequest) -> None:
     longest = max(map(len, request.windows))
     reference = None
     if request.reference is not None:
-        reference = _loaded(request.reference, request.dtype, longest)
+        reference = _loaded(request.reference, request.dtype, "bf16", longest)
     for number, path in enumerate(request.models):
-        is_reference = reference is not None and path == request.reference
-        model = reference if is_reference else _loaded(path, request.dtype, longest)
-        assert model is not None  # noqa: S101
+        is_reference = reference is not None and number == 0
+        model = reference
+        if model is None or not is_reference:
+            model = _loaded(path, request.dtype, request.weights, longest)
         with torch.inference_mode():
             for index, window in enumerate(request.windows):
                 found = score(model, window, None if is_reference else reference)
@@ -48,10 +48,9 @@ def evaluate(request: EvaluationRequest) -> None:
         gc.collect()
 
 
-def _loaded(path: str, dtype: str, longest: int) -> Model:
-    checkpoint: Checkpoint = open_checkpoint(path, dtype)
-    config: dict[str, Any] = json.loads(config_text(checkpoint))
-    return loaded(checkpoint, config, longest)
+def _loaded(path: str, dtype: str, weights: str, longest: int) -> Model:
+    settings = checked({"dtype": dtype, "weights": weights})
+    return loaded(open_as_served(path, settings), longest)
 
 
 def main() -> int:

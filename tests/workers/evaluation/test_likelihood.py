@@ -1,6 +1,5 @@
 """The sums over a window, beside those of torch over the logits of transformers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ import torch
 from tests.workers.tiny_models import prompt, reference_model, write_checkpoint
 from workers.checkpoint import open_checkpoint
 from workers.errors import UnsupportedCheckpoint
-from workers.evaluation.likelihood import config_text, loaded, score
+from workers.evaluation.likelihood import loaded, score
 from workers.model.decoder import Model
 
 
 def model_of(folder: Path, longest: int) -> Model:
-    checkpoint = open_checkpoint(folder)
-    return loaded(checkpoint, json.loads(config_text(checkpoint)), longest)
+    return loaded(open_checkpoint(folder), longest)
 
 
 @pytest.mark.parametrize("length", [2, 64, 65, 150])
