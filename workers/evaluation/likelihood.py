@@ -55,8 +55,8 @@ def loaded(checkpoint: Checkpoint, window_tokens: int) -> Model:
 def score(model: Model, window: Sequence[int], reference: Model | None) -> Score:
     """Raises UnsupportedCheckpoint where vocabularies differ."""
     num_tokens, num_same, loss, divergence = 0, 0, 0.0, 0.0
-    theirs = None if reference is None else _log_probabilities(reference, window)
-    for begin, ours in _log_probabilities(model, window):
+    theirs = None if reference is None else log_probabilities(reference, window)
+    for begin, ours in log_probabilities(model, window):
         other = None if theirs is None else next(theirs)[1]
         targets = torch.tensor(window[begin + 1 : begin + 1 + len(ours)])
         rows = ours[: len(targets)]  # nothing follows the last one
@@ -74,7 +74,8 @@ def score(model: Model, window: Sequence[int], reference: Model | None) -> Score
     return Score(num_tokens, loss, divergence, num_same)
 
 
-def _log_probabilities(model: Model, window: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+def log_probabilities(model: Model, window: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Of what follows each token # [some tokens, vocab_size] fp32, with the place of the first."""
     layout = model.geometry.kv_layout
     blocks = PrivateSource(layout, model.device).lease(layout.num_blocks(len(window)))
     table = BlockTable(layout, blocks)

@@ -20,12 +20,15 @@ from tests.workers.tiny_models import prompt, reference_model, write_checkpoint
 from workers.checkpoint import open_checkpoint
 from workers.checkpoint.formats import expanded
 from workers.conformance.greedy import read_whole
-from workers.errors import CheckpointMismatch, UnsupportedCheckpoint
+from workers.errors import CheckpointMismatch, InvalidSetting, UnsupportedCheckpoint
+from workers.evaluation.likelihood import loaded, log_probabilities
 from workers.model.decoder import build_model
 from workers.packed_format import PackedFormat, decoded, unpack
+from workers.placement.packing import open_as_served
 from workers.placement.resident import Resident
 from workers.quantize.quantize import quantize
 from workers.quantize.request import Request
+from workers.settings import EngineSettings, checked
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
 LINEAR = ".mlp.down_proj.weight"
@@ -168,6 +171,34 @@ def test_what_was_quantized_here_computes_as_its_weights(
         ids = torch.tensor([prompt(9)])
         with torch.inference_mode():
             assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("scheme_name", ["w4a16", "w8a8", "w8a16"])
+def test_what_was_quantized_here_is_computed_packed(scheme_name: str, tmp_path: Path) -> None:
+    """Of a model in float16, which kernels compute in bfloat16."""
+    plain = write_checkpoint(tmp_path / "plain", "llama", torch.float16, **SIZES)
+    quantize(Request(plain, tmp_path / "out", scheme_name), lambda _progress: None)
+    checkpoint = open_as_served(tmp_path / "out", EngineSettings())
+    assert checkpoint.dtype == torch.bfloat16
+    assert len(decoded(checkpoint.metadata())) == 21
+    window = prompt(60)
+    found, exact = (
+        torch.cat([rows for _, rows in log_probabilities(loaded(one, len(window)), window)])
+        for one in (checkpoint, open_checkpoint(tmp_path / "out", "float32"))
+    )
+    assert (found - exact).square().mean().sqrt() < 0.2 * exact.std(), "of random weights"
+
+
+def test_what_is_computed_in_float32_stays_expanded(plain: Path, tmp_path: Path) -> None:
+    quantize(Request(plain, tmp_path / "out", "w8a16"), lambda _progress: None)
+    for settings in ({"dtype": "float32"}, {"weights": "bf16"}, {"device_memory": 1 << 30}):
+        checkpoint = open_as_served(tmp_path / "out", checked(settings))
+        assert not decoded(checkpoint.metadata())
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}))
+    assert not decoded(open_as_served(tmp_path / "out", EngineSettings()).metadata())
+    with pytest.raises(InvalidSetting, match=r"--weights packed: nothing in .* can be packed"):
+        open_as_served(tmp_path / "out", checked({"weights": "packed"}))
 
 
 def test_a_checkpoint_that_was_quantized_otherwise_has_another_fingerprint(
