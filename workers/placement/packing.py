@@ -51,8 +51,6 @@ def _against(settings: EngineSettings) -> str | None:
     if settings.tensor_parallel_size > 1:
         size = settings.tensor_parallel_size
         return f"--tensor-parallel-size is {size}, and packed weights are not divided"
-    if settings.offload not in ("auto", "none") or settings.device_memory is not None:
-        return "layers that are offloaded are not packed: leave out --offload and --device-memory"
     return None
 
 

@@ -85,8 +85,6 @@ def test_a_file_says_the_same_packed_in_less_memory(smollm2_gguf: Path) -> None:
     [
         ({"dtype": "float32"}, "--dtype is float32"),
         ({"device": "cuda:0"}, "--device is cuda:0"),
-        ({"offload": "all"}, "leave out --offload"),
-        ({"device_memory": 1 << 30}, "leave out --offload and --device-memory"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
     ],
 )

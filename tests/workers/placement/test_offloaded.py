@@ -38,12 +38,16 @@ from workers.errors import (
     ReadTimedOut,
 )
 from workers.model.decoder import Model, build_model
+from workers.model.stretch import Placement
+from workers.packed_format import decoded as packed_ones
 from workers.placement.layer_slots import LayerSlots, memory_bytes
 from workers.placement.offloaded import Offloaded
 from workers.placement.place import open_files
 from workers.placement.reader import Reader
 from workers.placement.resident import Resident
 from workers.placement.slots import slot_layout
+from workers.quantize.quantize import quantize
+from workers.quantize.request import Request
 from workers.skeleton.decoder import names_of_layers, skeleton
 
 
@@ -55,12 +59,19 @@ class Saved:
     dtype: torch.dtype
     file: Path | None = None
     """In the folder, where it is no folder's model."""
+    packs: bool = False
 
     def checkpoint(self) -> Checkpoint:
-        return open_checkpoint(self.file or self.folder, str(self.dtype).removeprefix("torch."))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return open_checkpoint(self.file or self.folder, dtype, packs=self.packs)
 
     def resident(self) -> Model:
-        return build_model(self.config(), Resident(read_whole(self.checkpoint())), self.dtype)
+        return self.built(Resident(read_whole(self.checkpoint())))
+
+    def built(self, placement: Placement) -> Model:
+        metadata = self.checkpoint().metadata()
+        config, packed = json.loads(metadata["config"]), packed_ones(metadata)
+        return build_model(config, placement, self.dtype, packed=packed)
 
     def offloaded(
         self,
@@ -93,8 +104,7 @@ class Saved:
             check_files = open_files(threads, offloaded)
             area = mmap.mmap(-1, memory_bytes(layouts, depth))
             slots = LayerSlots(layouts, depth, torch.frombuffer(area, dtype=torch.uint8), threads)
-            placement = Offloaded(staying, offloaded, slots, check_files)
-            yield build_model(self.config(), placement, self.dtype), slots
+            yield self.built(Offloaded(staying, offloaded, slots, check_files)), slots
 
 
 def saved(family: str, folder: Path, dtype: torch.dtype) -> Saved:
@@ -125,6 +135,24 @@ def test_kernels_compute_the_same_bits(family: str, tmp_path: Path) -> None:
             for _ in range(2):
                 for got, expected in zip(logits_of(model), whole, strict=True):
                     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+def test_packed_layers_compute_the_same_bits(by_kernels: bool, tmp_path: Path) -> None:
+    save(tiny_model("llama", hidden_size=128, intermediate_size=256), tmp_path / "whole")
+    request = Request(tmp_path / "whole", tmp_path / "small", "w4a16", group_size=32)
+    quantize(request, lambda _progress: None)
+    files = Saved(tmp_path / "small", torch.bfloat16, packs=True)
+    resident = files.resident()
+    offloaded = files.offloaded()
+    assert {"uint8", "bfloat16"} == {one.dtype for one in offloaded.layers[0].tensors.values()}
+    with files.model(offloaded, 1) as (model, _):
+        for one in (resident, model) if by_kernels else ():
+            assert one.accelerate(64, 128, 2) is None
+        whole = logits_of(resident)
+        for _ in range(2):
+            for got, expected in zip(logits_of(model), whole, strict=True):
+                assert torch.equal(got, expected)
 
 
 def test_a_read_that_takes_its_time_changes_nothing(tmp_path: Path) -> None:
