@@ -244,6 +244,18 @@ def test_server_runs_without_torch() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_what_all_processes_import_brings_no_large_library_along() -> None:
+    """They start by the dozen, and each would take a tenth of a second longer."""
+    program = (
+        "import sys, workers\n"
+        "found = {'numpy', 'gguf', 'torch', 'transformers', 'fastapi'} & sys.modules.keys()\n"
+        "assert not found, found\n"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 MODULES = frozenset(
     [
         *("server", "server.api.app", "server.api.openai", "server.api.openai.chat"),

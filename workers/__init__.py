@@ -38,12 +38,21 @@ from workers.process.warden import launch as warden_launch
 from workers.process.warden import receive as warden_receive
 from workers.process.warden import send as warden_send
 from workers.quantize.policy import Choices as QuantizeChoices
-from workers.quantize.quantize import quantize as quantize_checkpoint
 from workers.quantize.request import Made as QuantizeMade
 from workers.quantize.request import Progress as QuantizeProgress
 from workers.quantize.request import Request as QuantizeRequest
+from workers.quantize.request import Tell
 from workers.quantize.scheme import SCHEMES
 from workers.settings import MAX_NUM_SEQS, EngineSettings, checked
+
+
+def quantize_checkpoint(request: QuantizeRequest, tell: Tell) -> QuantizeMade:
+    """See `workers.quantize.quantize`: its libraries take a tenth of a second to import, and one
+    command of many needs them."""
+    from workers.quantize.quantize import quantize
+
+    return quantize(request, tell)
+
 
 __all__ = [
     "KERNELS_VARIABLE",
