@@ -11,6 +11,14 @@
 
 #include "platform.h"
 
+// Of what takes a registerful of vectors: out of line it would take them from memory. AVX2 has too few
+// registers to do otherwise, and is quicker so.
+#if defined(__AVX512F__)
+#define INLINE_IF_THERE_IS_ROOM [[gnu::always_inline]] inline
+#else
+#define INLINE_IF_THERE_IS_ROOM inline
+#endif
+
 using bf16 = uint16_t;
 
 inline float one(bf16 x) {
@@ -200,7 +208,7 @@ inline void transpose(Int* rows) {
 }
 // What `join` makes of the lanes of each of kLanes vectors, all in the same order.
 template <class Join>
-inline F joined(const F* a, Join join) {
+INLINE_IF_THERE_IS_ROOM F joined(const F* a, Join join) {
   __m512 t[8], u[4], v[2];
   for (int i = 0; i < 8; i++)
     t[i] = join(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
@@ -241,7 +249,7 @@ inline void transpose(Int* rows) {
   for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 template <class Join>
-inline F joined(const F* a, Join join) {
+INLINE_IF_THERE_IS_ROOM F joined(const F* a, Join join) {
   __m256 t[4], u[2];
   for (int i = 0; i < 4; i++)
     t[i] = join(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
@@ -262,7 +270,7 @@ inline void transpose(Int* r) {
   for (int i = 0; i < 4; i++) r[i] = t[i];
 }
 template <class Join>
-inline F joined(const F* a, Join join) {
+INLINE_IF_THERE_IS_ROOM F joined(const F* a, Join join) {
   Int t[4];
   for (int i = 0; i < 4; i++) t[i] = (Int)a[i];
   transpose(t);
@@ -283,10 +291,10 @@ inline float sum_lanes(F x) {
 #endif
 
 // The sum of each of kLanes vectors, and the largest lane of each.
-inline F sums_of(const F* a) {
+INLINE_IF_THERE_IS_ROOM F sums_of(const F* a) {
   return joined(a, [](F x, F y) { return x + y; });
 }
-inline F maxima_of(const F* a) {
+INLINE_IF_THERE_IS_ROOM F maxima_of(const F* a) {
   return joined(a, [](F x, F y) { return maximum(x, y); });
 }
 
