@@ -36,7 +36,7 @@ class Rotation(IntEnum):
 
 
 class Residual(IntEnum):
-    """decoder.cpp's: how the two sublayers join the residual stream x."""
+    """description.h's: how the two sublayers join the residual stream x."""
 
     ONE_BY_ONE = 0
     """x += attention(x); x += mlp(x)"""

@@ -2,7 +2,7 @@
 
 Owns the handles of the libraries. Invariants: one is loaded only on a processor that has every
 instruction it was compiled for, and after the kernel has granted its registers; the structures are
-those of decoder.cpp, and their sizes are compared. Knows no model.
+those of description.h, and their sizes are compared. Knows no model.
 
 `setup.py` says how they are compiled.
 """
