@@ -38,10 +38,10 @@ from workers.process.warden import launch as warden_launch
 from workers.process.warden import receive as warden_receive
 from workers.process.warden import send as warden_send
 from workers.quantize.policy import Choices as QuantizeChoices
-from workers.quantize.quantize import quantize as quantize_checkpoint
 from workers.quantize.request import Made as QuantizeMade
 from workers.quantize.request import Progress as QuantizeProgress
 from workers.quantize.request import Request as QuantizeRequest
+from workers.quantize.request import Tell as QuantizeTell
 from workers.quantize.scheme import SCHEMES
 from workers.settings import MAX_NUM_SEQS, EngineSettings, checked
 
@@ -89,3 +89,11 @@ __all__ = [
     "warden_receive",
     "warden_send",
 ]
+
+
+def quantize_checkpoint(request: QuantizeRequest, tell: QuantizeTell) -> QuantizeMade:
+    """See `workers.quantize.quantize`, which alone of all here needs numpy and gguf: whoever
+    quantizes nothing does not wait for their import."""
+    from workers.quantize.quantize import quantize
+
+    return quantize(request, tell)
