@@ -9,6 +9,7 @@ of its own, with the environment, the folder and the descriptors of whoever aske
 import gc
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -102,15 +103,16 @@ class Warm:
         cwd: str,
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] = os.environ,
+        output: tuple[int, int] = (1, 2),
     ) -> Started:
-        """The program with these arguments, reading nothing, beside this process's output."""
+        """The program with these arguments, reading nothing, writing to `output`."""
         told = {
             "arguments": arguments,
             "environment": dict(environment),
             "cwd": cwd,
             "descriptors": [1, 2, *pass_fds],
         }
-        socket.send_fds(self._socket, [json.dumps(told).encode()], [1, 2, *pass_fds])
+        socket.send_fds(self._socket, [json.dumps(told).encode()], [*output, *pass_fds])
         answer = self._socket.recv(_MAX_BYTES)
         assert answer, "what is to start processes has ended"
         return Started(int(answer))
@@ -165,6 +167,7 @@ def _become(said: dict[str, Any], descriptors: list[int], control: socket.socket
     for one, number in zip(kept, wanted, strict=True):
         os.dup2(one, number)
         os.close(one)
+    random.seed()
     os.chdir(said["cwd"])
     os.environ.clear()
     os.environ.update(said["environment"])
