@@ -24,7 +24,7 @@ endif
 PIP_INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve fmt check test test-fast test-gpu gpu-report gpu-wheels bench clean
+.PHONY: help setup serve fmt check test test-fast test-long test-gpu gpu-report gpu-wheels bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,9 +78,12 @@ check: setup ## ruff, layout, mypy strict, import directions
 PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 # Tests run torch in several processes at once: a thread that waits must sleep, not spin.
-test test-fast test-gpu: export OMP_WAIT_POLICY = PASSIVE
+test test-fast test-long test-gpu: export OMP_WAIT_POLICY = PASSIVE
 test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) $(ARGS)
+
+test-long: export ONECOPY_LONG_TESTS = 1
+test-long: test ## the same with more random examples, rounds and pairs: all that tests/quick.py holds back
 
 test-fast: setup ## the quick tests of all packages, for while one works (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)

@@ -7,16 +7,14 @@ anything is started; however the start or the serving ends, nothing that was sta
 import asyncio
 import contextlib
 import logging
-import os
 import signal
-import socket
 from collections.abc import Coroutine, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from allocator import RuntimeDir
 from server import console
+from server.address import bind, bind_unix, in_use, unbind
 from server.admin.app import create_admin_app
 from server.admin.engine_metrics import InstanceMetrics
 from server.admin.metrics import Metrics
@@ -44,10 +42,6 @@ log = logging.getLogger("onecopy.server")
 _ADMIN_CONNECTIONS: Final = 32
 
 
-class AddressInUse(Exception):
-    """The HTTP address can't be had. The message names the fix."""
-
-
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT; a second one does not wait for running requests.
 
@@ -64,8 +58,8 @@ async def serve(settings: Settings) -> None:
         stack.callback(tokenizer.close)
         lock = runtime_dir.lock("server")
         stack.callback(lock.release)
-        http_socket, url = _bind(settings)
-        stack.callback(_unbind, http_socket, settings.uds)
+        http_socket, url = bind(settings)
+        stack.callback(unbind, http_socket, settings.uds)
         stop = _Stop()
         stack.enter_context(stop.on_signals())
         allocator = AllocatorProcess(
@@ -90,7 +84,7 @@ async def serve(settings: Settings) -> None:
         admin_app = create_admin_app(
             models, allocator, metrics, stop.ask, settings.drain_timeout_s, url
         )
-        admin = HTTPServer(admin_app, _bind_unix(runtime_dir.admin), most=_ADMIN_CONNECTIONS)
+        admin = HTTPServer(admin_app, bind_unix(runtime_dir.admin), most=_ADMIN_CONNECTIONS)
         stack.push_async_callback(admin.close)
         stack.callback(runtime_dir.admin.unlink, missing_ok=True)
         await admin.start()
@@ -114,7 +108,7 @@ async def serve(settings: Settings) -> None:
         try:
             await http.start()
         except OSError as error:  # bound before, and another has begun to listen meanwhile
-            raise _in_use(settings, error) from error
+            raise in_use(settings, error) from error
         background.need("the HTTP server", http.ended)
         background.need("the admin server", admin.ended)
         lock.announce(url)
@@ -204,49 +198,3 @@ class _Stop:
             stopped.cancel()
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
-
-
-def _bind(settings: Settings) -> tuple[socket.socket, str]:
-    if settings.uds is not None:
-        return _bind_unix(settings.uds), f"unix:{settings.uds}"
-    try:
-        infos = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, address = infos[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise _in_use(settings, error) from error
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return bound, f"http://{host}:{bound.getsockname()[1]}"
-
-
-def _in_use(settings: Settings, error: OSError) -> AddressInUse:
-    return AddressInUse(
-        f"can't serve on {settings.uds or f'{settings.host}:{settings.port}'}: {error.strerror}. "
-        "Choose another --port (or --host), or stop what uses it."
-    )
-
-
-def _bind_unix(path: Path) -> socket.socket:
-    if os.fsencode(path).decode(errors="ignore") != str(path):
-        raise AddressInUse(f"the name of {os.fsencode(path)!r} is no UTF-8: choose another --uds")
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(os.fspath(path)) == 0:
-                raise AddressInUse(f"another server answers on {path}: choose another --uds")
-        if path.is_socket():
-            path.unlink()  # left behind by a server that is gone
-        bound.bind(os.fspath(path))
-        path.chmod(0o600)
-    except OSError as error:
-        bound.close()
-        raise AddressInUse(f"can't serve on {path}: {error.strerror or error}") from error
-    return bound
-
-
-def _unbind(bound: socket.socket, uds: Path | None) -> None:
-    bound.close()
-    if uds is not None:
-        uds.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from allocator import Client, RuntimeDir
 from tests.daemon_process import ROOT, DaemonProcess
 from tests.leaks import Leaks, adopt_orphans
+from tests.warm import Warm
 
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -155,16 +156,25 @@ def runtime_dir(no_leaks: Leaks) -> Iterator[RuntimeDir]:
         shutil.rmtree(path)
 
 
+@pytest.fixture(scope="session")
+def warm_daemon(adopted_orphans: None) -> Iterator[Warm]:
+    """A process that has imported the allocator's daemon, for the tests that start one each."""
+    with Warm("allocator.daemon.command") as warm:
+        yield warm
+
+
 @pytest.fixture
 def start_daemon(
-    runtime_dir: RuntimeDir, image_folder: Path
+    warm_daemon: Warm, runtime_dir: RuntimeDir, image_folder: Path
 ) -> Iterator[Callable[..., DaemonProcess]]:
     """Start allocators in the runtime directory; each is stopped by SIGTERM at teardown."""
     started: list[DaemonProcess] = []
 
     def start(*arguments: str, program: str = "") -> DaemonProcess:
         images = ("--image-dir", str(image_folder))
-        started.append(DaemonProcess(runtime_dir, *images, *arguments, program=program))
+        started.append(
+            DaemonProcess(runtime_dir, *images, *arguments, program=program, warm=warm_daemon)
+        )
         return started[-1]
 
     yield start

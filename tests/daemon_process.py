@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from allocator import Client, RuntimeDir, connect
+from tests.warm import Started, Warm
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300.0
@@ -20,21 +21,35 @@ TIMEOUT_S = 300.0
 class DaemonProcess:
     """`python -m allocator`, started and ready."""
 
-    def __init__(self, runtime_dir: RuntimeDir, *arguments: str, program: str = ""):
-        """`program`: to be run instead of `-m allocator`, with the same arguments."""
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        *arguments: str,
+        program: str = "",
+        warm: Warm | None = None,
+    ):
+        """`program`: to be run instead of `-m allocator`, with the same arguments. `warm` has
+        imported `allocator.daemon.command`: it starts the daemon at less cost."""
         self.runtime_dir = runtime_dir
         ready_read, ready_write = os.pipe()
+        options = ("--runtime-dir", str(runtime_dir.path), "--ready-fd", str(ready_write))
+        self.process: subprocess.Popen[bytes] | Started
         try:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, *(("-c", program) if program else ("-m", "allocator"))),
-                    *("--runtime-dir", str(runtime_dir.path), "--ready-fd", str(ready_write)),
-                    *arguments,
-                ],
-                pass_fds=[ready_write],
-                stdin=subprocess.DEVNULL,
-                cwd=ROOT,
-            )
+            if warm is not None and not program and warm.starts_the_same():
+                self.process = warm.start(
+                    *options, *arguments, cwd=str(ROOT), pass_fds=[ready_write]
+                )
+            else:
+                self.process = subprocess.Popen(
+                    [
+                        *(sys.executable, *(("-c", program) if program else ("-m", "allocator"))),
+                        *options,
+                        *arguments,
+                    ],
+                    pass_fds=[ready_write],
+                    stdin=subprocess.DEVNULL,
+                    cwd=ROOT,
+                )
         finally:
             os.close(ready_write)
         try:

@@ -41,12 +41,12 @@ from workers.quantize.policy import Choices as QuantizeChoices
 from workers.quantize.request import Made as QuantizeMade
 from workers.quantize.request import Progress as QuantizeProgress
 from workers.quantize.request import Request as QuantizeRequest
-from workers.quantize.request import Tell
+from workers.quantize.request import Tell as QuantizeTell
 from workers.quantize.scheme import SCHEMES
 from workers.settings import MAX_NUM_SEQS, EngineSettings, checked
 
 
-def quantize_checkpoint(request: QuantizeRequest, tell: Tell) -> QuantizeMade:
+def quantize_checkpoint(request: QuantizeRequest, tell: QuantizeTell) -> QuantizeMade:
     """See `workers.quantize.quantize`: its libraries take a tenth of a second to import, and one
     command of many needs them."""
     from workers.quantize.quantize import quantize

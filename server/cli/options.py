@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from allocator import AllocatorError
 from server import console
+from server.address import AddressInUse
 from server.admin.client import AdminError
 from server.admin.weight_sets import NoSuchModel
 from server.background import WorkEnded
@@ -27,7 +28,6 @@ from server.fleet.starts import StartError
 from server.machine.plan import PlanFailed
 from server.machine.proof import NothingToProve
 from server.models.source import ModelNotFound
-from server.serve import AddressInUse
 from workers import (
     CheckpointError,
     InvalidSetting,

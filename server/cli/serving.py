@@ -19,7 +19,6 @@ from allocator import (
 from server import console
 from server.admin.client import AdminClient, AdminError, NoServer
 from server.admin.schemas import ADMIN_PATHS, InstanceStatus
-from server.api.http_server import raise_descriptor_limit
 from server.cli.memory import show_memory
 from server.cli.options import JsonOption, RuntimeDirOption, fail, one_line_errors, print_json
 from server.cli.setting_options import Options, settings, takes_settings
@@ -32,7 +31,6 @@ from server.machine.proof import prove
 from server.machine.verify import MAX_PRIVATE_BYTES
 from server.models.source import find_model
 from server.processes.stopping import answers_nothing, stop_process
-from server.serve import serve as run_server
 from server.settings import MAX_INSTANCES
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
@@ -65,6 +63,8 @@ def serve(
     instances that map them. Ends on Ctrl-C or SIGTERM, after the running requests; a second one
     does not wait.
     """
+    from server.serve import serve as run_server  # all of FastAPI, which no other command needs
+
     _log_to_stderr()
     with one_line_errors():
         source = find_model(model)
@@ -241,6 +241,8 @@ def stop(
 
 def _check_open_files(num_instances: int) -> None:
     """Fails where as many files as this process may have open are too few to serve with."""
+    from server.api.http_server import raise_descriptor_limit
+
     most = raise_descriptor_limit()
     least = _LEAST_OPEN_FILES + _OPEN_FILES_AN_INSTANCE * num_instances
     if most < least:

@@ -1,5 +1,6 @@
 """Servers for the tests of the whole system."""
 
+import os
 import resource
 import shutil
 import subprocess
@@ -11,16 +12,24 @@ import pytest
 
 from allocator import module_command, module_environment
 from tests.system.running_server import TIMEOUT_S, Server
+from tests.warm import Started, Warm
 
 
 @pytest.fixture(scope="session")
-def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
+def warm_server(adopted_orphans: None) -> Iterator[Warm]:
+    """A process that has imported the command line and the server."""
+    with Warm("server.cli.cli", ("server.serve",), module_environment()) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def make_server(tokenizer_cache: Path, warm_server: Warm) -> Iterator[Callable[..., Server]]:
     """Start servers; whatever still runs at the end of the tests is killed, and fails them."""
     servers: list[Server] = []
 
     def start(
         model: str,
-        *arguments: str,
+        *options: str,
         wait: bool = True,
         runtime_dir: Path | None = None,
         num_descriptors: int | None = None,
@@ -33,21 +42,35 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
 
         folder = runtime_dir or Path(tempfile.mkdtemp(prefix="onecopy-t-"))
         log = Path(tempfile.mkstemp(prefix="onecopy-log-")[1])
-        with log.open("w") as stderr:
-            process = subprocess.Popen(
-                module_command(
-                    *("server.cli", "serve", model, "--port", "0"),
-                    *("--runtime-dir", str(folder), "--drain-timeout", str(TIMEOUT_S), *arguments),
-                ),
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                preexec_fn=limit,
-                env=module_environment(ONECOPY_CACHE_DIR=str(tokenizer_cache), HF_HUB_OFFLINE="1"),
-                cwd=cwd,
-            )
-        server = Server(process, folder, log)
+        arguments = (
+            *("serve", model, "--port", "0", "--runtime-dir", str(folder)),
+            *("--drain-timeout", str(TIMEOUT_S), *options),
+        )
+        environment = module_environment(ONECOPY_CACHE_DIR=str(tokenizer_cache), HF_HUB_OFFLINE="1")
+        read, write = os.pipe()
+        told = os.fdopen(read)
+        with log.open("w") as stderr, os.fdopen(write, "w"):
+            process: subprocess.Popen[str] | Started
+            as_usual = num_descriptors is None and cwd is None
+            if as_usual and warm_server.starts_the_same(environment):
+                process = warm_server.start(
+                    *arguments,
+                    cwd=str(Path.cwd()),
+                    environment=environment,
+                    output=(write, stderr.fileno()),
+                )
+            else:
+                process = subprocess.Popen(
+                    module_command("server.cli", *arguments),
+                    stdout=write,
+                    stderr=stderr,
+                    stdin=subprocess.DEVNULL,
+                    text=True,
+                    preexec_fn=limit,
+                    env=environment,
+                    cwd=cwd,
+                )
+        server = Server(process, told, folder, log)
         servers.append(server)
         if wait:
             server.wait_ready()
@@ -60,8 +83,7 @@ def make_server(tokenizer_cache: Path) -> Iterator[Callable[..., Server]]:
         server.process.kill()
         server.process.wait()
     for server in servers:
-        if server.process.stdout is not None:
-            server.process.stdout.close()
+        server.told.close()
         shutil.rmtree(server.runtime_dir, ignore_errors=True)
         server.log.unlink()
     assert not still_running, "a test left its server running"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import openai
 import pytest
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from allocator import ProcessIdentity, RuntimeDir, module_command, module_environment
 from server.admin.client import AdminClient
 from server.cli.cli import app
+from tests.warm import Started
 
 TIMEOUT_S = 600.0
 """A deadline that only a fault misses, on however slow a machine."""
@@ -70,7 +72,9 @@ def wait_until(condition: Callable[[], object], what: str, timeout: float = TIME
 class Server:
     """`onecopy serve` as a process of its own."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[str] | Started"
+    told: IO[str]
+    """What it prints."""
     runtime_dir: Path
     log: Path
     url: str = ""
@@ -82,8 +86,7 @@ class Server:
         return self.status()["model"]
 
     def wait_ready(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.told:
             if found := re.search(r"is ready: .* on (\S+)$", line.strip()):
                 self.url = found[1]
                 self.try_line = self._line_after("try")
@@ -93,8 +96,7 @@ class Server:
 
     def _line_after(self, word: str) -> str:
         """The rest of that one of the ready lines."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.told:
             if found := re.match(rf" +{word} +(.+)", line):
                 return found[1]
         pytest.fail(f"the server printed no line with '{word}'")

@@ -123,14 +123,12 @@ def test_a_file_that_changes_fails_requests_and_ends_nothing(
     [
         (("--offload", "7"), "--offload is 7, but there are 6 layers that can be"),
         (("--offload", "some"), "it is auto, none, all or a number of layers"),
-        (("--offload", "all", "--map-files"), "--map-files leaves to the kernel"),
-        (("--device-memory", "1MiB"), "with --offload all"),
-        (("--offload", "none", "--device-memory", "1MiB"), "leave --offload to auto"),
     ],
 )
 def test_what_can_not_be_is_said_in_a_line(
     make_server: Callable[..., Server], tiny: Path, arguments: tuple[str, ...], says: str
 ) -> None:
+    """What else an instance refuses, `tests/workers/placement/test_choice.py` has."""
     server = make_server(str(tiny), "--instances", "1", *arguments, wait=False)
     assert server.process.wait(TIMEOUT_S) != 0
     assert says in server.log.read_text()

@@ -2,20 +2,25 @@
 
 import json
 import re
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from allocator import RuntimeDir
+import server.machine.plan
+import workers.estimate
+from allocator import RuntimeDir, module_command
 from server.machine import process_memory
 from server.machine.handed_out import seen
 from server.machine.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
+from tests.here import run_here
 from tests.system.running_server import (
     TIMEOUT_S,
     Outcome,
@@ -45,6 +50,20 @@ def plan(*arguments: object) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "llama")
+
+
+@pytest.fixture
+def estimates_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that reads a model's headers runs in this process, which has imported torch."""
+
+    def run(command: list[str], **_options: Any) -> "subprocess.CompletedProcess[bytes]":
+        told = module_command("workers.estimate")
+        assert command[: len(told)] == told
+        return run_here(workers.estimate.main, *command[len(told) :])
+
+    monkeypatch.setattr(
+        server.machine.plan, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +195,7 @@ def test_a_person_reads_what_it_takes_and_whether_it_fits(tiny: Path) -> None:
     assert max(map(len, lines[:8])) <= 80
 
 
+@pytest.mark.usefixtures("estimates_here")
 def test_the_document_holds_what_the_person_reads(tiny: Path) -> None:
     document = plan(tiny, "--dtype", "bfloat16", "--max-model-len", 128, "--max-num-seqs", 4)
     assert (document["model"], document["path"]) == ("tiny", str(tiny))
@@ -201,6 +221,7 @@ def test_the_document_holds_what_the_person_reads(tiny: Path) -> None:
     assert document["rank_device"] is document["split"] is None
 
 
+@pytest.mark.usefixtures("estimates_here")
 def test_ranks_and_a_machine_that_was_given(tiny: Path) -> None:
     arguments = ["--tensor-parallel-size", "2", "--memory", "430000000"]
     document = plan(tiny, *arguments)
@@ -217,6 +238,7 @@ def test_ranks_and_a_machine_that_was_given(tiny: Path) -> None:
     assert re.search(r"Each rank on one of 2 devices:\nFits", text)
 
 
+@pytest.mark.usefixtures("estimates_here")
 def test_weights_beyond_the_memory_limit_do_not_fit(tiny: Path) -> None:
     outcome = onecopy_here("plan", str(tiny), "--memory-limit", "100000")
     assert (outcome.status, outcome.stderr) == (0, "")
@@ -234,6 +256,7 @@ def test_missing_model() -> None:
     assert_refused(refused("/no/such/model"), "/no/such/model does not exist", "give a")
 
 
+@pytest.mark.usefixtures("estimates_here")
 def test_a_length_beyond_the_models(tiny: Path) -> None:
     assert_refused(refused(tiny, "--max-model-len", 300), "--max-model-len is 300", "256 tokens")
 

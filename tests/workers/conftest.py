@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.daemon_process import ROOT
+from tests.quick import LONG
 from tests.workers.model.native.foreign.library import ForeignLibrary, compile_server
 from workers.model.native import library
 
@@ -36,6 +37,26 @@ SLOWLY = {
     "num_threads": {3},
 }
 """Of a parameter's values, those that are run there: all takes a hundred times as long."""
+BEST = next((name for name, why_not in USABLE.items() if not why_not), "")
+"""The set that a server would use here: every family is computed by it."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every family by the best set, every set with some families; the long run tries all pairs."""
+    if LONG:
+        return
+    left_out = [item for item in items if isinstance(item, pytest.Function) and _is_one_more(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_one_more(item: pytest.Function) -> bool:
+    """A family by a set that is tried with others."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    return values.get("kernels", BEST) != BEST and values.get("family") not in SLOWLY["family"] | {
+        None
+    }
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from server.errors import ServerError
-from server.text.gguf.merges import scored_merges, usable
 from server.text.gguf.parts import (
     BLANK,
     Parts,
@@ -232,6 +231,8 @@ def _split_of(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> Split:
 
 def _listed_merges(vocabulary: Vocabulary) -> list[str]:
     """Of those that are listed twice the first; no word holds a blank."""
+    from server.text.gguf.merges import usable  # and numpy, which only who builds one needs
+
     listed = [merge for merge in dict.fromkeys(vocabulary.merges) if merge.count(" ") == 1]
     merges, wrong = usable(vocabulary.tokens, listed)
     if wrong is not None:
@@ -241,6 +242,8 @@ def _listed_merges(vocabulary: Vocabulary) -> list[str]:
 
 def _scored_merges(vocabulary: Vocabulary) -> list[str]:
     """Any two tokens that make a third one, by its score."""
+    from server.text.gguf.merges import scored_merges
+
     if not vocabulary.scores:
         raise BadVocabulary("it has no scores (tokenizer.ggml.scores)")
     parts = [  # no word holds a blank

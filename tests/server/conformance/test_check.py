@@ -1,6 +1,7 @@
 """`onecopy check`: what is the same is found to be, and what differs is found and shown."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from server.conformance import transformers_text
 from server.conformance.check import Checked, chats_part, check, computed_part, tokens_part
 from server.conformance.differences import ExpectedPrompt, Part, compared_ids, expected_prompt
 from server.conformance.samples import CHATS, NUM_NEW, PROMPTS, TEXTS
@@ -20,6 +22,7 @@ from server.text.given import GivenText
 from server.text.loaded_text import KeptTokenizer, LoadedText
 from tests.server.text.gguf.corpus import trained
 from tests.server.text.gguf.record import NUM_TOKENS, metadata_of, write_file
+from tests.system.running_server import onecopy_here
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 from workers import ReferenceMissing
 
@@ -74,6 +77,22 @@ def text_of() -> Iterator[Any]:
         one.close()
 
 
+@pytest.fixture
+def transformers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that asks transformers runs in this process, which has imported it already."""
+
+    def ask(name: str, _python: str, request: Mapping[str, Any]) -> Any:
+        assert name == "transformers"
+        told = io.StringIO()
+        with monkeypatch.context() as streams:
+            streams.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+            streams.setattr(sys, "stdout", told)
+            assert transformers_text.main() == 0
+        return json.loads(told.getvalue())
+
+    monkeypatch.setattr("server.conformance.check.ask", ask)
+
+
 def counts(part: Part) -> tuple[int, int, int, int]:
     return part.num_compared, part.num_same, part.num_near, len(part.differences)
 
@@ -125,12 +144,14 @@ def test_the_demo_model_is_that_of_llamacpp() -> None:
     assert found.parts[2].num_same > 0.9 * found.parts[2].num_compared
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_a_template_that_refuses_is_the_same_where_both_refuse(other: Path, text_of: Any) -> None:
     (other / "chat_template.jinja").write_text(NO_SYSTEM + TEMPLATE)
     part = chats_part(Checked(find_model(str(other))), text_of(other))
     assert counts(part) == (len(CHATS), len(CHATS), 0, 0)
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_a_template_that_reads_parts_alone_is_asked_for_parts(other: Path, text_of: Any) -> None:
     (other / "chat_template.jinja").write_text(
         TEMPLATE.replace("{{ message.content }}", "{{ message.content[0].text }}")
@@ -139,6 +160,7 @@ def test_a_template_that_reads_parts_alone_is_asked_for_parts(other: Path, text_
     assert counts(part) == (len(CHATS), len(CHATS), 0, 0)
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_a_model_without_a_template_has_no_chats_to_compare(other: Path, text_of: Any) -> None:
     (other / "chat_template.jinja").unlink()
     part = chats_part(Checked(find_model(str(other))), text_of(other))
@@ -154,6 +176,7 @@ def test_a_model_that_embeds_has_no_tokens_to_compare(other: Path, text_of: Any)
     assert part.holds
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_a_given_template_is_compared_in_place_of_the_models(
     other: Path, tmp_path: Path, text_of: Any
 ) -> None:
@@ -167,6 +190,7 @@ def test_a_given_template_is_compared_in_place_of_the_models(
 # --- what differs
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_another_tokenizer_is_found(tiny: Path, other: Path, text_of: Any) -> None:
     """Ours, that is, of a folder that is not the one that the reference reads."""
     file = other / "tokenizer.json"
@@ -184,6 +208,7 @@ def test_another_tokenizer_is_found(tiny: Path, other: Path, text_of: Any) -> No
     assert first.ours[2] == first.theirs[2]
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_one_blank_of_a_template_is_found(tiny: Path, other: Path, text_of: Any) -> None:
     (other / "chat_template.jinja").write_text(TEMPLATE.replace("[assistant]", "[assistant] "))
     part = chats_part(Checked(find_model(str(tiny))), text_of(other))
@@ -192,6 +217,7 @@ def test_one_blank_of_a_template_is_found(tiny: Path, other: Path, text_of: Any)
     assert all(one.at == len(one.theirs) for one in part.differences)
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_a_chat_that_only_one_refuses_is_found(tiny: Path, other: Path, text_of: Any) -> None:
     (other / "chat_template.jinja").write_text(NO_SYSTEM + TEMPLATE)
     part = chats_part(Checked(find_model(str(tiny))), text_of(other))
@@ -242,8 +268,8 @@ def test_the_command_shows_a_table(tiny: Path) -> None:
     ],
 )
 def test_what_can_not_be_compared_is_one_line(tiny: Path, arguments: list[str], told: str) -> None:
-    ended = run(str(tiny), *arguments)
-    assert ended.returncode == 1
+    ended = onecopy_here("check", str(tiny), *arguments)
+    assert ended.status == 1
     assert ended.stdout == ""
     assert ended.stderr.startswith("onecopy: ")
     assert ended.stderr.count("\n") == 1
@@ -257,6 +283,7 @@ def test_a_library_that_is_not_installed_is_named(smollm2_gguf: Path) -> None:
         check(Checked(find_model(str(smollm2_gguf)), python=bare, computes=False))
 
 
+@pytest.mark.usefixtures("transformers_here")
 def test_a_model_that_can_not_be_computed_is_no_agreement(other: Path) -> None:
     (other / "model.safetensors").write_bytes(b"damaged")
     found = check(Checked(find_model(str(other))))
