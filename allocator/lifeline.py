@@ -299,6 +299,19 @@ class Lifeline:
         except OSError:
             return False
 
+    def is_quiet(self) -> bool:
+        """Whether the daemon lives and has said nothing that nobody has taken: one look, as before
+        each request."""
+        if self._is_lossy or self._inbox:
+            return False
+        try:
+            self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def take_loss(self, *, between_requests: bool = False) -> bool:
         """Whether the daemon has lost requests or answers since this was last asked. Descriptors
         that come before are kept for `descriptors`; `between_requests` nobody waits for any."""

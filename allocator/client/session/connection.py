@@ -298,10 +298,12 @@ class Connection:
         while self._given_up:
             self._ledger.enter(self._given_up.popleft(), messages.Done())
             self._is_behind = True
-        self._is_cut = self._lifeline.take_loss(between_requests=True) or self._is_cut
+        is_quiet = self._lifeline.is_quiet()
+        if not is_quiet:
+            self._is_cut = self._lifeline.take_loss(between_requests=True) or self._is_cut
         if self._is_cut:
             self._reconnect_socket()
-        if not self._lifeline.is_open():
+        if not is_quiet and not self._lifeline.is_open():
             if not resume:
                 raise AllocatorGone("the allocator ended; mapped memory stays valid")
             self._resume()
