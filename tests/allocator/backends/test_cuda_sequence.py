@@ -47,7 +47,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm(library: Path, adopted_orphans: None) -> Iterator[Warm]:
-    with imported(library) as warm:
+    with imported(environment(library, Path("/nowhere"))) as warm:
         yield warm
 
 

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from allocator.backends import device_fault, for_handle, open_device
@@ -26,7 +25,6 @@ from allocator.backends.cuda_memory import CUDAMapping, CUDAPoolWindow
 from allocator.backends.nvml import device_usage, device_usages
 from allocator.messages import Extent, Handle
 from tests.allocator.backends.backend_peer import Died, Peer, PeerProgram, encoded
-from tests.allocator.backends.simulated_driver.build import environment
 from tests.allocator.processes import Refused, in_fork
 from tests.daemon_process import ROOT, TIMEOUT_S
 from tests.remote import remote
@@ -35,15 +33,15 @@ from tests.warm import Warm
 COUNTS = ("handles", "ranges", "mappings", "pinned", "streams", "contexts", "pending", "faults")
 
 
-def imported(library: Path) -> Warm:
-    """To start processes on the devices of this library."""
-    return Warm(__name__, ("cuda.bindings.driver",), environment(library, Path("/nowhere")))
+def imported(variables: Mapping[str, str]) -> Warm:
+    """To start processes with the library that they find in this environment."""
+    return Warm(__name__, ("cuda.bindings.driver",), variables)
 
 
 class Process(Peer):
     """The parent's end. As a context it is stopped at the end."""
 
-    def __init__(self, variables: dict[str, str], warm: Warm) -> None:
+    def __init__(self, variables: Mapping[str, str], warm: Warm) -> None:
         """`warm` has imported this program, in an environment with the same library."""
         assert warm.starts_the_same(variables)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
