@@ -63,8 +63,8 @@ _STOPS: Sequence[Sequence[str]] = (
     ("forkserver",),
     ("allocator",),
     ("template",),
-    ("instance", "forkserver", "allocator", "template", "other"),
     ("server",),
+    ("instance", "forkserver", "allocator", "template", "other"),
 )
 _GRAMMAR = {
     "type": "object",

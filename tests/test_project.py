@@ -22,7 +22,19 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PACKAGES = ("server", "workers", "allocator")
 CONTRACT = {
-    *("help", "setup", "serve", "fmt", "check", "test", "test-fast", "test-gpu", "bench", "clean"),
+    *(
+        "help",
+        "setup",
+        "serve",
+        "fmt",
+        "check",
+        "test",
+        "test-fast",
+        "test-long",
+        "test-gpu",
+        "bench",
+        "clean",
+    ),
     *("gpu-report", "gpu-wheels"),
 }
 # On a machine with a GPU, torch brings these and fixes their versions itself.

@@ -144,14 +144,21 @@ def serve(control: socket.socket, module: str, *also: str) -> Callable[[], int]:
     control.send(b"ready")
     while told := _told(control):
         said, descriptors = told
+        read, write = os.pipe()
         between = os.fork()
         if between == 0:
             if pid := os.fork():
-                control.send(str(pid).encode())
+                os.write(write, str(pid).encode())
                 os._exit(0)
+            os.close(read)
+            os.close(write)
             _become(said, descriptors, control)
             return program.main  # type: ignore[no-any-return]
+        os.close(write)
+        pid_of_it = os.read(read, _MAX_BYTES)
+        os.close(read)
         os.waitpid(between, 0)
+        control.send(pid_of_it)  # only now it is a child of who asked
         for descriptor in descriptors:
             os.close(descriptor)
     return lambda: 0

@@ -216,7 +216,7 @@ def long_stream(server: Server, begun: threading.Event) -> str:
     for chunk in server.client().completions.create(
         model="tiny",
         prompt=PROMPT,
-        max_tokens=2000,
+        max_tokens=1200,
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True},

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.quick import long_run
 from tests.system.running_server import TIMEOUT_S, Outcome, Server, leftovers, onecopy
 from tests.workers.checkpoint.checkpoint_files import write_gguf
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
@@ -73,6 +74,7 @@ def test_truncated_gguf(runtime_dir: Path, tmp_path: Path) -> None:
     assert_refused(outcome, "short.gguf", "again")
 
 
+@long_run
 def test_truncated_safetensors(runtime_dir: Path, checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
@@ -86,6 +88,7 @@ def test_missing_tensor(runtime_dir: Path, checkpoint: Path) -> None:
     assert_refused(serve(checkpoint, runtime_dir), "model.layers.")
 
 
+@long_run
 def test_unknown_architecture(runtime_dir: Path, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
@@ -97,6 +100,7 @@ def test_missing_tokenizer(runtime_dir: Path, checkpoint: Path) -> None:
     assert_refused(serve(checkpoint, runtime_dir), "tokenizer.json")
 
 
+@long_run
 def test_context_longer_than_the_model(runtime_dir: Path, checkpoint: Path) -> None:
     outcome = serve(checkpoint, runtime_dir, "--max-model-len", "1000000")
     assert_refused(outcome, "--max-model-len", "1000000")

@@ -9,6 +9,7 @@ import pytest
 
 from allocator import connect
 from tests.leaks import segments
+from tests.quick import usual_or_long
 from tests.system.hostile_models import Hostile, folders, gguf_files
 from tests.system.model_fuzz import spoil_folder
 from tests.system.trial import Outcome, Trials
@@ -21,8 +22,8 @@ nothing else; what hangs takes all of `DEADLINE_S`."""
 
 
 @pytest.fixture(scope="module")
-def trials() -> Iterator[Trials]:
-    with Trials(dtype="float32") as trials:
+def trials(sound: Path) -> Iterator[Trials]:
+    with Trials(dtype="float32", like=sound) as trials:
         yield trials
 
 
@@ -69,7 +70,7 @@ def test_a_hostile_gguf_file(hostile: Hostile, trials: Trials, tmp_path: Path) -
     check(trials.run(path, server_part=False), hostile.words)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(usual_or_long(6, 60)))
 def test_random_damage(seed: int, trials: Trials, model: Path) -> None:
     """Refused or served, but nothing else; `tests/system/model_fuzz.py` tries more."""
     spoil_folder(random.Random(seed), model)

@@ -15,10 +15,11 @@ from typing import Any
 
 import httpx
 
+from tests.quick import usual_or_long
 from tests.system.running_server import TIMEOUT_S, Server
 from tests.workers.tiny_models import VOCAB_SIZE, write_checkpoint, write_tokenizer
 
-NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", "600")) // 6
+NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", usual_or_long("240", "3000"))) // 6
 SEED = int(os.environ.get("ONECOPY_TEST_SEED", "1"))
 AT_ONCE = 12
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"

@@ -46,8 +46,10 @@ class Outcome:
 class Trials:
     """Ready to try one folder after the other. As a context it ends its processes."""
 
-    def __init__(self, dtype: str = "auto") -> None:
+    def __init__(self, dtype: str = "auto", like: Path = Path("/nowhere")) -> None:
+        """What a model `like` this one needs is imported once."""
         self._dtype = dtype
+        self._like = like
         self._folder = Path(tempfile.mkdtemp(prefix="onecopy-trial-"))
         self.runtime_dir = RuntimeDir.open(self._folder)
         self._images = Path(tempfile.mkdtemp(prefix="onecopy-images-"))
@@ -86,7 +88,7 @@ class Trials:
         own = os.dup(2)
         os.dup2(self._log.fileno(), 2)  # what instances log is looked through
         try:
-            self._forkserver = Forkserver.launch("/nowhere", "auto")
+            self._forkserver = Forkserver.launch(str(self._like), "auto")
         finally:
             os.dup2(own, 2)
             os.close(own)

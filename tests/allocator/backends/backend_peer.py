@@ -22,6 +22,7 @@ from tests.allocator.backends.obedient import Obedient
 from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT, TIMEOUT_S
 from tests.remote import remote
+from tests.warm import Started
 
 
 class Died(Exception):
@@ -61,7 +62,7 @@ class Peer:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(TIMEOUT_S)
         with theirs:
-            self._process = subprocess.Popen(
+            self._process: subprocess.Popen[bytes] | Started = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",

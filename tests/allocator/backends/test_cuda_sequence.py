@@ -18,10 +18,16 @@ import pytest
 from allocator.messages import Extent, Handle
 from tests.allocator.backends.backend_peer import Died
 from tests.allocator.backends.simulated_driver.build import GRANULARITY, build, environment
-from tests.allocator.backends.simulated_driver.process import Process, SimulatedProgram, content
+from tests.allocator.backends.simulated_driver.process import (
+    Process,
+    SimulatedProgram,
+    content,
+    imported,
+)
 from tests.allocator.processes import Refused
 from tests.daemon_process import ROOT
 from tests.leaks import Leaks
+from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +45,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("simulated_driver"))
 
 
+@pytest.fixture(scope="session")
+def warm(library: Path, adopted_orphans: None) -> Iterator[Warm]:
+    with imported(environment(library, Path("/nowhere"))) as warm:
+        yield warm
+
+
 @pytest.fixture
-def start(library: Path, tmp_path: Path, no_leaks: Leaks) -> Iterator[Start]:
+def start(library: Path, warm: Warm, tmp_path: Path, no_leaks: Leaks) -> Iterator[Start]:
     """Start a process on the devices of this test; keywords are the driver's settings."""
     with ExitStack() as started:
         yield lambda **settings: started.enter_context(
-            Process(environment(library, tmp_path / "state", **settings))
+            Process(environment(library, tmp_path / "state", **settings), warm)
         )
 
 

@@ -14,8 +14,11 @@ from allocator.backends.nvml import device_usage
 from allocator.errors import InvalidSetting
 from allocator.messages import Handle
 from tests.allocator.backends.simulated_driver.build import GRANULARITY, build, environment
-from tests.allocator.backends.simulated_driver.process import Process
+from tests.allocator.backends.simulated_driver.process import Process, imported
 from tests.allocator.processes import Refused
+from tests.warm import Warm
+
+pytestmark = pytest.mark.slow
 
 DEVICE = "cuda:GPU-d0d0d0d0-d0d0-d0d0-d0d0-d0d0d0d0d0d0"
 SIZE = 3 * GRANULARITY
@@ -28,11 +31,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("simulated_driver"))
 
 
+@pytest.fixture(scope="session")
+def warm(library: Path, adopted_orphans: None) -> Iterator[Warm]:
+    with imported(environment(library, Path("/nowhere"))) as warm:
+        yield warm
+
+
 @pytest.fixture
-def start(library: Path, tmp_path: Path) -> Iterator[Start]:
+def start(library: Path, warm: Warm, tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as started:
         yield lambda **settings: started.enter_context(
-            Process(environment(library, tmp_path / "state", **settings))
+            Process(environment(library, tmp_path / "state", **settings), warm)
         )
 
 

@@ -1,7 +1,6 @@
 """`onecopy check`: what is the same is found to be, and what differs is found and shown."""
 
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from server.conformance.samples import CHATS, NUM_NEW, PROMPTS, TEXTS
 from server.models.source import find_model
 from server.text.given import GivenText
 from server.text.loaded_text import KeptTokenizer, LoadedText
+from tests.here import run_here
 from tests.server.text.gguf.corpus import trained
 from tests.server.text.gguf.record import NUM_TOKENS, metadata_of, write_file
 from tests.system.running_server import onecopy_here
@@ -83,12 +83,9 @@ def transformers_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def ask(name: str, _python: str, request: Mapping[str, Any]) -> Any:
         assert name == "transformers"
-        told = io.StringIO()
-        with monkeypatch.context() as streams:
-            streams.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
-            streams.setattr(sys, "stdout", told)
-            assert transformers_text.main() == 0
-        return json.loads(told.getvalue())
+        answered = run_here(transformers_text.main, reads=json.dumps(request))
+        assert answered.returncode == 0
+        return json.loads(answered.stdout)
 
     monkeypatch.setattr("server.conformance.check.ask", ask)
 

@@ -1,7 +1,8 @@
 """Valid requests over all parameters, at random, many at once: each ends as it should, and nothing
 that is raised over one of them leaves the engine.
 
-`ONECOPY_TEST_REQUESTS` is how many there are (600 by default), `ONECOPY_TEST_SEED` which ones.
+`ONECOPY_TEST_REQUESTS` is how many there are (400 by default, 3,000 in the long run),
+`ONECOPY_TEST_SEED` which ones.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.quick import usual_or_long
 from tests.workers.engine.engines import request
 from tests.workers.grammar.byte_tokenizer import byte_tokenizer
 from tests.workers.tiny_models import config_of, reference_model, tensors_of
@@ -35,7 +37,7 @@ from workers.placement.resident import Resident
 
 pytestmark = pytest.mark.slow
 
-NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", "600"))
+NUM_REQUESTS = int(os.environ.get("ONECOPY_TEST_REQUESTS", usual_or_long("400", "3000")))
 SEED = int(os.environ.get("ONECOPY_TEST_SEED", "1"))
 VOCAB_SIZE = 640
 MAX_MODEL_LEN = 512

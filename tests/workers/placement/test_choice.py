@@ -36,7 +36,10 @@ def test_as_many_layers_as_were_asked_for(tiny: Path) -> None:
     [
         ({"offload": "7"}, "--offload is 7, but there are 6 layers that can be"),
         ({"offload": "all", "map_files": True}, "--map-files leaves to the kernel"),
-        ({"offload": "all", "tensor_parallel_size": 2}, "by one rank: leave out --offload or"),
+        (
+            {"device_memory": MIB, "tensor_parallel_size": 2},
+            "by one rank: leave out --device-memory or",
+        ),
         ({"offload": "all", "device": "cuda:0"}, "a model on a GPU must fit there"),
         ({"device_memory": MIB}, "with --offload all"),
         ({"offload": "none", "device_memory": MIB}, "leave --offload to auto"),

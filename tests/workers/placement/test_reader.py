@@ -41,7 +41,7 @@ WAYS = ("uncached", "direct", "buffered")
 HOURS = (1, 7200.0)
 """A delay for pieces that nobody lives to see read."""
 
-pytestmark = pytest.mark.usefixtures("kind", "no_threads", "no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kind", "no_threads", "no_leaks")]
 
 
 @pytest.fixture(params=KINDS)

@@ -3,6 +3,7 @@
 Run by tests/allocator/backends/test_cuda_sequence.py, in a process that finds that driver.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -14,7 +15,13 @@ from allocator.messages import Extent, Handle
 from tests.allocator.backends import backend_contract
 from tests.allocator.backends.backend_contract import PATTERN, BackendContract, bytes_of, mapped
 from tests.allocator.backends.backend_peer import Peer
-from tests.allocator.backends.simulated_driver.process import Process, peek_address, poke_address
+from tests.allocator.backends.simulated_driver.process import (
+    Process,
+    imported,
+    peek_address,
+    poke_address,
+)
+from tests.warm import Warm
 
 
 class TestCUDA(BackendContract):
@@ -25,10 +32,15 @@ class TestCUDA(BackendContract):
         monkeypatch.setattr(backend_contract, "poke", poke_address)
         return open_device("cuda:0")
 
+    @pytest.fixture(scope="class")
+    def warm(self, adopted_orphans: None) -> Iterator[Warm]:
+        with imported(os.environ) as warm:
+            yield warm
+
     @pytest.fixture
-    def start_peer(self, runtime_dir: RuntimeDir) -> Iterator[Callable[[], Peer]]:
+    def start_peer(self, warm: Warm, runtime_dir: RuntimeDir) -> Iterator[Callable[[], Peer]]:
         with ExitStack() as started:
-            yield lambda: started.enter_context(Process())
+            yield lambda: started.enter_context(Process(os.environ, warm))
 
     def test_a_sealed_segment_can_not_be_mapped_writable(
         self, backend: Backend, sealed: Handle

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -29,22 +28,30 @@ from tests.allocator.backends.backend_peer import Died, Peer, PeerProgram, encod
 from tests.allocator.processes import Refused, in_fork
 from tests.daemon_process import ROOT, TIMEOUT_S
 from tests.remote import remote
+from tests.warm import Warm
 
 COUNTS = ("handles", "ranges", "mappings", "pinned", "streams", "contexts", "pending", "faults")
+
+
+def imported(variables: Mapping[str, str]) -> Warm:
+    """To start processes with the library that they find in this environment."""
+    return Warm(__name__, ("cuda.bindings.driver",), variables)
 
 
 class Process(Peer):
     """The parent's end. As a context it is stopped at the end."""
 
-    def __init__(self, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, variables: Mapping[str, str], warm: Warm) -> None:
+        """`warm` has imported this program, in an environment with the same library."""
+        assert warm.starts_the_same(variables)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(TIMEOUT_S)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+            self._process = warm.start(
+                str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
-                cwd=ROOT,
-                env=environment,
+                cwd=str(ROOT),
+                environment=variables,
             )
 
     @property
@@ -299,5 +306,7 @@ class SimulatedProgram(PeerProgram):
         return for_handle(handle).device
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Obey until the other end closes."""
     SimulatedProgram().obey(int(sys.argv[1]))
+    return 0
