@@ -84,17 +84,21 @@ class Visitor:
     @property
     def is_silent(self) -> bool:
         """Whether there is nothing to be heard from it yet, not even its end."""
-        try:
-            self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return _heard(self.connection) is None
 
     def refuse(self, error: AllocatorError) -> None:
         """Say why, and hang up."""
         refuse(self.connection, error)
+
+
+def _heard(connection: socket.socket) -> bytes | None:
+    """The first byte that waits to be taken, and stays; none of an end, None where nothing came."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 def refuse(connection: socket.socket, error: AllocatorError) -> None:
@@ -292,25 +296,12 @@ class Lifeline:
 
     def is_open(self) -> bool:
         """Whether the daemon still lives."""
-        try:
-            return bool(self.connection.recv(1, socket.MSG_PEEK))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        return _heard(self.connection) != b""
 
     def is_quiet(self) -> bool:
         """Whether the daemon lives and has said nothing that nobody has taken: one look, as before
         each request."""
-        if self._is_lossy or self._inbox:
-            return False
-        try:
-            self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return not self._is_lossy and not self._inbox and _heard(self.connection) is None
 
     def take_loss(self, *, between_requests: bool = False) -> bool:
         """Whether the daemon has lost requests or answers since this was last asked. Descriptors
