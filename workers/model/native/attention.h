@@ -14,6 +14,8 @@
 //   Query, Weight   the elements of its copies of queries and softmax weights
 //   load_queries(...), scores(...), store_weights(...), add_values(...)
 //   kKeyStep   the number of keys that scores are made of is a multiple of this
+//   kFetches   its products fetch the next keys and values while they read these; others' are fetched
+//              before
 #pragma once
 #include <algorithm>
 
@@ -98,6 +100,10 @@ inline void finish(const Attention& a, const Run& run, int kv_head, int column, 
 struct Kept {
   const bf16* keys[kKeys / kSlots];
   const bf16* values[kKeys / kSlots];
+  // What a policy that fetches is to have come meanwhile, if `fetches`: as much, of the keys after them.
+  const bf16* next_keys[kKeys / kSlots];
+  const bf16* next_values[kKeys / kSlots];
+  bool fetches;
 };
 
 inline void keep_key(bf16* keys, int slot, int head_dim, const bf16* key) {
@@ -215,20 +221,28 @@ class AttentionTask {
       memset(s_.sums[t], 0, sizeof(float) * size_t(columns_of(t) * kLanes));
       for (int c = 0; c < kRows; c++) s_.maxima[t][c] = kNothing;
     }
+    const int last = last_seen(task_.num_columns - 1);
     for (int start = begin / kKeys * kKeys; start < end; start += kKeys) {
-      fetch(start + kKeys);
+      if (!Policy::kFetches) fetch(start + kKeys);
       const int stop = std::min(end, start + kKeys);
       for (int head = 0; head < task_.num_kv_heads; head++) {
         const int kv_head = task_.kv_head + head;
         Kept kept;
+        kept.fetches = Policy::kFetches && start + kKeys <= last;
         for (int i = 0; i < kKeys / kSlots; i++) {
           const int at = std::min(start + i * kSlots, stop - 1);
           kept.keys[i] = keys_at(at, kv_head);
           kept.values[i] = values_at(at, kv_head);
+          const int next = std::min(start + kKeys + i * kSlots, last);
+          kept.next_keys[i] = keys_at(next, kv_head);
+          kept.next_values[i] = values_at(next, kv_head);
         }
         Policy::arrange(kept, stop - start, a_.head_dim, s_.arranged);
         for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++)
-          if (last_seen_by(t) >= start) step(t, start, stop, kept);
+          if (last_seen_by(t) >= start) {
+            step(t, start, stop, kept);
+            kept.fetches = false;
+          }
       }
     }
   }
@@ -242,8 +256,8 @@ class AttentionTask {
         const char* key = (const char*)keys_at(at, task_.kv_head + head);
         const char* value = (const char*)values_at(at, task_.kv_head + head);
         for (int64_t i = 0; i < bytes; i += 64) {
-          prefetch_near(key + i);
-          prefetch_near(value + i);
+          prefetch(key + i);
+          prefetch(value + i);
         }
       }
   }
@@ -256,10 +270,16 @@ class AttentionTask {
     Policy::scores(queries_of(t), columns, kept, num_keys, a_.head_dim, s_.scores);
     const float scale = a_.softcap != 0 ? 1.f : a_.scale;
     alignas(64) float factors[kRows];
+    const bool plain = num_keys == kKeys && a_.softcap == 0 && sees_all_of(t, start);
     for (int from = 0; from < columns; from += kLanes) {
       F most[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        most[i] = from + i < columns ? mask_and_maximize(t, from + i, start, num_keys) : splat(kUnseen);
+      for (int i = 0; i < kLanes; i++) {
+        const int c = from + i;
+        if (c >= columns)
+          most[i] = splat(kUnseen);
+        else
+          most[i] = plain ? highest_of(s_.scores[c]) : mask_and_maximize(t, c, start, num_keys);
+      }
       const F before = load(s_.maxima[t] + from);
       const F now = maximum(before, maxima_of(most) * splat(scale));
       store(s_.maxima[t] + from, now);
@@ -283,6 +303,19 @@ class AttentionTask {
     }
     Policy::add_values(s_.weights, columns, kept, s_.arranged, stop - start, a_.head_dim,
                        output_of(t));
+  }
+
+  // Whether each of a tile's columns sees all of the kKeys keys from `start` on.
+  bool sees_all_of(int t, int start) const {
+    const int column = t % head_tiles_ * kRows;
+    const int first = position_of(column), last = position_of(column + columns_of(t) - 1);
+    return run_.last_seen(a_, first) >= start + kKeys - 1 &&
+           (!a_.window || last - a_.window + 1 <= start);
+  }
+  static F highest_of(const float* scores) {
+    F most = load(scores);
+    for (int i = kLanes; i < kKeys; i += kLanes) most = maximum(most, load(scores + i));
+    return most;
   }
 
   // What the column must not see gets a score far below all others. Returns the highest of each lane.
