@@ -347,7 +347,9 @@ class Estimate(Message, frozen=True):
     `max_model_len` is the length that was asked for, or the model's own, and that of a full
     sequence. `prefill_bytes` is what a step of as many prompt tokens as the budget allows keeps for
     itself while it runs, `logits_bytes_per_sequence` what each sequence adds to a step that chooses
-    tokens. `rank` is there where more than one rank was asked for, `offload` where layers are
+    tokens. `sums_bytes` is what an instance of several ranks takes for their sums. `slot_bytes` is
+    what a slot for any layer takes, 0 where none can be offloaded, and `stays_because` says why.
+    `rank` is there where a model is divided among more than one, `offload` where layers are
     offloaded: `segment_bytes` is what stays then."""
 
     architecture: Bounded
@@ -362,6 +364,9 @@ class Estimate(Message, frozen=True):
     logits_bytes_per_sequence: Count
     rank: RankEstimate | None
     offload: OffloadEstimate | None = None
+    sums_bytes: Count = 0
+    slot_bytes: Count = 0
+    stays_because: str = ""
 
 
 # --- greedy tokens and a reference's word on them (JSON, `python -m workers.conformance.program`)

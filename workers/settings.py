@@ -180,6 +180,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.tensor_parallel_size * self.data_parallel_size
 
     @property
+    def most_rows(self) -> int:
+        """Of a step: prompt tokens, and of each sequence the token it goes on with and guesses."""
+        return self.max_num_batched_tokens + self.max_num_seqs * (1 + self.num_speculative_tokens)
+
+    @property
     def ranks_asked_by(self) -> str:
         """The option that asked for several."""
         name = "tensor" if self.tensor_parallel_size > 1 else "data"

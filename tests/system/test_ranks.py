@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from tests.references import load, ulps_below_the_best
-from tests.system.running_server import TIMEOUT_S, Server, wait_until
+from tests.system.running_server import TIMEOUT_S, Server, onecopy, wait_until
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 from workers.conformance.ties import BF16_TIE_ULPS
 
 NUM_TOKENS = 24
+LEASE_BYTES = 64 << 10
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n    ",
@@ -90,6 +91,36 @@ def server(make_server: Callable[..., Server]) -> Iterator[Server]:
     yield served
     served.remember()
     served.stop()
+
+
+def test_the_plan_counts_what_ranks_lease_for_their_sums(
+    server: Server, make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Before anybody has asked them anything, nothing else is leased."""
+    options = ("--instances", "1", "--tensor-parallel-size", "2", "--max-num-seqs", "8")
+    assert planned_sums("demo", *options) == leased_bytes(server)
+    tiny = str(write_tokenizer(write_checkpoint(tmp_path / "tiny", "llama")))
+    options = ("--instances", "2", "--data-parallel-size", "3")
+    divided = make_server(tiny, *options)
+    assert planned_sums(tiny, *options) == leased_bytes(divided)
+    divided.stop()
+
+
+def planned_sums(model: str, *options: str) -> int:
+    """In whole units of what a lease is made of."""
+    outcome = onecopy("plan", model, *options, "--json")
+    assert outcome.status == 0, outcome.stderr
+    device = json.loads(outcome.stdout)["device"]
+    assert device["sums_bytes"] > 0
+    start = device["weights_bytes"] + device["sums_bytes"] + device["private_bytes_at_start"]
+    assert device["total_bytes_at_start"] == start
+    return -(-device["sums_bytes"] // LEASE_BYTES) * LEASE_BYTES
+
+
+def leased_bytes(server: Server) -> int:
+    shown = server.onecopy("ps", "--memory", "--json")
+    leased: int = json.loads(shown.stdout)["devices"][0]["pool"]["leased_bytes"]
+    return leased
 
 
 def test_tokens_are_those_of_transformers_up_to_ties(

@@ -43,12 +43,12 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
-from workers.model.native.decoder import num_summed
 from workers.packed_format import decoded
 from workers.placement.all_reduce import AllReduce
 from workers.placement.choice import choose
 from workers.placement.packing import open_as_served
 from workers.placement.place import place
+from workers.placement.rank_sums import num_summed
 from workers.placement.series_choice import check_series
 from workers.process.cores import SharedCores
 from workers.process.first_rank import FirstRank
@@ -116,10 +116,8 @@ class Assembly:
             return self._assemble_embedding(weights, dtype)
         config = json.loads(weights.metadata["config"])
         placement = place(memory, weights, settings.offload_depth, self._resources)
-        drafted = settings.max_num_seqs * (1 + settings.num_speculative_tokens)
-        most_rows = settings.max_num_batched_tokens + drafted
         self._check_kernels()
-        group = self._form_ranks(weights, config, dtype, most_rows)
+        group = self._form_ranks(weights, config, dtype)
         cut_by = group if settings.tensor_parallel_size > 1 else None
         packed = decoded(weights.metadata)
         model = build_model(config, placement, dtype, eos_token_ids, cut_by, packed)
@@ -129,7 +127,9 @@ class Assembly:
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = settings.attention_workspace
         most, now = self._threads()
-        reason = model.accelerate(most_rows, max_model_len, most, now, settings.cpu_kernels)
+        reason = model.accelerate(
+            settings.most_rows, max_model_len, most, now, settings.cpu_kernels
+        )
         layout = model.geometry.kv_layout
         own_memory = None
         if self._ranks is not None:
@@ -175,11 +175,7 @@ class Assembly:
             )
 
     def _form_ranks(
-        self,
-        weights: AttachedWeights,
-        config: dict[str, Any],
-        dtype: torch.dtype,
-        max_rows: int,
+        self, weights: AttachedWeights, config: dict[str, Any], dtype: torch.dtype
     ) -> AllReduce | None:
         """Those that compute the model together; None for one."""
         if self._processes is None:
@@ -192,17 +188,9 @@ class Assembly:
             self._memory,
             weights,
             self._settings,
-            self._num_summed(module, max_rows),
-            max_rows,
+            num_summed(self._settings, module),
             self._max_model_len(limit, limit),
         )
-
-    def _num_summed(self, module: Any, max_rows: int) -> int:
-        """Numbers that ranks sum at a time."""
-        embeddings = module.get_input_embeddings()
-        if self._settings.tensor_parallel_size > 1:
-            return num_summed(max_rows, embeddings.embedding_dim)
-        return int(embeddings.num_embeddings)  # the logits of a row
 
     def _attach(self) -> tuple[AttachedWeights, tuple[int, ...] | None]:
         """The set that is served, wherever it is, and the tokens that end an answer; what was

@@ -62,7 +62,6 @@ class FirstRank:
         weights: AttachedWeights,
         settings: EngineSettings,
         capacity: int,
-        max_rows: int,
         max_model_len: int,
     ) -> AllReduce:
         """Let the others build their parts of the model, and be their group's first member, which
@@ -75,7 +74,7 @@ class FirstRank:
             group=lease.extent,
             weights=weights.reader.sealed,
             divides="model" if settings.tensor_parallel_size > 1 else "sequences",
-            max_rows=max_rows,
+            max_rows=settings.most_rows,
             max_model_len=max_model_len,
             num_threads=self._num_threads,
             module_threads=torch.get_num_threads(),

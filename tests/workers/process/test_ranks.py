@@ -62,10 +62,11 @@ class Ranks:
         self.memory = memory
         self.processes = RankProcesses("t", num_ranks, (), partial(work, num_ranks=num_ranks))
         self.first = FirstRank(self.processes, 1, None)
-        settings = checked({f"{divides}_parallel_size": num_ranks})
+        options = {"max_num_batched_tokens": max_rows - 4, "max_num_seqs": 4}
+        settings = checked({f"{divides}_parallel_size": num_ranks, **options})
         capacity = num_summed(max_rows, 64) if divides == "tensor" else 100
         weights = attach(memory, open_checkpoint(save(reference("llama", dtype), folder)))
-        group = self.first.form(memory, weights, settings, capacity, max_rows, MAX_LEN)
+        group = self.first.form(memory, weights, settings, capacity, MAX_LEN)
         config = json.loads(weights.metadata["config"])
         cut_by = group if divides == "tensor" else None
         self.model = build_model(config, Resident(weights.tensors), dtype, ranks=cut_by)
