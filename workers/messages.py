@@ -11,7 +11,7 @@ import msgspec
 
 from workers.settings import EngineSettings
 
-PROTOCOL_VERSION: Final = 6
+PROTOCOL_VERSION: Final = 7
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
@@ -278,6 +278,8 @@ class InstanceSpec(Message, frozen=True):
     weight_set: Bounded = ""
     eos_token_ids: tuple[TokenId, ...] | None = None
     """Of that set's model; None leaves them to its files."""
+    hang_timeout_s: Annotated[float, msgspec.Meta(ge=0.0)] = 3.0
+    """For how long somebody may have stopped one of its processes; 0: for ever."""
 
 
 class Start(Message, tag="start", frozen=True):

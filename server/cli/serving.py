@@ -207,13 +207,14 @@ def verify(
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
         ready = [
-            named
+            (one, one.pid)
             for model in status.models
             for one in model.instances
             if one.state == "ready" and one.pid
-            for named in _processes_of(one, one.pid)
         ]
-        verdict = prove(directory, ready, max_private, digests=digests)
+        named = [process for one, pid in ready for process in _processes_of(one, pid)]
+        ranks = {pid: rank for one, _ in ready for rank, pid in enumerate(one.rank_pids, 1)}
+        verdict = prove(directory, named, max_private, digests=digests, ranks=ranks)
         if as_json:
             print_json(verdict.model_dump())
         else:

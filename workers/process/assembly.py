@@ -51,7 +51,7 @@ from workers.placement.place import place
 from workers.placement.rank_sums import num_summed
 from workers.placement.series_choice import check_series
 from workers.process.cores import SharedCores
-from workers.process.first_rank import FirstRank
+from workers.process.first_rank import FirstRank, patience_s
 from workers.process.rank_processes import RankProcesses
 from workers.skeleton.decoder import skeleton
 from workers.weight_format import float_dtype
@@ -182,7 +182,8 @@ class Assembly:
             return None
         module = skeleton(config, dtype)
         limit = max_positions(module.config)
-        self._ranks = FirstRank(self._processes, *self._threads())
+        patience = patience_s(self._spec.hang_timeout_s)
+        self._ranks = FirstRank(self._processes, *self._threads(), patience)
         self._resources.callback(self._ranks.close)
         return self._ranks.form(
             self._memory,

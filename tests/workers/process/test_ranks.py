@@ -31,7 +31,7 @@ from workers.model.decoder import build_model
 from workers.model.divided import division
 from workers.model.native.decoder import num_summed
 from workers.placement.resident import Resident
-from workers.process.first_rank import FirstRank
+from workers.process.first_rank import FirstRank, patience_s
 from workers.process.rank_follow import follow
 from workers.process.rank_link import Link
 from workers.process.rank_messages import MAX_FRAME_BYTES, PartOfStep, Step, encode
@@ -198,6 +198,17 @@ def test_an_error_of_the_first_rank_alone_ends_what_all_compute(memory: Client, 
         ranks.first.passes(batch),
     ):
         raise ValueError("only here")
+
+
+def test_a_rank_is_waited_for_longer_than_one_may_be_stopped() -> None:
+    assert patience_s(3.0) == 63.0
+    assert patience_s(600.0) == 660.0
+    assert patience_s(0.0) == patience_s(1e12) > 1e6  # for ever, as a socket knows it
+    first, other = Link.pair(1, 2)
+    other.send(b"x", patience_s(0.0))
+    assert first.receive(patience_s(0.0)) == b"x"
+    first.close()
+    other.close()
 
 
 def test_prefixes_are_of_as_many_ranks() -> None:
