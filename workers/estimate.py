@@ -42,7 +42,7 @@ from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
 from workers.model.geometry import geometry_of
 from workers.model.tensor_parallel import narrow
-from workers.packed_format import decoded
+from workers.packed_format import PackedFormat, decoded
 from workers.placement.choice import Proposal, largest_slot_bytes, propose
 from workers.placement.forecast import memory_bytes_per_s, read_bytes_per_s
 from workers.placement.packing import open_as_served
@@ -215,7 +215,7 @@ def _layout_of_ranks(metadata: Mapping[str, str], dtype: torch.dtype, size: int)
     """Of keys and values where `size` ranks on one host compute the model. Raises as serving it so
     would: UnsupportedCheckpoint, InvalidSetting."""
     module = skeleton(json.loads(metadata["config"]), dtype)
-    shard = narrow(module, 0, size)
+    shard = narrow(module, 0, size, decoded(metadata))
     return geometry_of(module, dtype, torch.device("cpu"), (), shard).kv_layout
 
 
@@ -234,7 +234,7 @@ def _rank(
             f"base_model_tp_plan of {type(_config(model)).__name__} names none of the model's "
             "tensors: only --tensor-parallel-size 1 is possible"
         )
-    if not _divides(model, tensors, parts, size):
+    if not _divides(model, tensors, parts, size, decoded(metadata)):
         return None
     own = [
         dataclasses.replace(one, shape=_shard(one.shape, parts[one.name], size)) for one in tensors
@@ -298,16 +298,23 @@ def _shard(shape: tuple[int, ...], part: Part, size: int) -> tuple[int, ...]:
 
 
 def _divides(
-    model: Model, tensors: Sequence[SourceTensor], parts: Mapping[str, Part], size: int
+    model: Model,
+    tensors: Sequence[SourceTensor],
+    parts: Mapping[str, Part],
+    size: int,
+    packed: Mapping[str, PackedFormat],
 ) -> bool:
     """Whether a rank holds whole heads, and as many inputs or outputs of a layer as every other
-    rank."""
+    rank; of packed ones, whole strips or tiles."""
     lengths = [int(_config(model).num_attention_heads)]
     lengths += [layer.num_heads for layer in model.geometry.kv_layout.layers]
     for one in tensors:
         dimension = _split_dimension(one.shape, parts[one.name])
-        if dimension is not None:
-            lengths.append(one.shape[dimension])
+        if dimension is None:
+            continue
+        layout = packed.get(one.name)
+        of_tile = layout.tile_bytes if layout is not None and parts[one.name] == "row" else 1
+        lengths.append(one.shape[dimension] // of_tile)
     return not any(length % size for length in lengths)
 
 
