@@ -168,6 +168,7 @@ def test_ranks_are_shown_and_have_one_copy(server: Server) -> None:
         f"{instance['name']} rank 1",
     ]
     assert [one["rank"] for one in verdict["instances"]] == [0, 1]
+    assert verdict["weights_bytes"] < 100_000_000  # packed, of 269 MB in bf16
     assert verdict["weights_pss_bytes"] <= verdict["weights_bytes"] + 8192
     assert "The 2 ranks of 1 instance take" in server.onecopy("verify").stdout
 

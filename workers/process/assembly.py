@@ -52,6 +52,7 @@ from workers.placement.rank_sums import num_summed
 from workers.placement.series_choice import check_series
 from workers.process.cores import SharedCores
 from workers.process.first_rank import FirstRank, patience_s
+from workers.process.node_pinning import Pinning
 from workers.process.rank_processes import RankProcesses
 from workers.skeleton.decoder import skeleton
 from workers.weight_format import float_dtype
@@ -87,9 +88,11 @@ class Assembly:
         works_on: Callable[[Sequence[str]], None],
         loading: Callable[[int, int, int], None],
         ended: Callable[[str], None],
+        pinning: Pinning | None = None,
     ) -> None:
         """`loading` is told (written bytes, all bytes, pid of the writer), `ended` the name of each
-        phase that is over."""
+        phase that is over. With `pinning` ranks are on nodes of their own."""
+        self._pinning = pinning
         self._spec = spec
         self._settings = spec.settings
         self._memory = memory
@@ -111,7 +114,8 @@ class Assembly:
         self._ended("weights")
         if settings.threads is None:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
-            self.cores = SharedCores(cores, os.getpid())
+            num_cores = None if self._pinning is None else self._pinning.num_cores
+            self.cores = SharedCores(cores, os.getpid(), num_cores)
         if task_of(weights.metadata) == "embed":
             return self._assemble_embedding(weights, dtype)
         config = json.loads(weights.metadata["config"])
@@ -257,6 +261,8 @@ class Assembly:
         size, cores = self._settings.num_ranks, self.cores
         if cores is None:
             return max(1, self._spec.num_threads // size), None
+        if self._pinning is not None:
+            size = self._pinning.ranks_a_node
         if size == 1:
             return cores.num_cores, cores.fair_part
         return max(1, cores.num_cores // size), lambda: max(1, cores.fair_part() // size)
