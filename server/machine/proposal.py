@@ -8,7 +8,8 @@ else. Does not know how layers are read.
     all layers in memory    where they fit so
     layers read in turn     else, as few as the rest allows: weights and an instance's slots get
                             what processes and keys and values leave (`--device-memory`)
-    one rank                always: on one host ranks share the cores, and are slower than threads
+    one rank                unless more are asked for: on one host ranks share the cores, and are
+                            no faster than threads
 """
 
 from dataclasses import dataclass
