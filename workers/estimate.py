@@ -45,6 +45,7 @@ from workers.model.tensor_parallel import narrow
 from workers.packed_format import decoded
 from workers.placement.choice import Proposal, propose
 from workers.placement.forecast import memory_bytes_per_s, read_bytes_per_s
+from workers.placement.kept import check_kept
 from workers.placement.packing import open_as_served
 from workers.placement.resident import Resident
 from workers.settings import EngineSettings, checked
@@ -85,6 +86,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--weights", default=EngineSettings().weights)
+    parser.add_argument("--kv-cache-dtype", default=EngineSettings().kv_cache_dtype)
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=EngineSettings().max_num_batched_tokens
@@ -100,6 +102,7 @@ def main() -> int:
             {
                 "dtype": arguments.dtype,
                 "weights": arguments.weights,
+                "kv_cache_dtype": arguments.kv_cache_dtype,
                 "offload": arguments.offload,
                 "offload_depth": arguments.offload_depth,
                 "device_memory": arguments.device_memory,
@@ -144,8 +147,13 @@ def estimate(
         if tensor_parallel_size > 1:
             raise InvalidSetting("a model that embeds is not split: --tensor-parallel-size is 1")
         return embedding_estimate(metadata, tensors, dtype, max_model_len, max_num_batched_tokens)
+    check_kept(checkpoint, settings)
     model = build_model(
-        json.loads(metadata["config"]), Resident(shapes), dtype, packed=decoded(metadata)
+        json.loads(metadata["config"]),
+        Resident(shapes),
+        dtype,
+        packed=decoded(metadata),
+        kv_bits=settings.kv_bits,
     )
     limit = model.geometry.max_model_len
     max_model_len = max_model_len or limit

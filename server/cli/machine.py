@@ -29,7 +29,7 @@ from workers import ReferenceName
 
 
 @takes_settings(
-    *("num_instances", "max_model_len", "max_num_seqs", "dtype", "weights"),
+    *("num_instances", "max_model_len", "max_num_seqs", "dtype", "weights", "kv_cache_dtype"),
     *("device_memory", "offload", "offload_depth", "tensor_parallel_size"),
 )
 def plan(

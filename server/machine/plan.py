@@ -336,6 +336,8 @@ def read_estimate(source: ModelSource, engine: EngineSettings) -> Estimate:
     command += [
         "--weights",
         engine.weights,
+        "--kv-cache-dtype",
+        engine.kv_cache_dtype,
         "--offload",
         engine.offload,
         "--offload-depth",

@@ -10,16 +10,20 @@
 // a pair of elements of 16 keys; its values lie [token / 2][head_dim][2], so that one holds a pair of
 // tokens. The half of a pair whose token has not come yet is zero.
 //
+// Where keys and values are quantized, a column sees its own section (sections.h) as bf16 and all
+// before it as they were rounded, also those that are completed in the same call.
+//
 // How scores and weighted sums are made is up to a policy, one for each way of multiplying:
 //   Query, Weight   the elements of its copies of queries and softmax weights
 //   load_queries(...), scores(...), store_weights(...), add_values(...)
 //   kKeyStep   the number of keys that scores are made of is a multiple of this
 #pragma once
 #include <algorithm>
+#include <climits>
 
 #include "matrix.h"
+#include "sections.h"
 
-constexpr int kSlots = 16;  // tokens whose keys lie together
 constexpr int kKeys = 64;
 constexpr int kPartition = 256;
 constexpr int kTiles = 16;  // of a task: keys and values are rearranged once for all of a head's
@@ -34,16 +38,44 @@ struct Attention {
   int32_t window;  // keys that a query sees, its own included, or 0 for all
   int32_t sees_all;  // a query sees the keys of all rows of its run, and none is of another
   int64_t layer_offset;  // in a block's bytes
+  int64_t open_offset;   // likewise, of an open section's block number open_block
+  int32_t open_block;
+  int32_t kept_bits;  // of keys and values: 8 or 4, or 0 for bf16
   // Where in a row of projections a head's part begins, and how far the next head's is.
   int32_t query, query_step, key, key_step, value, value_step;
 };
+
+// Bytes of a section of all heads as bf16.
+inline int64_t open_bytes(const Attention& a) {
+  return int64_t(2) * kSection * a.num_kv_heads * a.head_dim * sizeof(bf16);
+}
 
 // Consecutive rows of the batch with consecutive positions and one block table.
 struct Run {
   int row, num_rows, position;
   const int64_t* blocks;
+  const int64_t* open;  // [2][num_open]: blocks of the first row's section, of the last one's
+  int num_open;
+  int fresh;  // where the call keeps, for a layer, the sections that begin and end in this run
 
   int last_seen(const Attention& a, int at) const { return a.sees_all ? num_rows - 1 : at; }
+  int last_section() const { return (position + num_rows - 1) / kSection; }
+  int first_fresh() const { return (position + kSection - 1) / kSection; }
+  int num_fresh() const { return std::max(0, last_section() - first_fresh()); }
+
+  // A section of this call's as bf16: keys, then values, as in a block of as many tokens.
+  bf16* open_section(const Attention& a, bf16* all_fresh, int section) const {
+    if (section == last_section())
+      return (bf16*)(open[num_open + a.open_block] + a.open_offset);
+    if (section < first_fresh()) return (bf16*)(open[a.open_block] + a.open_offset);
+    return (bf16*)((char*)all_fresh + (fresh + section - first_fresh()) * open_bytes(a));
+  }
+  Section section(const Attention& a, int section, int kv_head) const {
+    const SectionFormat format{a.kept_bits, a.head_dim};
+    const int at = section * kSection, within = at % a.block_size / kSection;
+    const int64_t block = blocks[at / a.block_size] + a.layer_offset;
+    return {format, (uint8_t*)block + (within * a.num_kv_heads + kv_head) * format.bytes()};
+  }
 };
 
 // Columns [column, column + num_columns) of a run, for each of some key heads; one partition, or all.
@@ -112,8 +144,16 @@ inline void keep_value(bf16* values, int slot, int head_dim, const bf16* value, 
     for (int d = 0; d < head_dim; d++) to[2 * d + 1] = 0;
 }
 
+// Two sections of a head as bf16.
+struct Widened {
+  alignas(64) bf16 keys[kKeys * kMaxHeadDim + 64];
+  alignas(64) bf16 values[kKeys * kMaxHeadDim + 64];
+};
+
 template <class Policy>
 struct AttentionScratch {
+  Widened* widened;  // where there are sections
+  bf16* fresh;
   alignas(64) typename Policy::Query queries[kTiles * kRows * kMaxHeadDim];
   alignas(64) typename Policy::Arranged arranged;
   alignas(64) float scores[kRows][kKeys];
@@ -219,6 +259,10 @@ class AttentionTask {
       fetch(start + kKeys);
       const int stop = std::min(end, start + kKeys);
       for (int head = 0; head < task_.num_kv_heads; head++) {
+        if (a_.kept_bits) {
+          step_by_sections(head, start, stop);
+          continue;
+        }
         const int kv_head = task_.kv_head + head;
         Kept kept;
         for (int i = 0; i < kKeys / kSlots; i++) {
@@ -228,13 +272,68 @@ class AttentionTask {
         }
         Policy::arrange(kept, stop - start, a_.head_dim, s_.arranged);
         for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++)
-          if (last_seen_by(t) >= start) step(t, start, stop, kept);
+          if (last_seen_by(t) >= start) step(t, start, stop, kept, 0, INT_MAX);
       }
+    }
+  }
+
+  // Keys [start, stop), two sections or what there is of them, for the tiles of a head. What a column
+  // sees depends on whether its own section is behind them, the second or the first.
+  void step_by_sections(int head, int start, int stop) {
+    static_assert(kKeys == 2 * kSection);
+    const int kv_head = task_.kv_head + head, section = start / kSection;
+    const int second = start + kSection, behind = start + kKeys;
+    const int first = position_of(0), last = position_of(task_.num_columns - 1);
+    for (int i = 0; i < 2; i++) {
+      if (last < start + (i + 1) * kSection) break;
+      const Section kept = run_.section(a_, section + i, kv_head);
+      widen_keys(kept, s_.widened->keys + i * kSection * a_.head_dim);
+      widen_values(kept, s_.widened->values + i * kSection * a_.head_dim);
+    }
+    if (last >= behind) step_by_sections(head, start, stop, -1, behind, INT_MAX);
+    if (last >= second && first < behind)
+      step_by_sections(head, start, stop, section + 1, second, behind);
+    if (last >= start && first < second)
+      step_by_sections(head, start, std::min(stop, second), section, start, second);
+  }
+
+  // For columns at positions [from, to), which see the section `open` as bf16.
+  void step_by_sections(int head, int start, int stop, int open, int from, int to) {
+    const int kv_head = task_.kv_head + head, dims = a_.head_dim;
+    Kept kept;
+    for (int i = 0; i < kKeys / kSlots; i++) {
+      const int at = std::min(start + i * kSlots, stop - 1), within = at % kSection / kSlots * kSlots;
+      if (at / kSection == open) {
+        const bf16* all = run_.open_section(a_, s_.fresh, open);
+        kept.keys[i] = all + (int64_t(kv_head) * kSection + within) * dims;
+        kept.values[i] = kept.keys[i] + int64_t(a_.num_kv_heads) * kSection * dims;
+      } else {
+        const int offset = (at - start) / kSlots * kSlots * dims;
+        kept.keys[i] = s_.widened->keys + offset;
+        kept.values[i] = s_.widened->values + offset;
+      }
+    }
+    Policy::arrange(kept, stop - start, dims, s_.arranged);
+    for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++) {
+      const int column = t % head_tiles_ * kRows;
+      if (position_of(column) < to && position_of(column + columns_of(t) - 1) >= from)
+        step(t, start, stop, kept, from, to);
+    }
+  }
+
+  void fetch_sections(int start) const {
+    const int last = position_of(task_.num_columns - 1) / kSection;
+    const int64_t bytes = SectionFormat{a_.kept_bits, a_.head_dim}.bytes() * task_.num_kv_heads;
+    for (int section = start / kSection; section < std::min(last, (start + kKeys) / kSection);
+         section++) {
+      const uint8_t* at = run_.section(a_, section, task_.kv_head).at;
+      for (int64_t i = 0; i < bytes; i += 64) prefetch_near(at + i);
     }
   }
 
   // The heads of a block lie one after the other.
   void fetch(int start) const {
+    if (a_.kept_bits) return fetch_sections(start);
     const int64_t bytes = int64_t(kSlots) * a_.head_dim * 2;
     const int end = std::min(last_seen(task_.num_columns - 1) + 1, start + kKeys);
     for (int at = start; at < end; at += 16)
@@ -248,8 +347,9 @@ class AttentionTask {
       }
   }
 
-  // One step of the online softmax of a tile, over keys [start, stop).
-  void step(int t, int start, int stop, const Kept& kept) {
+  // One step of the online softmax of a tile, over keys [start, stop), which columns at other positions
+  // than [from_position, to_position) do not see.
+  void step(int t, int start, int stop, const Kept& kept, int from_position, int to_position) {
     const int columns = columns_of(t);
     // What is behind `stop` is seen by no column.
     const int num_keys = (stop - start + Policy::kKeyStep - 1) / Policy::kKeyStep * Policy::kKeyStep;
@@ -259,7 +359,9 @@ class AttentionTask {
     for (int from = 0; from < columns; from += kLanes) {
       F most[kLanes];
       for (int i = 0; i < kLanes; i++)
-        most[i] = from + i < columns ? mask_and_maximize(t, from + i, start, num_keys) : splat(kUnseen);
+        most[i] = from + i < columns
+                      ? mask_and_maximize(t, from + i, start, num_keys, from_position, to_position)
+                      : splat(kUnseen);
       const F before = load(s_.maxima[t] + from);
       const F now = maximum(before, maxima_of(most) * splat(scale));
       store(s_.maxima[t] + from, now);
@@ -287,10 +389,10 @@ class AttentionTask {
 
   // What the column must not see gets a score far below all others. Returns the highest of each lane.
   // With a soft cap the scores are in units of the softmax's exponent from here on.
-  F mask_and_maximize(int t, int c, int start, int num_keys) {
+  F mask_and_maximize(int t, int c, int start, int num_keys, int from, int to) {
     const int position = position_of(t % head_tiles_ * kRows + c);
     const int oldest = a_.window ? position - a_.window + 1 : 0;
-    const int newest = run_.last_seen(a_, position);
+    const int newest = position >= from && position < to ? run_.last_seen(a_, position) : -1;
     const bool hides = newest < start + num_keys - 1 || oldest > start;
     const F cap = splat(a_.softcap), scale = splat(a_.scale);
     float* scores = s_.scores[c];
