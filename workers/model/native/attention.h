@@ -130,6 +130,8 @@ inline void finish(const Attention& a, const Run& run, int kv_head, int column, 
 struct Kept {
   const bf16* keys[kKeys / kSlots];
   const bf16* values[kKeys / kSlots];
+  const float* key_scales = nullptr;  // what a token's key and value are times; null: 1
+  const float* value_scales = nullptr;
 };
 
 inline void keep_key(bf16* keys, int slot, int head_dim, const bf16* key) {
@@ -144,10 +146,13 @@ inline void keep_value(bf16* values, int slot, int head_dim, const bf16* value, 
     for (int d = 0; d < head_dim; d++) to[2 * d + 1] = 0;
 }
 
-// Two sections of a head as bf16.
+// Two sections of a head as bf16, and their scales; and scales of keys the last of which are 1.
 struct Widened {
   alignas(64) bf16 keys[kKeys * kMaxHeadDim + 64];
   alignas(64) bf16 values[kKeys * kMaxHeadDim + 64];
+  alignas(64) float key_scales[kKeys], value_scales[kKeys];
+  alignas(64) float own_key_scales[kKeys], own_value_scales[kKeys];
+  alignas(64) float scales[4 * kMaxHeadDim];
 };
 
 template <class Policy>
@@ -286,9 +291,10 @@ class AttentionTask {
     const int first = position_of(0), last = position_of(task_.num_columns - 1);
     for (int i = 0; i < 2; i++) {
       if (last < start + (i + 1) * kSection) break;
-      const Section kept = run_.section(a_, section + i, kv_head);
-      widen_keys(kept, s_.widened->keys + i * kSection * a_.head_dim);
-      widen_values(kept, s_.widened->values + i * kSection * a_.head_dim);
+      Widened& to = *s_.widened;
+      const int offset = i * kSection * a_.head_dim;
+      widen(run_.section(a_, section + i, kv_head), to.keys + offset, to.values + offset,
+            to.key_scales + i * kSection, to.value_scales + i * kSection, to.scales);
     }
     if (last >= behind) step_by_sections(head, start, stop, -1, behind, INT_MAX);
     if (last >= second && first < behind)
@@ -313,6 +319,7 @@ class AttentionTask {
         kept.values[i] = s_.widened->values + offset;
       }
     }
+    if (a_.kept_bits == 8) scale(kept, open - start / kSection);
     Policy::arrange(kept, stop - start, dims, s_.arranged);
     for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++) {
       const int column = t % head_tiles_ * kRows;
@@ -321,13 +328,26 @@ class AttentionTask {
     }
   }
 
+  // The scales of two sections, of which number `open` is as it is.
+  void scale(Kept& kept, int open) const {
+    Widened& of = *s_.widened;
+    kept.key_scales = of.key_scales;
+    kept.value_scales = of.value_scales;
+    if (open < 0) return;
+    memcpy(of.own_key_scales, of.key_scales, sizeof of.key_scales);
+    memcpy(of.own_value_scales, of.value_scales, sizeof of.value_scales);
+    for (int i = open * kSection; i < kKeys; i++) of.own_key_scales[i] = of.own_value_scales[i] = 1;
+    kept.key_scales = of.own_key_scales;
+    kept.value_scales = of.own_value_scales;
+  }
+
   void fetch_sections(int start) const {
     const int last = position_of(task_.num_columns - 1) / kSection;
     const int64_t bytes = SectionFormat{a_.kept_bits, a_.head_dim}.bytes() * task_.num_kv_heads;
     for (int section = start / kSection; section < std::min(last, (start + kKeys) / kSection);
          section++) {
       const uint8_t* at = run_.section(a_, section, task_.kv_head).at;
-      for (int64_t i = 0; i < bytes; i += 64) prefetch_near(at + i);
+      for (int64_t i = 0; i < bytes; i += 64) prefetch(at + i);
     }
   }
 
@@ -360,7 +380,8 @@ class AttentionTask {
       F most[kLanes];
       for (int i = 0; i < kLanes; i++)
         most[i] = from + i < columns
-                      ? mask_and_maximize(t, from + i, start, num_keys, from_position, to_position)
+                      ? mask_and_maximize(t, from + i, start, num_keys, kept.key_scales,
+                                          from_position, to_position)
                       : splat(kUnseen);
       const F before = load(s_.maxima[t] + from);
       const F now = maximum(before, maxima_of(most) * splat(scale));
@@ -374,7 +395,8 @@ class AttentionTask {
       F sum = splat(0.f);
       for (int i = 0; i < num_keys; i += kLanes) {
         const F p = exp2_of(load(scores + i) * by - top);
-        Policy::store_weights(s_.weights[c] + i, p);
+        Policy::store_weights(s_.weights[c] + i,
+                              kept.value_scales ? p * load(kept.value_scales + i) : p);
         sum = sum + p;
       }
       store(s_.sums[t][c], fma(load(s_.sums[t][c]), factor, sum));
@@ -389,7 +411,8 @@ class AttentionTask {
 
   // What the column must not see gets a score far below all others. Returns the highest of each lane.
   // With a soft cap the scores are in units of the softmax's exponent from here on.
-  F mask_and_maximize(int t, int c, int start, int num_keys, int from, int to) {
+  F mask_and_maximize(int t, int c, int start, int num_keys, const float* key_scales, int from,
+                      int to) {
     const int position = position_of(t % head_tiles_ * kRows + c);
     const int oldest = a_.window ? position - a_.window + 1 : 0;
     const int newest = position >= from && position < to ? run_.last_seen(a_, position) : -1;
@@ -399,12 +422,13 @@ class AttentionTask {
     F most = splat(kUnseen);
     for (int i = 0; i < num_keys; i += kLanes) {
       F x = load(scores + i);
+      if (key_scales) x = x * load(key_scales + i);
       if (a_.softcap != 0) x = cap * tanh_of(x * scale / cap);
       if (hides) {
         const Int at = lane_index() + (start + i);
         x = (at <= newest) & (at >= oldest) ? x : splat(kUnseen);
       }
-      if (hides || a_.softcap != 0) store(scores + i, x);
+      if (hides || key_scales || a_.softcap != 0) store(scores + i, x);
       most = maximum(most, x);
     }
     return most;

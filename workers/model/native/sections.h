@@ -175,15 +175,47 @@ inline void round_values(const Section& to, const bf16* values) {
   to.format.bits == 4 ? round_values4(to, values) : round_values8(to, values);
 }
 
-// --- widening: up to a vector of pairs more than the section's is written
+// --- widening: up to a vector of pairs more than the section's is written. Of 8 bits no number is
+// rounded on the way: scales are for the products
 
-using SignedBytes = int8_t __attribute__((vector_size(kLanes)));
-using Bytes = uint8_t __attribute__((vector_size(kLanes)));
-
-inline F integers_at(const int8_t* p) {
-  SignedBytes x;
+// kLanes integers.
+inline Int signed_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  using Bytes = int8_t __attribute__((vector_size(kLanes)));
+  Bytes x;
   memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(__builtin_convertvector(x, Int), F);
+  return __builtin_convertvector(x, Int);
+#endif
+}
+inline Int bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Int)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+  Bytes x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, Int);
+#endif
+}
+
+// Integers of 8 bits, which bf16 can hold: `count` of them, a multiple of 32.
+inline void widen8(const int8_t* from, int count, bf16* to) {
+  for (int i = 0; i < count; i += 2 * kLanes) {
+    const F first = __builtin_convertvector(signed_bytes(from + i), F);
+    const F second = __builtin_convertvector(signed_bytes(from + i + kLanes), F);
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#else
+    store16(to + i, first);
+    store16(to + i + kLanes, second);
+#endif
+  }
 }
 
 // kLanes pairs, of finite numbers.
@@ -195,58 +227,53 @@ inline void store_pairs(bf16* to, F first, F second) {
 
 // Of each byte the low half by one scale, the high half by another.
 inline void widen4(const uint8_t* from, F scale0, F minimum0, F scale1, F minimum1, bf16* to) {
-  Bytes bytes;
-  memcpy(&bytes, from, sizeof bytes);
-  const Int x = __builtin_convertvector(bytes, Int);
+  const Int x = bytes(from);
   store_pairs(to, fma(__builtin_convertvector(x & 15, F), scale0, minimum0),
               fma(__builtin_convertvector(x >> 4, F), scale1, minimum1));
 }
 
-inline void widen_keys(const Section& from, bf16* keys) {
+// `scales`: all of the section's, in their order.
+inline void widen_keys4(const Section& from, const float* scales, bf16* keys) {
   const int dims = from.format.dims;
-  for (int half = 0; half < kSection / kSlots; half++) {
-    bf16* to = keys + half * kSlots * dims;
-    if (from.format.bits == 4) {
-      const uint8_t* bytes = from.keys() + half * kSlots / 2 * dims;
-      for (int d = 0; d < dims; d += 2) {
-        const F scale0 = splat(one(from.key_scales()[d])), scale1 = splat(one(from.key_scales()[d + 1]));
-        const F least0 = splat(one(from.key_minima()[d])), least1 = splat(one(from.key_minima()[d + 1]));
-        for (int i = 0; i < kSlots; i += kLanes)
-          widen4(bytes + d * kSlots / 2 + i, scale0, least0, scale1, least1, to + d * kSlots + 2 * i);
-      }
-      continue;
+  const float* minima = scales + dims;
+  for (int d = 0; d < dims; d += 2) {
+    const F scale0 = splat(scales[d]), scale1 = splat(scales[d + 1]);
+    const F least0 = splat(minima[d]), least1 = splat(minima[d + 1]);
+    for (int half = 0; half < kSection / kSlots; half++) {
+      const int at = (half * dims + d) * kSlots;
+      for (int i = 0; i < kSlots; i += kLanes)
+        widen4(from.keys() + at / 2 + i, scale0, least0, scale1, least1, keys + at + 2 * i);
     }
-    const int8_t* integers = (const int8_t*)from.keys() + half * kSlots * dims;
-    float scales[2 * kSlots];
-    for (int i = 0; i < 2 * kSlots; i++)
-      scales[i] = one(from.key_scales()[half * kSlots + i / 2]);
-    for (int d = 0; d < dims; d += 2)
-      for (int i = 0; i < 2 * kSlots; i += kLanes) {
-        const int at = d * kSlots + i;
-        store16(to + at, integers_at(integers + at) * load(scales + i));
-      }
   }
 }
 
-inline void widen_values(const Section& from, bf16* values) {
+inline void widen_values4(const Section& from, const float* scales, bf16* values) {
   const int dims = from.format.dims, width = from.format.part_dims();
-  for (int pair = 0; pair < kSection / 2; pair++) {
-    bf16* to = values + pair * 2 * dims;
-    if (from.format.bits == 4) {
-      for (int part = 0; part < from.format.num_parts(); part++) {
-        const bf16* scales = from.value_scales() + part * kSection + 2 * pair;
-        const bf16* minima = from.value_minima() + part * kSection + 2 * pair;
-        const F scale0 = splat(one(scales[0])), scale1 = splat(one(scales[1]));
-        const F least0 = splat(one(minima[0])), least1 = splat(one(minima[1]));
-        for (int d = part * width; d < std::min(dims, (part + 1) * width); d += kLanes)
-          widen4(from.values() + pair * dims + d, scale0, least0, scale1, least1, to + 2 * d);
-      }
-      continue;
+  const float* minima = scales + kSection * from.format.num_parts();
+  for (int pair = 0; pair < kSection / 2; pair++)
+    for (int part = 0; part < from.format.num_parts(); part++) {
+      const int token = part * kSection + 2 * pair, at = pair * dims;
+      const F scale0 = splat(scales[token]), scale1 = splat(scales[token + 1]);
+      const F least0 = splat(minima[token]), least1 = splat(minima[token + 1]);
+      for (int d = part * width; d < std::min(dims, (part + 1) * width); d += kLanes)
+        widen4(from.values() + at + d, scale0, least0, scale1, least1, values + 2 * (at + d));
     }
-    const int8_t* integers = (const int8_t*)from.values() + pair * 2 * dims;
-    float scales[kLanes];
-    for (int i = 0; i < kLanes; i++) scales[i] = one(from.value_scales()[2 * pair + i % 2]);
-    for (int at = 0; at < 2 * dims; at += kLanes)
-      store16(to + at, integers_at(integers + at) * load(scales));
+}
+
+// All of a section; of 8 bits the integers, and what they are times for each token. `scales` has room
+// for all of its scales, and a vector.
+inline void widen(const Section& from, bf16* keys, bf16* values, float* key_scales,
+                  float* value_scales, float* scales) {
+  for (int i = 0; i < from.format.num_scales(); i += kLanes)
+    store(scales + i, load16(from.key_scales() + i));
+  if (from.format.bits == 4) {
+    widen_keys4(from, scales, keys);
+    widen_values4(from, scales + 2 * from.format.dims, values);
+    return;
   }
+  const int count = kSection * from.format.dims;
+  widen8((const int8_t*)from.keys(), count, keys);
+  widen8((const int8_t*)from.values(), count, values);
+  memcpy(key_scales, scales, kSection * sizeof(float));
+  memcpy(value_scales, scales + kSection, kSection * sizeof(float));
 }
