@@ -132,6 +132,11 @@ struct Kept {
   const bf16* values[kKeys / kSlots];
   const float* key_scales = nullptr;  // what a token's key and value are times; null: 1
   const float* value_scales = nullptr;
+  // Two sections in the place of all that, where the policy reads them: of so many bits, with what
+  // all of their scales are.
+  int bits = 0;
+  const uint8_t* sections[2];
+  const float* scales[2];
 };
 
 inline void keep_key(bf16* keys, int slot, int head_dim, const bf16* key) {
@@ -152,7 +157,7 @@ struct Widened {
   alignas(64) bf16 values[kKeys * kMaxHeadDim + 64];
   alignas(64) float key_scales[kKeys], value_scales[kKeys];
   alignas(64) float own_key_scales[kKeys], own_value_scales[kKeys];
-  alignas(64) float scales[4 * kMaxHeadDim];
+  alignas(64) float scales[2][4 * kMaxHeadDim];  // of each section, as they lie there
 };
 
 template <class Policy>
@@ -231,6 +236,7 @@ class AttentionTask {
   auto* queries_of(int tile) const { return s_.queries + tile * kRows * dims_; }
   float* output_of(int tile) const { return s_.output + tile * kRows * dims_; }
   float* total_of(int tile) const { return s_.total + tile * partial_size(a_.head_dim); }
+  SectionFormat format() const { return {a_.kept_bits, a_.head_dim}; }
   int64_t head_bytes() const { return int64_t(a_.block_size) * a_.head_dim * 2; }
   // The block of the token at `position`, of that head, and where its tokens are within it.
   const bf16* keys_at(int position, int kv_head) const {
@@ -289,18 +295,36 @@ class AttentionTask {
     const int kv_head = task_.kv_head + head, section = start / kSection;
     const int second = start + kSection, behind = start + kKeys;
     const int first = position_of(0), last = position_of(task_.num_columns - 1);
+    const bool direct = first >= behind && Policy::reads_sections(task_.num_columns, format());
     for (int i = 0; i < 2; i++) {
       if (last < start + (i + 1) * kSection) break;
+      const Section from = run_.section(a_, section + i, kv_head);
       Widened& to = *s_.widened;
       const int offset = i * kSection * a_.head_dim;
-      widen(run_.section(a_, section + i, kv_head), to.keys + offset, to.values + offset,
-            to.key_scales + i * kSection, to.value_scales + i * kSection, to.scales);
+      widen_scales(from, to.scales[i]);
+      memcpy(to.key_scales + i * kSection, to.scales[i], kSection * sizeof(float));
+      memcpy(to.value_scales + i * kSection, to.scales[i] + kSection, kSection * sizeof(float));
+      if (!direct) widen(from, to.scales[i], to.keys + offset, to.values + offset);
     }
+    if (direct) return step_directly(head, start, stop);
     if (last >= behind) step_by_sections(head, start, stop, -1, behind, INT_MAX);
     if (last >= second && first < behind)
       step_by_sections(head, start, stop, section + 1, second, behind);
     if (last >= start && first < second)
       step_by_sections(head, start, std::min(stop, second), section, start, second);
+  }
+
+  // For few columns, which see both as they were rounded.
+  void step_directly(int head, int start, int stop) {
+    Kept kept;
+    kept.bits = a_.kept_bits;
+    for (int i = 0; i < 2; i++) {
+      kept.sections[i] = run_.section(a_, start / kSection + i, task_.kv_head + head).at;
+      kept.scales[i] = s_.widened->scales[i];
+    }
+    if (a_.kept_bits == 8) scale(kept, -1);
+    for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++)
+      step(t, start, stop, kept, 0, INT_MAX);
   }
 
   // For columns at positions [from, to), which see the section `open` as bf16.
@@ -343,7 +367,7 @@ class AttentionTask {
 
   void fetch_sections(int start) const {
     const int last = position_of(task_.num_columns - 1) / kSection;
-    const int64_t bytes = SectionFormat{a_.kept_bits, a_.head_dim}.bytes() * task_.num_kv_heads;
+    const int64_t bytes = format().bytes() * task_.num_kv_heads;
     for (int section = start / kSection; section < std::min(last, (start + kKeys) / kSection);
          section++) {
       const uint8_t* at = run_.section(a_, section, task_.kv_head).at;

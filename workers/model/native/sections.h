@@ -219,17 +219,19 @@ inline void widen8(const int8_t* from, int count, bf16* to) {
 }
 
 // kLanes pairs, of finite numbers.
-inline void store_pairs(bf16* to, F first, F second) {
-  const Int low = (((Int)first + 0x8000) >> 16) & 0xffff, high = ((Int)second + 0x8000) & ~0xffff;
-  const Int both = low | high;
-  memcpy(to, &both, sizeof both);
+inline Int pairs_of(F first, F second) {
+  return ((((Int)first + 0x8000) >> 16) & 0xffff) | (((Int)second + 0x8000) & ~0xffff);
 }
 
 // Of each byte the low half by one scale, the high half by another.
-inline void widen4(const uint8_t* from, F scale0, F minimum0, F scale1, F minimum1, bf16* to) {
+inline Int widened4(const uint8_t* from, F scale0, F minimum0, F scale1, F minimum1) {
   const Int x = bytes(from);
-  store_pairs(to, fma(__builtin_convertvector(x & 15, F), scale0, minimum0),
-              fma(__builtin_convertvector(x >> 4, F), scale1, minimum1));
+  return pairs_of(fma(__builtin_convertvector(x & 15, F), scale0, minimum0),
+                  fma(__builtin_convertvector(x >> 4, F), scale1, minimum1));
+}
+inline void widen4(const uint8_t* from, F scale0, F minimum0, F scale1, F minimum1, bf16* to) {
+  const Int pairs = widened4(from, scale0, minimum0, scale1, minimum1);
+  memcpy(to, &pairs, sizeof pairs);
 }
 
 // `scales`: all of the section's, in their order.
@@ -260,12 +262,14 @@ inline void widen_values4(const Section& from, const float* scales, bf16* values
     }
 }
 
-// All of a section; of 8 bits the integers, and what they are times for each token. `scales` has room
-// for all of its scales, and a vector.
-inline void widen(const Section& from, bf16* keys, bf16* values, float* key_scales,
-                  float* value_scales, float* scales) {
+// All of a section's scales; there is room for them and a vector.
+inline void widen_scales(const Section& from, float* scales) {
   for (int i = 0; i < from.format.num_scales(); i += kLanes)
     store(scales + i, load16(from.key_scales() + i));
+}
+
+// All of a section; of 8 bits the integers.
+inline void widen(const Section& from, const float* scales, bf16* keys, bf16* values) {
   if (from.format.bits == 4) {
     widen_keys4(from, scales, keys);
     widen_values4(from, scales + 2 * from.format.dims, values);
@@ -274,6 +278,4 @@ inline void widen(const Section& from, bf16* keys, bf16* values, float* key_scal
   const int count = kSection * from.format.dims;
   widen8((const int8_t*)from.keys(), count, keys);
   widen8((const int8_t*)from.values(), count, values);
-  memcpy(key_scales, scales, kSection * sizeof(float));
-  memcpy(value_scales, scales + kSection, kSection * sizeof(float));
 }
