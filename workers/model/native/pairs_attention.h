@@ -17,11 +17,12 @@ struct Bf16Pairs {
   PairVector key(int slots, int d, int part) const {
     return load_pairs(at[slots] + d * kSlots + 2 * kLanes * part);
   }
-  PairVector value(int slots, int pair, int d) const {
-    return load_pairs(at[slots] + 2 * (pair * dims + d));
+  // The vector of that index from element `d` on.
+  PairVector value(int slots, int pair, int d, int index) const {
+    return load_pairs(at[slots] + 2 * (pair * dims + d + kLanes * index));
   }
-  PairVector value(int slots, int pair, int d, int count) const {
-    return load_pairs(at[slots] + 2 * (pair * dims + d), count);
+  PairVector last_value(int slots, int pair, int d) const {
+    return load_pairs(at[slots] + 2 * (pair * dims + d), dims - d);
   }
 };
 
@@ -40,10 +41,10 @@ struct BytePairs {
                                __builtin_convertvector(signed_bytes(p), F));
   }
   PairVector key(int slots, int d, int) const { return load(at[slots] + d * kSlots); }
-  PairVector value(int slots, int pair, int d) const {
-    return load(at[slots] + 2 * (pair * dims + d));
+  PairVector value(int slots, int pair, int d, int index) const {
+    return load(at[slots] + 2 * (pair * dims + d + kLanes * index));
   }
-  PairVector value(int slots, int pair, int d, int) const { return value(slots, pair, d); }
+  PairVector last_value(int slots, int pair, int d) const { return value(slots, pair, d, 0); }
 };
 
 struct HalfBytePairs {
@@ -60,18 +61,26 @@ struct HalfBytePairs {
       scales[i] = all_scales[i / 2] + scales_from + i % 2 * tokens;
     }
   }
-  PairVector load(const uint8_t* p, const float* first) const {
-    const float *second = first + 1, *least = first + minima;
-    return (PairVector)widened4(p, splat(*first), splat(*least), splat(*second), splat(least[1]));
+  // What each half of a byte is, low and high, is looked up: that is less to do than to compute it.
+  PairVector load(const uint8_t* p, const float* both) const {
+    const F integers = __builtin_convertvector(lane_index(), F);
+    const F low = fma(integers, splat(both[0]), splat(both[minima]));
+    const F high = fma(integers, splat(both[1]), splat(both[minima + 1]));
+    const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low), x = (__m512i)bytes(p);
+    const __m512i halves = _mm512_ternarylogic_epi32(x, _mm512_slli_epi32(x, 12),
+                                                     _mm512_set1_epi32(0x000f000f), 0xa8);
+    return (PairVector)_mm512_permutexvar_epi16(
+        _mm512_or_si512(halves, _mm512_set1_epi32(0x00100000)), table);
   }
   PairVector key(int slots, int d, int) const {
     return load(at[slots] + d * kSlots / 2, scales[slots] + d);
   }
-  PairVector value(int slots, int pair, int d) const {
+  PairVector value(int slots, int pair, int d, int index) const {
     const int part = parts == 1 ? 0 : d / 64;
-    return load(at[slots] + pair * dims + d, scales[slots] + part * kSection + 2 * pair);
+    return load(at[slots] + pair * dims + d + kLanes * index,
+                scales[slots] + part * kSection + 2 * pair);
   }
-  PairVector value(int slots, int pair, int d, int) const { return value(slots, pair, d); }
+  PairVector last_value(int slots, int pair, int d) const { return value(slots, pair, d, 0); }
 };
 
 #endif
@@ -218,11 +227,9 @@ struct PairsAttention {
       const int pairs = num_keys - key < kSlots ? (num_keys - key + 1) / 2 : kSlots / 2;
       for (int pair = 0; pair < pairs; pair++) {
         PairVector v[D];
-        for (int i = 0; i < D; i++) {
-          const int at = d + kLanes * i;
-          v[i] = D == 1 ? values.value(key / kSlots, pair, at, head_dim - d)
-                        : values.value(key / kSlots, pair, at);
-        }
+        for (int i = 0; i < D; i++)
+          v[i] = D == 1 ? values.last_value(key / kSlots, pair, d)
+                        : values.value(key / kSlots, pair, d, i);
         for (int c = 0; c < C; c++) {
           const PairVector p = splat_pair(weights[c] + key + 2 * pair);
           for (int i = 0; i < D; i++) sums[c][i] = add_products(sums[c][i], v[i], p);

@@ -220,7 +220,9 @@ inline void widen8(const int8_t* from, int count, bf16* to) {
 
 // kLanes pairs, of finite numbers.
 inline Int pairs_of(F first, F second) {
-  return ((((Int)first + 0x8000) >> 16) & 0xffff) | (((Int)second + 0x8000) & ~0xffff);
+  const Int low = (Int)first >> 16 & 0xffff, high = (Int)second >> 16 & 1;
+  return (((Int)first + 0x7fff + (low & 1)) >> 16 & 0xffff) |
+         (((Int)second + 0x7fff + high) & ~0xffff);
 }
 
 // Of each byte the low half by one scale, the high half by another.

@@ -96,9 +96,7 @@ def rounded(x: torch.Tensor, dims: int, bits: int) -> torch.Tensor:
     least, most = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
     scale = ((most - least) / 15).bfloat16().float()
     integers = ((x - least) * (1 / scale)).round().clamp(0, 15)
-    exact = (integers.double() * scale.double() + least.double()).float()
-    away = (exact.view(torch.int32) + 0x8000) & ~0xFFFF  # from zero, where two are as near
-    return away.view(torch.float32).bfloat16()
+    return (integers.double() * scale.double() + least.double()).float().bfloat16()
 
 
 def reference(keys: torch.Tensor, values: torch.Tensor, bits: int) -> list[torch.Tensor]:
@@ -214,15 +212,14 @@ def test_bits_depend_on_the_own_sequence_alone(data: st.DataObject) -> None:
     while any(table.num_tokens < len(text) for table, text in zip(tables, texts, strict=True)):
         parts, kept = [], []
         for index, (table, text) in enumerate(zip(tables, texts, strict=True)):
-            left = len(text) - table.num_tokens
-            if left and (count := data.draw(st.integers(0, min(left, 90)))):
-                tokens = list(text[table.num_tokens : table.num_tokens + count])
-                trial = data.draw(st.sampled_from([0, 0, 1, 16]))
-                count = 1 if trial else count
-                kept.append((index, table.num_tokens, count))
-                parts.append((table, [*tokens[:count], *[7] * trial]))
-        if not parts:
-            continue
+            left = min(len(text) - table.num_tokens, 90)
+            if not left or (parts and data.draw(st.booleans())):
+                continue
+            trial = data.draw(st.sampled_from([0, 0, 1, 16]))
+            count = 1 if trial else left - data.draw(st.integers(0, left - 1))
+            tokens = text[table.num_tokens : table.num_tokens + count]
+            kept.append((index, table.num_tokens, count))
+            parts.append((table, [*tokens, *[7] * trial]))
         for _ in range(data.draw(st.integers(1, 2))):  # the first has not happened
             for index, before, _count in kept:
                 tables[index].rewind(before)
@@ -245,11 +242,12 @@ def test_what_is_no_number_stays_none(bits: int) -> None:
         with torch.no_grad():
             embedding[9, 0] = float("nan")
         table = quantized.table()
-        logits = quantized.compute((table, [*[5] * 20, 9, *[5] * 60]))[0]
+        before = quantized.compute((table, [5] * 20))[0]
+        behind = [quantized.compute((table, text))[0] for text in ([9, *[5] * 60], [5] * 40)]
     finally:
         embedding[9] = kept
-    assert bool(logits[:20].isfinite().all())
-    assert bool(logits[20:].isnan().all(-1).all())
+    assert bool(before.isfinite().all())
+    assert all(bool(logits.isnan().all()) for logits in behind)
 
 
 # --- what it takes
@@ -270,7 +268,7 @@ def test_no_more_than_two_sections_of_a_head_are_widened_at_a_time(bits: int) ->
     """However long the sequence: all of its keys and values as bf16 would be 5 MB."""
     module = model_of("llama")
     quantized, plain = Quantized(module, bits, 1), Quantized(module, FULL, 1)
-    widened = 2 * (64 * 256 + 64) * 2 + 6 * 1024  # keys, values of up to 256 elements, and scales
+    widened = 2 * (64 * 256 + 64) * 2 + 10 * 1024  # keys, values of up to 256 elements, and scales
     fresh = 512 * max(2 * one.num_heads * one.head_dim for one in quantized.layout.layers) * 2
     extra = quantized.decoder.workspace_bytes - plain.decoder.workspace_bytes
     assert 0 < extra <= widened + fresh + 4096
