@@ -51,17 +51,18 @@ class Quantized:
     def table(self) -> BlockTable:
         return BlockTable(self.layout)
 
+    def make_room(self, table: BlockTable, num_tokens: int) -> None:
+        blocks = self._memory.lease(table.num_missing(num_tokens))
+        for block in blocks:  # NaN, if it is bf16
+            block.storage[block.offset : block.offset + self.layout.block_bytes].fill_(255)
+        self._memory.release(table.grow(num_tokens, blocks))
+
     def compute(
         self, *parts: tuple[BlockTable, Sequence[int]], num_threads: int | None = None
     ) -> list[torch.Tensor]:
         """Logits of all rows of each part."""
         for table, tokens in parts:
-            end = table.num_tokens + len(tokens)
-            blocks = self._memory.lease(table.num_missing(end))
-            for block in blocks:  # NaN, if it is bf16
-                begin = block.offset
-                block.storage[begin : begin + self.layout.block_bytes].fill_(255)
-            self._memory.release(table.grow(end, blocks))
+            self.make_room(table, table.num_tokens + len(tokens))
         batch = Batch.of([Part(table, tokens, len(tokens)) for table, tokens in parts])
         logits = torch.full((batch.num_rows, self.decoder.vocab_size), float("nan"))
         tables, addresses = batch.tables()
@@ -193,6 +194,36 @@ def test_bits_do_not_depend_on_chunks(family: str, bits: int) -> None:
             pieces += quantized.compute((table, token_ids[start : start + size]))
             start += size
         assert torch.equal(torch.cat(pieces), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_one_by_one_give_the_same_bits(bits: int) -> None:
+    """As they are computed where some are read from files."""
+    module, token_ids = model_of("llama"), prompt(140)
+    quantized = Quantized(module, bits, block_size=32)
+    decoder, table = quantized.decoder, quantized.table()
+    found = []
+    for start, stop in ((0, 70), (70, 71), (71, 140)):
+        quantized.make_room(table, stop)
+        part = token_ids[start:stop]
+        batch = Batch.of([Part(table, part, len(part))])
+        hidden = torch.empty(len(part), decoder.hidden_stride, dtype=torch.bfloat16)
+        logits = torch.empty(len(part), decoder.vocab_size)
+        for layer in decoder.layers:
+            is_last = layer.index + 1 == len(decoder.layers)
+            decoder.forward(
+                batch.token_ids,
+                batch.positions,
+                *batch.tables(),
+                batch.logit_rows if is_last else int32([]),
+                logits if is_last else None,
+                layers=[layer],
+                hidden=hidden,
+                open_blocks=batch.open_blocks(),
+            )
+        batch.commit()
+        found.append(logits)
+    assert torch.equal(torch.cat(found), whole(module, bits, token_ids))
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
