@@ -79,6 +79,9 @@ PARALLEL = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscop
 
 # Tests run torch in several processes at once: a thread that waits must sleep, not spin.
 test test-fast test-long test-gpu: export OMP_WAIT_POLICY = PASSIVE
+# Hundreds of processes import the same modules: compiled once, whatever the environment says (empty is
+# unset).
+test test-fast test-long test-gpu: export PYTHONDONTWRITEBYTECODE =
 test: check $(TEST_MODELS) ## all checks, then the whole test suite (ARGS="..." goes to pytest)
 	@$(ENV_PYTHON) -m pytest $(PARALLEL) $(ARGS)
 

@@ -34,7 +34,8 @@ def memory_bounds(root: Path = Path("/")) -> list[Room]:
     """The machine and each limited control group, without headroom: what processes and shared
     memory can take together."""
     found: list[Room] = []
-    total, available = _meminfo(root, "MemTotal"), _meminfo(root, "MemAvailable")
+    figures = _meminfo(root)
+    total, available = figures.get("MemTotal"), figures.get("MemAvailable")
     if total is not None and available is not None:
         found.append(Room(available, total, "machine", "this machine"))
     for group in limited_groups(root):
@@ -127,12 +128,12 @@ def no_room(
     )
 
 
-def _meminfo(root: Path, key: str) -> int | None:
+def _meminfo(root: Path) -> dict[str, int]:
+    """MemTotal and MemAvailable, in bytes, which are among the first lines; as far as they can be
+    read."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
-        return None
-    for line in lines:
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
+        return {}
+    split = [line.split() for line in lines if line.startswith(("MemTotal:", "MemAvailable:"))]
+    return {key.removesuffix(":"): int(kilobytes) * 1024 for key, kilobytes, *_ in split}

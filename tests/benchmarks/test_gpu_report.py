@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.daemon_process import ROOT
+from tests.quick import usual_or_long
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -20,16 +21,8 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = ROOT / "benchmarks" / "gpu_report.py"
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-REHEARSED = (
-    "machine",
-    "contract backend",
-    "sharing",
-    "attach",
-    "kills",
-    "copies",
-    "tiers",
-    "served random",
-)
+QUICK = ("machine", "contract backend", "sharing", "attach", "kills", "copies", "tiers")
+REHEARSED = usual_or_long(QUICK, (*QUICK, "served random"))
 PACKAGE = "tests.benchmarks.failing_stages"
 
 

@@ -24,7 +24,6 @@ from allocator.daemon.device.set_requests import SetRequests
 from allocator.daemon.device.tier_requests import TierRequests, found_image
 from allocator.daemon.journal.records import QuotaKept, Record
 from allocator.daemon.weights.weight_set import Answer, ReplyTo, WeightSet
-from allocator.errors import OutOfDeviceMemory
 from allocator.messages import (
     Abandon,
     CheckIntegrity,
@@ -107,7 +106,7 @@ class Device:
         """Sessions whose last request is answered later, if it has not been since."""
         self._rows: Mapping[type[Request], Handler] = {
             # weight sets
-            Open: Handler(sets.open, about_room=True),
+            Open: Handler(sets.open),
             Reserve: Handler(sets.reserve, about_room=True),
             Progress: Handler(sets.progress),
             Seal: Handler(sets.seal, about_room=True),
@@ -173,15 +172,7 @@ class Device:
             self._parts.apply([Answer(waiter, self.still_loading(weight_set))])
 
     def _with_room(self, row: Handler, asked: Asked, request: Request) -> Reply | None:
-        """Refused only by a look at the device that is no older than the request."""
-        room = self._parts.room
-        room.look(asked.now)
-        try:
-            return row.do(asked, request)
-        except OutOfDeviceMemory:
-            if not room.look_again(asked.now):
-                raise
-            return row.do(asked, request)
+        return self._parts.room.while_taking(asked.now, lambda: row.do(asked, request))
 
     def _set_quota(self, _asked: Asked, request: SetQuota) -> Done:
         kind, name, num_bytes = request.kind, request.name, request.num_bytes

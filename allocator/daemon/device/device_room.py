@@ -7,11 +7,11 @@ given up where the answer is less than what is owned.
 
 import logging
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from allocator.backends import Backend
 from allocator.daemon.device.budget import DeviceMemory
-from allocator.errors import DeviceError
+from allocator.errors import DeviceError, OutOfDeviceMemory
 from allocator.messages import Handle
 
 log = logging.getLogger("onecopy.allocator")
@@ -19,6 +19,9 @@ log = logging.getLogger("onecopy.allocator")
 _LOOK_EVERY_S: Final = 0.05
 """Our own reservations don't change the answer, and what others take in between the clients meet
 (MakeRoom)."""
+
+
+Taken = TypeVar("Taken")
 
 
 class DeviceRoom:
@@ -38,13 +41,16 @@ class DeviceRoom:
         if now >= self._looked_at + _LOOK_EVERY_S:
             self.look_anew(now)
 
-    def look_again(self, now: float) -> bool:
-        """As `look`, even where it was just told; False where that was at this very moment, so that
-        there is nothing new."""
-        if now == self._looked_at:
-            return False
-        self.look_anew(now)
-        return True
+    def while_taking(self, now: float, take: Callable[[], Taken]) -> Taken:
+        """What `take` returns, refused only by a look that is no older than `now`. Raises as it
+        does."""
+        self.look(now)
+        try:
+            return take()
+        except OutOfDeviceMemory:
+            if not self._look_again(now):
+                raise
+            return take()
 
     def look_anew(self, now: float) -> None:
         """Let `DeviceMemory` know. A device that can't be asked at the moment leaves it as it
@@ -77,3 +83,11 @@ class DeviceRoom:
             leased = self._memory.pool.leased_bytes + self._memory.pool.cached_bytes
             outstanding += max(0, leased - backend.committed_bytes(pool.segment))
         return outstanding
+
+    def _look_again(self, now: float) -> bool:
+        """As `look`, even where it was just told; False where that was at this very moment, so that
+        there is nothing new."""
+        if now == self._looked_at:
+            return False
+        self.look_anew(now)
+        return True

@@ -61,7 +61,13 @@ class SetRequests:
     def _rise(self, asked: Asked, weight_set: WeightSet) -> None:
         """A set that sleeps in the very memory that the device has is awake once it counts."""
         key, num_bytes = weight_set.key, weight_set.num_bytes("host")  # committed already
-        self._parts.apply(self._memory.make_room(asked.number, 0, mapped_bytes=num_bytes))
+        room = self._parts.room
+        self._parts.apply(
+            room.while_taking(
+                asked.now,
+                lambda: self._memory.make_room(asked.number, 0, mapped_bytes=num_bytes),
+            )
+        )
         self._sets.relabel(key, "device")
         self._parts.notes.set(key)
         self._parts.history.add("woken", f"{key}, {size(weight_set.num_bytes('device'))}")

@@ -20,6 +20,7 @@ from server.models.source import find_model
 from server.text.given import GivenText
 from server.text.loaded_text import KeptTokenizer, LoadedText
 from tests.here import run_here
+from tests.quick import long_run
 from tests.server.text.gguf.corpus import trained
 from tests.server.text.gguf.record import NUM_TOKENS, metadata_of, write_file
 from tests.system.running_server import onecopy_here
@@ -127,6 +128,7 @@ def test_so_it_is_in_fewer_bits_up_to_ties(tiny: Path, text_of: Any) -> None:
     assert "ours in bfloat16" in part.note
 
 
+@long_run
 def test_the_demo_model_is_that_of_transformers(smollm2_by_transformers: Path) -> None:
     found = check(Checked(find_model(str(smollm2_by_transformers))))
     assert found.same, found.model_dump_json(indent=1)

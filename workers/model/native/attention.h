@@ -17,6 +17,8 @@
 //   Query, Weight   the elements of its copies of queries and softmax weights
 //   load_queries(...), scores(...), store_weights(...), add_values(...)
 //   kKeyStep   the number of keys that scores are made of is a multiple of this
+//   kFetches   its products fetch the next keys and values while they read these; others' are fetched
+//              before
 #pragma once
 #include <algorithm>
 #include <climits>
@@ -130,12 +132,16 @@ inline void finish(const Attention& a, const Run& run, int kv_head, int column, 
 struct Kept {
   const bf16* keys[kKeys / kSlots];
   const bf16* values[kKeys / kSlots];
+  // What a policy that fetches is to have come meanwhile, if `fetches`: as much, of the keys after them.
+  const bf16* next_keys[kKeys / kSlots];
+  const bf16* next_values[kKeys / kSlots];
+  bool fetches = false;
   const float* key_scales = nullptr;  // what a token's key and value are times; null: 1
   const float* value_scales = nullptr;
   // Two sections in the place of all that, where the policy reads them: of so many bits, with what
   // all of their scales are.
   int bits = 0;
-  const uint8_t* sections[2];
+  const uint8_t *sections[2], *next_sections[2];
   const float* scales[2];
 };
 
@@ -185,7 +191,8 @@ class AttentionTask {
         group_(a.num_heads / a.num_kv_heads),
         dims_(padded(a.head_dim)),
         head_tiles_((task.num_columns + kRows - 1) / kRows),
-        num_tiles_(head_tiles_ * task.num_kv_heads) {}
+        num_tiles_(head_tiles_ * task.num_kv_heads),
+        section_bytes_(SectionFormat{a.kept_bits, a.head_dim}.bytes()) {}
 
   // Have the first keys and values come.
   void fetch_first() const {
@@ -266,8 +273,12 @@ class AttentionTask {
       memset(s_.sums[t], 0, sizeof(float) * size_t(columns_of(t) * kLanes));
       for (int c = 0; c < kRows; c++) s_.maxima[t][c] = kNothing;
     }
+    const int last = last_seen(task_.num_columns - 1);
     for (int start = begin / kKeys * kKeys; start < end; start += kKeys) {
-      fetch(start + kKeys);
+      if (a_.kept_bits)
+        find_sections(start);
+      else if (!Policy::kFetches)
+        fetch(start + kKeys);
       const int stop = std::min(end, start + kKeys);
       for (int head = 0; head < task_.num_kv_heads; head++) {
         if (a_.kept_bits) {
@@ -276,15 +287,31 @@ class AttentionTask {
         }
         const int kv_head = task_.kv_head + head;
         Kept kept;
+        kept.fetches = Policy::kFetches && start + kKeys <= last;
         for (int i = 0; i < kKeys / kSlots; i++) {
           const int at = std::min(start + i * kSlots, stop - 1);
           kept.keys[i] = keys_at(at, kv_head);
           kept.values[i] = values_at(at, kv_head);
+          const int next = std::min(start + kKeys + i * kSlots, last);
+          kept.next_keys[i] = keys_at(next, kv_head);
+          kept.next_values[i] = values_at(next, kv_head);
         }
         Policy::arrange(kept, stop - start, a_.head_dim, s_.arranged);
         for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++)
-          if (last_seen_by(t) >= start) step(t, start, stop, kept, 0, INT_MAX);
+          if (last_seen_by(t) >= start) {
+            step(t, start, stop, kept, 0, INT_MAX);
+            kept.fetches = false;
+          }
       }
+    }
+  }
+
+  // Where the first of the task's heads has the sections from `start` on that are rounded.
+  void find_sections(int start) {
+    const int last = position_of(task_.num_columns - 1) / kSection;
+    for (int i = 0; i < 4; i++) {
+      const int section = start / kSection + i;
+      sections_[i] = section < last ? run_.section(a_, section, task_.kv_head).at : nullptr;
     }
   }
 
@@ -292,18 +319,22 @@ class AttentionTask {
   // sees depends on whether its own section is behind them, the second or the first.
   void step_by_sections(int head, int start, int stop) {
     static_assert(kKeys == 2 * kSection);
-    const int kv_head = task_.kv_head + head, section = start / kSection;
+    const int section = start / kSection;
     const int second = start + kSection, behind = start + kKeys;
     const int first = position_of(0), last = position_of(task_.num_columns - 1);
     const bool direct = first >= behind && Policy::reads_sections(task_.num_columns, format());
+    if (!direct && head == 0) fetch_sections(behind);
     for (int i = 0; i < 2; i++) {
       if (last < start + (i + 1) * kSection) break;
-      const Section from = run_.section(a_, section + i, kv_head);
+      const Section from{format(), sections_[i] + head * section_bytes_};
       Widened& to = *s_.widened;
       const int offset = i * kSection * a_.head_dim;
-      widen_scales(from, to.scales[i]);
-      memcpy(to.key_scales + i * kSection, to.scales[i], kSection * sizeof(float));
-      memcpy(to.value_scales + i * kSection, to.scales[i] + kSection, kSection * sizeof(float));
+      if (a_.kept_bits == 4) {
+        widen_scales(from.key_scales(), from.format.num_scales(), to.scales[i]);
+      } else {
+        widen_scales(from.key_scales(), kSection, to.key_scales + i * kSection);
+        widen_scales(from.value_scales(), kSection, to.value_scales + i * kSection);
+      }
       if (!direct) widen(from, to.scales[i], to.keys + offset, to.values + offset);
     }
     if (direct) return step_directly(head, start, stop);
@@ -319,8 +350,14 @@ class AttentionTask {
     Kept kept;
     kept.bits = a_.kept_bits;
     for (int i = 0; i < 2; i++) {
-      kept.sections[i] = run_.section(a_, start / kSection + i, task_.kv_head + head).at;
+      kept.sections[i] = sections_[i] + head * section_bytes_;
       kept.scales[i] = s_.widened->scales[i];
+      kept.next_sections[i] = kept.sections[i];
+      if (!sections_[i + 2]) continue;
+      kept.fetches = Policy::kFetches;
+      kept.next_sections[i] = sections_[i + 2] + head * section_bytes_;
+      for (int64_t at = 2 * format().integer_bytes(); at < section_bytes_; at += 64)
+        prefetch(kept.next_sections[i] + at);
     }
     if (a_.kept_bits == 8) scale(kept, -1);
     for (int t = head * head_tiles_; t < (head + 1) * head_tiles_; t++)
@@ -367,7 +404,7 @@ class AttentionTask {
 
   void fetch_sections(int start) const {
     const int last = position_of(task_.num_columns - 1) / kSection;
-    const int64_t bytes = format().bytes() * task_.num_kv_heads;
+    const int64_t bytes = section_bytes_ * task_.num_kv_heads;
     for (int section = start / kSection; section < std::min(last, (start + kKeys) / kSection);
          section++) {
       const uint8_t* at = run_.section(a_, section, task_.kv_head).at;
@@ -385,8 +422,8 @@ class AttentionTask {
         const char* key = (const char*)keys_at(at, task_.kv_head + head);
         const char* value = (const char*)values_at(at, task_.kv_head + head);
         for (int64_t i = 0; i < bytes; i += 64) {
-          prefetch_near(key + i);
-          prefetch_near(value + i);
+          prefetch(key + i);
+          prefetch(value + i);
         }
       }
   }
@@ -400,13 +437,19 @@ class AttentionTask {
     Policy::scores(queries_of(t), columns, kept, num_keys, a_.head_dim, s_.scores);
     const float scale = a_.softcap != 0 ? 1.f : a_.scale;
     alignas(64) float factors[kRows];
+    const bool plain = num_keys == kKeys && a_.softcap == 0 &&
+                       sees_all_of(t, start, from_position, to_position);
     for (int from = 0; from < columns; from += kLanes) {
       F most[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        most[i] = from + i < columns
-                      ? mask_and_maximize(t, from + i, start, num_keys, kept.key_scales,
-                                          from_position, to_position)
-                      : splat(kUnseen);
+      for (int i = 0; i < kLanes; i++) {
+        const int c = from + i;
+        if (c >= columns)
+          most[i] = splat(kUnseen);
+        else
+          most[i] = plain ? highest_of(s_.scores[c], kept.key_scales)
+                          : mask_and_maximize(t, c, start, num_keys, kept.key_scales,
+                                              from_position, to_position);
+      }
       const F before = load(s_.maxima[t] + from);
       const F now = maximum(before, maxima_of(most) * splat(scale));
       store(s_.maxima[t] + from, now);
@@ -431,6 +474,24 @@ class AttentionTask {
     }
     Policy::add_values(s_.weights, columns, kept, s_.arranged, stop - start, a_.head_dim,
                        output_of(t));
+  }
+
+  // Whether each of a tile's columns sees all of the kKeys keys from `start` on.
+  bool sees_all_of(int t, int start, int from, int to) const {
+    const int column = t % head_tiles_ * kRows;
+    const int first = position_of(column), last = position_of(column + columns_of(t) - 1);
+    return first >= from && last < to &&
+           run_.last_seen(a_, first) >= start + kKeys - 1 &&
+           (!a_.window || last - a_.window + 1 <= start);
+  }
+  // Of kKeys scores, which are then times `key_scales`, where there are any.
+  static F highest_of(float* scores, const float* key_scales) {
+    if (key_scales)
+      for (int i = 0; i < kKeys; i += kLanes)
+        store(scores + i, load(scores + i) * load(key_scales + i));
+    F most = load(scores);
+    for (int i = kLanes; i < kKeys; i += kLanes) most = maximum(most, load(scores + i));
+    return most;
   }
 
   // What the column must not see gets a score far below all others. Returns the highest of each lane.
@@ -470,4 +531,6 @@ class AttentionTask {
   const Task& task_;
   AttentionScratch<Policy>& s_;
   const int group_, dims_, head_tiles_, num_tiles_;
+  const int64_t section_bytes_;  // of a head
+  uint8_t* sections_[4];  // two, and the two behind them; null where they are not rounded yet
 };

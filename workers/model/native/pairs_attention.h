@@ -3,16 +3,25 @@
 // Few columns read sections that are quantized where they lie: what is widened for more of them is
 // written, and read for each four.
 #pragma once
+#include <type_traits>
+
 #include "attention.h"
 #include "pair_vector.h"
 
 // A pair of vectors' worth of keys of kSlots tokens, or of values of a pair of tokens.
 struct Bf16Pairs {
-  const bf16* at[kKeys / kSlots];
+  const bf16 *at[kKeys / kSlots], *next[kKeys / kSlots];
   int dims;
 
-  Bf16Pairs(const bf16* const* from, int head_dim) : dims(head_dim) {
+  Bf16Pairs(const bf16* const* from, const bf16* const* behind, int head_dim) : dims(head_dim) {
     std::copy(from, from + kKeys / kSlots, at);
+    std::copy(behind, behind + kKeys / kSlots, next);
+  }
+  void fetch_key(int slots, int d, int part) const {
+    prefetch(next[slots] + d * kSlots + 2 * kLanes * part);
+  }
+  void fetch_value(int slots, int pair, int d, int index) const {
+    prefetch(next[slots] + 2 * (pair * dims + d + kLanes * index));
   }
   PairVector key(int slots, int d, int part) const {
     return load_pairs(at[slots] + d * kSlots + 2 * kLanes * part);
@@ -28,13 +37,23 @@ struct Bf16Pairs {
 
 #if defined(__AVX512BF16__)
 
+// The keys or values at `offset` of two sections. What is fetched of the next ones is whole lines.
 struct BytePairs {
-  const int8_t* at[kKeys / kSlots];
+  const int8_t *at[kKeys / kSlots], *next[kKeys / kSlots];
   int dims;
 
-  BytePairs(const uint8_t* const sections[2], int64_t offset, int head_dim) : dims(head_dim) {
-    for (int i = 0; i < kKeys / kSlots; i++)
-      at[i] = (const int8_t*)sections[i / 2] + offset + i % 2 * kSlots * head_dim;
+  BytePairs(const Kept& kept, int64_t offset, int head_dim) : dims(head_dim) {
+    for (int i = 0; i < kKeys / kSlots; i++) {
+      const int64_t half = offset + i % 2 * kSlots * head_dim;
+      at[i] = (const int8_t*)kept.sections[i / 2] + half;
+      next[i] = (const int8_t*)kept.next_sections[i / 2] + half;
+    }
+  }
+  void fetch_key(int slots, int d, int) const {
+    if (d % 4 == 0) prefetch(next[slots] + d * kSlots);
+  }
+  void fetch_value(int slots, int pair, int d, int index) const {
+    if (index % 2 == 0) prefetch(next[slots] + 2 * (pair * dims + d + kLanes * index));
   }
   static PairVector load(const int8_t* p) {
     return _mm512_cvtne2ps_pbh(__builtin_convertvector(signed_bytes(p + kLanes), F),
@@ -48,18 +67,27 @@ struct BytePairs {
 };
 
 struct HalfBytePairs {
-  const uint8_t* at[kKeys / kSlots];
+  const uint8_t *at[kKeys / kSlots], *next[kKeys / kSlots];
   const float* scales[kKeys / kSlots];
   int dims, minima, parts;
 
-  // `behind_scales`: how far the minima are.
-  HalfBytePairs(const uint8_t* const sections[2], const float* const all_scales[2], int64_t offset,
-                int scales_from, int behind_scales, int tokens, int head_dim)
+  // Their scales are at `scales_from` of all, those of the second 16 tokens `tokens` further, and the
+  // minima `behind_scales`.
+  HalfBytePairs(const Kept& kept, int64_t offset, int scales_from, int behind_scales, int tokens,
+                int head_dim)
       : dims(head_dim), minima(behind_scales), parts(std::max(1, head_dim / 64)) {
     for (int i = 0; i < kKeys / kSlots; i++) {
-      at[i] = sections[i / 2] + offset + i % 2 * kSlots / 2 * head_dim;
-      scales[i] = all_scales[i / 2] + scales_from + i % 2 * tokens;
+      const int64_t half = offset + i % 2 * kSlots / 2 * head_dim;
+      at[i] = kept.sections[i / 2] + half;
+      next[i] = kept.next_sections[i / 2] + half;
+      scales[i] = kept.scales[i / 2] + scales_from + i % 2 * tokens;
     }
+  }
+  void fetch_key(int slots, int d, int) const {
+    if (d % 8 == 0) prefetch(next[slots] + d * kSlots / 2);
+  }
+  void fetch_value(int slots, int pair, int d, int index) const {
+    if (index == 0) prefetch(next[slots] + pair * dims + d);
   }
   // What each half of a byte is, low and high, is looked up: that is less to do than to compute it.
   PairVector load(const uint8_t* p, const float* both) const {
@@ -90,6 +118,7 @@ struct PairsAttention {
   using Weight = bf16;  // [column][key]
   struct Arranged {};
   static constexpr int kKeyStep = kSlots;
+  static constexpr bool kFetches = true;
 
 #if defined(__AVX512BF16__)
   static bool reads_sections(int columns, const SectionFormat& format) {
@@ -109,134 +138,137 @@ struct PairsAttention {
 
   static void scores(const Query* queries, int columns, const Kept& kept, int num_keys,
                      int head_dim, float (*out)[kKeys]) {
+    const int dims = padded(head_dim);
+    const auto by = [&](const auto& keys) {
+      by_fours(columns, kept.fetches, [&](auto num_columns, auto fetches, int c) {
+        scores_of<num_columns, fetches>(queries + c * dims, keys, num_keys, head_dim, out + c);
+      });
+    };
 #if defined(__AVX512BF16__)
-    if (kept.bits == 8)
-      return scores_by(queries, columns, BytePairs(kept.sections, 0, head_dim), num_keys, head_dim,
-                       out);
+    if (kept.bits == 8) return by(BytePairs(kept, 0, head_dim));
     if (kept.bits == 4)
-      return scores_by(queries, columns,
-                       HalfBytePairs(kept.sections, kept.scales, 0, 0, head_dim, 0, head_dim),
-                       num_keys, head_dim, out);
+      return by(HalfBytePairs(kept, 0, 0, head_dim, 0, head_dim));
 #endif
-    scores_by(queries, columns, Bf16Pairs(kept.keys, head_dim), num_keys, head_dim, out);
+    by(Bf16Pairs(kept.keys, kept.next_keys, head_dim));
   }
 
   static void store_weights(Weight* to, F p) { store16(to, p); }
 
   static void add_values(const Weight (*weights)[kKeys], int columns, const Kept& kept,
                          const Arranged&, int num_keys, int head_dim, float* output) {
+    const int dims = padded(head_dim);
+    const auto by = [&](const auto& values) {
+      by_fours(columns, kept.fetches, [&](auto num_columns, auto fetches, int c) {
+        add_to<num_columns, fetches>(weights + c, values, num_keys, head_dim, output + c * dims);
+      });
+    };
 #if defined(__AVX512BF16__)
-    const int64_t behind_keys = SectionFormat{kept.bits, head_dim}.integer_bytes();
-    if (kept.bits == 8)
-      return add_by(weights, columns, BytePairs(kept.sections, behind_keys, head_dim), num_keys,
-                    head_dim, output);
-    if (kept.bits == 4) {
-      const int minima = kSection * SectionFormat{4, head_dim}.num_parts();
-      return add_by(weights, columns,
-                    HalfBytePairs(kept.sections, kept.scales, behind_keys, 2 * head_dim, minima,
-                                  kSlots, head_dim),
-                    num_keys, head_dim, output);
-    }
+    const SectionFormat format{kept.bits, head_dim};
+    const int64_t behind_keys = format.integer_bytes();
+    if (kept.bits == 8) return by(BytePairs(kept, behind_keys, head_dim));
+    if (kept.bits == 4)
+      return by(HalfBytePairs(kept, behind_keys, 2 * head_dim, kSection * format.num_parts(), kSlots,
+                              head_dim));
 #endif
-    add_by(weights, columns, Bf16Pairs(kept.values, head_dim), num_keys, head_dim, output);
+    by(Bf16Pairs(kept.values, kept.next_values, head_dim));
   }
 
  private:
-  template <class Keys>
-  static void scores_by(const Query* queries, int columns, const Keys& keys, int num_keys,
-                        int head_dim, float (*out)[kKeys]) {
-    const int dims = padded(head_dim);
-    int c = 0;
-    for (; c + 4 <= columns; c += 4)
-      scores_of<4>(queries + c * dims, keys, num_keys, head_dim, out + c);
-    switch (columns - c) {
-      case 3: return scores_of<3>(queries + c * dims, keys, num_keys, head_dim, out + c);
-      case 2: return scores_of<2>(queries + c * dims, keys, num_keys, head_dim, out + c);
-      case 1: return scores_of<1>(queries + c * dims, keys, num_keys, head_dim, out + c);
-    }
-  }
-
-  template <class Values>
-  static void add_by(const Weight (*weights)[kKeys], int columns, const Values& values,
-                     int num_keys, int head_dim, float* output) {
-    const int dims = padded(head_dim);
-    int c = 0;
-    for (; c + 4 <= columns; c += 4)
-      add_to<4>(weights + c, values, num_keys, head_dim, output + c * dims);
-    switch (columns - c) {
-      case 3: return add_to<3>(weights + c, values, num_keys, head_dim, output + c * dims);
-      case 2: return add_to<2>(weights + c, values, num_keys, head_dim, output + c * dims);
-      case 1: return add_to<1>(weights + c, values, num_keys, head_dim, output + c * dims);
-    }
-  }
-
   static constexpr int kVectors = kSlots / kLanes;  // of keys that lie together
   static constexpr int kTogether = kLanes / 4;      // such groups of keys, as far as registers go
 
-  template <int C, class Keys>
+  // Calls call(num_columns, fetches, first column) for four columns at a time, and for those left. The
+  // first call fetches, if any is to.
+  template <class Call>
+  static void by_fours(int columns, bool fetches, Call call) {
+    if (!fetches) return by_fours<false>(0, columns, call);
+    few<true>(0, std::min(columns, 4), call);
+    by_fours<false>(4, columns, call);
+  }
+  template <bool kFetch, class Call>
+  static void by_fours(int from, int columns, Call call) {
+    for (int c = from; c < columns; c += 4) few<kFetch>(c, std::min(columns - c, 4), call);
+  }
+  template <bool kFetch, class Call>
+  static void few(int from, int count, Call call) {
+    const std::bool_constant<kFetch> fetches;
+    switch (count) {
+      case 4: return call(std::integral_constant<int, 4>(), fetches, from);
+      case 3: return call(std::integral_constant<int, 3>(), fetches, from);
+      case 2: return call(std::integral_constant<int, 2>(), fetches, from);
+      case 1: return call(std::integral_constant<int, 1>(), fetches, from);
+    }
+  }
+
+  template <int C, bool kFetch, class Keys>
   static void scores_of(const Query* queries, const Keys& keys, int num_keys, int head_dim,
                         float (*out)[kKeys]) {
     int key = 0;
     for (; key + kTogether * kSlots <= num_keys; key += kTogether * kSlots)
-      scores_of<C, kTogether>(queries, keys, head_dim, key, out);
+      scores_of<C, kTogether, kFetch>(queries, keys, head_dim, key, out);
     if constexpr (kTogether > 1) {
       for (; key + 2 * kSlots <= num_keys; key += 2 * kSlots)
-        scores_of<C, 2>(queries, keys, head_dim, key, out);
-      if (key < num_keys) scores_of<C, 1>(queries, keys, head_dim, key, out);
+        scores_of<C, 2, kFetch>(queries, keys, head_dim, key, out);
+      if (key < num_keys) scores_of<C, 1, kFetch>(queries, keys, head_dim, key, out);
     }
   }
   // C columns with S groups of keys from `key` on.
-  template <int C, int S, class Keys>
+  template <int C, int S, bool kFetch, class Keys>
   static void scores_of(const Query* queries, const Keys& keys, int head_dim, int key,
                         float (*out)[kKeys]) {
     constexpr int kAll = S * kVectors;
     const int dims = padded(head_dim), first = key / kSlots;
     F sums[C][kAll];
-    for (int c = 0; c < C; c++)
-      for (int i = 0; i < kAll; i++) sums[c][i] = splat(0.f);
+    UNROLLED for (int c = 0; c < C; c++)
+      UNROLLED for (int i = 0; i < kAll; i++) sums[c][i] = splat(0.f);
     for (int d = 0; d < head_dim; d += 2) {
       PairVector k[kAll];
-      for (int i = 0; i < kAll; i++)
+      UNROLLED for (int i = 0; i < kAll; i++) {
         k[i] = keys.key(first + i / kVectors, d, i % kVectors);
-      for (int c = 0; c < C; c++) {
+        if (kFetch) keys.fetch_key(first + i / kVectors, d, i % kVectors);
+      }
+      UNROLLED for (int c = 0; c < C; c++) {
         const PairVector q = splat_pair(queries + c * dims + d);
-        for (int i = 0; i < kAll; i++) sums[c][i] = add_products(sums[c][i], k[i], q);
+        UNROLLED for (int i = 0; i < kAll; i++) sums[c][i] = add_products(sums[c][i], k[i], q);
       }
     }
-    for (int c = 0; c < C; c++)
-      for (int i = 0; i < kAll; i++) store(out[c] + key + i * kLanes, sums[c][i]);
+    UNROLLED for (int c = 0; c < C; c++)
+      UNROLLED for (int i = 0; i < kAll; i++) store(out[c] + key + i * kLanes, sums[c][i]);
   }
 
-  template <int C, class Values>
+  template <int C, bool kFetch, class Values>
   static void add_to(const Weight (*weights)[kKeys], const Values& values, int num_keys,
                      int head_dim, float* output) {
     int d = 0;
     for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
-      add_to<C, 4>(weights, values, num_keys, head_dim, d, output);
-    for (; d < head_dim; d += kLanes) add_to<C, 1>(weights, values, num_keys, head_dim, d, output);
+      add_to<C, 4, kFetch>(weights, values, num_keys, head_dim, d, output);
+    for (; d < head_dim; d += kLanes)
+      add_to<C, 1, kFetch>(weights, values, num_keys, head_dim, d, output);
   }
   // D vectors of C columns, from element `d` on; of a single one what the head has.
-  template <int C, int D, class Values>
+  template <int C, int D, bool kFetch, class Values>
   static void add_to(const Weight (*weights)[kKeys], const Values& values, int num_keys,
                      int head_dim, int d, float* output) {
     const int dims = padded(head_dim);
     F sums[C][D];
-    for (int c = 0; c < C; c++)
-      for (int i = 0; i < D; i++) sums[c][i] = load(output + c * dims + d + kLanes * i);
+    UNROLLED for (int c = 0; c < C; c++)
+      UNROLLED for (int i = 0; i < D; i++) sums[c][i] = load(output + c * dims + d + kLanes * i);
     for (int key = 0; key < num_keys; key += kSlots) {
       const int pairs = num_keys - key < kSlots ? (num_keys - key + 1) / 2 : kSlots / 2;
       for (int pair = 0; pair < pairs; pair++) {
         PairVector v[D];
-        for (int i = 0; i < D; i++)
+        UNROLLED for (int i = 0; i < D; i++) {
           v[i] = D == 1 ? values.last_value(key / kSlots, pair, d)
                         : values.value(key / kSlots, pair, d, i);
-        for (int c = 0; c < C; c++) {
+          if (kFetch) values.fetch_value(key / kSlots, pair, d, i);
+        }
+        UNROLLED for (int c = 0; c < C; c++) {
           const PairVector p = splat_pair(weights[c] + key + 2 * pair);
-          for (int i = 0; i < D; i++) sums[c][i] = add_products(sums[c][i], v[i], p);
+          UNROLLED for (int i = 0; i < D; i++) sums[c][i] = add_products(sums[c][i], v[i], p);
         }
       }
     }
-    for (int c = 0; c < C; c++)
-      for (int i = 0; i < D; i++) store(output + c * dims + d + kLanes * i, sums[c][i]);
+    UNROLLED for (int c = 0; c < C; c++)
+      UNROLLED for (int i = 0; i < D; i++) store(output + c * dims + d + kLanes * i, sums[c][i]);
   }
 };

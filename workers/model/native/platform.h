@@ -56,8 +56,11 @@ class FlushDenormals {
 #endif
 };
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }       // into the second cache
-inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }  // into the first
+// Into the second cache.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Before a short loop over registers: unrolled late, they would be written to the stack before and after.
+#define UNROLLED _Pragma("GCC unroll 16")
 
 // Ask the kernel for the registers that this library computes with. 0, or an errno.
 inline int request_registers() {

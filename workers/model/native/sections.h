@@ -264,10 +264,9 @@ inline void widen_values4(const Section& from, const float* scales, bf16* values
     }
 }
 
-// All of a section's scales; there is room for them and a vector.
-inline void widen_scales(const Section& from, float* scales) {
-  for (int i = 0; i < from.format.num_scales(); i += kLanes)
-    store(scales + i, load16(from.key_scales() + i));
+// Scales; there is room for a vector more.
+inline void widen_scales(const bf16* from, int count, float* scales) {
+  for (int i = 0; i < count; i += kLanes) store(scales + i, load16(from + i));
 }
 
 // All of a section; of 8 bits the integers.

@@ -107,6 +107,7 @@ struct TilesAttention {
     alignas(64) bf16 values[kKeys * kMaxHeadDim];  // [key / 32][dims / 16][16 pairs][16][2]
   };
   static constexpr int kKeyStep = 32;
+  static constexpr bool kFetches = false;
   static bool reads_sections(int, const SectionFormat&) { return false; }
 
   static void load_queries(const bf16* const rows[kRows], int columns, int head_dim, Query* to) {
