@@ -10,6 +10,7 @@ from allocator.backends.limits import (
     check_limits,
     file_size_failure,
 )
+from allocator.backends.numa import node_cpus
 from allocator.backends.nvml import DeviceUsage, device_usage, device_usages
 from allocator.backends.room import Room
 from allocator.backends.runs import AbandonedRun, abandoned_runs, remove_abandoned
@@ -109,6 +110,7 @@ __all__ = [
     "memory_bounds",
     "module_command",
     "module_environment",
+    "node_cpus",
     "option_arguments",
     "parse_bytes",
     "remove_abandoned",

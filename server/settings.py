@@ -6,15 +6,17 @@ and of those of the engine's settings. Knows nothing of where the values come fr
 
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, field_validator
 
 from server.cache_salt import SaltedBy
 from server.generation import NO_ADVICE, SamplingDefaults
+from server.placement import Placement
 from server.text.given import GivenText
 from workers import EngineSettings
 
+PlacementName = Literal["given", "auto"]
 MAX_INSTANCES: Final = 256
 
 
@@ -94,6 +96,13 @@ class Settings(BaseModel):
         description="Seconds for which an instance may be stopped before another takes its place; "
         "0: for ever, as for a debugger.",
     )
+    placement: PlacementName = Field(
+        default="given",
+        description="Where the model's layers are: given, as the other options say; auto, as "
+        "`onecopy plan` proposes for what this machine has.",
+    )
+    chosen: Placement | None = None
+    """Where it was chosen."""
     engine: InstanceOf[EngineSettings] = EngineSettings()
     """Of each instance."""
 

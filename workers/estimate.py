@@ -42,11 +42,12 @@ from workers.model.decoder import Model, build_model
 from workers.model.encoder_estimate import embedding_estimate
 from workers.model.geometry import geometry_of
 from workers.model.tensor_parallel import narrow
-from workers.packed_format import decoded
-from workers.placement.choice import Proposal, propose
+from workers.packed_format import PackedFormat, decoded
+from workers.placement.choice import Proposal, largest_slot_bytes, propose
 from workers.placement.forecast import memory_bytes_per_s, read_bytes_per_s
 from workers.placement.kept import check_kept
 from workers.placement.packing import open_as_served
+from workers.placement.rank_sums import sums_bytes
 from workers.placement.resident import Resident
 from workers.settings import EngineSettings, checked
 from workers.skeleton.decoder import skeleton
@@ -84,38 +85,12 @@ def main() -> int:
     """Print the estimate, or one line of what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m workers.estimate")
     parser.add_argument("model")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--weights", default=EngineSettings().weights)
-    parser.add_argument("--kv-cache-dtype", default=EngineSettings().kv_cache_dtype)
-    parser.add_argument("--max-model-len", type=int)
-    parser.add_argument(
-        "--max-num-batched-tokens", type=int, default=EngineSettings().max_num_batched_tokens
-    )
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--offload", default=EngineSettings().offload)
-    parser.add_argument("--offload-depth", type=int, default=EngineSettings().offload_depth)
-    parser.add_argument("--device-memory", type=int)
+    parser.add_argument("--settings", default="{}", help="Of an instance, as JSON.")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     try:
-        settings = checked(
-            {
-                "dtype": arguments.dtype,
-                "weights": arguments.weights,
-                "kv_cache_dtype": arguments.kv_cache_dtype,
-                "offload": arguments.offload,
-                "offload_depth": arguments.offload_depth,
-                "device_memory": arguments.device_memory,
-                "tensor_parallel_size": arguments.tensor_parallel_size,
-            }
-        )
-        found = estimate(
-            open_as_served(arguments.model, settings),
-            max_model_len=arguments.max_model_len,
-            max_num_batched_tokens=arguments.max_num_batched_tokens,
-            tensor_parallel_size=arguments.tensor_parallel_size,
-            settings=settings,
-        )
+        settings = checked(json.loads(arguments.settings))
+        found = estimate(open_as_served(arguments.model, settings), settings)
     except WorkerError as error:
         return _failed(str(error))
     except Exception as error:  # noqa: BLE001
@@ -127,14 +102,9 @@ def main() -> int:
 
 def estimate(
     checkpoint: Checkpoint,
-    *,
-    max_model_len: int | None = None,
-    max_num_batched_tokens: int = EngineSettings().max_num_batched_tokens,
-    tensor_parallel_size: int = 1,
     settings: EngineSettings = EngineSettings(),  # noqa: B008 - frozen
 ) -> Estimate:
-    """All figures of `checkpoint`; lengths in tokens, None being the model's own. Of the `settings`
-    those that say which layers are offloaded.
+    """All figures of `checkpoint`, opened as these settings say, for one instance.
 
     Raises CheckpointError as loading it would, and InvalidSetting where the model is shorter than
     `max_model_len` or has less to divide than `tensor_parallel_size` ranks.
@@ -143,10 +113,14 @@ def estimate(
     metadata = metadata_of(checkpoint)
     shapes = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in tensors}
     dtype = checkpoint.dtype or float_dtype(shapes)
+    size = settings.tensor_parallel_size
     if task_of(metadata) == "embed":
-        if tensor_parallel_size > 1:
-            raise InvalidSetting("a model that embeds is not split: --tensor-parallel-size is 1")
-        return embedding_estimate(metadata, tensors, dtype, max_model_len, max_num_batched_tokens)
+        if settings.num_ranks > 1:
+            asked = settings.ranks_asked_by
+            raise InvalidSetting(f"a model that embeds has one rank: leave out {asked}")
+        return embedding_estimate(
+            metadata, tensors, dtype, settings.max_model_len, settings.max_num_batched_tokens
+        )
     check_kept(checkpoint, settings)
     model = build_model(
         json.loads(metadata["config"]),
@@ -156,7 +130,7 @@ def estimate(
         kv_bits=settings.kv_bits,
     )
     limit = model.geometry.max_model_len
-    max_model_len = max_model_len or limit
+    max_model_len = settings.max_model_len or limit
     if max_model_len > limit:
         raise InvalidSetting(
             f"--max-model-len is {max_model_len}, but this model was made for {limit} tokens"
@@ -168,9 +142,14 @@ def estimate(
         tensors = [one for one in tensors if one.name not in gone]
         metadata = {**metadata, OFFLOADED: proposal.layers.encoded()}
     rank = None
-    if tensor_parallel_size > 1:
-        rank = _rank(model, tensors, metadata, max_model_len, tensor_parallel_size)
-        layout = _layout_of_ranks(metadata, dtype, tensor_parallel_size)
+    if size > 1:
+        rank = _rank(model, tensors, metadata, max_model_len, size)
+        layout = _layout_of_ranks(metadata, dtype, size)
+    try:
+        slot_bytes, stays_because = largest_slot_bytes(checkpoint, settings), ""
+    except InvalidSetting as reason:
+        slot_bytes, stays_because = 0, str(reason)
+    prompt_tokens = min(settings.max_num_batched_tokens, max_model_len)
     return Estimate(
         architecture=model.geometry.architecture,
         dtype=str(dtype).removeprefix("torch."),
@@ -180,10 +159,11 @@ def estimate(
         segment_bytes=make_plan(tensors, metadata).segment_bytes,
         kv_bytes_per_token=layout.bytes_per_token,
         kv_bytes_per_sequence=layout.num_bytes(max_model_len),
-        prefill_bytes=_prefill_bytes(
-            model, min(max_num_batched_tokens, max_model_len), max_model_len
-        ),
+        prefill_bytes=_prefill_bytes(model, prompt_tokens, max_model_len),
         logits_bytes_per_sequence=model.geometry.vocab_size * (dtype.itemsize + 16),
+        sums_bytes=sums_bytes(settings, model.module),
+        slot_bytes=slot_bytes,
+        stays_because=stays_because,
         rank=rank,
         offload=None if proposal is None else _offload(checkpoint, proposal),
     )
@@ -241,7 +221,7 @@ def _layout_of_ranks(metadata: Mapping[str, str], dtype: torch.dtype, size: int)
     """Of keys and values where `size` ranks on one host compute the model. Raises as serving it so
     would: UnsupportedCheckpoint, InvalidSetting."""
     module = skeleton(json.loads(metadata["config"]), dtype)
-    shard = narrow(module, 0, size)
+    shard = narrow(module, 0, size, decoded(metadata))
     return geometry_of(module, dtype, torch.device("cpu"), (), shard).kv_layout
 
 
@@ -260,7 +240,7 @@ def _rank(
             f"base_model_tp_plan of {type(_config(model)).__name__} names none of the model's "
             "tensors: only --tensor-parallel-size 1 is possible"
         )
-    if not _divides(model, tensors, parts, size):
+    if not _divides(model, tensors, parts, size, decoded(metadata)):
         return None
     own = [
         dataclasses.replace(one, shape=_shard(one.shape, parts[one.name], size)) for one in tensors
@@ -324,16 +304,23 @@ def _shard(shape: tuple[int, ...], part: Part, size: int) -> tuple[int, ...]:
 
 
 def _divides(
-    model: Model, tensors: Sequence[SourceTensor], parts: Mapping[str, Part], size: int
+    model: Model,
+    tensors: Sequence[SourceTensor],
+    parts: Mapping[str, Part],
+    size: int,
+    packed: Mapping[str, PackedFormat],
 ) -> bool:
     """Whether a rank holds whole heads, and as many inputs or outputs of a layer as every other
-    rank."""
+    rank; of packed ones, whole strips or tiles."""
     lengths = [int(_config(model).num_attention_heads)]
     lengths += [layer.num_heads for layer in model.geometry.kv_layout.layers]
     for one in tensors:
         dimension = _split_dimension(one.shape, parts[one.name])
-        if dimension is not None:
-            lengths.append(one.shape[dimension])
+        if dimension is None:
+            continue
+        layout = packed.get(one.name)
+        of_tile = layout.tile_bytes if layout is not None and parts[one.name] == "row" else 1
+        lengths.append(one.shape[dimension] // of_tile)
     return not any(length % size for length in lengths)
 
 

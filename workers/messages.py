@@ -11,7 +11,7 @@ import msgspec
 
 from workers.settings import EngineSettings
 
-PROTOCOL_VERSION: Final = 6
+PROTOCOL_VERSION: Final = 7
 MAX_FRAME_BYTES: Final = 16 << 20
 """Longer frames are refused unread; a million token ids take at most 5 MiB."""
 
@@ -278,6 +278,8 @@ class InstanceSpec(Message, frozen=True):
     weight_set: Bounded = ""
     eos_token_ids: tuple[TokenId, ...] | None = None
     """Of that set's model; None leaves them to its files."""
+    hang_timeout_s: Annotated[float, msgspec.Meta(ge=0.0)] = 3.0
+    """For how long somebody may have stopped one of its processes; 0: for ever."""
 
 
 class Start(Message, tag="start", frozen=True):
@@ -347,7 +349,9 @@ class Estimate(Message, frozen=True):
     `max_model_len` is the length that was asked for, or the model's own, and that of a full
     sequence. `prefill_bytes` is what a step of as many prompt tokens as the budget allows keeps for
     itself while it runs, `logits_bytes_per_sequence` what each sequence adds to a step that chooses
-    tokens. `rank` is there where more than one rank was asked for, `offload` where layers are
+    tokens. `sums_bytes` is what an instance of several ranks takes for their sums. `slot_bytes` is
+    what a slot for any layer takes, 0 where none can be offloaded, and `stays_because` says why.
+    `rank` is there where a model is divided among more than one, `offload` where layers are
     offloaded: `segment_bytes` is what stays then."""
 
     architecture: Bounded
@@ -362,6 +366,9 @@ class Estimate(Message, frozen=True):
     logits_bytes_per_sequence: Count
     rank: RankEstimate | None
     offload: OffloadEstimate | None = None
+    sums_bytes: Count = 0
+    slot_bytes: Count = 0
+    stays_because: str = ""
 
 
 # --- greedy tokens and a reference's word on them (JSON, `python -m workers.conformance.program`)

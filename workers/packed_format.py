@@ -6,6 +6,7 @@ strips of 16 rows, so that a matrix can be written some strips at a time.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -60,6 +61,27 @@ class PackedFormat:
         the group."""
         return -(-num_rows // ROWS), width // self.group * self.tile_bytes
 
+    def column_granule(self, width: int) -> int:
+        """Columns of a matrix of that width are cut at multiples of it: between tiles, or where a
+        row is one tile, within it; and between those that activations are rounded together, so
+        that a part of a sum is the same whoever computes it."""
+        return 32 if self.group == width else math.lcm(self.group, 32)
+
+    def rows(self, packed: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """A view of rows [begin, end) of such a matrix; `begin` is a multiple of 16."""
+        return packed[begin // ROWS : -(-end // ROWS)]
+
+    def columns(self, packed: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """A view of the tiles that have columns [begin, end): these alone, or one that has more."""
+        tile_bytes = self.tile_bytes
+        return packed[:, begin // self.group * tile_bytes : -(-end // self.group) * tile_bytes]
+
+    def first_column(self, begin: int, end: int) -> int | None:
+        """Where columns [begin, end) begin in the one tile of which they are a part; None where
+        they are whole tiles."""
+        is_whole = begin % self.group == end % self.group == 0
+        return None if is_whole else begin % self.group
+
 
 def pack(
     layout: PackedFormat,
@@ -106,7 +128,7 @@ def unpack(layout: PackedFormat, packed: torch.Tensor) -> torch.Tensor:
         weights = scales * integers + minima
     else:
         weights = scales * (integers - 2 ** (layout.bits - 1))
-    return weights.view(strips * ROWS, -1)
+    return weights.reshape(strips * ROWS, -1)
 
 
 def encoded(formats: Mapping[str, PackedFormat]) -> str:

@@ -174,6 +174,16 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "them, each with the whole model.",
         ),
     ] = 1
+    numa_nodes: Annotated[
+        str,
+        Meta(
+            pattern="^(none|all|[0-9]{1,4}(,[0-9]{1,4})*)$",
+            max_length=4096,
+            extra={"is": "none, all, or numbers of nodes as 0,1"},
+            description="NUMA nodes on which the ranks of an instance run, in turn: none, all, or "
+            "as 0,1. A rank's threads and the memory of its own stay there.",
+        ),
+    ] = "none"
     map_files: Annotated[
         bool,
         Meta(
@@ -191,6 +201,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def num_ranks(self) -> int:
         """Processes of an instance."""
         return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def most_rows(self) -> int:
+        """Of a step: prompt tokens, and of each sequence the token it goes on with and guesses."""
+        return self.max_num_batched_tokens + self.max_num_seqs * (1 + self.num_speculative_tokens)
 
     @property
     def ranks_asked_by(self) -> str:
@@ -232,6 +247,21 @@ def _said_of(name: str) -> str | None:
     hint = get_type_hints(EngineSettings, include_extras=True)[name]
     metas = (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Meta))
     return next((one.extra["is"] for one in metas if one.extra), None)
+
+
+def _check_nodes(settings: EngineSettings) -> None:
+    """Raises InvalidSetting where there are more nodes than ranks to be on them."""
+    asked, size = settings.numa_nodes, settings.num_ranks
+    if asked == "all" and size == 1:
+        raise InvalidSetting(
+            "--numa-nodes is all, and each instance is one rank, which is on one node: give it as "
+            "many as there are nodes (--tensor-parallel-size), or name its node"
+        )
+    if asked not in ("none", "all") and len(asked.split(",")) > size:
+        raise InvalidSetting(
+            f"--numa-nodes is {asked}, and each instance has {size} rank{'s' * (size > 1)}, each "
+            "on one node: name fewer, or give a larger --tensor-parallel-size"
+        )
 
 
 def _check_ranks(settings: EngineSettings) -> None:
@@ -290,6 +320,7 @@ def _consistent(settings: EngineSettings) -> EngineSettings:
         _check_ranks(settings)
     if settings.kv_bits < 16:
         _check_kept(settings)
+    _check_nodes(settings)
     if not settings.additional_config:
         return settings
     try:

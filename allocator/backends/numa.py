@@ -1,4 +1,5 @@
-"""Where host memory lies: on which NUMA nodes, and in pages of which size.
+"""Where host memory lies: on which NUMA nodes, and in pages of which size; and which processors
+are beside it.
 
 Owns the wording of `--page-policy` and what it does to a mapping. Invariants: a policy that was
 parsed names nodes that this machine has; what the kernel does not offer here has no effect, and
@@ -20,6 +21,7 @@ _NODES_WITH_MEMORY: Final = Path("/sys/devices/system/node/has_memory")
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 _POLICIES: Final = {"preferred": 1, "bind": 2, "interleave": 3}  # linux/mempolicy.h
 _MOST_NODES: Final = 1024  # of any kernel
+_MOST_CPUS: Final = 1 << 16
 _ALLOWED: Final = (
     "a comma-separated list of `huge` and one of `interleave:NODES`, `bind:NODES` and "
     "`preferred:NODE`, where NODES are NUMA nodes such as 0-1 or 0+2"
@@ -113,6 +115,19 @@ def nodes_with_memory() -> tuple[int, ...]:
     return _numbers(_NODES_WITH_MEMORY.read_text().strip(), ",")
 
 
+def node_cpus(root: Path = Path("/")) -> dict[int, frozenset[int]]:
+    """The processors of each NUMA node of this machine, by `root`'s sys; nodes that have none are
+    left out. Empty where the kernel knows of no NUMA."""
+    found = {}
+    for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        listed = (folder / "cpulist").read_text().strip()
+        if listed:
+            found[int(folder.name.removeprefix("node"))] = frozenset(
+                _numbers(listed, ",", _MOST_CPUS)
+            )
+    return dict(sorted(found.items()))
+
+
 @functools.cache
 def huge_page_mode() -> str:
     """never, advise, within_size, always or deny, as it holds for /dev/shm; "" without support.
@@ -161,12 +176,12 @@ def _known_nodes(text: str, listed: str) -> tuple[int, ...]:
     return nodes
 
 
-def _numbers(listed: str, separator: str) -> tuple[int, ...]:
-    """The kernel's way to list numbers, as in "0-2,5". Raises ValueError."""
+def _numbers(listed: str, separator: str, end: int = _MOST_NODES) -> tuple[int, ...]:
+    """The kernel's way to list numbers, as in "0-2,5", less than `end`. Raises ValueError."""
     found = set[int]()
     for part in listed.split(separator):
-        ends = [int(end) for end in part.split("-")]
-        if len(ends) > 2 or not 0 <= ends[0] <= ends[-1] < _MOST_NODES:
+        ends = [int(one) for one in part.split("-")]
+        if len(ends) > 2 or not 0 <= ends[0] <= ends[-1] < end:
             raise ValueError(part)
         found |= set(range(ends[0], ends[-1] + 1))
     return tuple(sorted(found))

@@ -123,6 +123,7 @@ async def _model_status(served: ServedModel) -> ModelStatus:
         forkserver_pid=fleet.forkserver_pid,
         forkserver_is_up=fleet.forkserver_is_up,
         changed_files=await served.watch.changes(),
+        placement=served.placement,
         start_error=fleet.start_error,
         instances=[
             _instance_status(one, served.router.num_requests(one)) for one in fleet.instances

@@ -10,6 +10,7 @@ from typing import Final
 from pydantic import BaseModel, Field
 
 from server.fleet.instance import State
+from server.placement import Placement
 from server.settings import MAX_INSTANCES
 
 ADMIN_PATHS: Final = frozenset(
@@ -78,6 +79,8 @@ class ModelStatus(BaseModel):
     """Whether it has imported what instances need, so that one can be started."""
     changed_files: list[str]
     """What lies at `path` is no longer what is served: a line for each file."""
+    placement: Placement | None
+    """Where `--placement auto` has put its layers, and why; None where it was not asked to."""
     start_error: str | None
     """Why instances can't start, since the last one that could."""
     instances: list[InstanceStatus]

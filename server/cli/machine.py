@@ -17,10 +17,11 @@ from server.console.conformance import (
     conformance_lines,
     conformance_table,
 )
-from server.console.plan import plan_heading, plan_lines, plan_table
+from server.console.plan import plan_heading, plan_lines, plan_table, proposal_lines
 from server.machine import checks
+from server.machine.capacity import held_there, read_machine
 from server.machine.doctor import clear_up, examine
-from server.machine.plan import Load, make_plan, read_estimate, read_machine
+from server.machine.proposal import propose
 from server.machine.served_check import served_models
 from server.models.source import find_model
 from server.text.given import GivenText
@@ -29,8 +30,10 @@ from workers import ReferenceName
 
 
 @takes_settings(
-    *("num_instances", "max_model_len", "max_num_seqs", "dtype", "weights", "kv_cache_dtype"),
-    *("device_memory", "offload", "offload_depth", "tensor_parallel_size"),
+    *("num_instances", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("num_speculative_tokens", "dtype", "weights", "kv_cache_dtype"),
+    *("device_memory", "offload", "offload_depth"),
+    *("tensor_parallel_size", "data_parallel_size"),
 )
 def plan(
     model: Annotated[
@@ -49,35 +52,38 @@ def plan(
         typer.Option(help="What the allocator may use, as 20GiB. Default: all of /dev/shm."),
     ] = None,
     as_json: JsonOption = False,
+    runtime_dir: RuntimeDirOption = None,
 ) -> None:
-    """Say what MODEL will take and whether it fits, before anything is started.
+    """Say what MODEL will take, whether it fits, and where its layers should be, before anything is
+    started.
 
     Reads the model's headers only. Weights and KV cache are exact; what is private to a process is
-    an estimate. Exit status 0 also where it does not fit: `--json` says so.
+    an estimate. What an allocator that runs holds of the model counts as there for it. Exit status
+    0 also where it does not fit: `--json` says so.
     """
     with one_line_errors():
         engine = engine_settings(options)
         source = find_model(model)
+        held = held_there(runtime_dir, source.name, engine.device) if memory is None else None
+        machine = read_machine(_size(memory), _size(memory_limit), held)
         with console.err.status(f"reading the headers of {source.name}"):
-            estimate = read_estimate(source, engine)
-        made = make_plan(
-            source.name,
-            source.path,
-            estimate,
-            Load(
-                num_instances=options["num_instances"],
-                max_num_seqs=engine.max_num_seqs,
-                max_model_len=estimate.max_model_len,
-                tensor_parallel_size=engine.tensor_parallel_size,
-            ),
-            read_machine(_size(memory), _size(memory_limit)),
-        )
+            proposal = propose(source, engine, options["num_instances"], machine)
+        made = proposal.asked
         if as_json:
-            print_json(made.model_dump(mode="json"))
+            print_json(
+                {
+                    **made.model_dump(mode="json"),
+                    "placement": proposal.placement.model_dump(mode="json"),
+                    "proposed": (
+                        None if proposal.plan is made else proposal.plan.model_dump(mode="json")
+                    ),
+                }
+            )
             return
         console.out.print(plan_heading(made), markup=False)
         console.out.print(plan_table(made))
         console.out.print(plan_lines(made), markup=False)
+        console.out.print(proposal_lines(proposal), markup=False)
 
 
 @takes_settings("chat_template", "pre_tokenizer")

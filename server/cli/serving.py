@@ -26,12 +26,17 @@ from server.console.status import instances_table, status_lines
 from server.console.verdict import verdict_lines, verdict_text
 from server.log_limit import LogLimit
 from server.machine import device_verify, process_memory
+from server.machine.capacity import held_there, read_machine
 from server.machine.handed_out import seen
+from server.machine.plan import PlanFailed
 from server.machine.proof import prove
+from server.machine.proposal import check_open, propose
 from server.machine.verify import MAX_PRIVATE_BYTES
-from server.models.source import find_model
+from server.models.source import ModelSource, find_model
 from server.processes.stopping import answers_nothing, stop_process
-from server.settings import MAX_INSTANCES
+from server.settings import MAX_INSTANCES, Settings
+
+log = logging.getLogger("onecopy.server")
 
 _LOG_FORMAT: Final = "%(asctime)s %(name)s: %(message)s"
 _STOP_TIMEOUT_S: Final = 30.0
@@ -80,7 +85,24 @@ def serve(
         _check_open_files(told.num_instances)
         if told.engine.device == "host":
             check_limits(told.memory_limit)
+        if told.placement == "auto":
+            told = _placed(told, source)
         asyncio.run(run_server(told))
+
+
+def _placed(told: Settings, source: ModelSource) -> Settings:
+    """With what `onecopy plan` proposes. Raises PlanFailed where nothing fits, InvalidSetting."""
+    check_open(told.engine)
+    held = held_there(told.runtime_dir, told.served_model_name, told.engine.device)
+    machine = read_machine(None, told.memory_limit, held)
+    with console.err.status(f"reading the headers of {source.name}"):
+        proposal = propose(source, told.engine, told.num_instances, machine)
+    placement = proposal.placement
+    if not placement.fits:
+        raise PlanFailed(f"--placement auto finds none. {' '.join(placement.reasons)}")
+    options = " ".join(placement.options) or "nothing but the defaults"
+    log.info("placement: %s. %s", options, " ".join(placement.reasons))
+    return told.model_copy(update={"engine": proposal.engine, "chosen": placement})
 
 
 def scale(
@@ -185,13 +207,14 @@ def verify(
         directory = RuntimeDir.open(runtime_dir, create=False)
         status = AdminClient(directory).status()
         ready = [
-            named
+            (one, one.pid)
             for model in status.models
             for one in model.instances
             if one.state == "ready" and one.pid
-            for named in _processes_of(one, one.pid)
         ]
-        verdict = prove(directory, ready, max_private, digests=digests)
+        named = [process for one, pid in ready for process in _processes_of(one, pid)]
+        ranks = {pid: rank for one, _ in ready for rank, pid in enumerate(one.rank_pids, 1)}
+        verdict = prove(directory, named, max_private, digests=digests, ranks=ranks)
         if as_json:
             print_json(verdict.model_dump())
         else:

@@ -3,6 +3,7 @@
 from rich.table import Table
 
 from server.machine.plan import DevicePlan, Load, Plan, Room
+from server.machine.proposal import Proposal
 from server.settings import MAX_INSTANCES
 from server.units import size_text
 
@@ -10,7 +11,7 @@ from server.units import size_text
 def plan_heading(plan: Plan) -> str:
     """What stands above the table of `onecopy plan`."""
     load = plan.load
-    ranks = f" of {load.tensor_parallel_size} ranks" if load.tensor_parallel_size > 1 else ""
+    ranks = f" of {load.num_ranks} ranks" if load.num_ranks > 1 else ""
     return (
         f"{plan.model}: {plan.architecture}, {plan.num_parameters / 1e6:,.1f} million parameters "
         f"in {plan.dtype}\n{_count(load.num_instances, 'instance')}{ranks}, each with up to "
@@ -33,6 +34,7 @@ def plan_table(plan: Plan) -> Table:
     pairs: dict[str, list[tuple[int, int]]] = {
         "weights, held once": [(one.weights_bytes,) * 2 for _, one in devices],
         "slots for offloaded layers": [(one.slots_bytes,) * 2 for _, one in devices],
+        "sums of ranks": [(one.sums_bytes,) * 2 for _, one in devices],
         f"KV cache, {sequences}": [(0, one.kv_bytes_at_full_load) for _, one in devices],
         "private memory, about": [
             (one.private_bytes_at_start, one.private_bytes_at_full_load) for _, one in devices
@@ -42,7 +44,7 @@ def plan_table(plan: Plan) -> Table:
         ],
     }
     for label, sizes in pairs.items():
-        if label.startswith("slots") and plan.offload is None:
+        if label.startswith(("slots", "sums")) and not any(sum(pair) for pair in sizes):
             continue
         cells = [size_text(size) for pair in sizes for size in pair]
         table.add_row(label, *cells, style="bold" if label == "together" else "")
@@ -51,7 +53,7 @@ def plan_table(plan: Plan) -> Table:
 
 def plan_lines(plan: Plan) -> str:
     """What the table means, and whether it fits."""
-    device, load, size = plan.device, plan.load, plan.load.tensor_parallel_size
+    device, load, size = plan.device, plan.load, plan.load.num_ranks
     cache = (
         f"A token takes {device.kv_bytes_per_token:,} bytes of KV cache, a sequence of "
         f"{load.max_model_len:,} tokens {size_text(device.kv_bytes_per_sequence)}. At full load "
@@ -80,6 +82,18 @@ def plan_lines(plan: Plan) -> str:
         lines += _room_lines(load, plan.rank_device, plan.rank_room)
     else:
         lines.append("`--memory BYTES`, of one device, compares with what you have.")
+    return "\n".join(lines)
+
+
+def proposal_lines(proposal: Proposal) -> str:
+    """Where the layers should be, and why."""
+    placement, plan = proposal.placement, proposal.plan
+    lines = ["", f"Placement: {placement.reasons[0]}", *placement.reasons[1:]]
+    if plan is not proposal.asked:
+        lines += _offload_lines(plan)
+        lines.append(
+            f"`onecopy serve` does so with `--placement auto`, or `{' '.join(placement.options)}`."
+        )
     return "\n".join(lines)
 
 

@@ -40,12 +40,19 @@ def verdict_lines(verdict: Verdict | DeviceVerdict) -> str:
     if not verdict.holds:
         problems = [f"  - {problem}" for problem in verdict.problems]
         return "\n".join((_shares(verdict), "One copy: DOES NOT HOLD.", *problems))
-    count = len(verdict.instances)
-    together = (
-        f"{count} instances take {size_text(verdict.total_bytes)}; {count} private copies "
-        f"would take {size_text(verdict.unshared_bytes)}."
-    )
+    count, num_processes = _count(verdict), len(verdict.instances)
+    instances = f"{count} instance{'' if count == 1 else 's'}"
+    who = f"The {num_processes} ranks of {instances}" if count < num_processes else instances
+    together = f"{who} take {size_text(verdict.total_bytes)}"
+    if count > 1:
+        together += f"; {count} private copies would take {size_text(verdict.unshared_bytes)}"
+    together += "."
     return "\n".join((_shares(verdict), together, "One copy: holds."))
+
+
+def _count(verdict: Verdict | DeviceVerdict) -> int:
+    """Of instances; the ranks of one counted once."""
+    return verdict.num_instances if isinstance(verdict, Verdict) else len(verdict.instances)
 
 
 def _shares(verdict: Verdict | DeviceVerdict) -> str:
@@ -57,9 +64,10 @@ def _shares(verdict: Verdict | DeviceVerdict) -> str:
             f"{size_text(verdict.others_bytes)}; {size_text(verdict.clients_bytes)} are the "
             f"{verdict.num_clients} clients' own: contexts, kernels, workspaces."
         )
+    whose = "ranks" if verdict.num_instances < len(verdict.instances) else "instances"
     shares = (
         f"{size_text(verdict.weights_bytes)} of weights in {verdict.segment} (inode "
-        f"{verdict.inode}); the instances' shares of them add up to "
+        f"{verdict.inode}); the {whose}' shares of them add up to "
         f"{size_text(verdict.weights_pss_bytes)}."
     )
     if verdict.weights_bytes < verdict.max_private_bytes:

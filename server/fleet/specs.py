@@ -34,6 +34,7 @@ def spec_of(
         tokenizer=str(model.tokenizer),
         weight_set=model.weight_set or "",
         eos_token_ids=model.facts.eos_token_ids if model.facts is not None else None,
+        hang_timeout_s=settings.hang_timeout_s,
     )
 
 

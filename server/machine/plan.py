@@ -5,8 +5,8 @@ and how that compares with a machine. Invariants: nothing is started but a proce
 model's headers; `onecopy verify` shows the same sum of a server that was started so and is idle.
 Never imports torch; knows nothing of how the figures are shown.
 
-    on one device   the weights, once; the processes of each instance, one a rank; each sequence's
-                    KV cache
+    on one device   the weights, once; the processes of each instance, one a rank, and where there
+                    are several, memory for their sums; each sequence's KV cache
     on K devices    each holds one rank of every instance: its share of the weights, once, and of
                     every sequence's KV cache
 """
@@ -21,14 +21,8 @@ from typing import Final
 import msgspec
 from pydantic import BaseModel
 
-from allocator import (
-    AllocatorError,
-    headroom_bytes,
-    memory_bounds,
-    module_command,
-    module_environment,
-    shared_memory_bound,
-)
+from allocator import module_command, module_environment
+from server.machine.capacity import Machine
 from server.models.source import ModelSource
 from server.settings import MAX_INSTANCES
 from workers import MAX_NUM_SEQS, EngineSettings
@@ -63,6 +57,12 @@ class Load(BaseModel, frozen=True):
     """Of each instance."""
     max_model_len: int
     tensor_parallel_size: int
+    data_parallel_size: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of each instance."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
 
 class DevicePlan(BaseModel, frozen=True):
@@ -72,6 +72,8 @@ class DevicePlan(BaseModel, frozen=True):
     weights_bytes: int
     slots_bytes: int
     """For layers that are offloaded, of all instances."""
+    sums_bytes: int
+    """Which ranks make together, of all instances."""
     kv_bytes_per_token: int
     kv_bytes_per_sequence: int
     kv_bytes_at_full_load: int
@@ -168,15 +170,6 @@ class Plan(BaseModel, frozen=True):
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What there is for onecopy, in bytes. `given`: by a person, not read from this machine."""
-
-    memory_bytes: int
-    shared_memory_bytes: int
-    given: bool
-
-
-@dataclass(frozen=True)
 class _Device:
     """What one device holds whatever the load: the sums as functions of instances and sequences."""
 
@@ -189,10 +182,12 @@ class _Device:
     logits_bytes_per_sequence: int
     slots_bytes: int = 0
     """Of each instance."""
+    sums_bytes: int = 0
+    """Of each instance."""
 
     def held(self, num_instances: int) -> int:
         """Shared memory that is held whatever the load."""
-        return self.weights_bytes + num_instances * self.slots_bytes
+        return self.weights_bytes + num_instances * (self.slots_bytes + self.sums_bytes)
 
     def at_start(self, num_instances: int) -> int:
         """Bytes when all are ready and idle."""
@@ -224,6 +219,7 @@ class _Device:
         return DevicePlan(
             weights_bytes=self.weights_bytes,
             slots_bytes=instances * self.slots_bytes,
+            sums_bytes=instances * self.sums_bytes,
             kv_bytes_per_token=self.kv_bytes_per_token,
             kv_bytes_per_sequence=self.kv_bytes_per_sequence,
             kv_bytes_at_full_load=instances * sequences * self.kv_bytes_per_sequence,
@@ -283,10 +279,11 @@ def make_plan(model: str, path: Path, estimate: Estimate, load: Load, machine: M
         weights_bytes=estimate.segment_bytes,
         kv_bytes_per_token=estimate.kv_bytes_per_token,
         kv_bytes_per_sequence=estimate.kv_bytes_per_sequence,
-        num_ranks=size,
+        num_ranks=load.num_ranks,
         prefill_bytes=estimate.prefill_bytes,
         logits_bytes_per_sequence=estimate.logits_bytes_per_sequence,
         slots_bytes=estimate.offload.slots_bytes if estimate.offload else 0,
+        sums_bytes=estimate.sums_bytes,
     )
     split = rank_device = rank_room = None
     if rank := estimate.rank:
@@ -330,23 +327,8 @@ def _offload(found: OffloadEstimate | None) -> Offload | None:
 def read_estimate(source: ModelSource, engine: EngineSettings) -> Estimate:
     """Let a process of the workers' room read the model's headers; seconds, most of them torch's
     import. Raises PlanFailed with its one line."""
-    command = module_command("workers.estimate", str(source.path), "--dtype", engine.dtype)
-    command += ["--tensor-parallel-size", str(engine.tensor_parallel_size)]
-    command += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
-    command += [
-        "--weights",
-        engine.weights,
-        "--kv-cache-dtype",
-        engine.kv_cache_dtype,
-        "--offload",
-        engine.offload,
-        "--offload-depth",
-        str(engine.offload_depth),
-    ]
-    if engine.device_memory is not None:
-        command += ["--device-memory", str(engine.device_memory)]
-    if engine.max_model_len is not None:
-        command += ["--max-model-len", str(engine.max_model_len)]
+    settings = msgspec.json.encode(msgspec.structs.asdict(engine)).decode()
+    command = module_command("workers.estimate", str(source.path), "--settings", settings)
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_WAIT_POLICY": "PASSIVE"}
     ended = subprocess.run(  # noqa: S603 - our own interpreter and module
         command,
@@ -365,25 +347,6 @@ def read_estimate(source: ModelSource, engine: EngineSettings) -> Estimate:
             f"reading {source.path} ended with status {ended.returncode} ({words or error}); "
             f"`{' '.join(command[1:])}` shows more"
         ) from error
-
-
-def read_machine(memory: int | None, memory_limit: int | None) -> Machine:
-    """What is available here at this moment, in /dev/shm, on the machine and in our control groups,
-    or a device of `memory` bytes; the allocator's `memory_limit` bounds what may be shared."""
-    if memory is not None:
-        return Machine(memory, min(memory, memory_limit or memory), given=True)
-    bounds = memory_bounds()
-    shared = [one.available_bytes - headroom_bytes(one.total_bytes) for one in bounds]
-    try:
-        shared.append(shared_memory_bound().available_bytes)
-    except AllocatorError:
-        shared.append(0)
-    shared += [memory_limit] if memory_limit is not None else []
-    return Machine(
-        memory_bytes=min((one.available_bytes for one in bounds), default=1 << 62),
-        shared_memory_bytes=max(0, min(shared)),
-        given=False,
-    )
 
 
 def _largest(limit: int, holds: Callable[[int], bool]) -> int:

@@ -7,7 +7,7 @@ the allocator says that it has handed out that very object, for the set that the
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from allocator import Client, RuntimeDir, connect, device_usage
@@ -15,7 +15,7 @@ from allocator.messages import Statistics, WeightSetStatistics
 from server.machine import device_verify, process_memory
 from server.machine.device_verify import DeviceVerdict, judge_device
 from server.machine.handed_out import handed_out
-from server.machine.verify import MAX_PRIVATE_BYTES, Verdict, judge_all
+from server.machine.verify import MAX_PRIVATE_BYTES, NO_RANKS, Verdict, judge_all
 
 _LOOKS: Final = 50
 _BETWEEN_LOOKS_S: Final = 0.1
@@ -31,10 +31,11 @@ def prove(
     max_private_bytes: int | None = None,
     *,
     digests: bool = False,
+    ranks: Mapping[int, int] = NO_RANKS,
 ) -> Verdict | DeviceVerdict:
     """Judge the instances (name, pid), each of which may have `max_private_bytes` for itself, by
-    default what fits the device; with `digests` every byte of the weights, too. Raises
-    NothingToProve, AllocatorError."""
+    default what fits the device; with `digests` every byte of the weights, too. `ranks` as in
+    `judge`. Raises NothingToProve, AllocatorError."""
     pids = {pid for _, pid in instances}
     with connect(runtime_dir, label="onecopy verify") as memory:
         statistics = memory.statistics()
@@ -48,7 +49,7 @@ def prove(
         served = used[0]
         verdict: Verdict | DeviceVerdict
         if statistics.device == "host":
-            verdict = _on_host(memory, served, instances, max_private_bytes)
+            verdict = _on_host(memory, served, instances, max_private_bytes, ranks)
         else:
             verdict = _on_gpu(runtime_dir, statistics, served, instances, max_private_bytes)
         problems = []
@@ -66,12 +67,14 @@ def _on_host(
     served: WeightSetStatistics,
     instances: Sequence[tuple[str, int]],
     max_private_bytes: int | None,
+    ranks: Mapping[int, int],
 ) -> Verdict:
     mapped = handed_out(memory, [served.key])
 
     def look() -> Verdict:
         memories = [(name, process_memory.read(pid, mapped)) for name, pid in instances]
-        return judge_all(_segments(served), memories, max_private_bytes or MAX_PRIVATE_BYTES)
+        most = max_private_bytes or MAX_PRIVATE_BYTES
+        return judge_all(_segments(served), memories, most, ranks)
 
     return settled(look, lambda: time.sleep(_BETWEEN_LOOKS_S))
 

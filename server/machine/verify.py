@@ -15,14 +15,17 @@ from server.units import size_text
 MAX_PRIVATE_BYTES: Final = 60_000_000
 """What an instance may have for itself: its interpreter, its activations, its sockets."""
 
+NO_RANKS: Final[Mapping[int, int]] = {}
 _PARTS_SHOWN: Final = 3
 
 
 class InstanceFigures(BaseModel):
-    """One instance, in bytes, as the kernel counts."""
+    """A process of an instance, in bytes, as the kernel counts."""
 
     name: str
     pid: int
+    rank: int
+    """Of the instance's processes that compute together; 0 is the instance itself."""
     mapped_bytes: int
     resident_bytes: int
     weights_pss_bytes: int
@@ -43,21 +46,27 @@ class Verdict(BaseModel):
     total_bytes: int
     """What all instances take together, weights once."""
     unshared_bytes: int
-    """What as many processes with a copy each would take."""
+    """What as many instances with a copy each would take, their ranks counted as one."""
     problems: list[str]
     max_private_bytes: int
-    """What each instance was granted for itself: a copy that is smaller would not show."""
+    """What each process was granted for itself: a copy that is smaller would not show."""
+
+    @property
+    def num_instances(self) -> int:
+        """Those that have several ranks counted once."""
+        return sum(one.rank == 0 for one in self.instances)
 
 
 def judge_all(
     segments: Mapping[str, int],
     instances: Sequence[tuple[str, ProcessMemory | None]],
     max_private_bytes: int = MAX_PRIVATE_BYTES,
+    ranks: Mapping[int, int] = NO_RANKS,
 ) -> Verdict:
     """Judge weights that lie in several segments (name → bytes): the verdict on the largest, with
     the problems of all."""
     verdicts = {
-        name: judge(name, num_bytes, instances, max_private_bytes)
+        name: judge(name, num_bytes, instances, max_private_bytes, ranks)
         for name, num_bytes in segments.items()
     }
     largest = verdicts[max(segments, key=lambda name: segments[name])]
@@ -70,8 +79,10 @@ def judge(
     weights_bytes: int,
     instances: Sequence[tuple[str, ProcessMemory | None]],
     max_private_bytes: int = MAX_PRIVATE_BYTES,
+    ranks: Mapping[int, int] = NO_RANKS,
 ) -> Verdict:
-    """Judge the instances (name, memory) that should map `segment` of `weights_bytes` bytes."""
+    """Judge the instances (name, memory) that should map `segment` of `weights_bytes` bytes; of
+    those among them that are further ranks of one, `ranks` says which, by process id."""
     problems: list[str] = [] if instances else ["no instance is ready"]
     figures: list[InstanceFigures] = []
     inodes: set[str] = set()
@@ -98,6 +109,7 @@ def judge(
             InstanceFigures(
                 name=name,
                 pid=memory.pid,
+                rank=ranks.get(memory.pid, 0),
                 mapped_bytes=mapped,
                 resident_bytes=sum(one.resident_bytes for one in mappings),
                 weights_pss_bytes=sum(one.pss_bytes for one in mappings),
@@ -120,7 +132,7 @@ def judge(
         weights_pss_bytes=weights_pss,
         instances=figures,
         total_bytes=weights_bytes + private,
-        unshared_bytes=weights_bytes * len(figures) + private,
+        unshared_bytes=weights_bytes * sum(one.rank == 0 for one in figures) + private,
         problems=problems,
         max_private_bytes=max_private_bytes,
     )

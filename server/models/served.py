@@ -42,6 +42,7 @@ class ServedModel:
     ):
         """`files` and `tokenizer` are those that lie at the settings' `model`."""
         self.name = settings.served_model_name
+        self.placement = settings.chosen
         self.router = Router(settings)
         self.fleet = Fleet(settings, runtime_dir, self.router.listeners, tokenizer.path)
         self.router.bind(self.fleet)

@@ -30,7 +30,7 @@ from tests.system.running_server import (
     wait_until,
 )
 from tests.system.test_errors import assert_refused
-from tests.workers.tiny_models import write_checkpoint
+from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -205,6 +205,7 @@ def test_the_document_holds_what_the_person_reads(tiny: Path) -> None:
         "max_num_seqs": 4,
         "max_model_len": 128,
         "tensor_parallel_size": 1,
+        "data_parallel_size": 1,
     }
     device, room = document["device"], document["room"]
     token_bytes = 3 * 2 * 2 * 16 * 2  # layers, keys and values, heads, width, bfloat16
@@ -244,6 +245,101 @@ def test_weights_beyond_the_memory_limit_do_not_fit(tiny: Path) -> None:
     assert (outcome.status, outcome.stderr) == (0, "")
     assert "Does not fit: the weights need" in outcome.stdout
     assert "--memory-limit" in outcome.stdout
+
+
+# --- a placement
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Most of its weights are in layers."""
+    folder = tmp_path_factory.mktemp("models") / "deep"
+    return write_checkpoint(folder, "llama", num_hidden_layers=6, intermediate_size=8192)
+
+
+DEEP_SETTINGS = ("--max-model-len", "64", "--max-num-seqs", "3")
+
+
+@pytest.mark.usefixtures("estimates_here")
+def test_all_layers_stay_where_they_fit(deep: Path) -> None:
+    document = plan(deep, *DEEP_SETTINGS)
+    assert document["proposed"] is None
+    assert document["placement"]["options"] == []
+    assert document["placement"]["fits"] is True
+    assert "3 sequences of full length" in document["placement"]["reasons"][0]
+    # Whole sequences are enough; they need not all be there at once.
+    device = document["device"]
+    one_each = device["weights_bytes"] + 2 * device["kv_bytes_per_sequence"]
+    document = plan(deep, *DEEP_SETTINGS, "--memory-limit", one_each)
+    assert (document["proposed"], document["placement"]["fits"]) == (None, True)
+    assert "1 sequence of full length in each instance" in document["placement"]["reasons"][0]
+
+
+@pytest.mark.usefixtures("estimates_here")
+@pytest.mark.parametrize("num_instances", [1, 2])
+def test_as_few_layers_go_as_leave_room_for_a_sequence_in_each_instance(
+    deep: Path, num_instances: int
+) -> None:
+    settings = (*DEEP_SETTINGS, "--instances", str(num_instances))
+    whole = plan(deep, *settings)["device"]
+    one_each = num_instances * whole["kv_bytes_per_sequence"]
+    limit = whole["weights_bytes"] + one_each - 1
+    document = plan(deep, *settings, "--memory-limit", limit)
+    proposed = document["proposed"]
+    device, offload = proposed["device"], proposed["offload"]
+    assert document["device"] == whole
+    assert device["weights_bytes"] + device["slots_bytes"] + one_each <= limit
+    assert offload["num_layers"] == 6
+    layer = offload["pass_bytes"] // offload["num_offloaded"]
+    spare = limit - one_each - device["weights_bytes"] - device["slots_bytes"]
+    assert spare < layer + (2 << 20)
+    # What is said of it is what the same options give that a person writes.
+    [option] = document["placement"]["options"]
+    written = plan(deep, *settings, "--memory-limit", limit, *option.split())
+    assert written["device"] == device
+    assert (written["proposed"], written["placement"]["fits"]) == (None, True)
+    text = onecopy_here("plan", str(deep), *settings, "--memory-limit", str(limit)).stdout
+    assert f"Placement: {offload['num_offloaded']} of 6 layers are read from" in text
+    assert f"`--placement auto`, or `{option}`" in text
+    assert "can be hidden behind it" in text
+
+
+@pytest.mark.usefixtures("estimates_here")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--tensor-parallel-size", "2"), "they can't be left on disk: --device-memory lets"),
+        (("--offload", "none"), "they can't be left on disk: --offload is none"),
+        (("--offload", "1"), "--offload is 1: leave it to auto"),
+        ((), "with all of them left on disk the rest is still more than the 0.0 MB"),
+    ],
+)
+def test_where_nothing_fits_that_is_said_with_the_reason(
+    deep: Path, options: tuple[str, ...], says: str
+) -> None:
+    document = plan(deep, *DEEP_SETTINGS, "--memory-limit", 1_000_000, *options)
+    assert document["proposed"] is None
+    assert document["placement"]["fits"] is False
+    assert says in document["placement"]["reasons"][0]
+
+
+def test_what_an_allocator_holds_of_the_model_is_there_for_it(
+    make_server: Callable[..., Server], deep: Path
+) -> None:
+    """Served, then idle in memory: for its next server all layers stay, as before."""
+    write_tokenizer(deep)
+    whole = plan(deep, *DEEP_SETTINGS)["device"]
+    limit = whole["weights_bytes"] + 2 * whole["kv_bytes_per_sequence"] + (1 << 20)
+    server = make_server(str(deep), *DEEP_SETTINGS, "--memory-limit", str(limit))
+    there = ("--runtime-dir", str(server.runtime_dir))
+    for _ in ("in use", "idle"):
+        document = plan(deep, *DEEP_SETTINGS, *there)
+        assert (document["proposed"], document["placement"]["fits"]) == (None, True)
+        assert document["room"]["shared_memory_bytes"] <= limit
+        assert server.onecopy("stop", "--keep-allocator").status == 0
+    document = plan(deep, *DEEP_SETTINGS, *there, "--dtype", "bfloat16")
+    assert document["placement"]["fits"] is True  # what is idle gives way
+    server.stop()
 
 
 def refused(*arguments: object) -> Outcome:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,15 @@ import httpx
 import pytest
 import torch
 
+from tests.quick import long_run
 from tests.references import load, ulps_below_the_best
-from tests.system.running_server import TIMEOUT_S, Server, wait_until
+from tests.system.running_server import TIMEOUT_S, Server, onecopy, wait_until
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
 from workers.conformance.ties import BF16_TIE_ULPS
+from workers.process.first_rank import patience_s
 
 NUM_TOKENS = 24
+LEASE_BYTES = 64 << 10
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n    ",
@@ -92,6 +96,38 @@ def server(make_server: Callable[..., Server]) -> Iterator[Server]:
     served.stop()
 
 
+def test_the_plan_counts_what_ranks_lease_for_their_sums(
+    server: Server, make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Before anybody has asked them anything, nothing else is leased."""
+    options = ("--instances", "1", "--tensor-parallel-size", "2", "--max-num-seqs", "8")
+    assert planned_sums("demo", *options) == leased_bytes(server)
+    tiny = str(write_tokenizer(write_checkpoint(tmp_path / "tiny", "llama")))
+    options = ("--instances", "2", "--data-parallel-size", "3")
+    divided = make_server(tiny, *options)
+    assert planned_sums(tiny, *options) == leased_bytes(divided)
+    divided.stop()
+
+
+def planned_sums(model: str, *options: str) -> int:
+    """In whole units of what a lease is made of."""
+    outcome = onecopy("plan", model, *options, "--json")
+    assert outcome.status == 0, outcome.stderr
+    device = json.loads(outcome.stdout)["device"]
+    assert device["sums_bytes"] > 0
+    start = device["weights_bytes"] + device["sums_bytes"] + device["private_bytes_at_start"]
+    assert device["total_bytes_at_start"] == start
+    num_instances: int = json.loads(outcome.stdout)["load"]["num_instances"]
+    each: int = device["sums_bytes"] // num_instances
+    return num_instances * -(-each // LEASE_BYTES) * LEASE_BYTES
+
+
+def leased_bytes(server: Server) -> int:
+    shown = server.onecopy("ps", "--memory", "--json")
+    leased: int = json.loads(shown.stdout)["devices"][0]["pool"]["leased_bytes"]
+    return leased
+
+
 def test_tokens_are_those_of_transformers_up_to_ties(
     server: Server, smollm2_by_transformers: Path
 ) -> None:
@@ -131,7 +167,10 @@ def test_ranks_are_shown_and_have_one_copy(server: Server) -> None:
         instance["name"],
         f"{instance['name']} rank 1",
     ]
+    assert [one["rank"] for one in verdict["instances"]] == [0, 1]
+    assert verdict["weights_bytes"] < 100_000_000  # packed, of 269 MB in bf16
     assert verdict["weights_pss_bytes"] <= verdict["weights_bytes"] + 8192
+    assert "The 2 ranks of 1 instance take" in server.onecopy("verify").stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -161,6 +200,30 @@ def test_an_idle_rank_that_is_killed_is_noticed(server: Server) -> None:
     assert f"instance {before['name']} ends, and its requests go on elsewhere: rank 1 of 2" in (
         server.log.read_text()
     )
+
+
+@long_run
+def test_for_a_debugger_a_stopped_rank_is_waited_for(
+    make_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """For longer than ranks wait for each other otherwise."""
+    folder = write_tokenizer(write_checkpoint(tmp_path / "tiny", "llama"))
+    options = ("--instances", "1", "--tensor-parallel-size", "2", "--hang-timeout", "0")
+    server = make_server(str(folder), *options)
+    before = the_instance(server)
+    expected = tokens(server, STORY, 60)
+    with ThreadPoolExecutor(1) as pool:
+        stream = Stream(server, 60)
+        os.kill(before["rank_pids"][0], signal.SIGSTOP)
+        running = pool.submit(stream.run)
+        stopped_at = time.monotonic()
+        wait_until(lambda: time.monotonic() - stopped_at > patience_s(3.0) + 5, "some time")
+        assert not running.done()
+        os.kill(before["rank_pids"][0], signal.SIGCONT)
+        assert running.result(timeout=TIMEOUT_S) == expected
+    after = the_instance(server)
+    assert (after["pid"], after["rank_pids"]) == (before["pid"], before["rank_pids"])
+    server.stop()
 
 
 def test_ranks_go_on_without_an_allocator(

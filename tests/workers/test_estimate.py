@@ -36,6 +36,7 @@ from workers.kv.source import PoolSource
 from workers.messages import Estimate, Generate, SamplingParams, decode_estimate
 from workers.model.decoder import build_model
 from workers.placement.resident import Resident
+from workers.settings import checked
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +50,7 @@ def sealed_bytes(memory: Client, path: Path, dtype: str = "auto") -> int:
 
 
 def estimate_of(path: Path, dtype: str = "auto", **options: Any) -> Estimate:
-    return estimate(open_checkpoint(path, dtype), **options)
+    return estimate(open_checkpoint(path, dtype), checked({"dtype": dtype, **options}))
 
 
 # --- weights
@@ -355,6 +356,20 @@ def test_a_plan_that_is_not_understood_is_refused(
         estimate_of(path, tensor_parallel_size=2)
 
 
+# --- slots
+
+
+def test_a_slot_takes_what_was_said(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "llama", "llama", num_hidden_layers=4)
+    offloaded = estimate_of(path, offload="all").offload
+    assert offloaded is not None
+    assert estimate_of(path).slot_bytes * 2 == offloaded.slots_bytes  # one, and one read ahead
+    stays = estimate_of(path, tensor_parallel_size=2)
+    assert stays.slot_bytes == 0
+    assert "by one rank" in stays.stays_because
+    assert estimate_of(path, offload="none").stays_because == "--offload is none: leave it to auto"
+
+
 # --- what can't be estimated
 
 
@@ -408,13 +423,16 @@ def program(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 def test_the_program_prints_the_same_as_one_document(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "llama", "llama")
-    ended = program(path, "--dtype", "bfloat16", "--max-model-len", 64, "--tensor-parallel-size", 2)
+    settings = {"dtype": "bfloat16", "max_model_len": 64, "tensor_parallel_size": 2}
+    ended = program(path, "--settings", json.dumps(settings))
     assert ended.returncode == 0, ended.stderr
     expected = estimate_of(path, "bfloat16", max_model_len=64, tensor_parallel_size=2)
     assert decode_estimate(ended.stdout.encode()) == expected
 
 
 def test_the_program_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
-    ended = program(write_checkpoint(tmp_path / "llama", "llama"), "--dtype", "int3")
+    ended = program(
+        write_checkpoint(tmp_path / "llama", "llama"), "--settings", '{"dtype": "int3"}'
+    )
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == ("--dtype is 'int3': it is one of auto, bfloat16, float16, float32\n")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from workers.config.architecture import architecture_errors
-from workers.errors import InvalidSetting
 from workers.kv.layout import FULL
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
@@ -32,7 +31,7 @@ from workers.packed_format import PackedFormat
 from workers.ranks import Ranks
 from workers.skeleton.buffers import move_buffers
 from workers.skeleton.decoder import skeleton
-from workers.skeleton.packed import put_packed
+from workers.skeleton.packed import NO_PARTS, put_packed
 
 
 class Model:
@@ -188,20 +187,17 @@ def build_model(
     Raises `UnsupportedCheckpoint`, `CheckpointMismatch`, `CheckpointCorrupt` and, with `ranks`,
     `InvalidSetting`.
     """
-    if packed and ranks is not None:
-        raise InvalidSetting(
-            "packed weights are computed by one rank: leave out --tensor-parallel-size, or add "
-            "--weights bf16"
-        )
     module = skeleton(config, dtype)
     tensors = placement.tensors
     with architecture_errors(f"{type(module).__name__} can't be computed by this config.json"):
         shard = None
         if ranks is not None:
-            shard = narrow(module, ranks.rank, ranks.num_ranks)
-            shard.sum_by(ranks)
+            shard = narrow(module, ranks.rank, ranks.num_ranks, packed)
             tensors = shard.views(tensors)
-        put_packed(module, packed or {}, dtype)
+        parts = NO_PARTS if shard is None else shard.first_columns
+        put_packed(module, packed or {}, dtype, parts)
+        if shard is not None and ranks is not None:
+            shard.sum_by(module, ranks)
         bind(module, tensors, dtype)
         move_buffers(module, placement.device)
         module.requires_grad_(False)

@@ -46,6 +46,7 @@ def embedding_estimate(
             model, max(max_num_batched_tokens, max_model_len), max_model_len, dtype
         ),
         logits_bytes_per_sequence=0,
+        stays_because="a model that embeds is not offloaded",
         rank=None,
     )
 

@@ -10,6 +10,7 @@ heads as for the others, which is all that attention knows.
     4 ranks: the last is on two of them     0…2 | 0     3…5 | 1     6 | 2       7 8 | 2
 """
 
+import math
 from typing import Final, NamedTuple
 
 from workers.errors import InvalidSetting
@@ -41,9 +42,22 @@ class HeadShare(NamedTuple):
     keys_values: Share
 
 
-def head_shares(num_heads: int, num_kv_heads: int, num_ranks: int) -> tuple[HeadShare, ...]:
+class HeadGranule(NamedTuple):
+    """How many heads at a time can be cut off, where weights are packed."""
+
+    queries: int = 1
+    keys_values: int = 1
+
+
+ANY_HEAD: Final = HeadGranule()
+
+
+def head_shares(
+    num_heads: int, num_kv_heads: int, num_ranks: int, granule: HeadGranule = ANY_HEAD
+) -> tuple[HeadShare, ...]:
     """Of each rank: whole heads of keys and values with all their queries, or, where there are more
-    ranks than those, one of them with some of its queries. Raises InvalidSetting."""
+    ranks than those, one of them with some of its queries. Cut at multiples of `granule` only.
+    Raises InvalidSetting."""
     if num_ranks > num_heads:
         raise InvalidSetting(
             f"--tensor-parallel-size is {num_ranks}, but the model has {num_heads} attention heads "
@@ -51,22 +65,30 @@ def head_shares(num_heads: int, num_kv_heads: int, num_ranks: int) -> tuple[Head
         )
     group = num_heads // num_kv_heads
     if num_ranks <= num_kv_heads:
-        kept = shares(num_kv_heads, num_ranks)
+        at_once = granule.keys_values
+        while at_once * group % granule.queries:
+            at_once += granule.keys_values
+        kept = shares(num_kv_heads, num_ranks, at_once)
         return tuple(HeadShare(one.of(group), one) for one in kept)
     found = []
+    if num_kv_heads > 1 and (granule.keys_values > 1 or group % granule.queries):
+        raise InvalidSetting(
+            f"{num_kv_heads} heads of keys and values can't be cut one by one where their weights "
+            f"are packed: --tensor-parallel-size may be {num_kv_heads} at most"
+        )
     for kv_head, ranks in enumerate(shares(num_ranks, num_kv_heads)):
-        for one in shares(group, ranks.size):
+        for one in shares(group, ranks.size, granule.queries):
             first = kv_head * group
             queries = Share(first + one.begin, first + one.end)
             found.append(HeadShare(queries, Share(kv_head, kv_head + 1)))
     return tuple(found)
 
 
-def width_shares(width: int, num_ranks: int) -> tuple[Share, ...]:
-    """Of an MLP: at multiples of what a processor reads at once, where there are enough of them.
-    Raises InvalidSetting."""
-    granule = _GRANULE
-    while granule > 1 and width < granule * num_ranks * _LEAST_GRANULES:
+def width_shares(width: int, num_ranks: int, least: int = 1) -> tuple[Share, ...]:
+    """Of an MLP: at multiples of `least`, and of what a processor reads at once where there are
+    enough of them. Raises InvalidSetting."""
+    granule = math.lcm(_GRANULE, least)
+    while granule > least and width < granule * num_ranks * _LEAST_GRANULES:
         granule //= 2
     return shares(width, num_ranks, granule)
 

@@ -11,9 +11,11 @@ refused by name. Does not know how ranks sum, or where weights are.
                                                      the first rank adds the bias
     head      rows of the weight, and of its bias    logits: each rank's in their places
 
+A packed weight is cut between strips of 16 rows, and between groups of columns.
 Embeddings are whole: a rank reads the rows of its tokens where they lie, which is less than a sum.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,9 +23,11 @@ from typing import Any, Final
 import torch
 
 from workers.errors import UnsupportedCheckpoint
-from workers.model.shares import HeadShare, Share, head_shares, width_shares
+from workers.model.shares import HeadGranule, HeadShare, Share, head_shares, width_shares
+from workers.packed_format import ROWS, PackedFormat
 from workers.ranks import Ranks
 from workers.skeleton.decoder import attentions, head_dim
+from workers.skeleton.packed import with_ties
 
 _WHOLE: Final = frozenset({"replicate", "replicated_with_grad_allreduce"})
 _CUT: Final = frozenset({"colwise", "rowwise"})
@@ -35,6 +39,15 @@ class _Cut:
 
     dimension: int
     share: Share
+    layout: PackedFormat | None = None
+    """Of a packed one."""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view of the whole tensor."""
+        begin, end = self.share
+        if self.layout is None:
+            return tensor.narrow(self.dimension, begin, end - begin)
+        return (self.layout.columns if self.dimension else self.layout.rows)(tensor, begin, end)
 
 
 @dataclass
@@ -50,14 +63,23 @@ class Shard:
     cuts: dict[str, _Cut] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     """Parameters that another rank has."""
-    linears: list[Any] = field(default_factory=list)
+    linears: list[str] = field(default_factory=list)
     """Behind which ranks sum."""
-    head: Any = None
-    head_name: str = ""
+    head: str = ""
     vocab_size: int = 0
     """The head's, before it was cut."""
     ties: tuple[tuple[str, str], ...] = ()
     """Names of what is one tensor in a checkpoint, of which either may be missing."""
+
+    @property
+    def first_columns(self) -> dict[str, int]:
+        """Of packed weights of which the rank has a part of one tile, where that begins."""
+        found: dict[str, int] = {}
+        for name, cut in self.cuts.items():
+            if cut.layout is not None and cut.dimension == 1:
+                first = cut.layout.first_column(*cut.share)
+                found |= {} if first is None else {name: first}
+        return found
 
     def views(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of whole weights, by the checkpoint's names, what the rank's module is made of."""
@@ -73,8 +95,9 @@ class Shard:
             if name not in self.left_out
         }
 
-    def sum_by(self, ranks: Ranks) -> None:
-        """From now on the module's results are those of all ranks together."""
+    def sum_by(self, module: Any, ranks: Ranks) -> None:
+        """From now on the results of the module, which was narrowed, are those of all ranks
+        together."""
 
         def total(_linear: Any, _arguments: Any, values: torch.Tensor) -> torch.Tensor:
             return ranks.sum(values)
@@ -82,39 +105,44 @@ class Shard:
         def all_logits(_head: Any, _arguments: Any, values: torch.Tensor) -> torch.Tensor:
             return self.all_logits(values, ranks)
 
-        for linear in self.linears:
-            linear.register_forward_hook(total)
-        self.head.register_forward_hook(all_logits)
+        for name in self.linears:
+            module.get_submodule(name).register_forward_hook(total)
+        module.get_submodule(self.head).register_forward_hook(all_logits)
 
     def all_logits(self, own: torch.Tensor, ranks: Ranks) -> torch.Tensor:
         """Of this rank's logits # [..., its part of the vocabulary] those of all ranks. Raises
         RankError."""
-        share = self.cuts[self.head_name].share
+        share = self.cuts[f"{self.head}.weight"].share
         whole = own.new_zeros(*own.shape[:-1], self.vocab_size)
         whole[..., share.begin : share.end] = own
         return ranks.sum(whole)
 
     def _view(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         cut = self.cuts.get(name)
-        if cut is None:
-            return tensor
-        return tensor.narrow(cut.dimension, cut.share.begin, cut.share.size)
+        return tensor if cut is None else cut.of(tensor)
 
 
-def narrow(module: Any, rank: int, num_ranks: int) -> Shard:
-    """Leave of a module on meta the part of one rank. Raises UnsupportedCheckpoint, and
-    InvalidSetting where there is less to divide than there are ranks."""
-    return _Narrowed(module, rank, num_ranks).shard
+def narrow(
+    module: Any, rank: int, num_ranks: int, packed: Mapping[str, PackedFormat] | None = None
+) -> Shard:
+    """Leave of a module on meta the part of one rank. Those weights that `packed` names will be
+    packed, and are cut at their strips and groups. Raises UnsupportedCheckpoint, and InvalidSetting
+    where there is less to divide than there are ranks."""
+    return _Narrowed(module, rank, num_ranks, packed or {}).shard
 
 
 class _Narrowed:
-    def __init__(self, module: Any, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, module: Any, rank: int, num_ranks: int, packed: Mapping[str, PackedFormat]
+    ) -> None:
         self.module = module
         self.rank = rank
         self.num_ranks = num_ranks
-        parameters = list(module.parameters())
-        num_bytes = sum(one.nbytes for one in parameters)
-        self.shard = Shard(rank, (), sum(one.numel() for one in parameters), num_bytes)
+        self.packed = with_ties(module, packed)
+        parameters = dict(module.named_parameters())
+        num_bytes = sum(self._num_bytes(name, one) for name, one in parameters.items())
+        num_parameters = sum(one.numel() for one in parameters.values())
+        self.shard = Shard(rank, (), num_parameters, num_bytes)
         self.plan: Mapping[str, str] = getattr(module.config, "base_model_tp_plan", None) or {}
         if not self.plan:
             self._refuse("has no base_model_tp_plan in transformers, so nobody says how to cut it")
@@ -122,7 +150,7 @@ class _Narrowed:
         self.prefix = f"{names[module.base_model]}." if names[module.base_model] else ""
         self._check_styles()
         own = attentions(module)
-        shares = {self._heads(attention) for attention in own}
+        shares = {self._heads(names[attention], attention) for attention in own}
         if len(shares) != 1 or len({head_dim(attention) for attention in own}) != 1:
             self._refuse("has layers with other numbers of heads than the rest")
         [[*of_ranks]] = shares
@@ -155,10 +183,43 @@ class _Narrowed:
         if not any(self._style(name) in _CUT for name in kinds):
             self._refuse("has a base_model_tp_plan that names none of its parts")
 
-    def _heads(self, attention: Any) -> tuple[HeadShare, ...]:
+    def _heads(self, prefix: str, attention: Any) -> tuple[HeadShare, ...]:
         num_heads = int(self.module.config.num_attention_heads)
         groups = int(getattr(attention, "num_key_value_groups", 1))
-        return head_shares(num_heads, num_heads // groups, self.num_ranks)
+        granule = self._head_granule(prefix, attention, num_heads, groups)
+        return head_shares(num_heads, num_heads // groups, self.num_ranks, granule)
+
+    # --- packed weights
+
+    def _num_bytes(self, name: str, parameter: torch.Tensor) -> int:
+        layout = self.packed.get(name)
+        if layout is None:
+            return parameter.nbytes
+        return math.prod(layout.shape(*parameter.shape))
+
+    def _granule(self, name: str, linear: Any, style: str) -> int:
+        """Rows, or columns, at whose multiples that linear can be cut."""
+        layout = self.packed.get(f"{name}.weight")
+        if layout is None:
+            return 1
+        return layout.column_granule(linear.in_features) if style == "rowwise" else ROWS
+
+    def _head_granule(
+        self, prefix: str, attention: Any, num_heads: int, groups: int
+    ) -> HeadGranule:
+        width = head_dim(attention) or 1
+        queries = keys_values = 1
+        for name, linear in attention.named_modules(prefix=prefix):
+            style = self._style(name)
+            if style not in _CUT:
+                continue
+            granule = self._granule(name, linear, style)
+            heads = granule // math.gcd(granule, width)
+            if style == "rowwise" or linear.out_features != num_heads // groups * width:
+                queries = math.lcm(queries, heads)
+            else:
+                keys_values = math.lcm(keys_values, heads)
+        return HeadGranule(queries, keys_values)
 
     # --- attention
 
@@ -219,7 +280,8 @@ class _Narrowed:
                 is_cut = self._style(name.rpartition(".")[0]) in _CUT
                 if not is_cut and width in tensor.shape:
                     self._refuse(f"has {name} over all of a width that is cut")
-            share = width_shares(width, self.num_ranks)[self.rank]
+            least = math.lcm(*(self._granule(*one) for one in found))
+            share = width_shares(width, self.num_ranks, least)[self.rank]
             for name, linear, style in found:
                 (self._columns if style == "rowwise" else self._rows)(name, linear, share)
 
@@ -227,13 +289,14 @@ class _Narrowed:
         head = self.module.get_output_embeddings()
         if type(head) is not torch.nn.Linear:
             self._refuse("has no linear head")
-        self.shard.head, self.shard.head_name = head, f"{names[head]}.weight"
-        self.shard.vocab_size = head.out_features
+        name, vocab_size = names[head], head.out_features
+        self.shard.head, self.shard.vocab_size = name, vocab_size
         self.shard.ties = tuple(self.module.all_tied_weights_keys.items())
-        self._rows(names[head], head, width_shares(head.out_features, self.num_ranks)[self.rank])
+        shares = width_shares(vocab_size, self.num_ranks, self._granule(name, head, "colwise"))
+        self._rows(name, head, shares[self.rank])
 
     def _rows(self, name: str, linear: Any, share: Share) -> None:
-        self.shard.cuts[f"{name}.weight"] = _Cut(0, share)
+        self.shard.cuts[f"{name}.weight"] = _Cut(0, share, self.packed.get(f"{name}.weight"))
         linear.weight = _parameter(linear.weight[share.begin : share.end])
         if linear.bias is not None:
             self.shard.cuts[f"{name}.bias"] = _Cut(0, share)
@@ -241,13 +304,13 @@ class _Narrowed:
         linear.out_features = share.size
 
     def _columns(self, name: str, linear: Any, share: Share) -> None:
-        self.shard.cuts[f"{name}.weight"] = _Cut(1, share)
+        self.shard.cuts[f"{name}.weight"] = _Cut(1, share, self.packed.get(f"{name}.weight"))
         linear.weight = _parameter(linear.weight[:, share.begin : share.end])
         linear.in_features = share.size
         if linear.bias is not None and self.rank:
             linear.bias = None
             self.shard.left_out.add(f"{name}.bias")
-        self.shard.linears.append(linear)
+        self.shard.linears.append(name)
 
     def _tell_config(self, heads: HeadShare, width: int) -> None:
         """What is read of it from now on is about the rank's part. Rotations are of a head's

@@ -101,6 +101,19 @@ def propose(checkpoint: Checkpoint, settings: EngineSettings) -> Proposal | None
     )
 
 
+def largest_slot_bytes(checkpoint: Checkpoint, settings: EngineSettings) -> int:
+    """What a slot takes in which any layer has room; 0 where no layer can be read alone. Raises
+    InvalidSetting where layers can't be offloaded with these settings, UnsupportedCheckpoint,
+    CheckpointError."""
+    if settings.offload in ("none", "0"):
+        raise InvalidSetting(f"--offload is {settings.offload}: leave it to auto")
+    _check_can_be(checkpoint, settings)
+    tensors = list(checkpoint.tensors())
+    names = _names(checkpoint, tensors)
+    found = find_layers(checkpoint, names, range(len(names)), converted_file(checkpoint, "all"))
+    return max((slot_layout(one.tensors).num_bytes for one in found.layers), default=0)
+
+
 def _all_fits(checkpoint: Checkpoint, settings: EngineSettings) -> bool:
     budget = settings.device_memory
     return budget is not None and _num_bytes(checkpoint.tensors()) <= budget

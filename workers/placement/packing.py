@@ -13,12 +13,13 @@ import torch
 
 from workers.checkpoint import open_checkpoint
 from workers.checkpoint.formats.checkpoint import Checkpoint
-from workers.errors import InvalidSetting
+from workers.errors import InvalidSetting, UnsupportedCheckpoint
 from workers.model.native.decoder import supports
+from workers.model.tensor_parallel import narrow
 from workers.packed_format import decoded
 from workers.settings import EngineSettings
 from workers.skeleton.decoder import skeleton
-from workers.skeleton.packed import put_packed
+from workers.skeleton.packed import NO_PARTS, put_packed
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +49,26 @@ def _against(settings: EngineSettings) -> str | None:
         return f"with packed weights kernels compute in bfloat16, and --dtype is {settings.dtype}"
     if not settings.device.startswith("host"):
         return f"they are computed on the processor, and --device is {settings.device}"
-    if settings.tensor_parallel_size > 1:
-        size = settings.tensor_parallel_size
-        return f"--tensor-parallel-size is {size}, and packed weights are not divided"
     return None
 
 
 def _not_computed(checkpoint: Checkpoint, settings: EngineSettings) -> str | None:
-    """Why the kernels do not compute it; or that nothing in it can be packed."""
+    """Why the kernels do not compute it, or a rank's part of it; or that nothing in it can be
+    packed."""
     metadata = checkpoint.metadata()
     formats = decoded(metadata)
     if not formats:
         return f"nothing in {checkpoint.path} can be packed"
-    module = skeleton(json.loads(metadata["config"]), torch.bfloat16)
-    put_packed(module, formats, torch.bfloat16)
-    module.eval()
-    return supports(module, torch.bfloat16, settings.cpu_kernels)
+    config, size = json.loads(metadata["config"]), settings.tensor_parallel_size
+    for rank in range(size):
+        module, parts = skeleton(config, torch.bfloat16), NO_PARTS
+        if size > 1:
+            try:
+                parts = narrow(module, rank, size, formats).first_columns
+            except (InvalidSetting, UnsupportedCheckpoint) as error:
+                return str(error)
+        put_packed(module, formats, torch.bfloat16, parts)
+        module.eval()
+        if (reason := supports(module, torch.bfloat16, settings.cpu_kernels)) is not None:
+            return reason
+    return None

@@ -43,16 +43,17 @@ from workers.messages import (
 from workers.model.decoder import build_model
 from workers.model.encoder import build_embedding_model
 from workers.model.native import Unavailable, load
-from workers.model.native.decoder import num_summed
 from workers.packed_format import decoded
 from workers.placement.all_reduce import AllReduce
 from workers.placement.choice import choose
 from workers.placement.kept import check_kept, require_kept
 from workers.placement.packing import open_as_served
 from workers.placement.place import place
+from workers.placement.rank_sums import num_summed
 from workers.placement.series_choice import check_series
 from workers.process.cores import SharedCores
-from workers.process.first_rank import FirstRank
+from workers.process.first_rank import FirstRank, patience_s
+from workers.process.node_pinning import Pinning
 from workers.process.rank_processes import RankProcesses
 from workers.skeleton.decoder import skeleton
 from workers.weight_format import float_dtype
@@ -88,9 +89,11 @@ class Assembly:
         works_on: Callable[[Sequence[str]], None],
         loading: Callable[[int, int, int], None],
         ended: Callable[[str], None],
+        pinning: Pinning | None = None,
     ) -> None:
         """`loading` is told (written bytes, all bytes, pid of the writer), `ended` the name of each
-        phase that is over."""
+        phase that is over. With `pinning` ranks are on nodes of their own."""
+        self._pinning = pinning
         self._spec = spec
         self._settings = spec.settings
         self._memory = memory
@@ -112,15 +115,14 @@ class Assembly:
         self._ended("weights")
         if settings.threads is None:
             cores = RuntimeDir.open(spec.runtime_dir, create=False).cores
-            self.cores = SharedCores(cores, os.getpid())
+            num_cores = None if self._pinning is None else self._pinning.num_cores
+            self.cores = SharedCores(cores, os.getpid(), num_cores)
         if task_of(weights.metadata) == "embed":
             return self._assemble_embedding(weights, dtype)
         config = json.loads(weights.metadata["config"])
         placement = place(memory, weights, settings.offload_depth, self._resources)
-        drafted = settings.max_num_seqs * (1 + settings.num_speculative_tokens)
-        most_rows = settings.max_num_batched_tokens + drafted
         self._check_kernels()
-        group = self._form_ranks(weights, config, dtype, most_rows)
+        group = self._form_ranks(weights, config, dtype)
         cut_by = group if settings.tensor_parallel_size > 1 else None
         packed = decoded(weights.metadata)
         model = build_model(
@@ -132,7 +134,9 @@ class Assembly:
         max_model_len = self._max_model_len(limit, limit)
         model.workspace_bytes = settings.attention_workspace
         most, now = self._threads()
-        reason = model.accelerate(most_rows, max_model_len, most, now, settings.cpu_kernels)
+        reason = model.accelerate(
+            settings.most_rows, max_model_len, most, now, settings.cpu_kernels
+        )
         require_kept(settings, dtype, reason)
         layout = model.geometry.kv_layout
         own_memory = None
@@ -179,34 +183,23 @@ class Assembly:
             )
 
     def _form_ranks(
-        self,
-        weights: AttachedWeights,
-        config: dict[str, Any],
-        dtype: torch.dtype,
-        max_rows: int,
+        self, weights: AttachedWeights, config: dict[str, Any], dtype: torch.dtype
     ) -> AllReduce | None:
         """Those that compute the model together; None for one."""
         if self._processes is None:
             return None
         module = skeleton(config, dtype)
         limit = max_positions(module.config)
-        self._ranks = FirstRank(self._processes, *self._threads())
+        patience = patience_s(self._spec.hang_timeout_s)
+        self._ranks = FirstRank(self._processes, *self._threads(), patience)
         self._resources.callback(self._ranks.close)
         return self._ranks.form(
             self._memory,
             weights,
             self._settings,
-            self._num_summed(module, max_rows),
-            max_rows,
+            num_summed(self._settings, module),
             self._max_model_len(limit, limit),
         )
-
-    def _num_summed(self, module: Any, max_rows: int) -> int:
-        """Numbers that ranks sum at a time."""
-        embeddings = module.get_input_embeddings()
-        if self._settings.tensor_parallel_size > 1:
-            return num_summed(max_rows, embeddings.embedding_dim)
-        return int(embeddings.num_embeddings)  # the logits of a row
 
     def _attach(self) -> tuple[AttachedWeights, tuple[int, ...] | None]:
         """The set that is served, wherever it is, and the tokens that end an answer; what was
@@ -273,6 +266,8 @@ class Assembly:
         size, cores = self._settings.num_ranks, self.cores
         if cores is None:
             return max(1, self._spec.num_threads // size), None
+        if self._pinning is not None:
+            size = self._pinning.ranks_a_node
         if size == 1:
             return cores.num_cores, cores.fair_part
         return max(1, cores.num_cores // size), lambda: max(1, cores.fair_part() // size)

@@ -24,10 +24,19 @@ from workers.process.rank_messages import Begin
 from workers.process.rank_processes import RankProcesses
 from workers.settings import EngineSettings
 
-TIMEOUT_S: Final = 60.0
-"""How long a rank waits for another. Who looks at the processes sees one that is stopped before."""
+_PATIENCE_S: Final = 60.0
+"""How long a rank waits for another beyond what one may be stopped for: who looks at the processes
+has seen a stopped one before."""
+_FOR_EVER_S: Final = 20 * 24 * 3600.0
+"""Sockets wait for 24 days at most."""
 _PREPARED_S: Final = 300.0
 """What building a rank's part may take beyond the first rank's."""
+
+
+def patience_s(hang_timeout_s: float) -> float:
+    """How long a rank waits for another that has not ended, where a process may be stopped for so
+    long; 0: for ever, as for a debugger. One that has ended is noticed at once."""
+    return min(hang_timeout_s + _PATIENCE_S, _FOR_EVER_S) if hang_timeout_s else _FOR_EVER_S
 
 
 class FirstRank:
@@ -38,12 +47,14 @@ class FirstRank:
         processes: RankProcesses,
         num_threads: int,
         threads_now: Callable[[], int] | None,
+        timeout_s: float = _PATIENCE_S,
     ) -> None:
         """Each rank computes with up to `num_threads` threads, `threads_now` of them in a pass;
-        None are all."""
+        None are all. None waits longer than `timeout_s` for another."""
+        self._timeout_s = timeout_s
         self._processes = processes
         self._num_threads = num_threads
-        self._lead = Lead(processes.links, TIMEOUT_S, threads_now or (lambda: num_threads))
+        self._lead = Lead(processes.links, timeout_s, threads_now or (lambda: num_threads))
         self._group: AllReduce | None = None
 
     @property
@@ -62,7 +73,6 @@ class FirstRank:
         weights: AttachedWeights,
         settings: EngineSettings,
         capacity: int,
-        max_rows: int,
         max_model_len: int,
     ) -> AllReduce:
         """Let the others build their parts of the model, and be their group's first member, which
@@ -75,23 +85,23 @@ class FirstRank:
             group=lease.extent,
             weights=weights.reader.sealed,
             divides="model" if settings.tensor_parallel_size > 1 else "sequences",
-            max_rows=max_rows,
+            max_rows=settings.most_rows,
             max_model_len=max_model_len,
             num_threads=self._num_threads,
             module_threads=torch.get_num_threads(),
             kernels=settings.cpu_kernels,
             attention_workspace=settings.attention_workspace,
-            timeout_s=TIMEOUT_S,
+            timeout_s=self._timeout_s,
         )
         self._lead.begin(begin, lease)
-        self._group = AllReduce(lease.tensor(), 0, num_ranks, TIMEOUT_S)
+        self._group = AllReduce(lease.tensor(), 0, num_ranks, self._timeout_s)
         return self._group
 
     def agree(self, model: Model, reason: str | None) -> str | None:
         """When all have built their parts, `model` being this one's: compute it together. `reason`
         is why the kernels can't compute this one, if so; returns why they can't compute all.
         Raises RankError."""
-        prepared = self._lead.prepared(_PREPARED_S)
+        prepared = self._lead.prepared(max(_PREPARED_S, self._timeout_s))
         kernels = {one.kernels for one in prepared} | {model.kernels or ""}
         if len(kernels) > 1 or "" in kernels:
             reasons = [reason, *(one.reason for one in prepared)]

@@ -28,6 +28,7 @@ from workers.process import linux
 if TYPE_CHECKING:
     from workers.kv.common import CommonMemory
     from workers.process.rank_link import Link
+    from workers.settings import EngineSettings
 
 MAX_FRAME_BYTES: Final = 1 << 16
 
@@ -186,7 +187,7 @@ def _become_instance(
         spec = decode_start(frame).spec
         processes = None
         if (size := spec.settings.num_ranks) > 1:
-            work = partial(_work_of_rank, num_ranks=size)
+            work = partial(_work_of_rank, settings=spec.settings)
             processes = RankProcesses(spec.name, size, (pipe, pulse), work)
         status = instance.run(spec, Pulse(pulse), processes)
     except BaseException:
@@ -199,10 +200,14 @@ def _become_instance(
         os._exit(status)
 
 
-def _work_of_rank(rank: int, link: "Link", memory: "CommonMemory", num_ranks: int) -> int:
+def _work_of_rank(
+    rank: int, link: "Link", memory: "CommonMemory", settings: "EngineSettings"
+) -> int:
+    from workers.process.node_pinning import pin_rank
     from workers.process.rank_follow import follow
 
-    return follow(rank, num_ranks, link, memory)
+    pin_rank(rank, settings)
+    return follow(rank, settings.num_ranks, link, memory)
 
 
 if __name__ == "__main__":

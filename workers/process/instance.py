@@ -50,6 +50,7 @@ from workers.process.assembly import Assembled, Assembly
 from workers.process.cores import SharedCores
 from workers.process.first_rank import FirstRank
 from workers.process.inbox import named
+from workers.process.node_pinning import pin_first
 from workers.process.outbox import frames
 from workers.process.pulse import Pulse
 from workers.process.rank_processes import RankProcesses, end_as
@@ -130,6 +131,8 @@ class _Instance:
         self._ended("fork")
         with contextlib.ExitStack() as stack:
             try:
+                # Threads that begin from here on are on the first rank's node, too.
+                pinning = pin_first(self._settings)
                 memory = stack.enter_context(self._connect())
                 stack.enter_context(self._resources)
                 assembly = Assembly(
@@ -140,6 +143,7 @@ class _Instance:
                     self._pulse.works_on,
                     self._loading,
                     self._ended,
+                    pinning,
                 )
                 assembled = assembly.assemble()
                 self._cores, self._ranks = assembly.cores, assembled.ranks

@@ -13,6 +13,7 @@ from torch import nn
 
 from workers.packed_format import ROWS, PackedFormat, unpack
 
+NO_PARTS: Final[Mapping[str, int]] = {}
 _PIECE_WEIGHTS: Final = 1 << 20
 """Turned into floats at a time."""
 
@@ -20,19 +21,25 @@ _PIECE_WEIGHTS: Final = 1 << 20
 class PackedLinear(nn.Module):
     """In place of an `nn.Linear`."""
 
-    def __init__(self, linear: nn.Linear, layout: PackedFormat) -> None:
+    def __init__(
+        self, linear: nn.Linear, layout: PackedFormat, first_column: int | None = None
+    ) -> None:
+        """With a `first_column` its inputs are a part of one tile, from that column on."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.layout: Final = layout
-        self.weight = _parameter(layout, self.out_features, self.in_features)
+        self.first_column: Final = first_column
+        width = self.in_features if first_column is None else layout.group
+        self.weight = _parameter(layout, self.out_features, width)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """# [..., in_features] → [..., out_features]"""
         out = x.new_empty((*x.shape[:-1], self.out_features))
+        begin = self.first_column or 0
         for first, weights in _pieces(self.layout, self.weight, self.in_features):
             end = min(first + len(weights), self.out_features)
-            rows = weights[: end - first].to(x.dtype)
+            rows = weights[: end - first, begin : begin + self.in_features].to(x.dtype)
             bias = None if self.bias is None else self.bias[first:end]
             out[..., first:end] = nn.functional.linear(x, rows, bias)
         return out
@@ -61,21 +68,32 @@ class PackedEmbedding(nn.Module):
         return found if scale is None else found * scale.to(found.dtype)
 
 
-def put_packed(module: Any, formats: Mapping[str, PackedFormat], dtype: torch.dtype) -> None:
-    """Put modules that take packed weights where `formats` names their weights, by the names of the
-    module's parameters, or of one that is tied to them."""
+def with_ties(module: Any, formats: Mapping[str, PackedFormat]) -> dict[str, PackedFormat]:
+    """By the names of the module's parameters; of what is tied, either may be named."""
     named = dict(formats)
     for target, source in module.all_tied_weights_keys.items():
         for name, twin in ((target, source), (source, target)):
             if twin in formats:
                 named.setdefault(name, formats[twin])
-    for name, layout in named.items():
+    return named
+
+
+def put_packed(
+    module: Any,
+    formats: Mapping[str, PackedFormat],
+    dtype: torch.dtype,
+    first_columns: Mapping[str, int] = NO_PARTS,
+) -> None:
+    """Put modules that take packed weights where `formats` names their weights, by the names of the
+    module's parameters, or of one that is tied to them; `first_columns` names those of which the
+    module has a part of one tile."""
+    for name, layout in with_ties(module, formats).items():
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
         if last != "weight" or not isinstance(owner, nn.Linear | nn.Embedding):
             raise AssertionError(f"{name} is packed, and {type(owner).__name__} takes no such")
         if isinstance(owner, nn.Linear):
-            module.set_submodule(path, PackedLinear(owner, layout))
+            module.set_submodule(path, PackedLinear(owner, layout, first_columns.get(name)))
         else:
             module.set_submodule(path, PackedEmbedding(owner, layout, dtype))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from server.console.plan import plan_lines
+from server.machine.capacity import Held, Machine, read_machine
 from server.machine.plan import (
     ATTACHED_PRIVATE_BYTES,
     HEAP_GROWTH_BYTES,
@@ -18,10 +19,8 @@ from server.machine.plan import (
     MAX_NUM_SEQS,
     OTHER_PROCESSES_BYTES,
     Load,
-    Machine,
     Plan,
     make_plan,
-    read_machine,
 )
 from workers.messages import Estimate, OffloadEstimate, RankEstimate
 
@@ -44,6 +43,7 @@ def plan(
     embeds: bool = False,
     sequence_bytes: int = 20 * MB,
     offload: OffloadEstimate | None = None,
+    sums_bytes: int = 0,
     **load: int,
 ) -> Plan:
     """1 GB of weights, 20 MB a sequence unless it `embeds`, 40 MB a step."""
@@ -58,6 +58,7 @@ def plan(
         kv_bytes_per_sequence=0 if embeds else sequence_bytes,
         prefill_bytes=40 * MB,
         logits_bytes_per_sequence=MB,
+        sums_bytes=sums_bytes,
         rank=RANK if size > 1 else None,
         offload=offload,
     )
@@ -94,6 +95,18 @@ def test_ranks_on_one_device_share_weights_and_keys_but_not_processes() -> None:
     assert split.kv_bytes_at_full_load == alone.kv_bytes_at_full_load
     further = split.private_bytes_at_start - alone.private_bytes_at_start
     assert further == 2 * ATTACHED_PRIVATE_BYTES
+
+
+def test_ranks_that_divide_sequences_are_processes_with_sums_in_common() -> None:
+    alone, divided = plan().device, plan(data_parallel_size=3, sums_bytes=5 * MB).device
+    assert divided.sums_bytes == 2 * 5 * MB  # of each instance
+    further = divided.total_bytes_at_start - alone.total_bytes_at_start
+    assert further == 2 * 5 * MB + 4 * ATTACHED_PRIVATE_BYTES
+    at_work = divided.total_bytes_at_full_load - alone.total_bytes_at_full_load
+    assert at_work == further + 4 * (HEAP_GROWTH_BYTES + 40 * MB)
+    tight = {"data_parallel_size": 3, "sums_bytes": 5 * MB}
+    assert plan(shared_memory_bytes=1170 * MB, **tight).room.fits_at_full_load  # type: ignore[arg-type]
+    assert not plan(shared_memory_bytes=1170 * MB - 1, **tight).room.fits_at_full_load  # type: ignore[arg-type]
 
 
 def test_ranks_on_devices_of_their_own_hold_their_share() -> None:
@@ -182,6 +195,12 @@ def test_the_machine_is_this_one_or_the_one_that_was_given() -> None:
     assert read_machine(5000, None) == Machine(5000, 5000, given=True)
     assert read_machine(5000, 9000).shared_memory_bytes == 5000
     assert read_machine(5000, 1000) == Machine(5000, 1000, given=True)
+
+
+def test_what_an_allocator_has_for_the_model_is_there_for_it() -> None:
+    """The allocator's limit is the one that counts, and what it holds of the model comes on top."""
+    held = Held(free_bytes=1000, for_model_bytes=500)
+    assert read_machine(None, 10, held).shared_memory_bytes == 1500
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from server.console.verdict import verdict_lines
 from server.machine.process_memory import ProcessMemory, SegmentMapping
 from server.machine.verify import MAX_PRIVATE_BYTES, Verdict, judge
 
@@ -52,6 +53,25 @@ def test_two_that_share_hold_and_are_added_up() -> None:
     first = verdict.instances[0]
     assert (first.mapped_bytes, first.resident_bytes) == (MAPPED_BYTES, MAPPED_BYTES)
     assert (first.private_bytes, first.kv_bytes) == (40_000_000, 3_000_000)
+
+
+def test_ranks_are_processes_of_an_instance_that_would_have_one_copy() -> None:
+    third = replace(MAPPING, pss_bytes=MAPPED_BYTES // 3)
+    memories = [replace(MEMORY, pid=pid, segments=(third,)) for pid in (11, 12, 13)]
+    named = list(zip(("i0", "i0 rank 1", "i0 rank 2"), memories, strict=True))
+    verdict = judge(NAME, WEIGHTS_BYTES, named, ranks={12: 1, 13: 2})
+    assert verdict.holds, verdict.problems
+    assert [one.rank for one in verdict.instances] == [0, 1, 2]
+    assert verdict.num_instances == 1
+    assert verdict.unshared_bytes == verdict.total_bytes == WEIGHTS_BYTES + 3 * 43_000_000
+    text = verdict_lines(verdict)
+    assert "the ranks' shares of them add up" in text
+    assert "The 3 ranks of 1 instance take 229.0 MB." in text
+    verdict = judge(NAME, WEIGHTS_BYTES, named, ranks={13: 1})
+    assert "The 3 ranks of 2 instances take 229.0 MB; 2 private copies" in verdict_lines(verdict)
+    assert "3 instances take 229.0 MB; 3 private" in verdict_lines(
+        judge(NAME, WEIGHTS_BYTES, named)
+    )
 
 
 def test_other_segments_are_nobodys_business() -> None:

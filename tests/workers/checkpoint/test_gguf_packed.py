@@ -85,7 +85,7 @@ def test_a_file_says_the_same_packed_in_less_memory(smollm2_gguf: Path) -> None:
     [
         ({"dtype": "float32"}, "--dtype is float32"),
         ({"device": "cuda:0"}, "--device is cuda:0"),
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"tensor_parallel_size": 10}, "--tensor-parallel-size is 10, but the model has 9"),
     ],
 )
 def test_what_is_against_it_is_told_to_who_asks_for_it(

@@ -34,6 +34,7 @@ from workers.errors import (
 )
 from workers.estimate import estimate
 from workers.model.encoder import EmbeddingModel, build_embedding_model
+from workers.settings import checked
 
 NEAR = 1e-5
 DECODERS = {"qwen3", "gemma3_text"}
@@ -287,9 +288,10 @@ def test_the_estimate_is_of_what_would_be_laid_out(family: str, tmp_path: Path) 
     assert found.segment_bytes >= 4 * found.num_parameters
     assert found.prefill_bytes > 0
     with pytest.raises(InvalidSetting, match="made for 64 tokens"):
-        estimate(checkpoint, max_model_len=65)
-    with pytest.raises(InvalidSetting, match="not split"):
-        estimate(checkpoint, tensor_parallel_size=2)
+        estimate(checkpoint, checked({"max_model_len": 65}))
+    for option in ("tensor_parallel_size", "data_parallel_size"):
+        with pytest.raises(InvalidSetting, match="has one rank: leave out --"):
+            estimate(checkpoint, checked({option: 2}))
 
 
 # --- a real model

@@ -24,6 +24,7 @@ from workers.errors import InvalidSetting, UnsupportedCheckpoint
 from workers.model.decoder import build_model
 from workers.model.geometry import geometry_of
 from workers.model.tensor_parallel import narrow
+from workers.packed_format import decoded
 from workers.placement.all_reduce import AllReduce, form, num_bytes
 from workers.placement.resident import Resident
 from workers.skeleton.decoder import skeleton
@@ -73,7 +74,8 @@ def computed(
     """All logits, one behind the other: by the native decoder, if it has threads."""
     config = json.loads(weights.metadata["config"])
     dtype = weights.dtype or torch.float32
-    model = build_model(config, Resident(weights.tensors), dtype, ranks=ranks)
+    packed = decoded(weights.metadata)
+    model = build_model(config, Resident(weights.tensors), dtype, ranks=ranks, packed=packed)
     for parameter in model.module.parameters():
         assert any(is_within(parameter, whole) for whole in weights.tensors.values())
     if num_threads:

@@ -31,7 +31,7 @@ from workers.model.decoder import build_model
 from workers.model.divided import division
 from workers.model.native.decoder import num_summed
 from workers.placement.resident import Resident
-from workers.process.first_rank import FirstRank
+from workers.process.first_rank import FirstRank, patience_s
 from workers.process.rank_follow import follow
 from workers.process.rank_link import Link
 from workers.process.rank_messages import MAX_FRAME_BYTES, PartOfStep, Step, encode
@@ -62,10 +62,11 @@ class Ranks:
         self.memory = memory
         self.processes = RankProcesses("t", num_ranks, (), partial(work, num_ranks=num_ranks))
         self.first = FirstRank(self.processes, 1, None)
-        settings = checked({f"{divides}_parallel_size": num_ranks})
+        options = {"max_num_batched_tokens": max_rows - 4, "max_num_seqs": 4}
+        settings = checked({f"{divides}_parallel_size": num_ranks, **options})
         capacity = num_summed(max_rows, 64) if divides == "tensor" else 100
         weights = attach(memory, open_checkpoint(save(reference("llama", dtype), folder)))
-        group = self.first.form(memory, weights, settings, capacity, max_rows, MAX_LEN)
+        group = self.first.form(memory, weights, settings, capacity, MAX_LEN)
         config = json.loads(weights.metadata["config"])
         cut_by = group if divides == "tensor" else None
         self.model = build_model(config, Resident(weights.tensors), dtype, ranks=cut_by)
@@ -197,6 +198,17 @@ def test_an_error_of_the_first_rank_alone_ends_what_all_compute(memory: Client, 
         ranks.first.passes(batch),
     ):
         raise ValueError("only here")
+
+
+def test_a_rank_is_waited_for_longer_than_one_may_be_stopped() -> None:
+    assert patience_s(3.0) == 63.0
+    assert patience_s(600.0) == 660.0
+    assert patience_s(0.0) == patience_s(1e12) > 1e6  # for ever, as a socket knows it
+    first, other = Link.pair(1, 2)
+    other.send(b"x", patience_s(0.0))
+    assert first.receive(patience_s(0.0)) == b"x"
+    first.close()
+    other.close()
 
 
 def test_prefixes_are_of_as_many_ranks() -> None:

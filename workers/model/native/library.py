@@ -68,7 +68,8 @@ class NotThisProcessor(Unavailable):
 
 class Matrix(ctypes.Structure):
     """Row-major [num_rows, width of the linear], rows `stride` elements apart or, where that is 0,
-    one behind the other; format 0 is bf16, and others are those of `workers.packed_format`."""
+    one behind the other; format 0 is bf16, and others are those of `workers.packed_format`, of
+    which it may be a part of one tile's columns, behind those that are `skipped`."""
 
     _fields_: ClassVar = [
         ("weight", c_void_p),
@@ -76,6 +77,7 @@ class Matrix(ctypes.Structure):
         ("num_rows", c_int64),
         ("format", c_int32),
         ("stride", c_int32),
+        ("skipped", c_int32),
     ]
 
 

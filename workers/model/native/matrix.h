@@ -1,7 +1,8 @@
 // Weights as they lie in memory, and how an operation is cut into pieces of them.
 //
 // A matrix is row-major, `width` elements a row, and its format says what an element is. It may be
-// some columns of a wider one: then its rows are further apart. Pieces are
+// some columns of a wider one: then its rows are further apart; of a packed one, whole tiles of each
+// strip, or a part of one tile. Pieces are
 // 32 rows, or 16 of each of two matrices whose outputs belong together. Knows nothing of how
 // products are made.
 #pragma once
@@ -18,6 +19,7 @@ struct Matrix {
   int64_t num_rows;
   int32_t format;
   int32_t stride;  // elements from one row to the next; 0: `width`
+  int32_t skipped;  // of packed columns in one tile: those before them
 };
 
 // Up to three matrices with the same input, their outputs one after the other.

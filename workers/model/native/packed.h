@@ -8,7 +8,9 @@
 //   minima    [16], likewise, where the format has them
 //
 // A weight is scale * integer + minimum or, without minima, scale * (integer - 2^(bits - 1)). Rows
-// behind the matrix's last are zeros. Integers beside minima are less than 128.
+// behind the matrix's last are zeros. Integers beside minima are less than 128. A matrix may be some
+// tiles of each strip of a wider one, whose width is its `stride`, or columns of one tile, behind
+// those that are `skipped`.
 //
 // Activations are rounded to 8 bits, each 32 of a row with a scale of their own. Products of integers
 // are summed exactly, so an output depends on its own row alone, and what is computed beside it
@@ -78,10 +80,11 @@ inline F scales_at(const uint8_t* p) {
 // The value of one weight.
 inline float packed_at(const Matrix& matrix, int width, int64_t row, int column) {
   const PackedFormat format(matrix.format);
-  const uint8_t* tile = (const uint8_t*)matrix.weight + row / kGroup * format.strip_bytes(width) +
+  const int stride = matrix.stride ? matrix.stride : width;
+  const uint8_t* tile = (const uint8_t*)matrix.weight + row / kGroup * format.strip_bytes(stride) +
                         int64_t(column / format.group) * format.tile_bytes();
   const int lane = int(row % kGroup);
-  column %= format.group;
+  column = column % format.group + matrix.skipped;
   int integer;
   if (format.bits == 8) {
     integer = tile[column / 4 * 64 + lane * 4 + column % 4];
@@ -274,33 +277,39 @@ inline Int splat_integer(int32_t x) { return Int{} + x; }
 struct Packed {
   static void multiply(const Group& group, int width, const ShortBlock& x, float* out) {
     const PackedFormat format(group.matrix->format);
-    const uint8_t* strip =
-        (const uint8_t*)group.matrix->weight + group.row / kGroup * format.strip_bytes(width);
+    const uint8_t* strip = (const uint8_t*)group.matrix->weight +
+                           group.row / kGroup * format.strip_bytes(int(group.stride(width)));
+    const Place at{strip, width, group.matrix->skipped * kGroup * format.bits / 8};
     if (format.bits == 4)
-      with_scales<4>(format, strip, width, x, out);
+      with_scales<4>(format, at, x, out);
     else
-      with_scales<8>(format, strip, width, x, out);
+      with_scales<8>(format, at, x, out);
   }
 
  private:
+  // Of a strip: its first tile, how many columns, and the bytes of those that are skipped.
+  struct Place {
+    const uint8_t* tile;
+    int width, skipped_bytes;
+  };
+
   template <int kBits>
-  static void with_scales(const PackedFormat& format, const uint8_t* strip, int width,
-                          const ShortBlock& x, float* out) {
+  static void with_scales(const PackedFormat& format, const Place& at, const ShortBlock& x,
+                          float* out) {
     if (format.wide)
-      return format.minima ? all<kBits, true, true>(format, strip, width, x, out)
-                           : all<kBits, true, false>(format, strip, width, x, out);
-    return format.minima ? all<kBits, false, true>(format, strip, width, x, out)
-                         : all<kBits, false, false>(format, strip, width, x, out);
+      return format.minima ? all<kBits, true, true>(format, at, x, out)
+                           : all<kBits, true, false>(format, at, x, out);
+    return format.minima ? all<kBits, false, true>(format, at, x, out)
+                         : all<kBits, false, false>(format, at, x, out);
   }
   template <int kBits, bool kWide, bool kMinima>
-  static void all(const PackedFormat& format, const uint8_t* strip, int width, const ShortBlock& x,
-                  float* out) {
+  static void all(const PackedFormat& format, const Place& at, const ShortBlock& x, float* out) {
     int m = 0;
     const auto some = [&](auto count, bool fetches) {
       constexpr int M = decltype(count)::value;
       for (int lane = 0; lane < kGroup; lane += kLanes)
-        product<kBits, kWide, kMinima, M>(format, strip, width, x.rows + m, lane,
-                                          fetches && lane == 0, out + m * kOutputs + lane);
+        product<kBits, kWide, kMinima, M>(format, at, x.rows + m, lane, fetches && lane == 0,
+                                          out + m * kOutputs + lane);
       m += M;
     };
     // Those beside whom memory is fetched come first.
@@ -319,8 +328,10 @@ struct Packed {
 
   // kLanes rows of a strip, from `lane` on, with M rows of activations: out[m * kOutputs].
   template <int kBits, bool kWide, bool kMinima, int M>
-  static void product(const PackedFormat& format, const uint8_t* tile, int width,
-                      const Shortened* x, int lane, bool fetches, float* out) {
+  static void product(const PackedFormat& format, const Place& place, const Shortened* x, int lane,
+                      bool fetches, float* out) {
+    const int width = place.width;
+    const uint8_t* tile = place.tile;
     constexpr bool kSigned = kBits == 8 && !kMinima && !kTakesUnsigned;
     constexpr bool kCentered = !kMinima && !kSigned;  // what is subtracted, is so from sums
     constexpr int kShift = kBits - 1;
@@ -347,12 +358,12 @@ struct Packed {
           totals[m] = fma(as_floats(sums[m]) * splat(x[m].scales[half / 2]), scales, totals[m]);
       }
     } else {
-      const int shares = format.group / kShare;
+      const int shares = std::min(format.group, width) / kShare;
       int share = 0;
       for (int column = 0; column < width; column += format.group, tile += tile_bytes) {
         F parts[M], lows[M];
         for (int m = 0; m < M; m++) parts[m] = lows[m] = splat(0.f);
-        const uint8_t* lines = tile + lines_from;
+        const uint8_t* lines = tile + place.skipped_bytes + lines_from;
         for (int end = share + shares; share < end; share++) {
           Int sums[M];
           for (int m = 0; m < M; m++)

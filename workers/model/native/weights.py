@@ -86,20 +86,28 @@ class Weights:
         if not isinstance(module, PackedLinear | PackedEmbedding):
             return self.matrix(module.weight, bias, (num_rows, width), first, count)
         tensor, layout = module.weight, module.layout
-        strips, strip_bytes = layout.shape(num_rows, width)
+        skipped = getattr(module, "first_column", None)
+        if skipped is not None and (skipped % 32 or width % 32):
+            raise NotNative(f"{width} columns of a packed tile, from the {skipped}th on")
+        strips, strip_bytes = layout.shape(num_rows, width if skipped is None else layout.group)
         if first % ROWS:
             raise NotNative(f"packed rows from the {first:,}th on")
         if tensor.device.type not in self._devices or tuple(tensor.shape) != (strips, strip_bytes):
             raise NotNative(f"packed weights as {list(tensor.shape)} on {tensor.device.type}")
-        if not tensor.is_contiguous() or tensor.data_ptr() % 4:
-            raise NotNative("packed weights that do not lie in one piece")
+        apart = _stride(tensor) or strip_bytes
+        is_laid_out = tensor.is_contiguous() or (_stride(tensor) and not apart % layout.tile_bytes)
+        is_whole = apart == strip_bytes and skipped is None
+        if not is_laid_out or tensor.data_ptr() % 4:
+            raise NotNative("packed weights that do not lie in one piece, nor as columns of one")
         self.kept.append(tensor)
         self._seen.add(id(tensor))
         return library.Matrix(
-            int(tensor.data_ptr()) + first // ROWS * strip_bytes,
+            int(tensor.data_ptr()) + first // ROWS * apart,
             self.address(bias, (num_rows,), first) if bias is not None else None,
             num_rows if count is None else count,
             layout.number,
+            0 if is_whole else apart // layout.tile_bytes * layout.group,
+            skipped or 0,
         )
 
     def linear(self, modules: list[Any]) -> library.Linear:
