@@ -45,6 +45,7 @@ from workers.model.tensor_parallel import narrow
 from workers.packed_format import PackedFormat, decoded
 from workers.placement.choice import Proposal, largest_slot_bytes, propose
 from workers.placement.forecast import memory_bytes_per_s, read_bytes_per_s
+from workers.placement.kept import check_kept
 from workers.placement.packing import open_as_served
 from workers.placement.rank_sums import sums_bytes
 from workers.placement.resident import Resident
@@ -120,8 +121,13 @@ def estimate(
         return embedding_estimate(
             metadata, tensors, dtype, settings.max_model_len, settings.max_num_batched_tokens
         )
+    check_kept(checkpoint, settings)
     model = build_model(
-        json.loads(metadata["config"]), Resident(shapes), dtype, packed=decoded(metadata)
+        json.loads(metadata["config"]),
+        Resident(shapes),
+        dtype,
+        packed=decoded(metadata),
+        kv_bits=settings.kv_bits,
     )
     limit = model.geometry.max_model_len
     max_model_len = settings.max_model_len or limit

@@ -399,6 +399,8 @@ class EvaluationRequest(Message, frozen=True):
     dtype: Bounded
     weights: Bounded
     """Of the models; the reference's are expanded."""
+    kv_cache_dtype: Bounded
+    """Of the models; the reference's is auto."""
     windows: Annotated[
         tuple[Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=2)], ...],
         msgspec.Meta(min_length=1),

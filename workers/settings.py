@@ -16,6 +16,7 @@ from workers.errors import InvalidSetting
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 KernelsName = Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "portable"]
 WeightsName = Literal["auto", "packed", "bf16"]
+KVCacheDtypeName = Literal["auto", "bf16", "int8", "int4"]
 KERNELS: Final[tuple[str, ...]] = get_args(KernelsName)[1:]
 MAX_NUM_SEQS: Final = 4096
 
@@ -85,6 +86,13 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Meta(
             description="What quantized weights are in memory: packed as they are, or bf16. auto: "
             "packed where the kernels compute on them."
+        ),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        KVCacheDtypeName,
+        Meta(
+            description="What keys and values are kept in: bf16, int8 or int4, 32 tokens quantized "
+            "at a time. auto: as they are computed."
         ),
     ] = "auto"
     threads: (
@@ -185,6 +193,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = False
 
     @property
+    def kv_bits(self) -> int:
+        """Of a kept key's or value's element."""
+        return {"int8": 8, "int4": 4}.get(self.kv_cache_dtype, 16)
+
+    @property
     def num_ranks(self) -> int:
         """Processes of an instance."""
         return self.tensor_parallel_size * self.data_parallel_size
@@ -277,6 +290,26 @@ def _check_ranks(settings: EngineSettings) -> None:
         )
 
 
+def _check_kept(settings: EngineSettings) -> None:
+    """What can't be computed with quantized keys and values. Raises InvalidSetting."""
+    asked = f"--kv-cache-dtype is {settings.kv_cache_dtype}"
+    if not settings.device.startswith("host"):
+        raise InvalidSetting(
+            f"{asked}, and --device is {settings.device}: they are quantized on the processor "
+            "alone, so leave out one of them"
+        )
+    if settings.dtype in ("float16", "float32"):
+        raise InvalidSetting(
+            f"{asked}, and --dtype is {settings.dtype}: the kernels that read them compute in "
+            "bfloat16, so leave out one of them"
+        )
+    if settings.num_ranks > 1:
+        raise InvalidSetting(
+            f"{asked}, and {settings.ranks_asked_by} is {settings.num_ranks}: ranks keep keys and "
+            "values as they are computed, so leave out one of them"
+        )
+
+
 class _AdditionalConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer_sharding: tuple[str, ...] = ()
 
@@ -285,6 +318,8 @@ def _consistent(settings: EngineSettings) -> EngineSettings:
     """With `layer_sharding` wherever it was given. Raises InvalidSetting."""
     if settings.num_ranks > 1:
         _check_ranks(settings)
+    if settings.kv_bits < 16:
+        _check_kept(settings)
     _check_nodes(settings)
     if not settings.additional_config:
         return settings

@@ -31,7 +31,7 @@ from workers import ReferenceName
 
 @takes_settings(
     *("num_instances", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
-    *("num_speculative_tokens", "dtype", "weights"),
+    *("num_speculative_tokens", "dtype", "weights", "kv_cache_dtype"),
     *("device_memory", "offload", "offload_depth"),
     *("tensor_parallel_size", "data_parallel_size"),
 )

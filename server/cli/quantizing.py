@@ -157,6 +157,9 @@ def evaluate(
         str,
         typer.Option(help="Of MODELS: packed, expanded to bf16, or auto, as they are served."),
     ] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Of MODELS: auto, bf16, int8 or int4, as they are served.")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Say how well MODELS predict a text: perplexity and, beside another model, how far they are
@@ -166,11 +169,12 @@ def evaluate(
     memory meanwhile.
     """
     with one_line_errors():
-        engine_settings({"dtype": dtype, "weights": weights})
+        kept = {"dtype": dtype, "weights": weights, "kv_cache_dtype": kv_cache_dtype}
+        engine_settings(kept)
         sources = [find_model(model) for model in models]
         reference = None if against is None else find_model(against)
         with console.err.status("") as status:
-            found = evaluate_models(sources, reference, text, window, dtype, weights, status.update)
+            found = evaluate_models(sources, reference, text, window, **kept, tell=status.update)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

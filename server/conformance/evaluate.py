@@ -63,10 +63,12 @@ def evaluate(
     window_tokens: int,
     dtype: str,
     weights: str,
+    kv_cache_dtype: str,
     tell: Callable[[str], None],
 ) -> Evaluation:
-    """`dtype` and `weights` are what instances take as `--dtype` and `--weights`; a reference's
-    weights are expanded. `tell` hears how far it is. Raises EvaluationFailed, ServerError,
+    """`dtype`, `weights` and `kv_cache_dtype` are what instances take as `--dtype`, `--weights` and
+    `--kv-cache-dtype`; a reference's weights are expanded, and its keys and values kept as they
+    are. `tell` hears how far it is. Raises EvaluationFailed, ServerError,
     CheckpointError, OSError."""
     asked = [*([reference] if reference is not None else []), *models]
     tell("reading the text")
@@ -85,6 +87,7 @@ def evaluate(
         reference=None if reference is None else str(reference.path),
         dtype=dtype,
         weights=weights,
+        kv_cache_dtype=kv_cache_dtype,
         windows=tuple(map(tuple, cut[0])),
     )
     scores: list[list[WindowScore]] = [[] for _ in asked]

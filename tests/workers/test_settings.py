@@ -73,3 +73,20 @@ def test_ranks_divide_the_model_or_the_sequences() -> None:
         checked({"tensor_parallel_size": 2, "data_parallel_size": 3})
     with pytest.raises(InvalidSetting, match="--data-parallel-size is 2, and --offload is all"):
         checked({"data_parallel_size": 2, "offload": "all"})
+
+
+def test_quantized_keys_and_values_are_refused_where_nobody_computes_them() -> None:
+    names = ("auto", "bf16", "int8", "int4")
+    assert [checked({"kv_cache_dtype": name}).kv_bits for name in names] == [16, 16, 8, 4]
+    assert checked({"kv_cache_dtype": "int4", "dtype": "bfloat16", "offload": "all"}).kv_bits == 4
+    with pytest.raises(InvalidSetting, match="--kv-cache-dtype is 'fp8': it is one of auto, bf16"):
+        checked({"kv_cache_dtype": "fp8"})
+    for other, match in (
+        ({"device": "cuda:0"}, "--device is cuda:0: they are quantized on the processor alone"),
+        ({"dtype": "float32"}, "--dtype is float32: the kernels .* compute in bfloat16"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size is 2: ranks keep"),
+        ({"data_parallel_size": 3}, "--data-parallel-size is 3: ranks keep"),
+    ):
+        checked({"kv_cache_dtype": "bf16", **other})
+        with pytest.raises(InvalidSetting, match=f"--kv-cache-dtype is int8, and {match}"):
+            checked({"kv_cache_dtype": "int8", **other})

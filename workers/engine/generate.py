@@ -352,5 +352,5 @@ class GenerationEngine:
 def _unlimited(
     layout: KVLayout, max_model_len: int, max_num_seqs: int, device: torch.device
 ) -> KVCache:
-    num_bytes = max_num_seqs * layout.num_blocks(max_model_len) * layout.block_bytes
+    num_bytes = max_num_seqs * layout.num_bytes(max_model_len)
     return KVCache(layout, device=device, private_limit_bytes=num_bytes)

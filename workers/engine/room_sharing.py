@@ -48,7 +48,7 @@ class RoomSharing:
     def _give_way(self) -> int:
         """Let the last sequence wait. Returns how many blocks it had."""
         last = self._scheduler.running[-1]
-        num_blocks = len(last.table.blocks)
+        num_blocks = len(last.table.held)
         self._scheduler.preempt(last, self._room)
         self._room.kv.trim()  # or it would begin again with the same blocks
         return num_blocks

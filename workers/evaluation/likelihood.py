@@ -20,7 +20,9 @@ from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part
 from workers.model.decoder import Model, build_model
 from workers.packed_format import decoded
+from workers.placement.kept import check_kept, require_kept
 from workers.placement.resident import Resident
+from workers.settings import EngineSettings
 from workers.weight_format import float_dtype
 
 _STEP_TOKENS: Final = 64
@@ -38,17 +40,21 @@ class Score:
     num_same: int = 0
 
 
-def loaded(checkpoint: Checkpoint, window_tokens: int) -> Model:
-    """In private memory, computing as an instance would. Raises WorkerError."""
+def loaded(checkpoint: Checkpoint, window_tokens: int, settings: EngineSettings) -> Model:
+    """In private memory, computing as an instance of these settings would. Raises WorkerError."""
     metadata = _metadata(checkpoint)
+    check_kept(checkpoint, settings)
     tensors = read_whole(checkpoint)
+    dtype = checkpoint.dtype or float_dtype(tensors)
     model = build_model(
         json.loads(metadata["config"]),
         Resident(tensors),
-        checkpoint.dtype or float_dtype(tensors),
+        dtype,
         packed=decoded(metadata),
+        kv_bits=settings.kv_bits,
     )
-    model.accelerate(_STEP_TOKENS, window_tokens, torch.get_num_threads())
+    reason = model.accelerate(_STEP_TOKENS, window_tokens, torch.get_num_threads())
+    require_kept(settings, dtype, reason)
     return model
 
 
@@ -77,10 +83,12 @@ def score(model: Model, window: Sequence[int], reference: Model | None) -> Score
 def log_probabilities(model: Model, window: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
     """Of what follows each token # [some tokens, vocab_size] fp32, with the place of the first."""
     layout = model.geometry.kv_layout
-    blocks = PrivateSource(layout, model.device).lease(layout.num_blocks(len(window)))
-    table = BlockTable(layout, blocks)
+    memory = PrivateSource(layout, model.device, layout.num_bytes(len(window)))
+    table = BlockTable(layout)
     for begin in range(0, len(window), _STEP_TOKENS):
         part = window[begin : begin + _STEP_TOKENS]
+        blocks = memory.lease(table.num_missing(begin + len(part)))
+        memory.release(table.grow(begin + len(part), blocks))
         logits = model.forward(Batch.of([Part(table, part, len(part))]))
         yield begin, logits.float().cpu().log_softmax(-1)
 

@@ -25,12 +25,12 @@ def evaluate(request: EvaluationRequest) -> None:
     longest = max(map(len, request.windows))
     reference = None
     if request.reference is not None:
-        reference = _loaded(request.reference, request.dtype, "bf16", longest)
+        reference = _loaded(request.reference, request.dtype, "bf16", "auto", longest)
     for number, path in enumerate(request.models):
         is_reference = reference is not None and number == 0
         model = reference
         if model is None or not is_reference:
-            model = _loaded(path, request.dtype, request.weights, longest)
+            model = _loaded(path, request.dtype, request.weights, request.kv_cache_dtype, longest)
         with torch.inference_mode():
             for index, window in enumerate(request.windows):
                 found = score(model, window, None if is_reference else reference)
@@ -48,9 +48,9 @@ def evaluate(request: EvaluationRequest) -> None:
         gc.collect()
 
 
-def _loaded(path: str, dtype: str, weights: str, longest: int) -> Model:
-    settings = checked({"dtype": dtype, "weights": weights})
-    return loaded(open_as_served(path, settings), longest)
+def _loaded(path: str, dtype: str, weights: str, kv_cache_dtype: str, longest: int) -> Model:
+    settings = checked({"dtype": dtype, "weights": weights, "kv_cache_dtype": kv_cache_dtype})
+    return loaded(open_as_served(path, settings), longest, settings)
 
 
 def main() -> int:

@@ -121,7 +121,7 @@ class KVCache:
         """Have room for `num_tokens` tokens in all. False, and nothing changed, where there is
         none; `problem` says why. `since_ms`: when the sequence came (CLOCK_MONOTONIC): of those
         that are alone in their instances, the oldest comes first."""
-        short = self.layout.num_blocks(num_tokens) - len(cache.table.blocks)
+        short = cache.table.num_missing(num_tokens)
         if short > len(self._free):
             alone_since_ms = since_ms if len(self._open) == 1 else 0
             try:
@@ -130,9 +130,9 @@ class KVCache:
                 self.problem = str(error)
                 self.is_taken = isinstance(error, PoolTaken)
                 return False
-        if short > 0:  # in the order in which they were leased, most of which lie in a row
-            cache.table.extend(self._free[:short])
-            del self._free[:short]
+        # In the order in which they were leased, most of which lie in a row.
+        given, self._free = self._free[:short], self._free[short:]
+        self._free += cache.table.grow(num_tokens, given)
         return True
 
     def seal(self, cache: SequenceCache, token_ids: Sequence[int]) -> bool:
@@ -159,7 +159,7 @@ class KVCache:
             if offered:
                 self._pool.seal(offered)
         except PoolGone:
-            return all(block.is_usable for block in cache.table.blocks)
+            return all(block.is_usable for block in cache.table.held)
         cache.num_sealed = num_full
         return True
 
@@ -204,7 +204,7 @@ class KVCache:
     @property
     def num_used(self) -> int:
         """Blocks of all sequences."""
-        return sum(len(cache.table.blocks) for cache in self._open.values())
+        return sum(len(cache.table.held) for cache in self._open.values())
 
     def open_caches(self) -> set[int]:
         """The identities (`id`) of those that were opened and not closed."""
@@ -228,8 +228,8 @@ class KVCache:
             table = cache.table
             if table.num_tokens > table.capacity:
                 raise AssertionError(f"{table.num_tokens} tokens in room for {table.capacity}")
-            writable += [block for block in table.blocks if not block.is_sealed]
-            private += sum(block.is_private for block in table.blocks)
+            writable += [block for block in table.held if not block.is_sealed]
+            private += sum(block.is_private for block in table.held)
         if len({id(block) for block in writable}) != len(writable):
             raise AssertionError("a writable block is in two places")
         if len({block.address for block in writable}) != len(writable):

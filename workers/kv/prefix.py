@@ -13,7 +13,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
-from workers.kv.layout import KVLayout
+from workers.kv.layout import FULL, KVLayout
 
 
 def root_digest(weights: str, layout: KVLayout, salt: str = "") -> bytes:
@@ -21,7 +21,8 @@ def root_digest(weights: str, layout: KVLayout, salt: str = "") -> bytes:
     shape = [
         [(layer.num_heads, layer.head_dim) for layer in layers] for layers in layout.all_layers
     ]
-    facts = (weights, str(layout.dtype), layout.block_size, shape, salt)
+    dtype = str(layout.dtype) if layout.bits == FULL else f"{layout.dtype} in {layout.bits} bits"
+    facts = (weights, dtype, layout.block_size, shape, salt)
     return hashlib.sha256(repr(facts).encode()).digest()
 
 

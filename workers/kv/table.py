@@ -1,11 +1,19 @@
 """One sequence's keys and values: its blocks in order, and the tensors that are views or copies of
 them.
 
-Owns where in which block a token lies. Invariant: committed tokens are never rewritten. Does not
-know where blocks come from, and when they are shared.
+Owns where in which block a token lies. Invariants: committed tokens are never rewritten; where they
+are quantized, the section that the committed tokens end in is here as it was. Does not know where
+blocks come from, and when they are shared.
 
     blocks     | 0: tokens 0..15 | 1: 16..31 | 2: 32..47 |
     num_tokens ───────────────────────────────► 37
+
+Quantized, in sections of 32 tokens, the blocks of a section that is not complete yet lie beside:
+
+    blocks     | 0: tokens 0..31 | 1: 32..63 |
+    open       {1: tokens 32..63 as they are}
+
+A pass has the open section that it begins in and the one that its last token is in.
 """
 
 from array import array
@@ -17,7 +25,7 @@ import torch
 
 from workers.errors import OutOfKVMemory
 from workers.kv.block import KVBlock
-from workers.kv.layout import KVLayout
+from workers.kv.layout import SECTION, KVLayout
 
 
 class BlockTable:
@@ -28,6 +36,8 @@ class BlockTable:
         """`blocks` hold the first `num_tokens` tokens already."""
         self.layout = layout
         self.blocks: list[KVBlock] = []
+        self._open: dict[int, list[KVBlock]] = {}
+        """Section → the blocks that have it as it is."""
         self._addresses = array("q")
         self._found_runs: tuple[int, int, list[tuple[int, int, int]]] = (0, 0, [])
         """What `_runs` found last: all layers of a pass read the same blocks."""
@@ -40,6 +50,40 @@ class BlockTable:
         """Where each block begins [num_blocks]; to be dropped before the table grows."""
         return np.frombuffer(self._addresses, dtype=np.int64)
 
+    def open_addresses(self, num_new: int) -> npt.NDArray[np.int64]:
+        """Where the open sections are of which a pass over the next `num_new` tokens has the first
+        and the last [2, num_open_blocks]; 0 where it begins with a section."""
+        addresses = np.zeros((2, self.layout.num_open_blocks), np.int64)
+        ends = (self.num_tokens // SECTION, (self.num_tokens + num_new - 1) // SECTION)
+        for row, section in zip(addresses, ends, strict=True):
+            if section in self._open:
+                row[:] = [block.address for block in self._open[section]]
+        return addresses
+
+    def num_missing(self, num_tokens: int) -> int:
+        """Blocks that are to be handed to `grow`, for as many tokens in all."""
+        lacking, idle = self._open_changes(num_tokens)
+        num_open = (len(lacking) - len(idle)) * self.layout.num_open_blocks
+        return max(0, self.layout.num_blocks(num_tokens) - len(self.blocks) + num_open)
+
+    def grow(self, num_tokens: int, blocks: Sequence[KVBlock]) -> list[KVBlock]:
+        """Have room for `num_tokens` tokens in all, with the `blocks` that are missing. Returns
+        those that are not needed any more."""
+        lacking, idle = self._open_changes(num_tokens)
+        left = [*blocks, *(block for section in idle for block in self._open.pop(section))]
+        short = max(0, self.layout.num_blocks(num_tokens) - len(self.blocks))
+        self.extend(left[:short])
+        del left[:short]
+        for section in lacking:
+            self._open[section] = left[: self.layout.num_open_blocks]
+            del left[: self.layout.num_open_blocks]
+        return left
+
+    @property
+    def held(self) -> list[KVBlock]:
+        """All blocks, those of open sections too."""
+        return [*self.blocks, *(block for blocks in self._open.values() for block in blocks)]
+
     def extend(self, blocks: Sequence[KVBlock]) -> None:
         """Room for further tokens."""
         self.blocks += blocks
@@ -48,7 +92,7 @@ class BlockTable:
 
     def clear(self) -> list[KVBlock]:
         """Hold nothing any more. Returns the blocks, the caller's to release."""
-        blocks, self.blocks = self.blocks, []
+        blocks, self.blocks, self._open = self.held, [], {}
         self._addresses = array("q")
         self._found_runs = (0, 0, [])
         self.num_tokens = 0
@@ -88,6 +132,16 @@ class BlockTable:
     def rewind(self, num_tokens: int) -> None:
         """Only the first `num_tokens` tokens belong to the sequence: those behind were a trial."""
         self.num_tokens = num_tokens
+
+    def _open_changes(self, num_tokens: int) -> tuple[list[int], list[int]]:
+        """Sections that must be open for a pass up to so many tokens, and are not; and the other
+        way round."""
+        if not self.layout.num_open_blocks:
+            return [], []
+        needed = {max(num_tokens - 1, self.num_tokens) // SECTION}
+        if self.num_tokens % SECTION:
+            needed.add(self.num_tokens // SECTION)
+        return sorted(needed - self._open.keys()), sorted(self._open.keys() - needed)
 
     def _write(self, layer: int, which: int, rows: torch.Tensor) -> None:
         """`rows` [num_heads, num_new, head_dim] go behind the committed tokens."""

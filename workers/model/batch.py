@@ -75,6 +75,13 @@ class Batch:
             row[: len(part.table.blocks)] = part.table.addresses
         return np.repeat(np.arange(len(counts), dtype=np.int32), counts), addresses
 
+    def open_blocks(self) -> npt.NDArray[np.int64] | None:
+        """Of each sequence the addresses of the open sections that the pass begins and ends in
+        [num_sequences, 2, num_open_blocks]; None where nothing is quantized."""
+        if not self.parts[0].table.layout.num_open_blocks:
+            return None
+        return np.stack([part.table.open_addresses(len(part.token_ids)) for part in self.parts])
+
     def commit(self) -> None:
         """The pass has happened: its tokens belong to their sequences."""
         for part in self.parts:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from workers.config.architecture import architecture_errors
+from workers.kv.layout import FULL
 from workers.kv.source import PrivateSource
 from workers.kv.table import BlockTable
 from workers.model.batch import Batch, Part
@@ -139,7 +140,8 @@ class Model:
         return None
 
     def compute_by_modules(self) -> None:
-        """From now on compute by transformers' modules, as before `accelerate`. As there."""
+        """From now on compute by transformers' modules, as before `accelerate`. As there, and of
+        keys and values that are not quantized."""
         self._placement.use(self._modules)
         self.kernels = None
 
@@ -149,7 +151,8 @@ class Model:
         keys and values are in `memory`, by default this process's own."""
         layout = self.geometry.kv_layout
         memory = memory or PrivateSource(layout, self.device)
-        table = BlockTable(layout, memory.lease(1))
+        table = BlockTable(layout)
+        table.grow(1, memory.lease(table.num_missing(1)))
         try:
             with architecture_errors(f"{self.geometry.architecture} can't compute a token"):
                 self.forward(Batch.of([Part(table, [0], 1)]))
@@ -170,13 +173,15 @@ def build_model(
     eos_token_ids: Sequence[int] | None = None,
     ranks: Ranks | None = None,
     packed: Mapping[str, PackedFormat] | None = None,
+    kv_bits: int = FULL,
 ) -> Model:
     """Bind the placement's tensors, named as in the checkpoint, to the architecture that `config`
     describes.
 
     `config` is the parsed JSON file; `eos_token_ids` None are its own. Tensors may be read-only
     memory and must stay mapped as long as the model lives. Of tied parameters, one is enough. Those
-    that `packed` names hold packed weights. With
+    that `packed` names hold packed weights. With less than 16 `kv_bits` keys and values are
+    quantized, which the native decoder alone can compute. With
     `ranks` it is one rank's part, on views of the placement's whole tensors; all ranks then compute
     the same batches, and each has the logits of all of them together.
     Raises `UnsupportedCheckpoint`, `CheckpointMismatch`, `CheckpointCorrupt` and, with `ranks`,
@@ -197,5 +202,5 @@ def build_model(
         move_buffers(module, placement.device)
         module.requires_grad_(False)
         module.eval()
-        geometry = geometry_of(module, dtype, placement.device, eos_token_ids, shard)
+        geometry = geometry_of(module, dtype, placement.device, eos_token_ids, shard, kv_bits)
         return Model(module, geometry, placement, ranks, shard)

@@ -12,7 +12,7 @@ import torch
 
 from workers.config.context_length import max_positions
 from workers.config.ends import end_tokens
-from workers.kv.layout import KVLayer, KVLayout
+from workers.kv.layout import FULL, KVLayer, KVLayout
 from workers.messages import ModelFacts
 from workers.model.tensor_parallel import Shard
 from workers.skeleton.decoder import attentions, head_dim
@@ -60,9 +60,11 @@ def geometry_of(
     device: torch.device,
     eos_token_ids: Sequence[int] | None,
     shard: Shard | None = None,
+    kv_bits: int = FULL,
 ) -> Geometry:
     """Of a module with its weights, computed on `device`; `eos_token_ids` None are its config's.
-    Where it is one rank's `shard`, what is counted is all ranks' together."""
+    Where it is one rank's `shard`, what is counted is all ranks' together. `kv_bits`: of what is
+    kept of keys and values."""
     config = module.config
     layers = []
     for part in attentions(module):
@@ -85,7 +87,7 @@ def geometry_of(
         vocab_size=config.vocab_size,
         max_model_len=max_positions(config),
         eos_token_ids=_eos_token_ids(config) if eos_token_ids is None else tuple(eos_token_ids),
-        kv_layout=KVLayout.on(device, tuple(layers), dtype, of_ranks, rank),
+        kv_layout=KVLayout.on(device, tuple(layers), dtype, of_ranks, rank, kv_bits),
         sliding_windows=_sliding_windows(config),
         attention_span=_attention_span(module),
         num_parameters=num_parameters,

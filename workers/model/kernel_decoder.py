@@ -111,6 +111,7 @@ class _Stretch:
             num_threads=self._threads_now(),
             layers=self._layers,
             hidden=hidden,
+            open_blocks=batch.open_blocks(),
         )
         if not self._is_last and hidden is not None:
             return hidden

@@ -46,6 +46,7 @@ from workers.model.native import Unavailable, load
 from workers.packed_format import decoded
 from workers.placement.all_reduce import AllReduce
 from workers.placement.choice import choose
+from workers.placement.kept import check_kept, require_kept
 from workers.placement.packing import open_as_served
 from workers.placement.place import place
 from workers.placement.rank_sums import num_summed
@@ -124,7 +125,9 @@ class Assembly:
         group = self._form_ranks(weights, config, dtype)
         cut_by = group if settings.tensor_parallel_size > 1 else None
         packed = decoded(weights.metadata)
-        model = build_model(config, placement, dtype, eos_token_ids, cut_by, packed)
+        model = build_model(
+            config, placement, dtype, eos_token_ids, cut_by, packed, settings.kv_bits
+        )
         if group is not None and cut_by is None:
             model.divide_by(group)
         limit = model.geometry.max_model_len
@@ -134,6 +137,7 @@ class Assembly:
         reason = model.accelerate(
             settings.most_rows, max_model_len, most, now, settings.cpu_kernels
         )
+        require_kept(settings, dtype, reason)
         layout = model.geometry.kv_layout
         own_memory = None
         if self._ranks is not None:
@@ -212,6 +216,7 @@ class Assembly:
         checkpoint = open_as_served(spec.model, self._settings)
         self._check_ranks(checkpoint.metadata())
         check_series(checkpoint, self._settings)
+        check_kept(checkpoint, self._settings)
         ends = spec.eos_token_ids if spec.weight_set else checkpoint.eos_token_ids()
         weights = attach(
             self._memory,

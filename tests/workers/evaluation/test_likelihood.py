@@ -8,13 +8,14 @@ import torch
 
 from tests.workers.tiny_models import prompt, reference_model, write_checkpoint
 from workers.checkpoint import open_checkpoint
-from workers.errors import UnsupportedCheckpoint
+from workers.errors import InvalidSetting, UnsupportedCheckpoint
 from workers.evaluation.likelihood import loaded, score
 from workers.model.decoder import Model
+from workers.settings import checked
 
 
-def model_of(folder: Path, longest: int) -> Model:
-    return loaded(open_checkpoint(folder), longest)
+def model_of(folder: Path, longest: int, **settings: str) -> Model:
+    return loaded(open_checkpoint(folder), longest, checked(settings))
 
 
 @pytest.mark.parametrize("length", [2, 64, 65, 150])
@@ -48,3 +49,15 @@ def test_other_vocabularies_are_not_compared(tmp_path: Path) -> None:
     models = [model_of(tmp_path / name, 8) for name in "ab"]
     with pytest.raises(UnsupportedCheckpoint, match="has 320 tokens and the model 400"):
         score(models[1], prompt(8), models[0])
+
+
+def test_keys_and_values_are_kept_as_an_instance_would(tmp_path: Path) -> None:
+    folder, ids = write_checkpoint(tmp_path / "bf16", "llama", torch.bfloat16), prompt(150)
+    names = ("auto", "bf16", "int8", "int4")
+    with torch.inference_mode():
+        losses = [score(model_of(folder, 150, kv_cache_dtype=n), ids, None).loss for n in names]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+    folder = write_checkpoint(tmp_path / "fp32", "llama", torch.float32)
+    with pytest.raises(InvalidSetting, match="--kv-cache-dtype is int8"):
+        model_of(folder, 150, kv_cache_dtype="int8")

@@ -49,10 +49,10 @@ def test_layers_begin_at_multiples_of_64_bytes_and_blocks_at_whole_granules() ->
     layers = (KVLayer(1, 3), KVLayer(3, 5), KVLayer(8, 1000), KVLayer(1, 1))
     layout = KVLayout(layers, torch.bfloat16, block_size=3)
     ends = [
-        begin + 2 * layout.plane_bytes(layer)
+        begin + layout.layer_bytes(layer)
         for begin, layer in zip(layout.layer_offsets, layers, strict=True)
     ]
-    assert layout.plane_bytes(layers[1]) == 3 * 3 * 5 * 2
+    assert layout.layer_bytes(layers[1]) == 2 * 3 * 3 * 5 * 2
     assert layout.layer_offsets[0] == 0
     for end, begin in zip(ends, (*layout.layer_offsets[1:], layout.block_bytes), strict=True):
         assert 0 <= begin - end < (64 if begin < layout.block_bytes else GRANULE)

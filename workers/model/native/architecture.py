@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import nn
 
+from workers.kv.layout import FULL
 from workers.model.native import library
 from workers.model.native.families import (
     ACTIVATIONS,
@@ -28,13 +29,21 @@ from workers.skeleton.packed import PackedEmbedding
 
 class PagedLayout(Protocol):
     """Where a block of `block_size` tokens holds each layer, at `layer_offsets[layer]` bytes:
-    keys [num_heads, block_size, head_dim], then values."""
+    keys [num_heads, block_size, head_dim], then values. Of less than 16 `bits`, its sections; then
+    one that is not complete is, as it is, in several blocks, a layer in the one and at the bytes
+    that `open_places` says."""
 
     @property
     def block_size(self) -> int: ...
 
     @property
     def layer_offsets(self) -> tuple[int, ...]: ...
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def open_places(self) -> tuple[tuple[int, int], ...]: ...
 
 
 _STATIC_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
@@ -174,6 +183,7 @@ class _Reader:
             raise NotNative(f"rotations over {spec.rotary_dim} of a head's elements")
         self._sizes(spec, layers)
         spec.packs = self._packs(spec, layers)
+        spec.kept_bits = max(layer.attention.kept_bits for layer in layers)
         unknown = self.weights.unknown(self.module)
         if unknown:
             raise NotNative(f"unknown parameters, such as {unknown[0]}")
@@ -267,6 +277,9 @@ class _Reader:
         if self.layout is not None:
             to.attention.block_size = self.layout.block_size
             to.attention.layer_offset = self.layout.layer_offsets[index]
+            if self.layout.bits != FULL:
+                to.attention.kept_bits = self.layout.bits
+                to.attention.open_block, to.attention.open_offset = self.layout.open_places[index]
 
     def _projections(self, to: library.Layer, attention: Any, index: int) -> None:
         """The matrices, and where in a row of their outputs each head's parts are."""

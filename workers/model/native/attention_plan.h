@@ -43,6 +43,11 @@ struct Kind {
   int first_key(int position) const { return window ? std::max(0, position - window + 1) : 0; }
 };
 
+// A section that a call completes.
+struct Completed {
+  int run, section;
+};
+
 class AttentionPlan {
  public:
   void make(const DecoderSpec& spec, const Call& call, int num_threads) {
@@ -62,18 +67,40 @@ class AttentionPlan {
   }
 
   const Run& run(const Task& task) const { return runs_[size_t(task.run)]; }
+  const Run& run_of_row(int row) const { return runs_[size_t(run_of_row_[size_t(row)])]; }
+  const Run& run(const Completed& one) const { return runs_[size_t(one.run)]; }
+  const std::vector<Completed>& completed() const { return completed_; }
   // Of the call's layer of that number.
   const Kind& kind(int layer) const { return kinds_[size_t(kind_of_[size_t(layer)])]; }
 
  private:
   void find_runs(const Call& call) {
     runs_.clear();
+    run_of_row_.resize(size_t(call.num_rows));
     for (int row = 0; row < call.num_rows; row++) {
       if (row && goes_on(call, row))
         runs_.back().num_rows++;
       else
         runs_.push_back({row, 1, call.positions[row],
-                         call.addresses + int64_t(call.tables[row]) * call.max_blocks});
+                         call.addresses + int64_t(call.tables[row]) * call.max_blocks, nullptr, 0,
+                         0});
+      run_of_row_[size_t(row)] = int(runs_.size()) - 1;
+    }
+    completed_.clear();
+    if (call.open_blocks) find_sections(call);
+  }
+
+  void find_sections(const Call& call) {
+    int fresh = 0;
+    for (int r = 0; r < int(runs_.size()); r++) {
+      Run& run = runs_[size_t(r)];
+      run.num_open = call.num_open_blocks;
+      run.open = call.open_blocks + int64_t(call.tables[run.row]) * 2 * run.num_open;
+      run.fresh = fresh;
+      fresh += run.num_fresh();
+      const int end = (run.position + run.num_rows) / kSection;
+      for (int section = run.position / kSection; section < end; section++)
+        completed_.push_back({r, section});
     }
   }
 
@@ -131,6 +158,8 @@ class AttentionPlan {
   std::vector<Run> runs_;
   std::vector<Kind> kinds_;
   std::vector<int> kind_of_;
+  std::vector<int> run_of_row_;
+  std::vector<Completed> completed_;
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Attention of one layer: projections, what is done with heads before they meet, and the tasks.
 //
-// Invariant: keys and values of all rows are in their blocks before any thread looks at one, for there
-// is a barrier between the two. Knows nothing of the arithmetic of attention (attention.h), nor of how
+// Invariant: keys and values of all rows are in their blocks, and the sections that they complete rounded,
+// before any thread looks at one, for there are barriers between. Knows nothing of the arithmetic of attention (attention.h), nor of how
 // it is cut (attention_plan.h).
 #pragma once
 #include "sublayer.h"
@@ -27,6 +27,35 @@ inline int place_of(const Attention& a, int head) {
   head -= a.num_heads;
   if (head < a.num_kv_heads) return a.key + head * a.key_step;
   return a.value + (head - a.num_kv_heads) * a.value_step;
+}
+
+// Where the keys of a row lie with those of the tokens beside it, before any are rounded; values follow.
+inline bf16* rows_kept_at(const Pass& pass, const Attention& a, int row, int position) {
+  const Call& call = pass.call;
+  if (a.kept_bits)
+    return pass.plan.run_of_row(row).open_section(a, pass.space.fresh, position / kSection);
+  const int64_t* blocks = call.addresses + int64_t(call.tables[row]) * call.max_blocks;
+  return (bf16*)(blocks[position / a.block_size] + a.layer_offset);
+}
+
+// Round the sections that this call completes.
+inline void round_completed(const Thread& thread, const Attention& a) {
+  const Pass& pass = thread.pass;
+  const auto& completed = pass.plan.completed();
+  const Share units = thread.share(int(completed.size()) * 2 * a.num_kv_heads);
+  for (int unit = units.begin; unit < units.end; unit++) {
+    const int index = unit / 2 / a.num_kv_heads, head = unit / 2 % a.num_kv_heads;
+    const Completed& one = completed[size_t(index)];
+    const Run& run = pass.plan.run(one);
+    const bf16* keys = run.open_section(a, pass.space.fresh, one.section) +
+                       int64_t(head) * kSection * a.head_dim;
+    const Section to = run.section(a, one.section, head);
+    if (unit % 2)
+      round_values(to, keys + int64_t(a.num_kv_heads) * kSection * a.head_dim);
+    else
+      round_keys(to, keys);
+  }
+  thread.count(kRotate);
 }
 
 // Norm and rotate the heads of queries and keys; put keys and values into the blocks.
@@ -56,10 +85,10 @@ inline void rotate_and_keep(const Thread& thread, const LayerSpec& layer) {
                spec.rope_sin[layer.rope] + int64_t(position) * half, spec.rotation);
     }
     if (head >= a.num_heads) {
-      const int64_t* blocks = call.addresses + int64_t(call.tables[row]) * call.max_blocks;
-      bf16* block = (bf16*)(blocks[position / a.block_size] + a.layer_offset);
-      block += int64_t(head - a.num_heads) * a.block_size * a.head_dim;
-      const int slot = position % a.block_size;
+      const int size = a.kept_bits ? kSection : a.block_size;
+      bf16* block = rows_kept_at(thread.pass, a, row, position);
+      block += int64_t(head - a.num_heads) * size * a.head_dim;
+      const int slot = position % size;
       const bool ends_run = row + 1 == call.num_rows || !goes_on(call, row + 1);
       if (head < values_from)
         keep_key(block, slot, a.head_dim, x);
@@ -127,6 +156,10 @@ inline void attention_step(const Thread& thread, const LayerSpec& layer, const K
   thread.barrier();
   rotate_and_keep(thread, layer);
   thread.barrier();
+  if (!thread.pass.plan.completed().empty()) {
+    round_completed(thread, layer.attention);
+    thread.barrier();
+  }
   attend(thread, layer, kind);
   thread.barrier();
   to_sublayer(thread, layer.output,

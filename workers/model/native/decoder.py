@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.kv.layout import FULL, SECTION
 from workers.model.native import library
 from workers.model.native.architecture import (
     NotNative,
@@ -84,6 +85,8 @@ class NativeDecoder:
             raise NotNative(f"there are no more than {limit} positions")
         if layout.block_size % 16:
             raise NotNative(f"blocks of {layout.block_size} tokens: not a multiple of 16")
+        if layout.bits != FULL and layout.block_size % SECTION:
+            raise NotNative(f"blocks of {layout.block_size} tokens: not a multiple of {SECTION}")
         if any(offset % 64 for offset in layout.layer_offsets):
             raise NotNative("layers that don't start at a multiple of 64 bytes")
         base = base_of(module)
@@ -119,6 +122,7 @@ class NativeDecoder:
         self.vocab_size: Final = int(spec.head.num_outputs)
         self._num_embeddings = module.get_input_embeddings().num_embeddings
         self._block_size = layout.block_size
+        self._num_open_blocks = 1 + max((index for index, _ in layout.open_places), default=-1)
         self._lock = threading.Lock()
         self._call = library.Call()
         handle = self._library.onecopy_decoder_create(ctypes.byref(spec))
@@ -154,6 +158,7 @@ class NativeDecoder:
         layers: Sequence[PlacedLayer] | None = None,
         hidden: torch.Tensor | None = None,
         norms_hidden: bool = False,
+        open_blocks: Int64s | None = None,
     ) -> None:
         """Compute rows: write their keys and values into blocks, and the logits asked for.
 
@@ -168,7 +173,10 @@ class NativeDecoder:
         leaves it, and holds that which the first takes, unless it is the decoder's first; with
         `norms_hidden` the final norm of it. Logits can be had where the last is the decoder's last.
 
-        Where a token sees those behind it, all of a sequence's rows must come together.
+        Where a token sees those behind it, all of a sequence's rows must come together. Where keys
+        and values are quantized, a sequence's rows must follow one on another; `open_blocks`
+        # [num_tables, 2, num_open_blocks] then are the addresses of the section that they begin in,
+        which matter unless they begin it, and of the one that the last of them is in.
         Raises ValueError, RankError, and RuntimeError if threads can't be started.
         """
         num_rows, num_logit_rows = token_ids.size, logit_rows.size
@@ -203,6 +211,8 @@ class NativeDecoder:
             _check_whole(positions, tables)
         furthest = int(positions.max())
         self._check_blocks(positions, tables, addresses)
+        if self._num_open_blocks:
+            self._check_open_blocks(positions, tables, open_blocks, addresses.shape[0])
         if logits_out is not None:
             _check_logits(logits_out, (num_logit_rows, self.vocab_size))
         if layers is not None:
@@ -228,6 +238,10 @@ class NativeDecoder:
             call.positions = positions.ctypes.data
             call.tables = tables.ctypes.data
             call.addresses = addresses.ctypes.data
+            call.open_blocks = None
+            if self._num_open_blocks and open_blocks is not None:
+                call.open_blocks = open_blocks.ctypes.data
+            call.num_open_blocks = self._num_open_blocks
             call.logit_rows = logit_rows.ctypes.data
             call.logits = logits_out.data_ptr() if logits_out is not None else None
             call.norms_hidden = norms_hidden
@@ -269,6 +283,29 @@ class NativeDecoder:
         bad = (addresses <= 0) | (addresses & 63 != 0)
         if (bad & needed).any():
             raise ValueError("a block has no address, or one that is not a multiple of 64")
+
+    def _check_open_blocks(
+        self, positions: Int32s, tables: Int32s, open_blocks: Int64s | None, num_tables: int
+    ) -> None:
+        if open_blocks is None or open_blocks.shape != (num_tables, 2, self._num_open_blocks):
+            raise ValueError("open_blocks must be [num_tables, 2, num_open_blocks]")
+        _check_array("open_blocks", open_blocks, np.int64)
+        starts = np.flatnonzero(np.diff(tables, prepend=-1))
+        if len(starts) != len(np.unique(tables)):
+            raise ValueError("rows of a sequence must come together")
+        lengths = np.diff(starts, append=positions.size)
+        first = positions[starts]
+        own = np.arange(positions.size) - np.repeat(starts, lengths)
+        if (positions != np.repeat(first, lengths) + own).any():
+            raise ValueError("rows of a sequence must follow one on another")
+        last = first + lengths - 1
+        of_runs = open_blocks[tables[starts]]
+        needed = np.stack(
+            [(first % SECTION > 0) & (first // SECTION != last // SECTION), first >= 0]
+        )
+        bad = (of_runs <= 0) | (of_runs & 63 != 0)
+        if (bad & needed.T[:, :, None]).any():
+            raise ValueError("an open section has no address, or one that is not a multiple of 64")
 
     def _once(self, values: torch.Tensor) -> torch.Tensor:
         """Of rotations # [num_positions, 2 * half], in which each comes twice, one # [.., half]."""

@@ -55,6 +55,7 @@ struct Ranks {
 struct DecoderSpec {
   int32_t hidden_size, intermediate_size, activation;
   int32_t packs;  // some matrix is packed
+  int32_t kept_bits;  // of keys and values, as Attention's
   Matrix embedding;
   float embedding_scale;  // 0: none
   const bf16* type_embedding;      // added to each row; or null
@@ -79,10 +80,12 @@ struct Call {
   const int32_t* positions;
   const int32_t* tables;
   const int64_t* addresses;
+  const int64_t* open_blocks;  // [num_tables][2][num_open_blocks]: see Run; or null
   const int32_t* logit_rows;
   bf16* hidden;      // the residual stream, [num_rows][padded(hidden_size)]; or null
   float* logits;     // [num_logit_rows][vocab size]
   int32_t num_layers, num_rows, max_blocks, num_logit_rows, num_threads;
+  int32_t num_open_blocks;
   int32_t norms_hidden;  // what goes out as `hidden` is the final norm's
   Outcome outcome;       // of the ranks' sums: the first error
 };

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from workers.kv.layout import FULL
 from workers.model.native import library
 from workers.model.native.architecture import describe, layers_of, padding_token
 from workers.model.native.decoder import NativeDecoder
@@ -25,6 +26,8 @@ class _OneLayer:
 
     block_size: int
     layer_offsets: tuple[int, ...]
+    bits: int = FULL
+    open_places: tuple[tuple[int, int], ...] = ()
 
 
 class NativeEmbedder:

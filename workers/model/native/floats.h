@@ -86,6 +86,7 @@ struct FloatsAttention {
   struct Arranged {};
   static constexpr int kKeyStep = kSlots;
   static constexpr bool kFetches = false;
+  static bool reads_sections(int, const SectionFormat&) { return false; }
 
   static void load_queries(const bf16* const rows[kRows], int columns, int head_dim, Query* to) {
     const int dims = padded(head_dim);

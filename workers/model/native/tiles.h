@@ -108,6 +108,7 @@ struct TilesAttention {
   };
   static constexpr int kKeyStep = 32;
   static constexpr bool kFetches = false;
+  static bool reads_sections(int, const SectionFormat&) { return false; }
 
   static void load_queries(const bf16* const rows[kRows], int columns, int head_dim, Query* to) {
     for (int c = 0; c < columns; c++) memcpy(to + c * head_dim, rows[c], size_t(head_dim) * 2);

@@ -84,7 +84,21 @@ struct Workspace {
       one.tiles_scratch = memory.zeros<AttentionScratch<TilesAttention>>(1);
 #endif
     }
+    if (spec.kept_bits) take_sections(spec, rows);
     partials = memory.take<float>(size_t(num_slots(spec) * partial_size(spec.max_head_dim)));
+  }
+
+  void take_sections(const DecoderSpec& spec, int rows) {
+    const int64_t one = int64_t(2) * kSection * spec.max_kv_heads * spec.max_head_dim;
+    fresh = memory.take<bf16>(size_t(rows / kSection * one));
+    for (Own& each : own) {
+      each.scratch->widened = memory.zeros<Widened>(1);
+      each.scratch->fresh = fresh;
+#if defined(SET_AMX)
+      each.tiles_scratch->widened = each.scratch->widened;
+      each.tiles_scratch->fresh = fresh;
+#endif
+    }
   }
 
   Memory memory;
@@ -92,6 +106,7 @@ struct Workspace {
   bf16 *hidden, *normed, *sublayers[2], *projected, *attended, *gated;
   Forms forms;  // of as many rows as a call may have, one operand's at a time
   float* partials;
+  bf16* fresh = nullptr;  // sections that begin and end in a call, one layer's
   std::vector<Own> own;
 };
 
