@@ -131,7 +131,8 @@ class KVCache:
                 self.is_taken = isinstance(error, PoolTaken)
                 return False
         # In the order in which they were leased, most of which lie in a row.
-        given, self._free = self._free[:short], self._free[short:]
+        given = self._free[:short]
+        del self._free[:short]
         self._free += cache.table.grow(num_tokens, given)
         return True
 
