@@ -178,12 +178,13 @@ def test_what_was_quantized_here_is_computed_packed(scheme_name: str, tmp_path: 
     """Of a model in float16, which kernels compute in bfloat16."""
     plain = write_checkpoint(tmp_path / "plain", "llama", torch.float16, **SIZES)
     quantize(Request(plain, tmp_path / "out", scheme_name), lambda _progress: None)
-    checkpoint = open_as_served(tmp_path / "out", EngineSettings())
+    as_is = EngineSettings()
+    checkpoint = open_as_served(tmp_path / "out", as_is)
     assert checkpoint.dtype == torch.bfloat16
     assert len(decoded(checkpoint.metadata())) == 21
     window = prompt(60)
     found, exact = (
-        torch.cat([rows for _, rows in log_probabilities(loaded(one, len(window)), window)])
+        torch.cat([rows for _, rows in log_probabilities(loaded(one, len(window), as_is), window)])
         for one in (checkpoint, open_checkpoint(tmp_path / "out", "float32"))
     )
     assert (found - exact).square().mean().sqrt() < 0.2 * exact.std(), "of random weights"
