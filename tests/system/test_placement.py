@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.quick import long_run
 from tests.system.running_server import TIMEOUT_S, Server, onecopy
 from tests.system.test_errors import assert_refused
 from tests.workers.tiny_models import write_checkpoint, write_tokenizer
@@ -59,6 +60,7 @@ def test_layers_are_placed_as_planned_and_the_texts_are_the_same(
     server.stop()
 
 
+@long_run
 def test_where_all_fits_nothing_is_offloaded(
     make_server: Callable[..., Server], deep: Path
 ) -> None:

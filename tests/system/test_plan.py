@@ -21,6 +21,7 @@ from server.machine import process_memory
 from server.machine.handed_out import seen
 from server.machine.plan import ATTACHED_PRIVATE_BYTES, LOADING_PRIVATE_BYTES
 from tests.here import run_here
+from tests.quick import long_run
 from tests.system.running_server import (
     TIMEOUT_S,
     Outcome,
@@ -323,6 +324,7 @@ def test_where_nothing_fits_that_is_said_with_the_reason(
     assert says in document["placement"]["reasons"][0]
 
 
+@long_run
 def test_what_an_allocator_holds_of_the_model_is_there_for_it(
     make_server: Callable[..., Server], deep: Path
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.quick import usual_or_long
 from tests.workers.model.native.test_native import (
     MAX_MODEL_LEN,
     SIZES,
@@ -35,6 +36,7 @@ from workers.skeleton.attention_hook import NAME, attention_by
 
 pytestmark = pytest.mark.usefixtures("kernels")
 HOST = torch.device("cpu")
+FAMILIES = ["llama", "gemma3 odd", "phi3 odd", "qwen3_moe odd", "gemma2"]
 
 
 class Quantized:
@@ -144,7 +146,7 @@ def by_the_rule(bits: int, rule_section: int = SECTION) -> Any:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 20])
+@pytest.mark.parametrize("head_dim", usual_or_long([64, 20], [32, 64, 128, 20]))
 @pytest.mark.this_process
 def test_a_token_sees_its_own_section_as_it_is_and_those_before_it_rounded(
     bits: int, head_dim: int
@@ -182,7 +184,7 @@ def test_a_token_sees_its_own_section_as_it_is_and_those_before_it_rounded(
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("family", ["llama", "gemma3 odd", "phi3 odd", "qwen3_moe odd", "gemma2"])
+@pytest.mark.parametrize("family", usual_or_long(["llama", "gemma3 odd"], FAMILIES))
 def test_bits_do_not_depend_on_chunks(family: str, bits: int) -> None:
     module, token_ids = model_of(family), prompt(140)
     expected = whole(module, bits, token_ids)
