@@ -21,7 +21,7 @@ from tests.workers.model.test_tensor_parallel import (
     computed_by_ranks,
     formed,
 )
-from tests.workers.placement.ranks import Ranks
+from tests.workers.placement.ranks import ANY_NUMBER, Ranks, anonymous_bytes
 from tests.workers.tiny_models import write_checkpoint
 from workers.checkpoint import AttachedWeights, attach
 from workers.conformance.greedy import generated
@@ -120,13 +120,6 @@ def test_widths_are_cut_at_whole_granules(least: int) -> None:
 
 
 LESS_THAN_A_COPY = 90_000_000  # of the 97 MB of SmolLM2 in 4 bits
-ANY_NUMBER = 1 << 40
-
-
-def anonymous_bytes() -> int:
-    """Of this process, with what it still has in common with the one that it was forked from."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 Made = Callable[..., AttachedWeights]

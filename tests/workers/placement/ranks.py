@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,15 @@ import torch
 
 from tests.daemon_process import TIMEOUT_S
 from workers.errors import RankError
+
+ANY_NUMBER = 1 << 40
+"""Of private bytes that `prove` allows: a rank that was forked has those of this process."""
+
+
+def anonymous_bytes() -> int:
+    """Of this process, with what it still has in common with the one that it was forked from."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Ranks:
