@@ -2,7 +2,6 @@
 and tiles, or within a tile that is a whole row."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from allocator import Client, RuntimeDir, connect
-from server.machine.proof import prove
 from tests.references import load, ulps_below_the_best
 from tests.workers.model.test_tensor_parallel import (
     MAX_ROWS,
@@ -21,7 +19,7 @@ from tests.workers.model.test_tensor_parallel import (
     computed_by_ranks,
     formed,
 )
-from tests.workers.placement.ranks import ANY_NUMBER, Ranks, anonymous_bytes
+from tests.workers.placement.ranks import Ranks, of_one_copy
 from tests.workers.tiny_models import write_checkpoint
 from workers.checkpoint import AttachedWeights, attach
 from workers.conformance.greedy import generated
@@ -181,8 +179,7 @@ def test_the_demo_on_ranks_says_what_it_says_on_one(
     smollm2_by_transformers: Path,
 ) -> None:
     """Up to ties. 9 heads over 3 of keys and values, a packed table of tokens that is the head,
-    too; one copy, by the kernel's figures, and no rank grows by as much. How much it has is that of
-    the process it was forked from."""
+    too; one copy, by the kernel's figures, and no rank grows by as much."""
     settings = checked({"tensor_parallel_size": num_ranks, "weights": "packed"})
     weights = attach(memory, open_as_served(smollm2_gguf, settings))
     alone = attach(memory, open_as_served(smollm2_gguf, checked({"weights": "packed"})))
@@ -201,30 +198,16 @@ def test_the_demo_on_ranks_says_what_it_says_on_one(
     with Ranks(1, lambda _: tokens(build(weights))) as one:
         expected = one.result(0)
     extent = formed(memory, num_ranks, MAX_ROWS * 576)
-    (proven_read, proven_write), (computed_read, computed_write) = os.pipe(), os.pipe()
 
-    def work(rank: int) -> tuple[list[list[int]], int]:
-        os.close(proven_write)
-        before = anonymous_bytes()
+    def work(rank: int, look: Callable[[], None]) -> list[list[int]]:
         with connect(runtime_dir) as own, AllReduce(extent, rank, num_ranks) as group:
-            found = tokens(build(attach(own, open_as_served(smollm2_gguf, settings)), group))
-            os.write(computed_write, b"c")
-            os.read(proven_read, 1)
-            return found, anonymous_bytes() - before
+            model = build(attach(own, open_as_served(smollm2_gguf, settings)), group)
+            found = tokens(model)
+            look()
+            return found
 
-    with Ranks(num_ranks, work) as ranks:
-        os.close(proven_read)
-        os.close(computed_write)
-        for _ in range(num_ranks):
-            assert os.read(computed_read, 1), "a rank has ended"
-        os.close(computed_read)
-        named = [(f"rank {rank}", pid) for rank, pid in enumerate(ranks.pids)]
-        verdict = prove(runtime_dir, named, ANY_NUMBER)
-        os.close(proven_write)
-        results, grown = zip(*ranks.results(), strict=True)
-    assert verdict.holds, verdict.problems
-    assert max(grown) < LESS_THAN_A_COPY
-    assert list(results) == [results[0]] * num_ranks
+    results = of_one_copy(num_ranks, runtime_dir, LESS_THAN_A_COPY, work)
+    assert results == [results[0]] * num_ranks
     reference = load(smollm2_by_transformers, torch.float32)
     for prompt, *news in zip(PROMPTS, expected, results[0], strict=True):
         for new in news:

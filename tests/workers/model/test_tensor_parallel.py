@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import pytest
 import torch
 
 from allocator import Client, RuntimeDir, connect
-from server.machine.proof import prove
 from tests.references import load, ulps_below_the_best
 from tests.workers.model.placed_models import logits_of
 from tests.workers.model.tiny_families import FAMILIES, save, tiny_config, tiny_model
-from tests.workers.placement.ranks import ANY_NUMBER, Ranks, anonymous_bytes
+from tests.workers.placement.ranks import Ranks, of_one_copy
 from tests.workers.tiny_models import CONFIGS
 from workers.checkpoint import AttachedWeights, attach, open_checkpoint
 from workers.conformance.greedy import generated
@@ -220,12 +220,8 @@ def test_smollm2_on_ranks_with_sessions_of_their_own(
     figures, no rank grows by as much, and their tokens are transformers' choice up to ties."""
     num_new, num_rows = 12, 64
     extent = formed(memory, num_ranks, num_rows * 576)
-    proven_read, proven_write = os.pipe()
-    computed_read, computed_write = os.pipe()
 
-    def work(rank: int) -> tuple[list[list[int]], int]:
-        os.close(proven_write)
-        before = anonymous_bytes()
+    def work(rank: int, look: Callable[[], None]) -> list[list[int]]:
         checkpoint = open_checkpoint(smollm2_gguf, "bfloat16")
         with connect(runtime_dir) as own, AllReduce(extent, rank, num_ranks) as group:
             weights = attach(own, checkpoint)
@@ -234,23 +230,11 @@ def test_smollm2_on_ranks_with_sessions_of_their_own(
             model = build_model(config, placement, torch.bfloat16, ranks=group)
             assert model.accelerate(num_rows, 128, 1) is None
             new = generated(model, PROMPTS, num_new, max_num_batched_tokens=num_rows)
-            os.write(computed_write, b"c")
-            os.read(proven_read, 1)  # until all that is mapped was looked at
-            return new, anonymous_bytes() - before
+            look()
+            return new
 
-    with Ranks(num_ranks, work) as ranks:
-        os.close(proven_read)
-        os.close(computed_write)
-        for _ in range(num_ranks):
-            assert os.read(computed_read, 1), "a rank has ended"
-        os.close(computed_read)
-        named = [(f"rank {rank}", pid) for rank, pid in enumerate(ranks.pids)]
-        verdict = prove(runtime_dir, named, ANY_NUMBER)
-        os.close(proven_write)
-        results, grown = zip(*ranks.results(), strict=True)
-    assert verdict.holds, verdict.problems
-    assert max(grown) < LESS_THAN_A_COPY
-    assert list(results) == [results[0]] * num_ranks
+    results = of_one_copy(num_ranks, runtime_dir, LESS_THAN_A_COPY, work)
+    assert results == [results[0]] * num_ranks
     reference = load(smollm2_by_transformers, torch.float32)
     for prompt, new in zip(PROMPTS, results[0], strict=True):
         assert len(new) == num_new

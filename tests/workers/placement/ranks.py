@@ -17,11 +17,13 @@ from typing import Any, Self
 
 import torch
 
+from allocator import RuntimeDir
+from server.machine.proof import prove
 from tests.daemon_process import TIMEOUT_S
 from workers.errors import RankError
 
-ANY_NUMBER = 1 << 40
-"""Of private bytes that `prove` allows: a rank that was forked has those of this process."""
+_ANY_NUMBER = 1 << 40
+"""Of private bytes: what a process has, it may have in common with the one it was forked from."""
 
 
 def anonymous_bytes() -> int:
@@ -78,6 +80,43 @@ class Ranks:
     def results(self) -> list[Any]:
         """Of all ranks, when they have ended."""
         return [self.result(rank) for rank in range(len(self.pids))]
+
+
+def of_one_copy(
+    num_ranks: int,
+    runtime_dir: RuntimeDir,
+    most_bytes: int,
+    work: Callable[[int, Callable[[], None]], Any],
+) -> list[Any]:
+    """What `work(rank, look)` returns for each. Each calls `look` when it has computed and still
+    holds what it computes with. Asserts that they then have one copy, by the kernel's figures, and
+    that none has grown by `most_bytes`: what it has is that of the process it was forked from."""
+    (proven_read, proven_write), (computed_read, computed_write) = os.pipe(), os.pipe()
+
+    def run(rank: int) -> tuple[Any, int]:
+        os.close(proven_write)
+        before, grown = anonymous_bytes(), []
+
+        def look() -> None:
+            grown.append(anonymous_bytes() - before)
+            os.write(computed_write, b"c")
+            os.read(proven_read, 1)
+
+        return work(rank, look), grown[0]
+
+    with Ranks(num_ranks, run) as ranks:
+        os.close(proven_read)
+        os.close(computed_write)
+        for _ in range(num_ranks):
+            assert os.read(computed_read, 1), "a rank has ended"
+        os.close(computed_read)
+        named = [(f"rank {rank}", pid) for rank, pid in enumerate(ranks.pids)]
+        verdict = prove(runtime_dir, named, _ANY_NUMBER)
+        os.close(proven_write)
+        results, grown = zip(*ranks.results(), strict=True)
+    assert verdict.holds, verdict.problems
+    assert max(grown) < most_bytes
+    return list(results)
 
 
 def _run(work: Callable[[int], Any], rank: int, pipe: int) -> None:
