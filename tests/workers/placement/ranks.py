@@ -3,6 +3,7 @@
 Invariant: when the context ends, all of them have ended and are waited for.
 """
 
+import gc
 import json
 import os
 import select
@@ -21,6 +22,7 @@ from allocator import RuntimeDir
 from server.machine.proof import prove
 from tests.daemon_process import TIMEOUT_S
 from workers.errors import RankError
+from workers.process import linux
 
 _ANY_NUMBER = 1 << 40
 """Of private bytes: what a process has, it may have in common with the one it was forked from."""
@@ -95,6 +97,8 @@ def of_one_copy(
 
     def run(rank: int) -> tuple[Any, int]:
         os.close(proven_write)
+        gc.collect()
+        linux.trim_heap()  # what is free would be taken first, and not be growth
         before, grown = anonymous_bytes(), []
 
         def look() -> None:
